@@ -1,0 +1,57 @@
+"""Errors of the engines.
+
+EngineError
++-- EngineStartFailed       the engine did not become ready; the message has the reason and its last words
++-- EngineDied              the engine's process ended; requests in flight go on elsewhere from the caller's copy
++-- EngineClosed            the caller closed the engine
++-- UnsupportedByEngine     model, parameter or layout that this engine cannot do; the message names it
++-- InvalidRequest          the request cannot be run as it is (names the parameter)
++-- RefactoringError
+    +-- RefactoringBusy     another refactoring is under way (the message says which and where it stands)
+    +-- RefactoringRefused  infeasible or meaningless; nothing moved
+    +-- RefactoringAborted  failed, timed out or cancelled before commit; rolled back, no request disturbed
+"""
+
+
+class EngineError(Exception):
+    """Base of every error of this package."""
+
+
+class EngineStartFailed(EngineError):
+    """The engine did not become ready."""
+
+
+class EngineDied(EngineError):
+    """The engine's process ended while it was needed."""
+
+
+class EngineClosed(EngineError):
+    """The engine was closed by its owner."""
+
+
+class UnsupportedByEngine(EngineError):
+    """What was asked for is not something this engine does."""
+
+
+class InvalidRequest(EngineError):
+    """A request that cannot be run; ``parameter`` names what is wrong with it."""
+
+    def __init__(self, message: str, *, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class RefactoringError(EngineError):
+    """Base of what can go wrong with a refactoring."""
+
+
+class RefactoringBusy(RefactoringError):
+    """Another refactoring is under way."""
+
+
+class RefactoringRefused(RefactoringError):
+    """The refactoring was refused before anything moved."""
+
+
+class RefactoringAborted(RefactoringError):
+    """The refactoring was rolled back before its commit point."""

@@ -1,0 +1,191 @@
+"""The ``Engine`` protocol: what the daemon needs of anything that runs a model.
+
+Token ids go in and come out: no text, no tokenizer, no HTTP. An engine is one replica, so it runs one pipeline.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from planner.handover import HandoverPhase
+from planner.layout import Pipeline
+
+
+class FinishReason(Enum):
+    STOP = "stop"  # end-of-sequence or a stop token
+    LENGTH = "length"  # max_tokens or the context is used up
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. ``temperature`` 0 is greedy.
+
+    A draw depends on ``seed`` and the output position only, so a request goes on exactly wherever it is continued.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False  # report the log-probability of each chosen token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A prompt to continue.
+
+    ``generated_token_ids`` are output tokens that another engine, or this one before it died, has produced already:
+    they count towards ``max_tokens`` and output positions and are not reported again.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    generated_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChunk:
+    """New tokens of one request, in order. ``logprobs`` has one entry per token when asked for, else it is empty.
+
+    ``finish_reason`` is set on the last chunk, which may hold no token. The end-of-sequence or stop token that ended
+    the request is included as the last token, so that a caller's copy is complete.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapabilities:
+    """What this engine can do, so that callers decide and never try and see."""
+
+    name: str
+    max_model_len: int  # tokens, prompt and output together
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    refactors_in_place: bool
+    max_stages: int
+    tensor_parallel: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStatus:
+    """One stage as it stands. ``busy`` is the share of time spent computing since the last call, None before there is one."""
+
+    index: int
+    device_ids: tuple[str, ...]
+    first_decoder: int
+    end_decoder: int
+    pids: tuple[int, ...]
+    weights_bytes: int
+    kv_mapped_bytes: int
+    busy: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCounters:
+    """Totals since start (``_total``) and readings of now. KV blocks are counted over all stages as one (they are global)."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_capacity: int
+    kv_block_tokens: int
+    prompt_tokens_total: int
+    generated_tokens_total: int
+    preemptions_total: int
+    steps_total: int
+    worker_restarts_total: int
+    refactorings_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefactorProgress:
+    """One report of a refactoring under way. Counters are cumulative over the refactoring."""
+
+    phase: HandoverPhase
+    message: str  # one sentence for people
+    elapsed_s: float
+    weights_bytes: int = 0
+    weights_total_bytes: int = 0
+    kv_round: int = 0
+    kv_bytes: int = 0  # sent so far
+    kv_round_bytes: tuple[int, ...] = ()
+    commit_pause_s: float | None = None
+    drain_s: float | None = None
+    returned_bytes: int = 0  # given back by retire
+    epoch: int | None = None
+    requests_live: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefactorCheck:
+    """Answer of a feasibility check: memory per device with current and target layouts together, live KV included."""
+
+    feasible: bool
+    sentences: tuple[str, ...]  # the reason in words, one per device that gains something or fails
+    moves: tuple[str, ...] = field(default=())
+
+
+class Engine(Protocol):
+    """One replica of a model, running one pipeline."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """Valid once ``start`` has returned."""
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline in force."""
+
+    @property
+    def epoch(self) -> int:
+        """Number of the layout in force, raised by each commit."""
+
+    async def start(self, *, on_progress: Callable[[str], None]) -> None:
+        """Start processes, load weights, return when ready to serve.
+
+        Raises:
+            EngineStartFailed, UnsupportedByEngine
+        """
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Continue the prompt. Closing the iterator aborts the request and frees its KV blocks.
+
+        Raises:
+            InvalidRequest: Before the first chunk.
+            EngineDied, EngineClosed: At any time; tokens reported so far are valid.
+        """
+
+    async def counters(self) -> EngineCounters: ...
+
+    async def stages(self) -> tuple[StageStatus, ...]: ...
+
+    async def check_refactor(self, target: Pipeline) -> RefactorCheck:
+        """Say whether ``refactor(target)`` would be accepted, and with which numbers. Moves nothing."""
+
+    def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
+        """Change the pipeline while serving; the last report has phase DONE. Closing the iterator does not cancel.
+
+        Raises:
+            RefactoringBusy, RefactoringRefused, RefactoringAborted, EngineDied
+        """
+
+    async def cancel_refactor(self) -> bool:
+        """Roll back a refactoring that has not committed; False when there is none or it is past its commit point."""
+
+    async def drain(self) -> None:
+        """Return when no request is running or waiting."""
+
+    async def died(self) -> str:
+        """Wait until the engine's process ends unasked, and return the reason in words."""
+
+    async def close(self) -> None:
+        """End all processes. Idempotent."""

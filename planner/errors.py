@@ -1,0 +1,28 @@
+"""Errors of the planner.
+
+PlannerError
++-- InvalidLayout      a layout that no engine could run
++-- UnsupportedModel   a model that cannot be read or planned
++-- NoFeasiblePlan     proven: nothing fits; the message has the numbers
++-- PlanTimeout        nothing found in the time allowed; nothing proven
+"""
+
+
+class PlannerError(Exception):
+    """Base of every error of this package."""
+
+
+class InvalidLayout(PlannerError):
+    """The layout is malformed; the message names the stage."""
+
+
+class UnsupportedModel(PlannerError):
+    """The model's files cannot be planned with; the message says which and why."""
+
+
+class NoFeasiblePlan(PlannerError):
+    """No layout satisfies the constraints; the message has the numbers."""
+
+
+class PlanTimeout(PlannerError):
+    """The solver found nothing within its deadline, and proved nothing."""
