@@ -5,6 +5,7 @@ PlannerError
 +-- UnsupportedModel   a model that cannot be read or planned
 +-- NoFeasiblePlan     proven: nothing fits; the message has the numbers
 +-- PlanTimeout        nothing found in the time allowed; nothing proven
++-- InvalidTransition  an event that does not belong to the phase the handover is in: a bug of its runner
 """
 
 
@@ -26,3 +27,7 @@ class NoFeasiblePlan(PlannerError):
 
 class PlanTimeout(PlannerError):
     """The solver found nothing within its deadline, and proved nothing."""
+
+
+class InvalidTransition(PlannerError):
+    """The handover is in a phase in which this event cannot happen; the message names both."""

@@ -1,0 +1,361 @@
+"""The daemon's side of the native engine: starts the core process and speaks with it. No torch here."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar, assert_never
+
+from engines import errors
+from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.frames import read_frame, write_frame
+from engines.native import client_messages as c
+from engines.native.options import NativeOptions
+from engines.protocol import (
+    EngineCapabilities,
+    EngineCounters,
+    FinishReason,
+    GenerationRequest,
+    RefactorCheck,
+    RefactorProgress,
+    StageStatus,
+    TokenChunk,
+)
+from engines.validation import check_request
+from planner.layout import Pipeline
+
+_ROOT = Path(__file__).resolve().parents[2]
+_EXIT_GRACE_S = 5.0
+_DRAIN_POLL_S = 0.02
+T = TypeVar("T")
+
+
+class _Stream:
+    """What has arrived for one request and was not taken yet."""
+
+    __slots__ = ("error", "finish", "logprobs", "tokens", "waiter")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: FinishReason | None = None
+        self.error: EngineError | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.tokens) or self.finish is not None or self.error is not None
+
+
+class NativeEngine:
+    """An ``Engine`` made of a core process and one stage worker process per device."""
+
+    def __init__(self, options: NativeOptions, pipeline: Pipeline) -> None:
+        self._options = options
+        self._pipeline = pipeline
+        self._epoch = 0
+        self._capabilities: EngineCapabilities | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._refactorings: dict[int, asyncio.Queue[RefactorProgress | c.Refactored]] = {}
+        self._targets: dict[int, Pipeline] = {}
+        self._last_key = 0
+        self._end: EngineError | None = EngineClosed("the engine has not been started")
+        self._death: asyncio.Future[str] | None = None
+        self._last_words = ""
+        self._on_progress: Callable[[str], None] = lambda _message: None
+        self.attention = ""
+        self.worker_pids: tuple[int, ...] = ()
+
+    # --- the protocol ---
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        assert self._capabilities is not None, "valid once start has returned"
+        return self._capabilities
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self._pipeline
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def core_pid(self) -> int:
+        """The engine core's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    async def start(self, *, on_progress: Callable[[str], None]) -> None:
+        self._on_progress = on_progress
+        self._death = asyncio.get_running_loop().create_future()
+        ready = self._expect(0)
+        process, reader = await self._spawn()
+        self._process = process
+        self._reading = asyncio.create_task(self._read(process, reader), name="native-engine-reader")
+        self._send(c.StartCore(options=self._options, pipeline=self._pipeline))
+        try:
+            report = await ready
+        except EngineDied as error:
+            await self.close()
+            raise EngineStartFailed(str(error)) from error
+        if isinstance(report, c.StartFailed):
+            await self.close()
+            raise (UnsupportedByEngine if report.unsupported else EngineStartFailed)(report.reason)
+        self._become_ready(report)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        self._ensure_alive()
+        check_request(request, self.capabilities)
+        self._last_key += 1
+        key, stream = self._last_key, _Stream()
+        self._streams[key] = stream
+        self._send(
+            c.Submit(
+                key=key,
+                prompt=list(request.prompt_token_ids),
+                generated=list(request.generated_token_ids),
+                sampling=request.sampling,
+            )
+        )
+        try:
+            while True:
+                if not stream.has_news:
+                    stream.waiter = asyncio.get_running_loop().create_future()
+                    await stream.waiter
+                chunk = TokenChunk(
+                    token_ids=tuple(stream.tokens), logprobs=tuple(stream.logprobs), finish_reason=stream.finish
+                )
+                stream.tokens, stream.logprobs = [], []
+                if chunk.token_ids or chunk.finish_reason is not None:
+                    yield chunk
+                if chunk.finish_reason is not None:
+                    return
+                if stream.error is not None and not stream.tokens:
+                    raise stream.error
+        finally:
+            del self._streams[key]
+            if stream.finish is None and self._end is None:
+                self._send(c.Abort(key=key))
+
+    async def counters(self) -> EngineCounters:
+        reply: c.Counters = await self._call(lambda call: c.ReadCounters(call=call))
+        return reply.counters
+
+    async def stages(self) -> tuple[StageStatus, ...]:
+        reply: c.Stages = await self._call(lambda call: c.ReadStages(call=call))
+        self.worker_pids = reply.worker_pids
+        self.longest_slice_s = reply.longest_slice_s
+        return reply.stages
+
+    async def check_refactor(self, target: Pipeline) -> RefactorCheck:
+        reply: c.Checked = await self._call(lambda call: c.CheckRefactor(call=call, target=target))
+        return reply.check
+
+    async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
+        self._ensure_alive()
+        call = self._next_call()
+        queue: asyncio.Queue[RefactorProgress | c.Refactored] = asyncio.Queue()
+        self._refactorings[call], self._targets[call] = queue, target
+        self._send(c.Refactor(call=call, target=target))
+        while isinstance(item := await queue.get(), RefactorProgress):
+            yield item
+        if item.error:
+            raise getattr(errors, item.error)(item.message)
+
+    async def cancel_refactor(self) -> bool:
+        reply: c.Cancelled = await self._call(lambda call: c.CancelRefactor(call=call))
+        return reply.accepted
+
+    async def drain(self) -> None:
+        while True:
+            counters = await self.counters()
+            if counters.running + counters.waiting == 0 and not self._streams:
+                return
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def died(self) -> str:
+        assert self._death is not None, "the engine has not been started"
+        return await asyncio.shield(self._death)
+
+    async def close(self) -> None:
+        if self._end is None or not isinstance(self._end, EngineClosed):
+            self._finish(EngineClosed("the engine was closed"))
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._writer is not None:
+            with suppress(ConnectionError):
+                write_frame(self._writer, c.encode(c.Shutdown()))
+        try:
+            await asyncio.wait_for(process.wait(), _EXIT_GRACE_S)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if self._reading is not None:
+            self._reading.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._reading
+        if self._writer is not None:
+            self._writer.close()
+            with suppress(ConnectionError):
+                await self._writer.wait_closed()
+
+    # --- beyond the protocol: for benchmarks and tests ---
+
+    async def trace(self) -> c.Trace:
+        """Return when steps ended since the last call, by the core's clock."""
+        reply: c.Trace = await self._call(lambda call: c.ReadTrace(call=call))
+        return reply
+
+    def arm_failpoint(self, name: str, action: str, *, worker: int = -1) -> None:
+        """Arm a failpoint in the core, or in one worker; an empty name disarms all."""
+        self._send(c.ArmCore(worker=worker, name=name, action=action))
+
+    # --- inside ---
+
+    async def _spawn(self) -> tuple[asyncio.subprocess.Process, asyncio.StreamReader]:
+        ours, theirs = socket.socketpair()
+        environment = os.environ | {
+            "OPENBLAS_NUM_THREADS": "1",  # numpy's: the core forks, so it must have no threads
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", "")))),
+        }
+        try:
+            process = await asyncio.create_subprocess_exec(
+                self._options.python or sys.executable,
+                "-m",
+                "engines.native.core",
+                str(theirs.fileno()),
+                str(os.getpid()),
+                pass_fds=(theirs.fileno(),),
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                process_group=0,
+            )
+        except OSError as error:
+            ours.close()
+            raise EngineStartFailed(f"cannot run {self._options.python}: {error.strerror}") from error
+        finally:
+            theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._end = None
+        return process, reader
+
+    def _become_ready(self, ready: c.Ready) -> None:
+        self._capabilities = EngineCapabilities(
+            name="native",
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            eos_token_ids=ready.eos_token_ids,
+            refactors_in_place=True,
+            max_stages=min(len(self._options.device_ids), self._pipeline.num_decoders),
+            tensor_parallel=False,
+        )
+        self.attention = ready.attention
+        self.worker_pids = ready.worker_pids
+
+    async def _read(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader) -> None:
+        while (raw := await read_frame(reader)) is not None:
+            self._handle(c.decode_report(raw))
+        status = await process.wait()
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        self._finish(EngineDied(self._last_words or f"the engine core {how}"))
+
+    def _handle(self, report: c.CoreReport) -> None:
+        match report:
+            case c.Outputs():
+                self._deliver(report)
+            case c.Progress():
+                self._note_progress(report)
+            case c.Refactored():
+                self._targets.pop(report.call, None)
+                self._refactorings.pop(report.call).put_nowait(report)
+            case c.Starting():
+                self._on_progress(report.message)
+            case c.Ready() | c.StartFailed():
+                self._settle(0, report)
+            case c.Checked() | c.Cancelled() | c.Counters() | c.Stages() | c.Trace():
+                self._settle(report.call, report)
+            case c.Fatal():
+                self._last_words = report.reason
+            case _:
+                assert_never(report)
+
+    def _deliver(self, outputs: c.Outputs) -> None:
+        for key, token, finish, logprob in zip(
+            outputs.keys, outputs.tokens, outputs.finishes, outputs.logprobs, strict=True
+        ):
+            stream = self._streams.get(key)
+            if stream is None:  # aborted meanwhile
+                continue
+            stream.tokens.append(token)
+            if logprob is not None:
+                stream.logprobs.append(logprob)
+            if finish:
+                stream.finish = FinishReason(finish)
+            stream.wake()
+
+    def _note_progress(self, report: c.Progress) -> None:
+        progress = report.progress
+        if progress.epoch is not None and progress.epoch > self._epoch:
+            self._epoch = progress.epoch
+            self._pipeline = self._targets[report.call]
+        self._refactorings[report.call].put_nowait(progress)
+
+    def _finish(self, end: EngineError) -> None:
+        """Nothing more will come: everybody who waits learns why."""
+        self._end = end
+        for stream in self._streams.values():
+            stream.error = end
+            stream.wake()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(end)
+        self._calls.clear()
+        for call, queue in self._refactorings.items():
+            queue.put_nowait(c.Refactored(call=call, error=type(end).__name__, message=str(end)))
+        self._refactorings.clear()
+        if self._death is not None and not self._death.done() and isinstance(end, EngineDied):
+            self._death.set_result(str(end))
+
+    def _next_call(self) -> int:
+        self._last_key += 1
+        return self._last_key
+
+    def _expect(self, call: int) -> "asyncio.Future[Any]":
+        self._calls[call] = asyncio.get_running_loop().create_future()
+        return self._calls[call]
+
+    def _settle(self, call: int, reply: object) -> None:
+        future = self._calls.pop(call, None)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    async def _call(self, build: Callable[[int], c.ClientCommand]) -> Any:
+        self._ensure_alive()
+        call = self._next_call()
+        answer = self._expect(call)
+        self._send(build(call))
+        return await answer
+
+    def _ensure_alive(self) -> None:
+        if self._end is not None:
+            raise type(self._end)(str(self._end))
+
+    def _send(self, command: c.ClientCommand) -> None:
+        if self._writer is not None:
+            write_frame(self._writer, c.encode(command))

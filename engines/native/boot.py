@@ -1,0 +1,153 @@
+"""Start of the engine core: read the model's description, build its skeleton, size the KV cache. No weights are read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.errors import UnsupportedByEngine
+from engines.native import attention
+from engines.native.families import Family, build_family
+from engines.native.inbox import Inbox
+from engines.native.kernels.build import KernelBuildFailed, build_kernel, cache_directory
+from engines.native.options import NativeOptions
+from engines.native.scheduler import SchedulerLimits
+from engines.native.shared import SharedMemory, SharedSizes
+from engines.native.worker import WorkerContext
+from planner.layout import Pipeline
+from planner.model_graph import ModelGraph, build_model_graph
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boot:
+    """What the core is built from."""
+
+    options: NativeOptions
+    pipeline: Pipeline
+    context: WorkerContext
+    graph: ModelGraph
+    limits: SchedulerLimits
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    attention: str  # "compiled", or "torch" and why
+
+
+def boot(options: NativeOptions, pipeline: Pipeline) -> Boot:
+    """Prepare everything that the workers inherit. Must run before the first fork, on a single thread.
+
+    Raises:
+        UnsupportedByEngine: The model, or a feature of it, is not supported; nothing has been read but headers.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    checkpoint = open_checkpoint(options.model_directory)
+    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
+    config = AutoConfig.from_pretrained(checkpoint.directory)
+    dtype = _DTYPES[graph.dtype]
+    library, note = _attention_library(options)
+    num_blocks = 1 + options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)
+    max_model_len = choose_max_model_len(options, graph.max_context_tokens, num_blocks)
+    family = build_family(
+        config, attention=attention.register(library), max_model_len=max_model_len, dtype=dtype
+    )
+    check_pipeline(pipeline, family, options)
+    shared = SharedMemory(
+        SharedSizes(
+            num_workers=len(options.device_ids),
+            max_num_seqs=options.max_num_seqs,
+            max_blocks_per_seq=-(-max_model_len // options.kv_block_tokens),
+            hidden_bytes_per_token=family.hidden_size * dtype.itemsize,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            outbox_slots=len(options.device_ids) + 1,
+            staging_bytes=max(options.slice_bytes, 2 * family.num_kv_heads * family.head_dim * dtype.itemsize),
+        )
+    )
+    context = WorkerContext(
+        family=family,
+        checkpoint=checkpoint,
+        shared=shared,
+        inboxes=tuple(Inbox() for _ in options.device_ids),
+        core_inbox=Inbox(),
+        num_slots=num_blocks * options.kv_block_tokens,
+        kv_block_tokens=options.kv_block_tokens,
+        nice=options.nice,
+    )
+    return Boot(
+        options=options,
+        pipeline=pipeline,
+        context=context,
+        graph=graph,
+        limits=SchedulerLimits(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_block_tokens=options.kv_block_tokens,
+        ),
+        num_blocks=num_blocks,
+        eos_token_ids=_eos_token_ids(checkpoint),
+        vocab_size=int(config.vocab_size),
+        attention=note,
+    )
+
+
+def choose_max_model_len(options: NativeOptions, positions: int, num_blocks: int) -> int:
+    """Return the longest sequence: what the model knows, what is configured and what the KV cache can hold.
+
+    Raises:
+        UnsupportedByEngine: More is configured than the model or the KV cache can hold.
+    """
+    capacity = (num_blocks - 1) * options.kv_block_tokens
+    if capacity < options.kv_block_tokens:
+        raise UnsupportedByEngine(f"kv_cache of {options.kv_cache_bytes} bytes does not hold one KV block")
+    if options.max_model_len > positions:
+        raise UnsupportedByEngine(f"max_model_len {options.max_model_len} is more than the model's {positions} positions")
+    if options.max_model_len > capacity:
+        raise UnsupportedByEngine(
+            f"max_model_len {options.max_model_len} is more than the {capacity} tokens of the KV cache: raise kv_cache"
+        )
+    return options.max_model_len or min(positions, capacity)
+
+
+def check_pipeline(pipeline: Pipeline, family: Family, options: NativeOptions) -> None:
+    """Refuse a pipeline that this engine cannot run.
+
+    Raises:
+        UnsupportedByEngine: Says which stage and why.
+    """
+    if pipeline.num_decoders != family.num_decoders:
+        raise UnsupportedByEngine(
+            f"the layout covers {pipeline.num_decoders} decoders, the model has {family.num_decoders}"
+        )
+    for index, stage in enumerate(pipeline.stages):
+        if len(stage.device_ids) != 1:
+            raise UnsupportedByEngine(
+                f"stage {index} has {len(stage.device_ids)} devices; the native engine has no tensor parallelism"
+            )
+        if stage.device_ids[0] not in options.device_ids:
+            raise UnsupportedByEngine(f"stage {index} is on {stage.device_ids[0]}, which is not a device here")
+        if stage.num_decoders < 1:
+            raise UnsupportedByEngine(f"stage {index} has no decoder")
+
+
+def _attention_library(options: NativeOptions) -> tuple[Path | None, str]:
+    try:
+        directory = cache_directory(options.cache_directory)
+        return build_kernel("paged_attention", directory=directory), "compiled"
+    except KernelBuildFailed as error:
+        return None, f"torch ({error})"
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the tokens that end a sequence: the generation config's, else the model config's."""
+    for source in (checkpoint.generation_config, checkpoint.config):
+        value = source.get("eos_token_id")
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, list):
+            return tuple(value)
+    return ()

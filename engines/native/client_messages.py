@@ -1,0 +1,204 @@
+"""Messages between the daemon's side of the native engine and its core, as length-prefixed frames on a socket."""
+
+import msgspec
+
+from engines.native.options import NativeOptions
+from engines.protocol import EngineCounters, RefactorCheck, RefactorProgress, SamplingParams, StageStatus
+from planner.layout import Pipeline
+
+
+class ToCore(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of what the core may receive."""
+
+
+class StartCore(ToCore, frozen=True, kw_only=True, tag=True):
+    """The first frame."""
+
+    options: NativeOptions
+    pipeline: Pipeline
+
+
+class Submit(ToCore, frozen=True, kw_only=True, tag=True):
+    """A request; ``key`` names it from here on."""
+
+    key: int
+    prompt: list[int]
+    generated: list[int]
+    sampling: SamplingParams
+
+
+class Abort(ToCore, frozen=True, kw_only=True, tag=True):
+    """Forget a request."""
+
+    key: int
+
+
+class Refactor(ToCore, frozen=True, kw_only=True, tag=True):
+    """Change the pipeline; answered by ``Progress`` frames and one ``Refactored``."""
+
+    call: int
+    target: Pipeline
+
+
+class CheckRefactor(ToCore, frozen=True, kw_only=True, tag=True):
+    """Ask whether ``Refactor`` would be accepted; answered by ``Checked``."""
+
+    call: int
+    target: Pipeline
+
+
+class CancelRefactor(ToCore, frozen=True, kw_only=True, tag=True):
+    """Roll back what has not committed; answered by ``Cancelled``."""
+
+    call: int
+
+
+class ReadCounters(ToCore, frozen=True, kw_only=True, tag=True):
+    """Answered by ``Counters``."""
+
+    call: int
+
+
+class ReadStages(ToCore, frozen=True, kw_only=True, tag=True):
+    """Answered by ``Stages``."""
+
+    call: int
+
+
+class ReadTrace(ToCore, frozen=True, kw_only=True, tag=True):
+    """Answered by ``Trace``, which empties it."""
+
+    call: int
+
+
+class ArmCore(ToCore, frozen=True, kw_only=True, tag=True):
+    """Arm a failpoint in the core (worker -1) or in a worker. For tests."""
+
+    worker: int
+    name: str
+    action: str
+
+
+class Shutdown(ToCore, frozen=True, kw_only=True, tag=True):
+    """End all processes."""
+
+
+class FromCore(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of what the daemon may receive."""
+
+
+class Starting(FromCore, frozen=True, kw_only=True, tag=True):
+    """A line of progress while starting."""
+
+    message: str
+
+
+class Ready(FromCore, frozen=True, kw_only=True, tag=True):
+    """The engine serves."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    worker_pids: tuple[int, ...]
+    attention: str  # "compiled" or "torch"
+
+
+class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
+    """The engine cannot serve this; ``unsupported`` when the model is the reason."""
+
+    reason: str
+    unsupported: bool
+
+
+class Outputs(FromCore, frozen=True, kw_only=True, tag=True):
+    """What one step brought: parallel lists. ``finishes`` has '' where a request goes on."""
+
+    keys: list[int]
+    tokens: list[int]
+    finishes: list[str]
+    logprobs: list[float | None]
+
+
+class Progress(FromCore, frozen=True, kw_only=True, tag=True):
+    """A report of the refactoring with this call number."""
+
+    call: int
+    progress: RefactorProgress
+
+
+class Refactored(FromCore, frozen=True, kw_only=True, tag=True):
+    """The end of a refactoring: ``error`` is empty, or names the class of engines.errors."""
+
+    call: int
+    error: str
+    message: str
+
+
+class Checked(FromCore, frozen=True, kw_only=True, tag=True):
+    call: int
+    check: RefactorCheck
+
+
+class Cancelled(FromCore, frozen=True, kw_only=True, tag=True):
+    call: int
+    accepted: bool
+
+
+class Counters(FromCore, frozen=True, kw_only=True, tag=True):
+    call: int
+    counters: EngineCounters
+
+
+class Stages(FromCore, frozen=True, kw_only=True, tag=True):
+    call: int
+    stages: tuple[StageStatus, ...]
+    worker_pids: tuple[int, ...]
+    longest_slice_s: float
+
+
+class Trace(FromCore, frozen=True, kw_only=True, tag=True):
+    """When each step ended (core's monotonic clock, s) and under which epoch."""
+
+    call: int
+    ends_s: list[float]
+    epochs: list[int]
+    dispatches_s: list[float]
+
+
+class Fatal(FromCore, frozen=True, kw_only=True, tag=True):
+    """The core's last word before it ends."""
+
+    reason: str
+
+
+ClientCommand = (
+    StartCore
+    | Submit
+    | Abort
+    | Refactor
+    | CheckRefactor
+    | CancelRefactor
+    | ReadCounters
+    | ReadStages
+    | ReadTrace
+    | ArmCore
+    | Shutdown
+)
+CoreReport = (
+    Starting
+    | Ready
+    | StartFailed
+    | Outputs
+    | Progress
+    | Refactored
+    | Checked
+    | Cancelled
+    | Counters
+    | Stages
+    | Trace
+    | Fatal
+)
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(ClientCommand).decode
+decode_report = msgspec.msgpack.Decoder(CoreReport).decode

@@ -1,0 +1,231 @@
+"""The engine core process: ``python -m engines.native.core FD``. FD is a connected stream socket to the daemon.
+
+It imports torch and transformers, builds the model's skeleton, forks the stage workers, and only then starts its event
+loop. It runs no tensor operation itself, so it never has a torch thread and may fork again when a worker is lost.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Coroutine
+from typing import assert_never
+
+import uvloop
+
+from engines.errors import EngineError, RefactoringAborted, RefactoringBusy, RefactoringRefused, UnsupportedByEngine
+from engines.failpoints import FailAction
+from engines.frames import read_frame, receive_frame, send_frame, write_frame
+from engines.native import client_messages as c
+from engines.native import messages as m
+from engines.native.boot import Boot, boot
+from engines.native.engine_core import EngineCore, EngineFailed
+from engines.native.feasibility import check_refactor
+from engines.native.handover import HandoverRunner
+from engines.native.specs import specs_of
+from engines.native.workers import WorkerPool
+from engines.process import die_with_parent
+from engines.protocol import RefactorProgress, StageStatus
+from planner.errors import PlannerError
+from planner.handover import HandoverPhase
+
+
+class CoreServer:
+    """Speaks with the daemon on behalf of one ``EngineCore``."""
+
+    def __init__(self, booted: Boot, pool: WorkerPool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._boot = booted
+        self._pool = pool
+        self._reader = reader
+        self._writer = writer
+        self._core = EngineCore(booted, pool, emit=self._emit)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Load the first layout, then obey until told to shut down or the daemon is gone."""
+        self._emit(c.Starting(message="loading weights"))
+        try:
+            await self._core.start()
+        except EngineFailed as error:
+            self._emit(c.StartFailed(reason=str(error), unsupported=False))
+            return
+        boot_ = self._boot
+        self._emit(
+            c.Ready(
+                max_model_len=boot_.limits.max_model_len,
+                vocab_size=boot_.vocab_size,
+                eos_token_ids=boot_.eos_token_ids,
+                worker_pids=self._pool.pids,
+                attention=boot_.attention,
+            )
+        )
+        self._spawn(self._core.watch_for_hangs())
+        commands = asyncio.create_task(self._obey())
+        await asyncio.wait((commands, self._core.failed), return_when=asyncio.FIRST_COMPLETED)
+        if self._core.failed.done():
+            self._emit(c.Fatal(reason=self._core.failed.result()))
+            await self._writer.drain()
+        else:
+            await commands
+
+    async def _obey(self) -> None:
+        while (raw := await read_frame(self._reader)) is not None:
+            command = c.decode_command(raw)
+            if isinstance(command, c.Shutdown):
+                return
+            self._perform(command)
+
+    def _perform(self, command: c.ClientCommand) -> None:
+        core = self._core
+        match command:
+            case c.Submit():
+                core.submit(command)
+            case c.Abort():
+                core.abort(command.key)
+            case c.Refactor():
+                self._spawn(self._refactor(command))
+            case c.CheckRefactor():
+                self._emit(c.Checked(call=command.call, check=self._check(command)))
+            case c.CancelRefactor():
+                accepted = core.handover is not None and core.handover.cancel()
+                self._emit(c.Cancelled(call=command.call, accepted=accepted))
+            case c.ReadCounters():
+                self._emit(c.Counters(call=command.call, counters=core.counters()))
+            case c.ReadStages():
+                self._spawn(self._tell_stages(command.call))
+            case c.ReadTrace():
+                ends, epochs, dispatches = core.trace.take()
+                self._emit(c.Trace(call=command.call, ends_s=ends, epochs=epochs, dispatches_s=dispatches))
+            case c.ArmCore():
+                self._arm(command)
+            case c.StartCore() | c.Shutdown():
+                raise AssertionError("not expected here")
+            case _:
+                assert_never(command)
+
+    def _check(self, command: c.CheckRefactor | c.Refactor) -> c.RefactorCheck:
+        core = self._core
+        return check_refactor(
+            self._boot, current=core.pipeline, target=command.target, live_blocks=core.scheduler.kv_blocks_used
+        )
+
+    async def _refactor(self, command: c.Refactor) -> None:
+        error, message = "", ""
+        try:
+            await self._run_handover(command)
+        except EngineError as refusal:
+            error, message = type(refusal).__name__, str(refusal)
+        self._emit(c.Refactored(call=command.call, error=error, message=message))
+
+    async def _run_handover(self, command: c.Refactor) -> None:
+        core = self._core
+        if core.handover is not None:
+            raise RefactoringBusy(f"another refactoring is under way: {core.handover.describe()}")
+        if core.recovering:
+            raise RefactoringBusy("a lost worker is being recovered")
+        check = self._check(command)
+        if not check.feasible:
+            raise RefactoringRefused("; ".join(check.sentences))
+
+        def tell(progress: RefactorProgress) -> None:
+            self._emit(c.Progress(call=command.call, progress=progress))
+
+        core.handover = HandoverRunner(core, command.target, on_progress=tell)
+        try:
+            result = await core.handover.run()
+        finally:
+            core.handover = None
+        if result.state.phase is HandoverPhase.ABORTED:
+            raise RefactoringAborted(result.state.reason or "aborted")
+
+    async def _tell_stages(self, call: int) -> None:
+        core = self._core
+        stages = []
+        longest = 0.0
+        specs = specs_of(core.pipeline, core.worker_of)
+        for number, (index, spec) in enumerate(specs.items()):
+            stats = await core.read_stats(index)
+            longest = max(longest, stats.longest_slice_s)
+            stages.append(
+                StageStatus(
+                    index=number,
+                    device_ids=(self._boot.options.device_ids[index],),
+                    first_decoder=spec.first_decoder,
+                    end_decoder=spec.end_decoder,
+                    pids=(self._pool.pids[index],),
+                    weights_bytes=stats.weights_bytes,
+                    kv_mapped_bytes=stats.kv_mapped_bytes,
+                    busy=core.busy_share(index, stats.busy_s),
+                )
+            )
+        self._emit(
+            c.Stages(call=call, stages=tuple(stages), worker_pids=self._pool.pids, longest_slice_s=longest)
+        )
+
+    def _arm(self, command: c.ArmCore) -> None:
+        if command.worker >= 0:
+            self._pool.send(command.worker, m.ArmFailpoint(name=command.name, action=command.action))
+        elif command.name:
+            self._core.failpoints.arm(command.name, FailAction(command.action))
+        else:
+            self._core.failpoints.disarm()
+            self._pool.send_all(m.ArmFailpoint(name="", action=""))
+
+    def _emit(self, report: c.CoreReport) -> None:
+        write_frame(self._writer, c.encode(report))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._core.fail(f"{type(error).__name__}: {error}")
+
+    @property
+    def core(self) -> EngineCore:
+        return self._core
+
+
+async def _run(booted: Boot, pool: WorkerPool, connection: socket.socket) -> None:
+    reader, writer = await asyncio.open_connection(sock=connection)
+    server = CoreServer(booted, pool, reader, writer)
+    pool.watch(
+        asyncio.get_running_loop(),
+        on_report=server.core.on_report,
+        on_death=server.core.on_worker_death,
+        private=[connection.fileno()],
+    )
+    await server.serve()
+    await writer.drain()
+
+
+def main() -> None:
+    """Run the core until the daemon closes the connection."""
+    die_with_parent(parent_pid=int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    first = c.decode_command(receive_frame(connection))
+    assert isinstance(first, c.StartCore)
+    send_frame(connection, c.encode(c.Starting(message="reading the model's description")))
+    try:
+        booted = boot(first.options, first.pipeline)
+    except (UnsupportedByEngine, PlannerError) as error:
+        send_frame(connection, c.encode(c.StartFailed(reason=str(error), unsupported=True)))
+        return
+    gc.collect()
+    gc.freeze()  # what the workers inherit stays shared: the collector does not touch it
+    pool = WorkerPool(booted.context)
+    for index in range(pool.size):
+        pool.spawn(index)
+    uvloop.run(_run(booted, pool, connection))
+    pool.end()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

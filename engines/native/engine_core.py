@@ -1,0 +1,383 @@
+"""The engine core: keeps the stages busy, takes in results, and recovers from the loss of a worker.
+
+It is the one writer of the scheduler, the layout in force and the generation. Everything here runs on one event loop
+and one thread; the handover has a task of its own (``engines.native.handover``) that calls in here between two steps.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from engines.failpoints import Failpoints
+from engines.native import client_messages as c
+from engines.native import messages as m
+from engines.native.boot import Boot
+from engines.native.handover import HandoverRunner
+from engines.native.kv_blocks import KVBlocks
+from engines.native.options import micro_batches_for, threads_per_stage
+from engines.native.scheduler import Batch, Output, Scheduler
+from engines.native.sequence import Sequence
+from engines.native.specs import specs_of
+from engines.native.trace import StepTrace
+from engines.native.workers import WorkerPool
+from engines.process import usable_cores
+from engines.protocol import EngineCounters
+from planner.layout import Pipeline
+
+
+class EngineFailed(Exception):
+    """The core cannot go on; the message is for the operator."""
+
+
+class EngineCore:
+    """One replica."""
+
+    def __init__(self, boot: Boot, pool: WorkerPool, *, emit: Callable[[c.CoreReport], None]) -> None:
+        self.boot = boot
+        self.pool = pool
+        self.pipeline = boot.pipeline
+        self.epoch = 0
+        self.failpoints = Failpoints()
+        self.trace = StepTrace()
+        self.handover: HandoverRunner | None = None
+        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.refactorings = 0
+        self.worker_of = {device: index for index, device in enumerate(boot.options.device_ids)}
+        self.scheduler = Scheduler(
+            limits=boot.limits, blocks=KVBlocks(num_blocks=boot.num_blocks), table=boot.context.shared.block_table
+        )
+        self.kv_capacity = boot.num_blocks - 1
+        self._emit = emit
+        self._generation = 0
+        self._in_flight: dict[int, tuple[Batch, float]] = {}
+        self._holding = True  # until the first stages are loaded
+        self._drained: asyncio.Future[None] | None = None
+        self._loading: dict[int, asyncio.Future[None]] = {}
+        self._stats: dict[tuple[int, int], asyncio.Future[m.Stats]] = {}
+        self._checksums: dict[int, asyncio.Future[list[int]]] = {}
+        self._next_ticket = 0
+        self._recovery: asyncio.Task[None] | None = None
+        self._deaths: list[float] = []
+        self._last_words: dict[int, str] = {}
+        self._busy: dict[int, tuple[float, float]] = {}
+        self._workers: list[int] = []  # stage by stage
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._steps = 0
+
+    # --- requests ---
+
+    def submit(self, request: c.Submit) -> None:
+        """Queue a request."""
+        eos = () if request.sampling.ignore_eos else self.boot.eos_token_ids
+        self.scheduler.add(
+            Sequence(
+                key=request.key,
+                prompt=request.prompt,
+                generated=request.generated,
+                sampling=request.sampling,
+                stop_ids=frozenset((*request.sampling.stop_token_ids, *eos)),
+                order=self.scheduler.take_order(),
+            )
+        )
+        self._prompt_tokens += len(request.prompt)
+        self.pump()
+
+    def abort(self, key: int) -> None:
+        self.scheduler.abort(key)
+        self.pump()  # its KV blocks may let another one in
+
+    # --- steps ---
+
+    def pump(self) -> None:
+        """Dispatch micro-batches while the stages can take more."""
+        while not self._holding and len(self._in_flight) < self.scheduler.micro_batches:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                return
+            self._dispatch(batch)
+
+    def _dispatch(self, batch: Batch) -> None:
+        entries = batch.entries
+        sampled = [i for i, entry in enumerate(entries) if entry.samples]
+        tokens = [t for e in entries for t in e.sequence.tokens[e.start : e.start + e.count]]
+        raw = m.encode(
+            m.RunStep(
+                step_id=batch.step_id,
+                generation=self._generation,
+                rows=_int32([e.sequence.row for e in entries]),
+                starts=_int32([e.start for e in entries]),
+                counts=_int32([e.count for e in entries]),
+                tokens=_int32(tokens),
+                sampled=_int32(sampled),
+                draws=_draws(batch, sampled),
+                logprobs=any(e.sequence.sampling.logprobs for e in entries if e.samples),
+            )
+        )
+        now = time.monotonic()
+        self._in_flight[batch.step_id] = (batch, now)
+        self.trace.dispatched(now, self.epoch)
+        for worker in self._workers:
+            self.pool.send_raw(worker, raw)
+
+    def _step_done(self, done: m.StepDone) -> None:
+        if done.generation != self._generation:
+            return
+        now = time.monotonic()
+        batch, _ = self._in_flight.pop(done.step_id)
+        if self.handover is not None:
+            self.handover.mark_written(batch)
+        logprobs = np.frombuffer(done.logprobs, dtype=np.float32).tolist() if done.logprobs else None
+        outputs = self.scheduler.finish_step(batch, np.frombuffer(done.tokens, dtype=np.int32).tolist(), logprobs)
+        self._steps += 1
+        self.trace.ended(now, self.epoch)
+        if self._drained is not None and not self._in_flight and not self._drained.done():
+            self._drained.set_result(None)
+        self.pump()  # first: the stages compute while the results are told
+        self._tell(outputs)
+
+    def _tell(self, outputs: list[Output]) -> None:
+        if not outputs:
+            return
+        self._generated_tokens += len(outputs)
+        self._emit(
+            c.Outputs(
+                keys=[o.key for o in outputs],
+                tokens=[-1 if o.token is None else o.token for o in outputs],
+                finishes=["" if o.finish is None else o.finish.value for o in outputs],
+                logprobs=[o.logprob for o in outputs],
+            )
+        )
+
+    # --- between two steps: what a handover needs ---
+
+    async def drain_steps(self) -> None:
+        """Hold scheduling and return when no micro-batch is in flight."""
+        self._holding = True
+        if self._in_flight:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+            self._drained = None
+
+    def resume(self) -> None:
+        """Schedule again, unless a recovery is under way: that resumes when it is done."""
+        if self._recovery is None:
+            self._holding = False
+            self.pump()
+
+    def record(self, target: Pipeline) -> None:
+        """The commit point: from here on ``target`` is the layout in force."""
+        self.pipeline = target
+        self.epoch += 1
+        self.refactorings += 1
+
+    def adopt(self) -> None:
+        """Tell every worker its role under a new generation. Steps and messages of older ones are void."""
+        self._generation += 1
+        self._in_flight.clear()
+        cores = self.boot.options.threads or usable_cores()
+        stages = self.pipeline.granularity
+        threads = threads_per_stage(num_stages=stages, threads=cores)
+        specs = specs_of(self.pipeline, self.worker_of)
+        self._workers = list(specs)
+        self.scheduler.micro_batches = micro_batches_for(self.boot.options, num_stages=stages, cores=cores)
+        for index in range(self.pool.size):
+            self.pool.send(index, m.Adopt(generation=self._generation, spec=specs.get(index), threads=threads))
+
+    # --- workers ---
+
+    async def load_stages(self, indexes: list[int]) -> None:
+        """Have these workers load the layers of their stage in the pipeline in force."""
+        specs = specs_of(self.pipeline, self.worker_of)
+        loop = asyncio.get_running_loop()
+        waiting = []
+        for index in indexes:
+            self._loading[index] = loop.create_future()
+            waiting.append(self._loading[index])
+            self.pool.send(index, m.Prepare(handover=0, spec=specs[index]))
+        await asyncio.gather(*waiting)
+
+    async def start(self) -> None:
+        """Load the first layout and begin to schedule.
+
+        Raises:
+            EngineFailed: A worker could not load its layers.
+        """
+        await self.load_stages(list(specs_of(self.pipeline, self.worker_of)))
+        self.adopt()
+        self.resume()
+
+    def on_report(self, report: m.WorkerReport) -> None:
+        """Take in what a worker says."""
+        match report:
+            case m.StepDone():
+                self._step_done(report)
+            case m.Stats():
+                self._resolve(self._stats.pop((report.worker, report.ticket), None), report)
+            case m.Checksums():
+                self._resolve(self._checksums.pop(report.ticket, None), report.values)
+            case m.Crashed():
+                self._last_words[report.worker] = report.reason
+            case m.Prepared() if report.handover == 0:
+                if report.done:
+                    self._resolve(self._loading.pop(report.worker, None), None)
+            case m.Failed() if report.handover == 0:
+                waiting = self._loading.pop(report.worker, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_exception(EngineFailed(report.reason))
+            case m.Prepared() | m.Failed() | m.Copied() | m.Released():
+                if self.handover is not None:
+                    self.handover.on_report(report)
+
+    def on_worker_death(self, index: int, reason: str) -> None:
+        """Restart a worker that ended; if it carried a stage, compute again what was lost with it."""
+        words = self._last_words.pop(index, "")
+        reason = f"{reason}: {words}" if words else reason
+        now = time.monotonic()
+        self._deaths = [t for t in self._deaths if now - t < 60.0] + [now]
+        if len(self._deaths) > 10 * self.pool.size:
+            self.fail(f"workers keep dying: {reason}")
+            return
+        self.pool.restart(index)
+        waiting = self._loading.pop(index, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(EngineFailed(reason))
+        for key in [k for k in self._stats if k[0] == index]:
+            self._stats.pop(key).cancel()
+        carried = index in specs_of(self.pipeline, self.worker_of)
+        if carried:
+            self._begin_recovery()
+        if self.handover is not None:
+            self.handover.worker_lost(index, reason)
+
+    def _begin_recovery(self) -> None:
+        self._holding = True
+        self._generation += 1  # whatever is still under way is void
+        self._in_flight.clear()
+        self.scheduler.recompute_all()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if self._recovery is not None:
+            self._recovery.cancel()
+        self._recovery = asyncio.get_running_loop().create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Load the stages again where they are missing, then go on. Workers that still hold theirs have little to do."""
+        for attempt in range(3):
+            try:
+                await self.load_stages(list(specs_of(self.pipeline, self.worker_of)))
+                break
+            except EngineFailed as error:
+                if attempt == 2:
+                    self.fail(f"a stage cannot be loaded again: {error}")
+                    return
+        self.adopt()
+        self._recovery = None
+        if self.handover is None or not self.handover.holds_scheduling:
+            self.resume()
+
+    def fail(self, reason: str) -> None:
+        """End the engine: the daemon starts another and goes on from its own copy of the requests."""
+        if not self.failed.done():
+            self.failed.set_result(reason)
+
+    async def watch_for_hangs(self) -> None:
+        """Kill stage workers that answer nothing while a step is overdue; their loss is then recovered as a crash."""
+        deadline_s = self.boot.options.hang_deadline_s
+        while True:
+            await asyncio.sleep(min(deadline_s / 4, 1.0))
+            if not self._in_flight or self._recovery is not None:
+                continue
+            oldest = min(dispatched for _, dispatched in self._in_flight.values())
+            if time.monotonic() - oldest < deadline_s:
+                continue
+            answers = await asyncio.gather(*(self._answers(index) for index in self._workers))
+            silent = [index for index, well in zip(self._workers, answers, strict=True) if not well]
+            for index in silent or self._workers[:1]:
+                self.pool.kill(index)
+
+    async def _answers(self, index: int) -> bool:
+        try:
+            await asyncio.wait_for(self.read_stats(index), 2.0)
+        except TimeoutError:
+            return False
+        return True
+
+    def read_stats(self, index: int) -> asyncio.Future[m.Stats]:
+        """Ask a worker for its counters."""
+        ticket = self.take_ticket()
+        future = self._stats[index, ticket] = asyncio.get_running_loop().create_future()
+        self.pool.send(index, m.ReadStats(ticket=ticket))
+        return future
+
+    def read_checksums(
+        self, index: int, decoders: list[int], blocks: list[tuple[int, int]]
+    ) -> asyncio.Future[list[int]]:
+        """Ask a worker for the checksums of KV blocks (id, valid token slots)."""
+        ticket = self.take_ticket()
+        future = self._checksums[ticket] = asyncio.get_running_loop().create_future()
+        self.pool.send(index, m.Checksum(ticket=ticket, decoders=decoders, blocks=blocks))
+        return future
+
+    @property
+    def recovering(self) -> bool:
+        return self._recovery is not None
+
+    def busy_share(self, index: int, busy_s: float) -> float | None:
+        """Return the share of time that a worker has computed since this was last asked."""
+        now = time.monotonic()
+        before = self._busy.get(index)
+        self._busy[index] = (now, busy_s)
+        if before is None or busy_s < before[1] or now <= before[0]:
+            return None
+        return min(1.0, (busy_s - before[1]) / (now - before[0]))
+
+    def take_ticket(self) -> int:
+        self._next_ticket += 1
+        return self._next_ticket
+
+    def counters(self) -> EngineCounters:
+        scheduler = self.scheduler
+        return EngineCounters(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv_blocks_used=scheduler.kv_blocks_used,
+            kv_blocks_capacity=self.kv_capacity,
+            kv_block_tokens=self.boot.limits.kv_block_tokens,
+            prompt_tokens_total=self._prompt_tokens,
+            generated_tokens_total=self._generated_tokens,
+            preemptions_total=scheduler.preemptions,
+            steps_total=self._steps,
+            worker_restarts_total=self.pool.restarts,
+            refactorings_total=self.refactorings,
+        )
+
+    @staticmethod
+    def _resolve(future: asyncio.Future[object] | None, value: object) -> None:
+        if future is not None and not future.done():
+            future.set_result(value)
+
+
+def _int32(values: list[int]) -> bytes:
+    return np.array(values, dtype=np.int32).tobytes()
+
+
+def _draws(batch: Batch, sampled: list[int]) -> list[m.Draw]:
+    draws = []
+    for row, index in enumerate(sampled):
+        sequence = batch.entries[index].sequence
+        how = sequence.sampling
+        if how.temperature > 0.0:
+            draws.append(
+                m.Draw(
+                    row=row,
+                    temperature=how.temperature,
+                    top_p=how.top_p,
+                    top_k=how.top_k,
+                    seed=how.seed,
+                    position=sequence.num_output,
+                )
+            )
+    return draws

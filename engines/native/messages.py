@@ -1,0 +1,226 @@
+"""Messages between the engine core and its stage workers, and between workers.
+
+Arrays travel as the bytes of int32 (``tokens``, ``rows``, ``starts``, ``counts``, ``slots``) or float32 (``logprobs``).
+``generation`` rises with every commit and every recovery; a message of another generation is stale and dropped.
+"""
+
+import msgspec
+
+
+class StageSpec(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The role a worker is given."""
+
+    first_decoder: int
+    end_decoder: int
+    is_first: bool  # holds the embedding
+    is_last: bool  # holds the head and samples
+    next_worker: int  # -1 for the last stage
+
+    def layers(self) -> tuple[str, ...]:
+        """Return the names of its layers, in order: ``embedding``, ``0``, ``1``, ..., ``head``."""
+        decoders = tuple(str(i) for i in range(self.first_decoder, self.end_decoder))
+        return ("embedding",) * self.is_first + decoders + ("head",) * self.is_last
+
+
+class Draw(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How to sample one row of the logits when it is not greedy. ``position`` counts output tokens from 0."""
+
+    row: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    position: int
+
+
+class ToWorker(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Base of what a worker may receive."""
+
+
+class RunStep(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """One micro-batch. Sent to every stage; only the first needs ``tokens``, only the last ``sampled`` and ``draws``.
+
+    ``rows[i]`` is the sequence's row in the shared block table, ``starts[i]`` the position of its first new token and
+    ``counts[i]`` how many there are. ``sampled`` lists the sequences (by index) whose next token is wanted.
+    """
+
+    step_id: int
+    generation: int
+    rows: bytes
+    starts: bytes
+    counts: bytes
+    tokens: bytes
+    sampled: bytes
+    draws: list[Draw]
+    logprobs: bool
+
+
+class Hidden(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """The previous stage's output lies in the outbox of ``source``."""
+
+    step_id: int
+    generation: int
+    source: int
+
+
+class Prepare(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Get the layers of ``spec`` ready beside those already held."""
+
+    handover: int
+    spec: StageSpec
+
+
+class Loaded(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """From a worker's loading thread to its own loop: the weights are mapped and in memory."""
+
+    handover: int
+
+
+class CopyOut(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Put these token slots of these decoders into the staging area ``buffer`` and tell ``target``."""
+
+    handover: int
+    ticket: int
+    target: int
+    buffer: int
+    decoders: list[int]
+    slots: bytes
+
+
+class CopyIn(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Take token slots from the staging area of ``source`` into the KV cache."""
+
+    handover: int
+    ticket: int
+    source: int
+    buffer: int
+    decoders: list[int]
+    slots: bytes
+
+
+class Checksum(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Report a checksum of the first ``valid`` token slots of each of these KV blocks, in each of these decoders."""
+
+    ticket: int
+    decoders: list[int]
+    blocks: list[tuple[int, int]]  # KV block id, valid
+
+
+class Adopt(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """From here on carry this stage (None: wait without one)."""
+
+    generation: int
+    spec: StageSpec | None
+    threads: int
+
+
+class Release(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Give back the memory of every layer that the present role does not need."""
+
+    handover: int
+
+
+class ReadStats(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Report counters."""
+
+    ticket: int
+
+
+class ArmFailpoint(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """For tests. An empty name disarms all."""
+
+    name: str
+    action: str
+
+
+class Exit(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """End the process."""
+
+
+class FromWorker(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Base of what the core may receive."""
+
+    worker: int
+
+
+class StepDone(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Sampled tokens, in the order of ``RunStep.sampled``."""
+
+    step_id: int
+    generation: int
+    tokens: bytes
+    logprobs: bytes
+
+
+class Prepared(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Progress of ``Prepare``; ``done`` once everything is mapped, faulted in and warmed up."""
+
+    handover: int
+    weights_bytes: int
+    done: bool
+
+
+class Failed(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """A handover task did not work out; the worker itself is well."""
+
+    handover: int
+    reason: str
+
+
+class Copied(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """The destination has taken what ``CopyOut`` with this ticket sent."""
+
+    handover: int
+    ticket: int
+
+
+class Checksums(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """One 32-bit checksum per decoder and KV block, decoders outermost."""
+
+    ticket: int
+    values: list[int]
+
+
+class Released(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Answer to ``Release``."""
+
+    handover: int
+    weights_bytes: int
+    kv_bytes: int
+
+
+class Stats(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Answer to ``ReadStats``. ``busy_s`` and ``longest_slice_s`` are since the process started."""
+
+    ticket: int
+    weights_bytes: int
+    kv_mapped_bytes: int
+    busy_s: float
+    longest_slice_s: float
+
+
+class Crashed(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """The worker cannot go on and ends; the reason is its last word."""
+
+    reason: str
+
+
+WorkerCommand = (
+    RunStep
+    | Hidden
+    | Prepare
+    | Loaded
+    | CopyOut
+    | CopyIn
+    | Checksum
+    | Adopt
+    | Release
+    | ReadStats
+    | ArmFailpoint
+    | Exit
+)
+WorkerReport = StepDone | Prepared | Failed | Copied | Checksums | Released | Stats | Crashed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(WorkerCommand).decode
+decode_report = msgspec.msgpack.Decoder(WorkerReport).decode

@@ -1,0 +1,46 @@
+"""What the native engine is told when it starts."""
+
+import msgspec
+
+
+class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine core needs to know. Travels to the core as its first frame."""
+
+    model_directory: str
+    device_ids: tuple[str, ...]
+    device_memory_bytes: int  # budget of each device
+    python: str = ""  # interpreter of the engine's processes; empty: the caller's own
+    dtype: str = "auto"
+    max_model_len: int = 0  # tokens; 0: as the model says, within the KV capacity
+    kv_cache_bytes: int = 64 << 20  # over all decoders
+    kv_block_tokens: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_micro_batches: int = 0  # 0: as many as measures fastest
+    threads: int = 0  # of all stages together; 0: the cores this process may use
+    nice: int = 10
+    hang_deadline_s: float = 60.0
+    prepare_deadline_s: float = 120.0
+    sync_deadline_s: float = 120.0
+    commit_deadline_s: float = 5.0
+    max_rounds: int = 8
+    remainder_slots: int = 256
+    slice_bytes: int = 512 << 10  # of KV copied in one piece between two steps
+    verify_checksums: bool = False  # compare the live KV blocks of source and destination at commit (tests)
+    cache_directory: str = ""  # for compiled kernels; empty: the user's cache directory
+
+
+def micro_batches_for(options: NativeOptions, *, num_stages: int, cores: int) -> int:
+    """Return how many micro-batches may be in flight.
+
+    On the CPU the stages compete for the cores: more micro-batches than cores only make each one smaller (measured
+    with tests/bench/micro_batches.py), so the default is the number of stages, at most the number of cores.
+    """
+    if options.max_micro_batches:
+        return min(options.max_micro_batches, num_stages)
+    return max(1, min(num_stages, cores))
+
+
+def threads_per_stage(*, num_stages: int, threads: int) -> int:
+    """Return the torch threads of each stage, so that all active stages together stay within ``threads``."""
+    return max(1, threads // num_stages)

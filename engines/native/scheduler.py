@@ -1,0 +1,254 @@
+"""Continuous batching with chunked prefill over a paged KV cache. Plain and synchronous: no I/O, no clock.
+
+A micro-batch is a set of sequences that go through the stages together; a sequence is in one micro-batch at a time.
+When KV blocks run out, the youngest sequence gives its own back and is computed again later; no request fails for it.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engines.native.kv_blocks import KVBlocks
+from engines.native.sequence import Sequence, SequenceState
+from engines.protocol import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What one micro-batch and the whole engine may hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    kv_block_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """``count`` tokens of a sequence from position ``start``; with ``samples`` the next token is wanted."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch."""
+
+    step_id: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step brought one sequence."""
+
+    key: int
+    token: int | None
+    logprob: float | None
+    finish: FinishReason | None
+
+
+class Scheduler:
+    """The one writer of all sequences, of the KV blocks and of the shared block table."""
+
+    def __init__(self, *, limits: SchedulerLimits, blocks: KVBlocks, table: npt.NDArray[np.int32]) -> None:
+        self._limits = limits
+        self._blocks = blocks
+        self._table = table
+        self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._sequences: dict[int, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._next_step = 0
+        self._next_order = 0
+        self.micro_batches = 1
+        self.preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_live(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def kv_blocks_used(self) -> int:
+        return self._blocks.used
+
+    def take_order(self) -> int:
+        self._next_order += 1
+        return self._next_order
+
+    def add(self, sequence: Sequence) -> None:
+        self._sequences[sequence.key] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, key: int) -> None:
+        """Forget a sequence; one in flight is freed when its step ends. An unknown key has ended already."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is None:
+            return
+        sequence.aborted = True
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+            sequence.state = SequenceState.FINISHED
+        elif not sequence.in_flight:
+            self._end(sequence)
+
+    def schedule(self) -> Batch | None:
+        """Return the next micro-batch, or None when nothing can run now.
+
+        Decoding sequences come first, then prefills under way, then waiting requests, all within the token budget.
+        A micro-batch takes at most its share of the running sequences, so that every stage has work.
+        """
+        budget = self._limits.max_num_batched_tokens
+        share = -(-min(len(self._running) + len(self._waiting), self._limits.max_num_seqs) // self.micro_batches)
+        entries: list[Entry] = []
+        ready = [s for s in self._running if not s.in_flight]
+        ready.sort(key=lambda s: (s.pending > 1, s.order))
+        for sequence in ready:
+            if budget == 0 or len(entries) >= share:
+                break
+            if sequence.state is not SequenceState.RUNNING:  # preempted for an earlier entry
+                continue
+            count = min(sequence.pending, budget)
+            if not self._ensure_blocks(sequence, sequence.computed + count):
+                continue
+            entries.append(self._entry(sequence, count))
+            budget -= count
+        while self._waiting and budget and len(entries) < share and self._rows:
+            sequence = self._waiting[0]
+            count = min(sequence.pending, budget)
+            if not self._admit(sequence, count, is_alone=not self._running):
+                break
+            self._waiting.popleft()
+            entries.append(self._entry(sequence, count))
+            budget -= count
+        if not entries:
+            return None
+        self._next_step += 1
+        return Batch(self._next_step, tuple(entries))
+
+    def finish_step(self, batch: Batch, tokens: list[int], logprobs: list[float] | None) -> list[Output]:
+        """Take in the sampled tokens of ``batch`` (one per sampling entry, in order)."""
+        outputs: list[Output] = []
+        sampled = 0
+        for entry in batch.entries:
+            sequence = entry.sequence
+            sequence.in_flight = False
+            sequence.computed += entry.count
+            token = None
+            if entry.samples:
+                token, logprob = tokens[sampled], logprobs[sampled] if logprobs is not None else None
+                sampled += 1
+            if sequence.aborted:
+                self._end(sequence)
+                continue
+            if token is None:
+                continue
+            sequence.tokens.append(token)
+            finish = sequence.finish_after(token, max_model_len=self._limits.max_model_len)
+            outputs.append(Output(sequence.key, token, logprob if sequence.sampling.logprobs else None, finish))
+            if finish is not None:
+                del self._sequences[sequence.key]
+                self._end(sequence)
+        return outputs
+
+    def recompute_all(self) -> None:
+        """After a crash: whatever was in flight or in the KV cache is lost, the tokens are not."""
+        for sequence in sorted(self._running, key=lambda s: s.order, reverse=True):
+            sequence.in_flight = False
+            if sequence.aborted:
+                self._end(sequence)
+            else:
+                self._preempt(sequence)
+
+    def live_slots(self) -> npt.NDArray[np.int64]:
+        """Return the token slots of the KV cache that running sequences need (steps in flight not counted)."""
+        slots = [self.slots_of(s, 0, s.computed) for s in self._running]
+        return np.concatenate(slots) if slots else np.empty(0, dtype=np.int64)
+
+    def live_blocks(self) -> list[tuple[int, int]]:
+        """Return every KV block that holds computed tokens, with their number: only those slots are valid."""
+        size = self._limits.kv_block_tokens
+        return sorted(
+            (block, min(size, s.computed - i * size))
+            for s in self._running
+            for i, block in enumerate(s.block_ids)
+            if s.computed > i * size
+        )
+
+    def slots_of(self, sequence: Sequence, start: int, end: int) -> npt.NDArray[np.int64]:
+        """Return the token slots of positions ``start`` to ``end - 1``."""
+        size = self._limits.kv_block_tokens
+        positions = np.arange(start, end, dtype=np.int64)
+        return self._table[sequence.row, positions // size].astype(np.int64) * size + positions % size
+
+    def _entry(self, sequence: Sequence, count: int) -> Entry:
+        sequence.in_flight = True
+        return Entry(sequence, sequence.computed, count, count == sequence.pending)
+
+    def _ensure_blocks(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give the sequence KV blocks for ``num_tokens``, preempting younger ones if need be."""
+        missing = -(-num_tokens // self._limits.kv_block_tokens) - len(sequence.block_ids)
+        if missing <= 0:
+            return True
+        while (taken := self._blocks.take(missing)) is None:
+            victim = next(self._victims(), None)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._append_blocks(sequence, taken)
+        return True
+
+    def _victims(self) -> Iterator[Sequence]:
+        idle = [s for s in self._running if not s.in_flight]
+        return iter(sorted(idle, key=lambda s: s.order, reverse=True))
+
+    def _admit(self, sequence: Sequence, count: int, *, is_alone: bool) -> bool:
+        """Start a waiting sequence if KV blocks are left over for those already running."""
+        needed = -(-count // self._limits.kv_block_tokens)
+        headroom = 0 if is_alone else len(self._running)  # one more KV block each, so that it is not preempted at once
+        if self._blocks.free < needed + headroom:
+            return False
+        taken = self._blocks.take(needed)
+        assert taken is not None
+        sequence.row = self._rows.pop()
+        sequence.state = SequenceState.RUNNING
+        self._running.append(sequence)
+        self._append_blocks(sequence, taken)
+        return True
+
+    def _append_blocks(self, sequence: Sequence, taken: list[int]) -> None:
+        start = len(sequence.block_ids)
+        sequence.block_ids.extend(taken)
+        self._table[sequence.row, start : start + len(taken)] = taken
+
+    def _release(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._blocks.give_back(sequence.block_ids)
+        self._rows.append(sequence.row)
+        sequence.block_ids, sequence.row, sequence.computed = [], -1, 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.state = SequenceState.WAITING
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _end(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.state = SequenceState.FINISHED

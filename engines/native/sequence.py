@@ -1,0 +1,73 @@
+"""One request as the scheduler sees it."""
+
+from enum import Enum
+
+from engines.protocol import FinishReason, SamplingParams
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"  # holds no KV blocks
+    RUNNING = "running"  # holds KV blocks and a row of the block table
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens known so far and how many of them are in the KV cache.
+
+    Prompt and output are one list: a preempted or recovered sequence is simply one with nothing computed.
+    """
+
+    __slots__ = (
+        "aborted",
+        "block_ids",
+        "computed",
+        "in_flight",
+        "key",
+        "num_prompt",
+        "order",
+        "row",
+        "sampling",
+        "state",
+        "stop_ids",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        *,
+        key: int,
+        prompt: list[int],
+        generated: list[int],
+        sampling: SamplingParams,
+        stop_ids: frozenset[int],
+        order: int,
+    ) -> None:
+        self.key = key
+        self.tokens = prompt + generated
+        self.num_prompt = len(prompt)
+        self.sampling = sampling
+        self.stop_ids = stop_ids
+        self.order = order  # of arrival: the oldest is preempted last
+        self.computed = 0
+        self.block_ids: list[int] = []
+        self.row = -1
+        self.in_flight = False
+        self.aborted = False
+        self.state = SequenceState.WAITING
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def pending(self) -> int:
+        """Tokens known but not in the KV cache; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    def finish_after(self, token: int, *, max_model_len: int) -> FinishReason | None:
+        """Say whether ``token``, already appended, ends the sequence."""
+        if token in self.stop_ids:
+            return FinishReason.STOP
+        if self.num_output >= self.sampling.max_tokens or len(self.tokens) >= max_model_len:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,51 @@
+"""Host shared memory of one engine: made by the core before it forks, inherited by every worker.
+
+This is the channel of the CPU: no connection is made when a layout changes, because all of it exists from the start.
+Pages are mapped when first touched, so areas that no layout uses cost nothing.
+"""
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+STAGING_BUFFERS = 2  # per worker: one is filled while the other is emptied
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSizes:
+    """What has to fit."""
+
+    num_workers: int
+    max_num_seqs: int
+    max_blocks_per_seq: int
+    hidden_bytes_per_token: int
+    max_num_batched_tokens: int
+    outbox_slots: int  # micro-batches in flight at most
+    staging_bytes: int
+
+
+class SharedMemory:
+    """Block table (written by the core, read by all), one hidden-state outbox and one KV staging area per worker."""
+
+    def __init__(self, sizes: SharedSizes) -> None:
+        self.sizes = sizes
+        rows, columns = sizes.max_num_seqs, sizes.max_blocks_per_seq
+        self._table = mmap.mmap(-1, max(rows * columns * 4, 1))
+        self.block_table: npt.NDArray[np.int32] = np.frombuffer(
+            self._table, dtype=np.int32, count=rows * columns
+        ).reshape(rows, columns)
+        self._slot_bytes = sizes.max_num_batched_tokens * sizes.hidden_bytes_per_token
+        self._outboxes = [mmap.mmap(-1, self._slot_bytes * sizes.outbox_slots) for _ in range(sizes.num_workers)]
+        self._staging = [mmap.mmap(-1, sizes.staging_bytes * STAGING_BUFFERS) for _ in range(sizes.num_workers)]
+
+    def outbox(self, worker: int, step_id: int) -> memoryview:
+        """Return the bytes in which ``worker`` leaves the hidden states of a step."""
+        start = (step_id % self.sizes.outbox_slots) * self._slot_bytes
+        return memoryview(self._outboxes[worker])[start : start + self._slot_bytes]
+
+    def staging(self, worker: int, buffer: int) -> memoryview:
+        """Return one KV staging buffer of ``worker``."""
+        start = buffer * self.sizes.staging_bytes
+        return memoryview(self._staging[worker])[start : start + self.sizes.staging_bytes]

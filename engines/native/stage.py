@@ -1,0 +1,133 @@
+"""What one worker holds of the model, and one pass of a micro-batch through its stage."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from engines.native.attention import PagedStep
+from engines.native.families import EMBEDDING_OF_HEAD, Family
+from engines.native.kv_memory import KVMemory
+from engines.native.messages import RunStep, StageSpec
+from engines.native.sampling import chosen_logprobs, sample
+from engines.native.weights import WeightFiles
+
+
+class HeldLayers:
+    """The layers whose weights this worker has attached. Two layouts may be held at once during a handover."""
+
+    def __init__(self, family: Family, weights: WeightFiles, kv: KVMemory, names: Iterable[str]) -> None:
+        self._family = family
+        self._weights = weights
+        self._kv = kv
+        self._in_checkpoint = frozenset(names)
+        self._held: dict[str, int] = {}  # layer -> bytes
+
+    @property
+    def held(self) -> frozenset[str]:
+        return frozenset(self._held)
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(self._held.values())
+
+    def kv_mapped_bytes(self) -> int:
+        return sum(self._kv.mapped_bytes(int(layer)) for layer in self._held if layer.isdigit())
+
+    def tensor_names(self, layer: str) -> dict[str, str]:
+        """Return the checkpoint's name of each parameter of a layer, by its name in the model."""
+        found: dict[str, str] = {}
+        for prefix, module in self._family.modules(layer).items():
+            for name, _ in module.named_parameters():
+                full = f"{prefix}.{name}"
+                found[full] = self._stored_name(full)
+        return found
+
+    def read(self, layer: str) -> dict[str, torch.Tensor]:
+        """Return the layer's parameters, mapped from the checkpoint. May run beside the interpreter's main thread."""
+        return {full: self._weights.tensor(stored) for full, stored in self.tensor_names(layer).items()}
+
+    def attach(self, layer: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Put parameters into the layer's modules; from here on it is held."""
+        for prefix, module in self._family.modules(layer).items():
+            own = {name: tensors[f"{prefix}.{name}"] for name, _ in module.named_parameters()}
+            module.load_state_dict(own, assign=True)
+        self._held[layer] = sum(t.nbytes for t in tensors.values())
+
+    def drop(self, layer: str) -> tuple[int, int]:
+        """Let go of a layer's weights and KV memory; return the bytes given back of each."""
+        stored = list(self.tensor_names(layer).values())
+        for module in self._family.modules(layer).values():
+            module.to("meta")
+        weights_bytes = self._held.pop(layer)
+        still_used = {name for other in self._held for name in self.tensor_names(other).values()}
+        self._weights.release(name for name in stored if name not in still_used)
+        return weights_bytes, self._kv.release(int(layer)) if layer.isdigit() else 0
+
+    def _stored_name(self, full: str) -> str:
+        bare = full.partition(".")[2]
+        tied = EMBEDDING_OF_HEAD.get(full, {}).get(self._family.config.model_type)
+        candidates = [full, bare] if tied is None else [full, tied, tied.partition(".")[2]]
+        if tied is not None and self._family.config.tie_word_embeddings:
+            candidates = candidates[1:]
+        for name in candidates:
+            if name in self._in_checkpoint:
+                return name
+        raise KeyError(f"the checkpoint has no tensor for {full}")
+
+
+class StageRunner:
+    """Runs micro-batches through the decoders of one stage."""
+
+    def __init__(self, family: Family, kv: KVMemory, *, table: np.ndarray[tuple[int, ...], np.dtype[np.int32]], kv_block_tokens: int) -> None:  # noqa: E501
+        self._family = family
+        self._kv = kv
+        self._table = table
+        self._kv_block_tokens = kv_block_tokens
+
+    def forward(self, spec: StageSpec, message: RunStep, hidden: torch.Tensor | None) -> tuple[torch.Tensor, PagedStep]:
+        """Return the hidden states (1, tokens, hidden) after this stage's decoders."""
+        step = PagedStep(
+            table=self._table,
+            rows=np.frombuffer(message.rows, dtype=np.int32),
+            starts=np.frombuffer(message.starts, dtype=np.int32),
+            counts=np.frombuffer(message.counts, dtype=np.int32),
+            kv_block_tokens=self._kv_block_tokens,
+            kv=self._kv,
+        )
+        positions = torch.from_numpy(step.positions).long()
+        if spec.is_first:
+            tokens = torch.from_numpy(np.frombuffer(message.tokens, dtype=np.int32).astype(np.int64))
+            hidden = self._family.embed(tokens[None], positions)
+        assert hidden is not None
+        arguments = self._family.step_arguments(positions)
+        for index in range(spec.first_decoder, spec.end_decoder):
+            hidden = self._family.decoder(index)(hidden, step=step, **arguments)
+        return hidden, step
+
+    def sample(self, message: RunStep, hidden: torch.Tensor, step: PagedStep) -> tuple[bytes, bytes]:
+        """Return the sampled tokens (int32) and, if asked for, their log-probabilities (float32), as bytes."""
+        wanted = np.frombuffer(message.sampled, dtype=np.int32)
+        if not len(wanted):
+            return b"", b""
+        last = torch.from_numpy((step.ends[wanted] - 1).astype(np.int64))
+        logits = self._family.head(hidden[0, last])
+        tokens = sample(logits, message.draws)
+        logprobs = chosen_logprobs(logits, tokens).numpy().tobytes() if message.logprobs else b""
+        return tokens.int().numpy().tobytes(), logprobs
+
+    def warm_up(self, layer: str) -> None:
+        """Run one token through a layer at KV block 0, which belongs to nobody: the first use of a layer is slower."""
+        if not layer.isdigit():
+            return
+        one = np.zeros(1, dtype=np.int32)
+        step = PagedStep(
+            table=np.zeros((1, 1), dtype=np.int32),
+            rows=one,
+            starts=one,
+            counts=np.ones(1, dtype=np.int32),
+            kv_block_tokens=self._kv_block_tokens,
+            kv=self._kv,
+        )
+        hidden = torch.zeros(1, 1, self._family.hidden_size, dtype=self._family.dtype)
+        self._family.decoder(int(layer))(hidden, step=step, **self._family.step_arguments(torch.zeros(1).long()))

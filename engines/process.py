@@ -1,0 +1,37 @@
+"""Small facts about processes that every engine needs: dying with the parent, niceness, memory by the kernel's count."""
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(*, parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends, however it ends. Call it first thing in the child.
+
+    The signal follows the parent's *thread*, so a parent must start its children from its main thread.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:  # it ended before the call above
+        os._exit(1)
+
+
+def memory_pss_bytes(pid: int) -> int | None:
+    """Return the proportional set size of a process, or None when it is gone or not ours to read."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    for line in text.splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0))
