@@ -244,7 +244,6 @@ class NativeEngine:
                 pass_fds=(theirs.fileno(),),
                 env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
-                process_group=0,
             )
         except OSError as error:
             ours.close()

@@ -207,6 +207,7 @@ async def _run(booted: Boot, pool: WorkerPool, connection: socket.socket) -> Non
 def main() -> None:
     """Run the core until the daemon closes the connection."""
     die_with_parent(parent_pid=int(sys.argv[2]))
+    os.setpgid(0, 0)  # a signal to the terminal's group is the daemon's business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     first = c.decode_command(receive_frame(connection))

@@ -93,6 +93,7 @@ class Worker:
     def run(self) -> None:
         """Serve until told to exit."""
         with torch.inference_mode():
+            self._warm_up()
             while True:
                 raw = self._inbox.receive_now() if self._slices else self._inbox.receive()
                 if raw is None:
@@ -102,6 +103,12 @@ class Worker:
                 if isinstance(message, m.Exit):
                     return
                 self._handle(message)
+
+    def _warm_up(self) -> None:
+        """Run a decoder once: the first use of torch in a process takes long, and must not fall into a handover."""
+        self._layers.attach("0", self._layers.read("0"))
+        self._runner.warm_up("0")
+        self._layers.drop("0")
 
     def _handle(self, message: m.WorkerCommand) -> None:
         match message:
