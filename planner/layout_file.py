@@ -66,9 +66,7 @@ def _stage(value: object, where: str) -> Stage:
         case _:
             raise InvalidLayout(f"{where}.decoders: must be two whole numbers, such as [0, 4] for decoders 0 to 3")
     if first >= end:
-        raise InvalidLayout(
-            f"{where}.decoders: [{first}, {end}] holds no decoder (the second number is one past the last)"
-        )
+        raise InvalidLayout(f"{where}.decoders: [{first}, {end}] is empty: the second number is one past the last")
     return Stage(device_ids=tuple(devices), first_decoder=first, end_decoder=end)
 
 
@@ -77,7 +75,7 @@ def _object(value: object, where: str, *, keys: tuple[str, ...]) -> dict[str, ob
         raise InvalidLayout(f"{where}: must be an object with {_quoted(keys)}")
     missing = [key for key in keys if key not in value]
     if missing:
-        raise InvalidLayout(f"{where}: {_quoted(missing)} is missing")
+        raise InvalidLayout(f"{where}: {_quoted(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     unknown = [str(key) for key in value if key not in keys]
     if unknown:
         raise InvalidLayout(f"{where}: unknown key {_quoted(unknown[:1])}; the keys are {_quoted(keys)}")

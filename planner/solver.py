@@ -4,7 +4,6 @@ Each rule and each aim is one method of ``_PipelineModel``; ``plan`` asks for on
 the aims before it reached. One worker and a fixed seed: a question answered in time always has the same answer.
 """
 
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from math import gcd
@@ -30,6 +29,13 @@ from topology.units import format_bytes
 Linear = cp_model.LinearExpr
 
 
+class _Allowance:
+    """The seconds that may still go into solving. The solver's own clock tells what went: there is none here."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left_s = seconds
+
+
 def plan(request: PlanRequest) -> Plan:
     """Return the most even pipeline that fits, and among equals the one nearest to the layout in force.
 
@@ -45,29 +51,29 @@ def plan(request: PlanRequest) -> Plan:
     """
     if request.current is not None:
         require_decoders(request.current, request.graph)
-    deadline_s = time.monotonic() + request.deadline_s
+    allowance = _Allowance(request.deadline_s)
     num_pieces = len(piece_bounds(request.graph)) - 1
     limit = min(num_pieces, len(request.devices))
     if limit < (request.num_stages or 1):
         raise NoFeasiblePlan(stage_limit_sentence(num_decoders=num_pieces, num_devices=len(request.devices)))
     if request.num_stages is not None:
-        return _plan_stages(request, request.num_stages, deadline_s, why="as asked")
+        return _plan_stages(request, request.num_stages, allowance, why="as asked")
     why, refusal = "which is enough", ""
     for num_stages in range(1, limit + 1):
         try:
-            return _plan_stages(request, num_stages, deadline_s, why=why)
+            return _plan_stages(request, num_stages, allowance, why=why)
         except NoFeasiblePlan as error:
             refusal = str(error)
             why = f"the fewest that fit ({_stages(num_stages)}: {refusal})"
     raise NoFeasiblePlan(refusal)
 
 
-def _plan_stages(request: PlanRequest, num_stages: int, deadline_s: float, *, why: str) -> Plan:
+def _plan_stages(request: PlanRequest, num_stages: int, allowance: _Allowance, *, why: str) -> Plan:
     refusal = why_too_big(request, num_stages)
     if refusal:
         raise NoFeasiblePlan(refusal)
     model = _PipelineModel(request, num_stages)
-    optimal = model.solve(deadline_s)
+    optimal = model.solve(allowance)
     pipeline, sizes = model.found()
     reasons = [f"{_stages(num_stages)}, {why}", _balance(pipeline, sizes)]
     if request.current is not None:
@@ -197,7 +203,7 @@ class _PipelineModel:
 
     # ---- solving
 
-    def solve(self, deadline_s: float) -> bool:
+    def solve(self, allowance: _Allowance) -> bool:
         """Find the best pipeline; return whether it is proven to be.
 
         Raises:
@@ -206,7 +212,7 @@ class _PipelineModel:
         near = (self.aim_moved, self.aim_new_cuts) if self.request.current else ()
         for aim in (self.aim_largest, self.aim_unevenness, *near, self.aim_order):
             expression = aim()
-            status, value = self._minimize(expression, deadline_s)
+            status, value = self._minimize(expression, allowance)
             if status == cp_model.INFEASIBLE:
                 raise NoFeasiblePlan(why_no_assignment(self.request, len(self.stages)))
             if status == cp_model.UNKNOWN and not self.chosen:
@@ -225,19 +231,19 @@ class _PipelineModel:
         )
         return pipeline, self.costs.bytes_of_cuts(self.cuts)
 
-    def _minimize(self, aim: Linear, deadline_s: float) -> tuple[cp_model.CpSolverStatus, int]:
+    def _minimize(self, aim: Linear, allowance: _Allowance) -> tuple[cp_model.CpSolverStatus, int]:
         """Solve for one aim; keep what was found as the best so far and as the hint of the next."""
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
+        if allowance.left_s <= 0:
             return cp_model.UNKNOWN, 0
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 0
         solver.parameters.cp_model_probing_level = 0  # both cost more than they bring with models as small as these
         solver.parameters.symmetry_level = 0
-        solver.parameters.max_time_in_seconds = left_s
+        solver.parameters.max_time_in_seconds = allowance.left_s
         self.model.minimize(aim)
         status = solver.solve(self.model)
+        allowance.left_s -= solver.wall_time
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return status, 0
         self.cuts = tuple(sum(solver.value(taken) for taken in row) for row in self.upto[:-1])

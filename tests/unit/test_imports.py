@@ -1,0 +1,99 @@
+"""Who may import whom, read from the sources: the one-way rule, and where each heavy library may appear."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("topology", "planner", "engines", "flexpiped")  # each may import itself and those to its left
+MODEL_LIBRARIES = {"torch", "transformers", "vllm", "sglang", "ray"}
+ENGINE_FOLDERS = ("native", "text", "vllm", "sglang")  # the only places of those libraries
+ALONE = {"ortools": "planner/solver.py", "pynvml": "topology/nvml.py"}  # one module each
+
+
+def modules_imported(source: str, package: str) -> set[str]:
+    """Return the full names of all modules that a source imports, at any depth and also lazily."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found |= {alias.name for alias in names}
+            case ast.ImportFrom(module=module, names=names, level=0):
+                found |= {f"{module}.{alias.name}" for alias in names}
+            case ast.ImportFrom(module=module, level=level):
+                base = package.split(".")[: len(package.split(".")) + 1 - level]
+                found.add(".".join([*base, module or ""]).rstrip("."))
+            case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
+                found.add(name)
+            case ast.Call(func=ast.Name(id="__import__" | "import_module"), args=[ast.Constant(value=str(name)), *_]):
+                found.add(name)
+            case _:
+                pass
+    return found
+
+
+def sources() -> Iterator[Path]:
+    for package in PACKAGES:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tops(path: Path) -> set[str]:
+    """Return the top-level packages that a file imports."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    return {name.split(".")[0] for name in modules_imported(path.read_text(), package)}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_to_the_left(package: str) -> None:
+    right = set(PACKAGES[PACKAGES.index(package) + 1 :])
+    wrong = {name_of(path): sorted(tops(path) & right) for path in (ROOT / package).rglob("*.py") if tops(path) & right}
+    assert wrong == {}
+
+
+def test_model_libraries_stay_in_the_engine_processes() -> None:
+    allowed = tuple(f"engines/{folder}/" for folder in ENGINE_FOLDERS)
+    wrong = {
+        name_of(path): sorted(tops(path) & MODEL_LIBRARIES)
+        for path in sources()
+        if tops(path) & MODEL_LIBRARIES and not name_of(path).startswith(allowed)
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("library", sorted(ALONE))
+def test_some_libraries_are_imported_by_one_module(library: str) -> None:
+    users = {name_of(path) for path in sources() if library in tops(path)}
+    assert users <= {ALONE[library]}
+
+
+def test_nothing_imports_the_tests() -> None:
+    assert [name_of(path) for path in sources() if "tests" in tops(path)] == []
+
+
+def test_every_source_is_looked_at() -> None:
+    seen = {name_of(path) for path in sources()}
+    assert {"planner/solver.py", "engines/protocol.py", "topology/device.py", "flexpiped/__init__.py"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch.nn as nn", {"torch.nn"}),
+        ("from planner import solver", {"planner.solver"}),
+        ("def f():\n    from ortools.sat import x", {"ortools.sat.x"}),
+        ("from . import b\nfrom .c import d\nfrom .. import e", {"engines.native", "engines.native.c", "engines"}),
+        ("importlib.import_module('vllm.engine')", {"vllm.engine"}),
+        ("__import__('ray')", {"ray"}),
+        ("if TYPE_CHECKING:\n    import sglang", {"sglang"}),
+    ],
+)
+def test_imports_are_found(source: str, names: set[str]) -> None:
+    assert modules_imported(source, "engines.native") == names
