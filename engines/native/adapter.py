@@ -76,6 +76,7 @@ class NativeEngine:
         self._on_progress: Callable[[str], None] = lambda _message: None
         self.attention = ""
         self.worker_pids: tuple[int, ...] = ()
+        self.longest_slice_s = 0.0  # as of the last call of stages()
 
     # --- the protocol ---
 

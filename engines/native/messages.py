@@ -190,7 +190,7 @@ class Released(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True)
 
 
 class Stats(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Answer to ``ReadStats``. ``busy_s`` and ``longest_slice_s`` are since the process started."""
+    """Answer to ``ReadStats``. ``busy_s`` and ``longest_slice_s`` (processor time) are since the process started."""
 
     ticket: int
     weights_bytes: int

@@ -65,14 +65,11 @@ class HeldLayers:
         return weights_bytes, self._kv.release(int(layer)) if layer.isdigit() else 0
 
     def _stored_name(self, full: str) -> str:
-        bare = full.partition(".")[2]
-        tied = EMBEDDING_OF_HEAD.get(full, {}).get(self._family.config.model_type)
-        candidates = [full, bare] if tied is None else [full, tied, tied.partition(".")[2]]
-        if tied is not None and self._family.config.tie_word_embeddings:
-            candidates = candidates[1:]
-        for name in candidates:
-            if name in self._in_checkpoint:
-                return name
+        tied = EMBEDDING_OF_HEAD.get(full, {}).get(self._family.config.model_type, full)
+        for name in (full, tied):
+            for candidate in (name, name.partition(".")[2]):  # some checkpoints leave the outer module's name out
+                if candidate in self._in_checkpoint:
+                    return candidate
         raise KeyError(f"the checkpoint has no tensor for {full}")
 
 

@@ -28,7 +28,7 @@ async def admin_stand(folder: Path, *, stages: int = 2) -> AsyncIterator[AdminSt
     engine = FakeEngine(pipeline=even_pipeline(stages))
     await engine.start(on_progress=lambda _: None)
     events = EventLog()
-    refactorings = Refactorings(engine=lambda: engine, resolver=EvenResolver(), events=events)
+    refactorings = Refactorings(engine=lambda: engine, resolver=EvenResolver, events=events)
     status = DaemonStatus(
         identity=Identity(model_name="demo", model_path="/srv/demo", engine="fake", api_url="http://127.0.0.1:1/v1"),
         health=lambda: Health(state=ServiceState.READY),

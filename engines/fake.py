@@ -1,0 +1,314 @@
+"""A public fake engine: no model and no processes, the same contract, and knobs for what tests need to happen."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from engines.errors import (
+    EngineClosed,
+    EngineDied,
+    EngineError,
+    EngineStartFailed,
+    RefactoringAborted,
+    RefactoringBusy,
+    RefactoringRefused,
+)
+from engines.fake_batch import Batch, NextToken, Sequence, hashed_tokens
+from engines.protocol import (
+    EngineCapabilities,
+    EngineCounters,
+    GenerationRequest,
+    RefactorCheck,
+    RefactorProgress,
+    StageStatus,
+    TokenChunk,
+)
+from engines.validation import check_request, refusal_of
+from planner.handover import HandoverPhase
+from planner.layout import Pipeline, Stage
+
+Sleep = Callable[[float], Awaitable[object]]
+_Reports = asyncio.Queue[RefactorProgress | EngineError]
+_Outbox = asyncio.Queue[TokenChunk | EngineError]
+
+FAKE_CAPABILITIES = EngineCapabilities(
+    name="fake",
+    max_model_len=512,
+    vocab_size=512,
+    eos_token_ids=(0,),
+    refactors_in_place=True,
+    max_stages=8,
+    tensor_parallel=False,
+)
+_FORWARD = (HandoverPhase.PREPARING, HandoverPhase.SYNCING, HandoverPhase.COMMITTING, HandoverPhase.RETIRING)
+_CANCELLABLE = (HandoverPhase.PREPARING, HandoverPhase.SYNCING)
+_DECODER_BYTES = 1 << 20
+
+
+class FakeEngine:
+    """An ``Engine`` whose steps take ``step_s`` each; one step gives every running request one token.
+
+    Args:
+        pipeline: In force at start.
+        next_token: Where tokens come from; by default ``hashed_tokens``, so a resumed request goes on exactly.
+        step_s, refactor_phase_s: Duration of a step and of a phase of a refactoring, through ``sleep``.
+        start_failure: When given, ``start`` fails with this sentence.
+    """
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        capabilities: EngineCapabilities = FAKE_CAPABILITIES,
+        next_token: NextToken | None = None,
+        step_s: float = 0.0,
+        refactor_phase_s: float = 0.0,
+        sleep: Sleep = asyncio.sleep,
+        kv_block_tokens: int = 16,
+        kv_blocks_capacity: int = 4096,
+        max_running: int = 256,
+        start_failure: str | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._capabilities = capabilities
+        self._batch = Batch(
+            capabilities=capabilities,
+            next_token=next_token or hashed_tokens(capabilities.vocab_size),
+            kv_block_tokens=kv_block_tokens,
+            kv_blocks_capacity=kv_blocks_capacity,
+            max_running=max_running,
+        )
+        self._outboxes: dict[Sequence, _Outbox] = {}
+        self._step_s = step_s
+        self._refactor_phase_s = refactor_phase_s
+        self._sleep = sleep
+        self._start_failure = start_failure
+        self._epoch = 0
+        self._held = False
+        self._may_step = asyncio.Event()
+        self._may_refactor = asyncio.Event()
+        self._may_refactor.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._killed = asyncio.Event()
+        self._end: EngineError | None = EngineClosed("the engine has not been started")
+        self._stepping: asyncio.Task[None] | None = None
+        self._refactoring: asyncio.Task[None] | None = None
+        self._phase: HandoverPhase | None = None
+        self._cancel_refactor = False
+        self._prompt_tokens_total = self._refactorings_total = 0
+
+    # What tests turn.
+
+    def kill(self, reason: str) -> None:
+        """Die as a crashed process would: streams and ``died`` learn ``reason`` at once, and all memory is gone."""
+        if self._end is None:
+            self._finish(EngineDied(reason))
+            self._killed.set()
+
+    def hold(self) -> None:
+        """Stop stepping, as a long prefill would, until ``release``."""
+        self._held = True
+        self._wake()
+
+    def release(self) -> None:
+        self._held = False
+        self._wake()
+
+    def hold_refactoring(self) -> None:
+        """Keep a refactoring in the phase it is in (or starts with), until ``release_refactoring``."""
+        self._may_refactor.clear()
+
+    def release_refactoring(self) -> None:
+        self._may_refactor.set()
+
+    # The protocol.
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        return self._capabilities
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self._pipeline
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    async def start(self, *, on_progress: Callable[[str], None]) -> None:
+        on_progress("starting the fake engine")
+        if self._start_failure is not None:
+            raise EngineStartFailed(self._start_failure)
+        self._end = None
+        self._stepping = asyncio.create_task(self._run(), name="fake-engine")
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        self._ensure_alive()
+        check_request(request, self._capabilities)
+        sequence, outbox = self._batch.add(request), _Outbox()
+        self._outboxes[sequence] = outbox
+        self._prompt_tokens_total += len(request.prompt_token_ids)
+        self._wake()
+        try:
+            while True:
+                item = await outbox.get()
+                if isinstance(item, EngineError):
+                    raise item
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            self._batch.remove(sequence)
+            del self._outboxes[sequence]
+            self._wake()
+
+    async def counters(self) -> EngineCounters:
+        self._ensure_alive()
+        batch = self._batch
+        return EngineCounters(
+            running=len(batch.running),
+            waiting=len(batch.waiting),
+            kv_blocks_used=batch.kv_blocks_used,
+            kv_blocks_capacity=batch.kv_blocks_capacity,
+            kv_block_tokens=batch.kv_block_tokens,
+            prompt_tokens_total=self._prompt_tokens_total,
+            generated_tokens_total=batch.generated_tokens_total,
+            preemptions_total=batch.preemptions_total,
+            steps_total=batch.steps_total,
+            worker_restarts_total=0,
+            refactorings_total=self._refactorings_total,
+        )
+
+    async def stages(self) -> tuple[StageStatus, ...]:
+        self._ensure_alive()
+        return tuple(status_of(index, stage) for index, stage in enumerate(self._pipeline.stages))
+
+    async def check_refactor(self, target: Pipeline) -> RefactorCheck:
+        self._ensure_alive()
+        refusal = refusal_of(target, current=self._pipeline, capabilities=self._capabilities)
+        if refusal is not None:
+            return RefactorCheck(feasible=False, sentences=(refusal,))
+        return RefactorCheck(feasible=True, sentences=("everything fits",), moves=moves(self._pipeline, target))
+
+    async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
+        self._ensure_alive()
+        if self._phase is not None:
+            raise RefactoringBusy(f"a refactoring is under way, in phase {self._phase.value}")
+        refusal = refusal_of(target, current=self._pipeline, capabilities=self._capabilities)
+        if refusal is not None:
+            raise RefactoringRefused(refusal)
+        reports = _Reports()
+        self._phase = HandoverPhase.PREPARING
+        self._refactoring = asyncio.create_task(self._carry_out(target, reports), name="fake-refactoring")
+        while True:
+            report = await reports.get()
+            if isinstance(report, EngineError):
+                raise report
+            yield report
+            if report.phase is HandoverPhase.DONE:
+                return
+
+    async def cancel_refactor(self) -> bool:
+        if self._phase not in _CANCELLABLE:
+            return False
+        self._cancel_refactor = True
+        self._may_refactor.set()
+        return True
+
+    async def drain(self) -> None:
+        self._ensure_alive()
+        await self._idle.wait()
+
+    async def died(self) -> str:
+        await self._killed.wait()
+        return str(self._end)
+
+    async def close(self) -> None:
+        if not isinstance(self._end, EngineClosed):
+            self._finish(EngineClosed("the engine was closed"))
+        tasks = [task for task in (self._stepping, self._refactoring) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # How it goes about it.
+
+    def _ensure_alive(self) -> None:
+        if self._end is not None:
+            raise type(self._end)(str(self._end))
+
+    def _finish(self, end: EngineError) -> None:
+        self._end = end
+        for sequence, outbox in self._outboxes.items():
+            self._batch.remove(sequence)
+            outbox.put_nowait(type(end)(str(end)))
+        self._may_refactor.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        busy = self._batch.num_live > 0
+        (self._idle.clear if busy else self._idle.set)()
+        (self._may_step.set if busy and not self._held else self._may_step.clear)()
+
+    async def _run(self) -> None:
+        while self._end is None:
+            await self._may_step.wait()
+            await self._sleep(self._step_s)
+            if not self._held:
+                for sequence, chunk in self._batch.step():
+                    self._outboxes[sequence].put_nowait(chunk)
+                self._wake()
+
+    async def _carry_out(self, target: Pipeline, reports: _Reports) -> None:
+        for phase in _FORWARD:
+            self._phase = phase
+            reports.put_nowait(self._report(phase))
+            await self._sleep(self._refactor_phase_s)
+            await self._may_refactor.wait()
+            if self._end is not None:
+                self._phase = None
+                reports.put_nowait(type(self._end)(str(self._end)))
+                return
+            if self._cancel_refactor:
+                self._roll_back(reports)
+                return
+            if phase is HandoverPhase.COMMITTING:
+                self._pipeline = target
+                self._epoch += 1
+        self._phase = None
+        self._refactorings_total += 1
+        reports.put_nowait(self._report(HandoverPhase.DONE))
+
+    def _roll_back(self, reports: _Reports) -> None:
+        self._phase, self._cancel_refactor = None, False
+        reports.put_nowait(self._report(HandoverPhase.ROLLING_BACK))
+        reports.put_nowait(self._report(HandoverPhase.ABORTED))
+        reports.put_nowait(RefactoringAborted("cancelled before commit; rolled back, no request disturbed"))
+
+    def _report(self, phase: HandoverPhase) -> RefactorProgress:
+        return RefactorProgress(
+            phase=phase,
+            message=f"fake {phase.value}",
+            elapsed_s=0.0,
+            epoch=self._epoch,
+            requests_live=self._batch.num_live,
+        )
+
+
+def status_of(index: int, stage: Stage) -> StageStatus:
+    return StageStatus(
+        index=index,
+        device_ids=stage.device_ids,
+        first_decoder=stage.first_decoder,
+        end_decoder=stage.end_decoder,
+        pids=(),
+        weights_bytes=stage.num_decoders * _DECODER_BYTES,
+        kv_mapped_bytes=0,
+        busy=None,
+    )
+
+
+def moves(current: Pipeline, target: Pipeline) -> tuple[str, ...]:
+    """Name every decoder that changes its devices."""
+    devices = ((i, current.stage_of(i).device_ids, target.stage_of(i).device_ids) for i in range(target.num_decoders))
+    return tuple(f"decoder {i} {'+'.join(old)} -> {'+'.join(new)}" for i, old, new in devices if old != new)

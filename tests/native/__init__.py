@@ -1,0 +1,1 @@
+"""The native engine in real processes."""

@@ -1,0 +1,79 @@
+"""Token for token what transformers generates: float32, greedy, at 1, 2 and the most stages."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engines.errors import UnsupportedByEngine
+from tests.support import checkpoints
+from tests.support.native import CACHE, collect, even, gpt2, layout, llama, move, request, running
+
+pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
+
+PROMPT = tuple(range(20, 57))
+NEW_TOKENS = 48
+
+
+def sharded_tied_llama() -> Path:
+    return checkpoints.make_llama(CACHE / "llama-tied-sharded", num_layers=5, tie_word_embeddings=True, shards=3, seed=3)
+
+
+def generated_by_transformers(directory: Path) -> list[int]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    prompt = torch.tensor([PROMPT])
+    mask = torch.ones_like(prompt)
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(prompt, attention_mask=mask, **options)
+    ids: list[int] = output[0, len(PROMPT) :].tolist()
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("make", "num_decoders"), [(llama, 8), (gpt2, 6), (sharded_tied_llama, 5)], ids=["llama", "gpt2", "tied-sharded"]
+)
+async def test_tokens_equal_transformers_at_1_2_and_the_most_stages(
+    make: Callable[[], Path], num_decoders: int
+) -> None:
+    directory = make()
+    expected = generated_by_transformers(directory)
+    async with running(directory, even(1, num_decoders)) as engine:
+        assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
+        for stages in (2, num_decoders):
+            await move(engine, even(stages, num_decoders))
+            assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
+
+
+async def test_an_uneven_start_layout_on_other_devices_gives_the_same() -> None:
+    expected = generated_by_transformers(gpt2())
+    pipeline = layout(1, 5, num_decoders=6, devices=("cpu:7", "cpu:0", "cpu:3"))
+    async with running(gpt2(), pipeline) as engine:
+        assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+async def test_kv_blocks_are_equal_at_commit_in_every_dtype(dtype: str) -> None:
+    """Commit compares the checksum of every live KV block on source and destination, and fails if one differs."""
+    async with running(llama(), even(2), dtype=dtype) as engine:
+        stream = collect_in_background(engine)
+        for stages in (4, 1, 2):
+            report = await move(engine, even(stages))
+            assert report.epoch is not None
+        assert len((await stream)[0]) == 200
+
+
+def collect_in_background(engine):  # type: ignore[no-untyped-def]
+    import asyncio
+
+    return asyncio.create_task(collect(engine, request(PROMPT, max_tokens=200)))
+
+
+async def test_an_unsupported_model_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UnsupportedByEngine, match="mamba"):
+        async with running(tmp_path, even(1)):
+            pass

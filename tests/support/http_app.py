@@ -1,0 +1,134 @@
+"""The HTTP application over a real socket, with the fake engine behind it."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+from aiohttp import web
+
+from engines.fake import FAKE_CAPABILITIES, FakeEngine
+from engines.fake_batch import NextToken
+from engines.protocol import GenerationRequest
+from engines.restarts import RestartPolicy
+from engines.text.local import LocalText, PlainTokenizer
+from engines.text.protocol import Text
+from flexpiped.admission import Admission, AdmissionLimits
+from flexpiped.api.app import create_app
+from flexpiped.api.backend import Backend
+from flexpiped.api.metrics import Metrics
+from flexpiped.servers import listen_tcp, serving, url_of
+from flexpiped.status import Health, ServiceState
+from flexpiped.supervision import SupervisorState
+from flexpiped.supervisor import Supervisor
+from planner.layout import Pipeline, pipeline_of
+from tests.support.tiny_tokenizer import byte_level_tokenizer
+from tests.support.until import until
+
+MODEL = "tiny/model"
+EOS_ID = 1
+CREATED_UNIX_S = 1_700_000_000
+CAPABILITIES = replace(
+    FAKE_CAPABILITIES, vocab_size=byte_level_tokenizer().get_vocab_size(), eos_token_ids=(EOS_ID,), max_model_len=256
+)
+ONE = pipeline_of(device_ids=["cpu:0"], cuts=[], num_decoders=8)
+
+
+def ids_of(text: str) -> tuple[int, ...]:
+    return tuple(byte_level_tokenizer().encode(text, add_special_tokens=False).ids)
+
+
+def saying(text: str, *, then: Sequence[int] = (EOS_ID,)) -> NextToken:
+    """Return a token source that spells ``text`` and then gives ``then`` for ever, whatever the prompt."""
+    spelled = (*ids_of(text), *then)
+
+    def next_token(_request: GenerationRequest, position: int) -> int:
+        return spelled[min(position, len(spelled) - 1)]
+
+    return next_token
+
+
+@dataclass(kw_only=True)
+class FakeEngines:
+    """Makes fake engines; ``next_token`` and ``step_s`` hold for those made from then on."""
+
+    next_token: NextToken | None = None
+    step_s: float = 0.0
+    made: list[FakeEngine] = field(default_factory=list)
+
+    def make(self, pipeline: Pipeline) -> FakeEngine:
+        engine = FakeEngine(
+            pipeline=pipeline, capabilities=CAPABILITIES, next_token=self.next_token, step_s=self.step_s
+        )
+        self.made.append(engine)
+        return engine
+
+    @property
+    def last(self) -> FakeEngine:
+        return self.made[-1]
+
+
+@dataclass(kw_only=True)
+class HttpApp:
+    """A server under test and what stands behind it."""
+
+    url: str
+    backend: Backend
+    engines: FakeEngines
+
+    async def is_idle(self) -> bool:
+        """Nothing of any request is left, anywhere."""
+        counters = await self.engines.last.counters()
+        admission = self.backend.admission
+        return (
+            (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
+            and (admission.requests_in_flight, admission.tokens_in_flight) == (0, 0)
+            and getattr(self.backend.text, "num_open", 0) == 0
+        )
+
+    async def becomes_idle(self, *, within_s: float = 1.0) -> None:
+        await until(self.is_idle, timeout_s=within_s)
+
+
+def health_of(supervisor: Supervisor) -> Callable[[], Health]:
+    states = {
+        SupervisorState.STARTING: ServiceState.STARTING,
+        SupervisorState.READY: ServiceState.READY,
+        SupervisorState.RECOVERING: ServiceState.RECOVERING,
+        SupervisorState.FAILED: ServiceState.FAILED,
+        SupervisorState.CLOSING: ServiceState.DRAINING,
+    }
+    return lambda: Health(state=states[supervisor.supervision.state], reason=supervisor.supervision.reason)
+
+
+@asynccontextmanager
+async def http_app(
+    *,
+    engines: FakeEngines | None = None,
+    text: Text | None = None,
+    limits: AdmissionLimits = AdmissionLimits(),
+    policy: RestartPolicy = RestartPolicy(first_delay_s=0.0),
+    max_body_bytes: int = 1 << 20,
+) -> AsyncIterator[HttpApp]:
+    """Serve on 127.0.0.1 and any free port while the scope lasts. Seeds are 7, the time of creation is fixed."""
+    engines = engines or FakeEngines(next_token=saying("Once upon a time"))
+    supervisor = Supervisor(factory=engines.make, pipeline=ONE, policy=policy)
+    await supervisor.start()
+    backend = Backend(
+        model=MODEL,
+        supervisor=supervisor,
+        text=text or LocalText(PlainTokenizer(byte_level_tokenizer())),
+        admission=Admission(limits=limits),
+        metrics=Metrics(),
+        health=health_of(supervisor),
+        new_seed=lambda: 7,
+        wall_clock=lambda: float(CREATED_UNIX_S),
+        created_unix_s=CREATED_UNIX_S,
+    )
+    listener = listen_tcp("127.0.0.1", 0)
+    url = url_of(listener)
+    app: web.Application = create_app(backend, max_body_bytes=max_body_bytes)
+    try:
+        async with serving(app, listener, shutdown_s=1.0):
+            yield HttpApp(url=url, backend=backend, engines=engines)
+    finally:
+        await supervisor.close()
