@@ -1,0 +1,75 @@
+"""A public stand-in for ``TextService``: the same work in the calling process, for tests and tools."""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from engines.text.detokenize import Detokenizer
+from engines.text.errors import TextRefused
+from engines.text.incremental import TextDelta, TextStream
+from engines.text.protocol import PROMPT_TAIL_TOKENS
+from engines.text.stops import StopMatcher
+from engines.text.tokenizer import TextTokenizer, detokenizers_of
+
+
+class PlainTokenizer:
+    """A ``TextTokenizer`` from a ``tokenizers.Tokenizer``; its chat template writes ``role: content`` lines."""
+
+    def __init__(self, tokenizer: Tokenizer, *, has_chat_template: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._has_chat_template = has_chat_template
+        self._detokenizers = detokenizers_of(tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        if not self._has_chat_template:
+            raise TextRefused("this model has no chat template; use /v1/completions")
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return self.encode("".join(lines) + "assistant: ", add_special_tokens=True)
+
+    def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer:
+        return self._detokenizers(prompt_tail)
+
+
+class LocalText:
+    """A ``Text`` without a process. ``num_open`` shows streams that nobody closed."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_open = 0
+        self.failure: str | None = None
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        return self._tokenizer.chat(messages)
+
+    def open(
+        self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False
+    ) -> "LocalFeed":
+        detokenizer = self._tokenizer.detokenizer(prompt_token_ids[-PROMPT_TAIL_TOKENS:])
+        return LocalFeed(self, TextStream(detokenizer, StopMatcher(stop, include_stop=include_stop)))
+
+
+class LocalFeed:
+    """A ``TextFeed`` of ``LocalText``."""
+
+    def __init__(self, text: LocalText, stream: TextStream) -> None:
+        self._text = text
+        self._stream = stream
+        self._closed = False
+        text.num_open += 1
+
+    async def feed(self, token_ids: tuple[int, ...], *, final: bool = False) -> TextDelta:
+        return self._stream.feed(token_ids, final=final)
+
+    def close(self) -> None:
+        self._text.num_open -= not self._closed
+        self._closed = True

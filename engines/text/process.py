@@ -1,0 +1,136 @@
+"""The text process: ``python -m engines.text.process MODEL_DIRECTORY FD``, with a Unix socket inherited as FD.
+
+It loads tokenizer and chat template through transformers (never torch), says ``Ready``, and answers until the socket
+closes. It dies with the process that started it and ignores the terminal's and systemd's signals, since streams that
+are being drained still need it.
+"""
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from engines.text.detokenize import Detokenizer
+from engines.text.errors import TextRefused
+from engines.text.session import Calls, Streams
+from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
+from engines.text.wire import Chat, Encode, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
+
+_PR_SET_PDEATHSIG = 1
+_RECEIVE_BYTES = 1 << 18
+_SWITCH_INTERVAL_S = 0.0005  # a chat template being rendered delays a stream's text by no more than this
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel to kill this process when its parent ends, and end now if it has already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+class HuggingFaceTokenizer:
+    """A ``TextTokenizer`` from a model directory."""
+
+    def __init__(self, model: str) -> None:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # transformers then finds none: 1.7 s and 64 MB, not 3.6 s and 250 MB
+        import jinja2
+        from transformers import AutoTokenizer
+
+        self._template_errors = (jinja2.TemplateError, ValueError, TypeError)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self._detokenizers = self._detokenizer_factory()
+
+    def _detokenizer_factory(self) -> DetokenizerFactory:
+        if self._tokenizer.is_fast:
+            return detokenizers_of(self._tokenizer.backend_tokenizer)
+        return window_detokenizers(
+            lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
+            is_special=frozenset(self._tokenizer.all_special_ids).__contains__,
+            token_of=self._tokenizer.convert_ids_to_tokens,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        if self._tokenizer.chat_template is None:
+            raise TextRefused("this model has no chat template; use /v1/completions")
+        try:
+            token_ids = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except self._template_errors as error:
+            raise TextRefused(f"the model's chat template refuses these messages: {error}") from error
+        return tuple(token_ids)
+
+    def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer:
+        return self._detokenizers(prompt_tail)
+
+
+class Process:
+    """The main thread serves streams; another one encodes, which can take long but lets go of the interpreter."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._sending = threading.Lock()
+        self._pending: queue.SimpleQueue[Encode | Chat] = queue.SimpleQueue()
+
+    def send(self, replies: list[Reply]) -> None:
+        frame = pack(replies)
+        with self._sending:
+            self._channel.sendall(frame)
+
+    def serve(self, tokenizer: HuggingFaceTokenizer) -> None:
+        """Answer until the other side closes the channel."""
+        threading.Thread(target=self._encode, args=(Calls(tokenizer),), daemon=True, name="encode").start()
+        self.send([Ready(vocab_size=tokenizer.vocab_size)])
+        streams, reader = Streams(tokenizer), FrameReader()
+        while data := self._channel.recv(_RECEIVE_BYTES):
+            replies: list[Reply] = []
+            for body in reader.feed(data):
+                for request in unpack_requests(body):
+                    if isinstance(request, Encode | Chat):
+                        self._pending.put(request)
+                    elif (reply := streams.answer(request)) is not None:
+                        replies.append(reply)
+            if replies:
+                self.send(replies)
+
+    def _encode(self, calls: Calls) -> None:
+        while True:
+            self.send([calls.answer(self._pending.get())])
+
+    def last_words(self, kind: type[BaseException], error: BaseException | None, where: TracebackType | None) -> None:
+        """Report an error that nobody handles, then end; the traceback goes to stderr."""
+        sys.__excepthook__(kind, error or kind(), where)
+        if not isinstance(error, BrokenPipeError | ConnectionResetError):
+            self.send([LastWords(reason=f"{kind.__name__}: {error}")])
+        os._exit(1)
+
+
+def main() -> None:
+    model, fd, parent_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    die_with_parent(parent_pid)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    process = Process(socket.socket(fileno=fd))
+    sys.excepthook = process.last_words
+    threading.excepthook = lambda args: process.last_words(args.exc_type, args.exc_value, args.exc_traceback)
+    process.serve(HuggingFaceTokenizer(model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""``Text``: what the daemon needs to turn text into token ids and back."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from engines.text.incremental import TextDelta
+
+__all__ = ["PROMPT_TAIL_TOKENS", "Text", "TextDelta", "TextFeed"]
+
+PROMPT_TAIL_TOKENS = 6  # enough context for any decoder to join the output on to the prompt
+
+
+class TextFeed(Protocol):
+    """The text of one output. Closing it, on every path, forgets it."""
+
+    async def feed(self, token_ids: tuple[int, ...], *, final: bool = False) -> TextDelta:
+        """Take the next output tokens and return the text that can be shown now. One call at a time.
+
+        Nothing may be fed after a final feed or a stop hit.
+
+        Raises:
+            TextProcessDied, TextClosed
+        """
+
+    def close(self) -> None: ...
+
+
+class Text(Protocol):
+    """Tokenizer and chat template of one model."""
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Raises: TextRefused, TextProcessDied, TextClosed."""
+
+    async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Render the chat template up to where the answer begins. Raises: as ``encode``."""
+
+    def open(
+        self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False
+    ) -> TextFeed: ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why text can no longer be served, None while it can."""

@@ -1,0 +1,37 @@
+"""Stop strings in a stream of text."""
+
+
+class StopMatcher:
+    """Passes text on up to the first stop string and never shows part of one.
+
+    Text is cut before the stop string, or behind it with ``include_stop``. Where several are complete at once, the
+    one that begins first counts, and of those the one listed first.
+    """
+
+    def __init__(self, stop: tuple[str, ...], *, include_stop: bool = False) -> None:
+        self._stop = stop
+        self._include_stop = include_stop
+        self._held = ""  # may be the beginning of a stop string
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Return the text that can be shown now, and whether a stop string has been met."""
+        if not self._stop:
+            return text, False
+        text = self._held + text
+        hits = [(at, order) for order, stop in enumerate(self._stop) if (at := text.find(stop)) >= 0]
+        if hits:
+            at, order = min(hits)
+            return text[: at + len(self._stop[order]) if self._include_stop else at], True
+        keep = max(longest_beginning(text, stop) for stop in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def finish(self) -> str:
+        """Return what was held back: the end came before the stop string did."""
+        held, self._held = self._held, ""
+        return held
+
+
+def longest_beginning(text: str, stop: str) -> int:
+    """Return the length of the longest suffix of ``text`` that begins ``stop`` without completing it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

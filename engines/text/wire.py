@@ -1,0 +1,122 @@
+"""What the daemon and the text process say to each other.
+
+A frame is a length (4 bytes, little endian) and that many bytes of MessagePack: a list of requests, or of replies.
+Within a frame and between frames order is kept.
+"""
+
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+_LENGTH = struct.Struct("<I")
+
+
+class Encode(msgspec.Struct, tag=1, array_like=True, frozen=True):
+    """Answered by ``Encoded`` or ``Refused``."""
+
+    call_id: int
+    text: str
+    add_special_tokens: bool
+
+
+class Chat(msgspec.Struct, tag=2, array_like=True, frozen=True):
+    """Render the chat template with an opening for the answer. Answered by ``Encoded`` or ``Refused``."""
+
+    call_id: int
+    messages: tuple[dict[str, str], ...]
+
+
+class Open(msgspec.Struct, tag=3, array_like=True, frozen=True):
+    """Begin a stream, or go on with one that was fed ``token_ids`` and gave ``characters_sent`` for them."""
+
+    stream_id: int
+    prompt_tail: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    characters_sent: int
+    stop: tuple[str, ...]
+    include_stop: bool
+
+
+class Feed(msgspec.Struct, tag=4, array_like=True, frozen=True):
+    """Output tokens of a stream. Answered by one ``Delta``; a final one, or one with a stop hit, ends the stream."""
+
+    stream_id: int
+    token_ids: tuple[int, ...]
+    final: bool
+
+
+class Close(msgspec.Struct, tag=5, array_like=True, frozen=True):
+    """Forget a stream; unknown ones are ignored."""
+
+    stream_id: int
+
+
+class Ready(msgspec.Struct, tag=1, array_like=True, frozen=True):
+    """The first reply: the tokenizer is loaded."""
+
+    vocab_size: int
+
+
+class Encoded(msgspec.Struct, tag=2, array_like=True, frozen=True):
+    call_id: int
+    token_ids: tuple[int, ...]
+
+
+class Refused(msgspec.Struct, tag=3, array_like=True, frozen=True):
+    call_id: int
+    message: str
+
+
+class Delta(msgspec.Struct, tag=4, array_like=True, frozen=True):
+    """Text that is certain now. ``tokens_consumed`` counts all output tokens of the stream up to a stop hit."""
+
+    stream_id: int
+    text: str
+    stop_hit: bool
+    tokens_consumed: int
+
+
+class LastWords(msgspec.Struct, tag=5, array_like=True, frozen=True):
+    """Why the process is about to end."""
+
+    reason: str
+
+
+Request = Encode | Chat | Open | Feed | Close
+Reply = Ready | Encoded | Refused | Delta | LastWords
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(list[Request])
+_reply_decoder = msgspec.msgpack.Decoder(list[Reply])
+
+
+def pack(messages: list[Request] | list[Reply]) -> bytes:
+    """Return the frame that carries ``messages``."""
+    body = _encoder.encode(messages)
+    return _LENGTH.pack(len(body)) + body
+
+
+def unpack_requests(body: bytes) -> list[Request]:
+    return _request_decoder.decode(body)
+
+
+def unpack_replies(body: bytes) -> list[Reply]:
+    return _reply_decoder.decode(body)
+
+
+class FrameReader:
+    """Cuts a byte stream into frame bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(self._buffer)[0]
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            yield body
