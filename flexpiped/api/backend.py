@@ -1,0 +1,56 @@
+"""What the handlers work with."""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from engines.protocol import EngineCapabilities
+from engines.text.protocol import Text
+from flexpiped.admission import Admission
+from flexpiped.api.errors import unavailable
+from flexpiped.api.metrics import Metrics
+from flexpiped.status import Health, ServiceState
+from flexpiped.supervisor import Supervisor
+
+
+def random_seed() -> int:
+    """Return 63 random bits, for a request that gives no seed."""
+    return secrets.randbits(63)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """One served model with everything that answers for it.
+
+    ``health`` decides readiness and whether new requests are taken; the tests give fixed clocks and seeds.
+    """
+
+    model: str
+    supervisor: Supervisor
+    text: Text
+    admission: Admission
+    metrics: Metrics
+    health: Callable[[], Health]
+    new_seed: Callable[[], int] = random_seed
+    wall_clock: Callable[[], float] = time.time
+    created_unix_s: int = field(default_factory=lambda: int(time.time()))
+
+    def ensure_serving(self) -> EngineCapabilities:
+        """Return what the engine can do; requests are taken while it recovers, and wait.
+
+        Raises:
+            ApiError: 503, nothing can be served now.
+        """
+        health = self.health()
+        if health.state in (ServiceState.DRAINING, ServiceState.FAILED):
+            raise unavailable(health.reason or health.state.value, code=health.state.value)
+        capabilities = self.supervisor.capabilities
+        if capabilities is None:
+            raise unavailable("the engine is starting", code=ServiceState.STARTING.value)
+        return capabilities
+
+
+BACKEND = web.AppKey("backend", Backend)

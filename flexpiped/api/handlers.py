@@ -1,0 +1,139 @@
+"""The endpoints that generate. Admission, request and stream are scopes: leaving them on any path gives all back."""
+
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from engines.closing import closing
+from engines.errors import EngineError
+from engines.protocol import GenerationRequest
+from engines.text.protocol import Text
+from flexpiped.admission import Overloaded
+from flexpiped.api.backend import BACKEND
+from flexpiped.api.errors import ApiError, from_engine_error, from_overloaded, invalid
+from flexpiped.api.fields import parse_object
+from flexpiped.api.generation import Job, pieces_of
+from flexpiped.api.metrics import Endpoint, Observation, Outcome
+from flexpiped.api.parameters import (
+    DEFAULT_COMPLETION_TOKENS,
+    Parameters,
+    ensure_model,
+    parse_chat,
+    parse_completion,
+    sampling_of,
+)
+from flexpiped.api.sending import send_events, send_whole
+from flexpiped.api.wire import ChatWire, CompletionWire, Head
+from flexpiped.supervision import ending_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What sets completions and chat apart once the request has been read."""
+
+    wire: type[CompletionWire] | type[ChatWire]
+    id_prefix: str
+    prompt_name: str
+    default_tokens: int | None  # None: the rest of the context
+
+
+COMPLETION = Kind(wire=CompletionWire, id_prefix="cmpl", prompt_name="prompt", default_tokens=DEFAULT_COMPLETION_TOKENS)
+CHAT = Kind(wire=ChatWire, id_prefix="chatcmpl", prompt_name="messages", default_tokens=None)
+
+
+async def completions(http: web.Request) -> web.StreamResponse:
+    """POST /v1/completions"""
+    backend = http.app[BACKEND]
+    with backend.metrics.observe(Endpoint.COMPLETIONS) as observation, errors_translated(observation):
+        asked = parse_completion(parse_object(await read_body(http)))
+        return await answer(http, observation, COMPLETION, asked.parameters, lambda: encode(backend.text, asked.prompt))
+
+
+async def chat_completions(http: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions"""
+    backend = http.app[BACKEND]
+    with backend.metrics.observe(Endpoint.CHAT) as observation, errors_translated(observation):
+        asked = parse_chat(parse_object(await read_body(http)))
+        return await answer(http, observation, CHAT, asked.parameters, lambda: backend.text.chat(asked.messages))
+
+
+async def answer(
+    http: web.Request,
+    observation: Observation,
+    kind: Kind,
+    parameters: Parameters,
+    prompt_ids: Callable[[], Awaitable[tuple[int, ...]]],
+) -> web.StreamResponse:
+    """Admit, encode, check against the model, generate, send.
+
+    Raises:
+        ApiError, EngineError, Overloaded: Before anything was sent.
+    """
+    backend = http.app[BACKEND]
+    ensure_model(parameters.model, served=backend.model)
+    capabilities = backend.ensure_serving()
+    with backend.admission.admit() as lease:
+        prompt = await prompt_ids()
+        sampling = sampling_of(
+            parameters,
+            prompt=prompt,
+            prompt_name=kind.prompt_name,
+            default_tokens=kind.default_tokens,
+            capabilities=capabilities,
+            new_seed=backend.new_seed(),
+        )
+        backend.admission.reserve(lease, tokens=len(prompt) + sampling.max_tokens)
+        observation.prompt_tokens = len(prompt)
+        answer_id = f"{kind.id_prefix}-{uuid.uuid4().hex}"
+        job = Job(
+            request=GenerationRequest(request_id=answer_id, prompt_token_ids=prompt, sampling=sampling),
+            stop=parameters.stop,
+            include_stop=parameters.include_stop,
+            ending=ending_tokens(sampling, capabilities),
+        )
+        head = Head(answer_id=answer_id, created_unix_s=int(backend.wall_clock()), model=backend.model)
+        wire = kind.wire(head, include_usage=parameters.include_usage)
+        async with closing(pieces_of(backend, job)) as pieces:
+            if parameters.stream:
+                return await send_events(http, pieces, wire, observation, include_usage=parameters.include_usage)
+            return await send_whole(pieces, wire, observation)
+
+
+async def encode(text: Text, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+    """Return the token ids of a prompt that may be given as such."""
+    return await text.encode(prompt) if isinstance(prompt, str) else prompt
+
+
+async def read_body(http: web.Request) -> bytes:
+    """Raises: ApiError, when the body does not decompress or ends early."""
+    try:
+        return await http.read()
+    except web.RequestPayloadError as error:
+        raise invalid(f"the body cannot be read: {error}", param=None, code="invalid_body") from None
+
+
+@contextmanager
+def errors_translated(observation: Observation) -> Iterator[None]:
+    """Turn what is raised before an answer began into ``ApiError``, and note how the request ended."""
+    try:
+        yield
+    except ApiError as error:
+        observation.outcome = outcome_of(error.status)
+        raise
+    except (EngineError, Overloaded) as error:
+        translated = from_overloaded(error) if isinstance(error, Overloaded) else from_engine_error(error)
+        observation.outcome = outcome_of(translated.status)
+        raise translated from error
+    except web.HTTPException as error:
+        observation.outcome = outcome_of(error.status)
+        raise
+
+
+def outcome_of(status: int) -> Outcome:
+    """Return what a request counts as that was answered with an error."""
+    if status == 429:
+        return Outcome.OVERLOADED
+    return Outcome.REFUSED if status < 500 else Outcome.FAILED

@@ -1,0 +1,168 @@
+"""What the API measures, in a registry of its own, and how the engine's counters are shown beside it.
+
+A reading that cannot be had is absent, never zero.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engines.protocol import EngineCounters
+from flexpiped.status import Latencies, Percentiles
+
+_REMEMBERED = 1000  # requests whose latencies make the percentiles of the status
+_TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TPOT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Endpoint(Enum):
+    COMPLETIONS = "completions"
+    CHAT = "chat"
+
+
+class Outcome(Enum):
+    DONE = "done"
+    REFUSED = "refused"  # 4xx
+    OVERLOADED = "overloaded"  # 429
+    FAILED = "failed"  # 5xx, or an error event
+    DISCONNECTED = "disconnected"
+
+
+class Observation:
+    """One request as it goes. ``outcome`` is what is counted when its scope ends."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._began_s = clock()
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self.outcome = Outcome.DISCONNECTED  # until it is known better: what cancellation leaves
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+
+    def tokens(self, completion_tokens: int) -> None:
+        """Note that there are ``completion_tokens`` now."""
+        self.completion_tokens = completion_tokens
+        self._last_s = self._clock()
+        if self._first_s is None:
+            self._first_s = self._last_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self._first_s is None else self._first_s - self._began_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first, None before there are two."""
+        if self._first_s is None or self.completion_tokens < 2:
+            return None
+        return (self._last_s - self._first_s) / (self.completion_tokens - 1)
+
+
+class Metrics:
+    """Metrics of the API. Used on one event loop."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._clock = clock
+        self._requests = Counter(
+            "flexpiped_requests", "Requests that have ended", ["endpoint", "outcome"], registry=self.registry
+        )
+        self._in_flight = Gauge("flexpiped_requests_in_flight", "Requests being answered", registry=self.registry)
+        self._prompt_tokens = Counter(
+            "flexpiped_request_prompt_tokens", "Prompt tokens of requests that have ended", registry=self.registry
+        )
+        self._completion_tokens = Counter(
+            "flexpiped_request_completion_tokens", "Output tokens of requests that have ended", registry=self.registry
+        )
+        self._ttft = Histogram(
+            "flexpiped_time_to_first_token_seconds",
+            "From the request's arrival to its first output token",
+            buckets=_TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._tpot = Histogram(
+            "flexpiped_time_per_output_token_seconds",
+            "Mean time between the output tokens of a request",
+            buckets=_TPOT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._recent_ttft_s: deque[float] = deque(maxlen=_REMEMBERED)
+        self._recent_tpot_s: deque[float] = deque(maxlen=_REMEMBERED)
+
+    @contextmanager
+    def observe(self, endpoint: Endpoint) -> Iterator[Observation]:
+        """Count one request; leaving the scope on any path records it."""
+        observation = Observation(self._clock)
+        self._in_flight.inc()
+        try:
+            yield observation
+        finally:
+            self._in_flight.dec()
+            self._record(endpoint, observation)
+
+    def latencies(self) -> Latencies:
+        """Return percentiles over the last requests."""
+        return Latencies(ttft=percentiles_of(self._recent_ttft_s), tpot=percentiles_of(self._recent_tpot_s))
+
+    def render(self, counters: EngineCounters | None) -> bytes:
+        """Return the exposition in Prometheus's text format, with the engine's counters where they can be had."""
+        engine = CollectorRegistry(auto_describe=False)
+        if counters is not None:
+            engine.register(_EngineCollector(counters))
+        return generate_latest(self.registry) + generate_latest(engine)
+
+    def _record(self, endpoint: Endpoint, observation: Observation) -> None:
+        self._requests.labels(endpoint.value, observation.outcome.value).inc()
+        self._prompt_tokens.inc(observation.prompt_tokens)
+        self._completion_tokens.inc(observation.completion_tokens)
+        if observation.ttft_s is not None:
+            self._ttft.observe(observation.ttft_s)
+            self._recent_ttft_s.append(observation.ttft_s)
+        if observation.tpot_s is not None:
+            self._tpot.observe(observation.tpot_s)
+            self._recent_tpot_s.append(observation.tpot_s)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, counters: EngineCounters) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._counters
+        for name, text, reading in (
+            ("running_requests", "Requests that get tokens", now.running),
+            ("waiting_requests", "Requests that wait for a place", now.waiting),
+            ("kv_blocks_used", "KV blocks in use", now.kv_blocks_used),
+            ("kv_blocks_capacity", "KV blocks there are", now.kv_blocks_capacity),
+            ("kv_block_tokens", "Token slots of a KV block", now.kv_block_tokens),
+        ):
+            yield GaugeMetricFamily(f"flexpiped_engine_{name}", text, value=reading)
+        for name, text, total in (
+            ("prompt_tokens", "Prompt tokens taken in since the engine started", now.prompt_tokens_total),
+            ("generated_tokens", "Tokens generated since the engine started", now.generated_tokens_total),
+            ("preemptions", "Requests put back for want of KV blocks", now.preemptions_total),
+            ("steps", "Steps of the engine", now.steps_total),
+            ("worker_restarts", "Stage workers started again", now.worker_restarts_total),
+            ("refactorings", "Changes of layout carried out", now.refactorings_total),
+        ):
+            yield CounterMetricFamily(f"flexpiped_engine_{name}", text, value=total)
+
+
+def percentiles_of(values_s: Sequence[float] | deque[float]) -> Percentiles | None:
+    """Return median and 99th percentile (nearest rank), None of nothing."""
+    if not values_s:
+        return None
+    ordered = sorted(values_s)
+    return Percentiles(p50_s=_rank(ordered, 0.5), p99_s=_rank(ordered, 0.99))
+
+
+def _rank(ordered: list[float], share: float) -> float:
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]

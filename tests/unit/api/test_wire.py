@@ -1,0 +1,70 @@
+"""Answers look as OpenAI's do."""
+
+import json
+from typing import Any
+
+import pytest
+
+from flexpiped.api.errors import invalid
+from flexpiped.api.wire import ChatWire, CompletionWire, Head, Usage, error_event
+
+HEAD = Head(answer_id="id-1", created_unix_s=5, model='odd "model" @')
+USAGE = Usage(prompt_tokens=2, completion_tokens=3)
+USAGE_WIRE = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+TEXT = 'quote " backslash \\ newline \n 漢 🙂 "@"'
+
+
+def events_of(data: bytes) -> list[dict[str, Any]]:
+    *events, rest = data.split(b"\n\n")
+    assert rest == b""
+    assert all(event.startswith(b"data: ") for event in events)
+    return [json.loads(event[6:]) for event in events]
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_completion_events(include_usage: bool) -> None:
+    wire = CompletionWire(HEAD, include_usage=include_usage)
+    base = {"id": "id-1", "object": "text_completion", "created": 5, "model": HEAD.model}
+    rest = {"usage": None} if include_usage else {}
+    choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": None}
+    assert wire.first() == b""
+    assert events_of(wire.text(TEXT)) == [{**base, "choices": [choice], **rest}]
+    last = {**choice, "text": "", "finish_reason": "stop"}
+    assert events_of(wire.last("", "stop")) == [{**base, "choices": [last], **rest}]
+    assert events_of(wire.usage(USAGE)) == [{**base, "choices": [], "usage": USAGE_WIRE}]
+
+
+def test_whole_completion() -> None:
+    whole = json.loads(CompletionWire(HEAD, include_usage=False).whole(TEXT, "length", USAGE))
+    choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "length"}
+    base = {"id": "id-1", "object": "text_completion", "created": 5, "model": HEAD.model}
+    assert whole == {**base, "choices": [choice], "usage": USAGE_WIRE}
+
+
+def test_chat_events() -> None:
+    wire = ChatWire(HEAD, include_usage=False)
+    base = {"id": "id-1", "object": "chat.completion.chunk", "created": 5, "model": HEAD.model}
+
+    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {**base, "choices": [choice]}
+
+    assert events_of(wire.first()) == [chunk({"role": "assistant", "content": ""})]
+    assert events_of(wire.text(TEXT)) == [chunk({"content": TEXT})]
+    assert events_of(wire.last("end", "stop")) == [chunk({"content": "end"}), chunk({}, "stop")]
+    assert events_of(wire.last("", "length")) == [chunk({}, "length")]
+    assert events_of(wire.usage(USAGE)) == [{**base, "choices": [], "usage": USAGE_WIRE}]
+
+
+def test_whole_chat() -> None:
+    whole = json.loads(ChatWire(HEAD, include_usage=False).whole("hi", "stop", USAGE))
+    message = {"role": "assistant", "content": "hi", "refusal": None}
+    assert whole["object"] == "chat.completion"
+    assert whole["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    assert whole["usage"] == USAGE_WIRE
+
+
+def test_errors() -> None:
+    error = invalid("no", param="n", code="unsupported_parameter")
+    shape = {"message": "no", "type": "invalid_request_error", "param": "n", "code": "unsupported_parameter"}
+    assert events_of(error_event(error)) == [{"error": shape}]
