@@ -1,0 +1,53 @@
+# make run         serve the demo model on this machine (CONFIG=FILE: serve what it says)
+# make test        the gate: everything but long tests and those that need a GPU
+#                  ENGINES=none leaves out what boots a real engine; ARGS="-k name" goes to pytest
+# make test-long   what is too long for the gate
+# make check       ruff and mypy --strict
+# make format      let ruff rewrite the sources
+# make clean       remove .venv and caches
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+CONSTRAINTS := etc/constraints.txt
+
+ENGINES ?= all
+MARKERS := not long and not gpu$(if $(filter none,$(ENGINES)), and not engine)
+
+.PHONY: run test test-long check format clean
+
+run: $(VENV)/run.stamp
+	@exec $(BIN)/flexpiped $(if $(CONFIG),--config "$(CONFIG)")
+
+test: $(VENV)/dev.stamp
+	@$(BIN)/python -m pytest -q -m "$(MARKERS)" $(ARGS)
+
+test-long: $(VENV)/dev.stamp
+	@$(BIN)/python -m pytest -q -m long $(ARGS)
+
+check: $(VENV)/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+
+# torch first and by its exact version: where there is no GPU, that version is offered as a CPU build.
+$(VENV)/run.stamp: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch and flexpiped into $(VENV): once, a minute or two"
+	@$(PIP) install "$$(grep '^torch==' $(CONSTRAINTS))"
+	@$(PIP) install --editable . --constraint $(CONSTRAINTS)
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	@echo "installing what tests and checks need"
+	@$(PIP) install --editable '.[dev]' --constraint $(CONSTRAINTS)
+	@touch $@

@@ -1,0 +1,160 @@
+"""The admin API on the Unix socket: what ``flexctl`` calls, and anybody else who may open the socket.
+
+GET  /status            everything about the daemon
+POST /rebalance         {"stages": N | "auto"} or {"layout": TEXT}, with "dry_run" and "wait"
+POST /rebalance/cancel  roll back the refactoring under way
+GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
+
+Errors are ``{"error": {"code": ..., "message": ...}}``. What is refused moved nothing.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
+from typing import Any, Final, Literal
+
+import msgspec
+from aiohttp import ClientConnectionResetError, web
+
+from engines.errors import EngineError, RefactoringBusy, RefactoringRefused, UnsupportedByEngine
+from flexpiped.config_values import Auto
+from flexpiped.events import Event, EventLog
+from flexpiped.handover_records import Proposal, Wanted, proposal_to_wire
+from flexpiped.refactoring import Refactorings, Started
+from flexpiped.status import StatusSource
+from planner.errors import InvalidLayout, NoFeasiblePlan, PlannerError, PlanTimeout
+
+_NDJSON: Final = "application/x-ndjson"
+_LARGEST_BODY_BYTES: Final = 4 << 20
+
+# The first class that fits decides.
+_CODES: Final[tuple[tuple[type[Exception], str, HTTPStatus], ...]] = (
+    (RefactoringBusy, "busy", HTTPStatus.CONFLICT),
+    (RefactoringRefused, "refused", HTTPStatus.CONFLICT),
+    (UnsupportedByEngine, "unsupported", HTTPStatus.CONFLICT),
+    (NoFeasiblePlan, "infeasible", HTTPStatus.CONFLICT),
+    (InvalidLayout, "invalid_layout", HTTPStatus.CONFLICT),
+    (PlanTimeout, "plan_timeout", HTTPStatus.GATEWAY_TIMEOUT),
+    (PlannerError, "refused", HTTPStatus.CONFLICT),
+    (EngineError, "engine_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
+)
+
+
+class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /rebalance``. ``layout`` is the text of a layout file."""
+
+    stages: int | Literal["auto"] | None = None
+    layout: str | None = None
+    dry_run: bool = False
+    wait: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.stages is None) == (self.layout is None):
+            raise ValueError('exactly one of "stages" and "layout" is needed')
+
+    def wanted(self) -> Wanted:
+        return Wanted(stages=Auto.AUTO if self.stages == "auto" else self.stages, layout=self.layout)
+
+
+def admin_app(*, status: StatusSource, refactorings: Refactorings, events: EventLog) -> web.Application:
+    """Return the application that serves the admin API."""
+    admin = _Admin(status=status, refactorings=refactorings, events=events)
+    app = web.Application(middlewares=[_errors_as_json], client_max_size=_LARGEST_BODY_BYTES)
+    app.add_routes(
+        [
+            web.get("/status", admin.get_status),
+            web.post("/rebalance", admin.post_rebalance),
+            web.post("/rebalance/cancel", admin.post_cancel),
+            web.get("/events", admin.get_events),
+        ]
+    )
+    return app
+
+
+class _Admin:
+    def __init__(self, *, status: StatusSource, refactorings: Refactorings, events: EventLog) -> None:
+        self._status = status
+        self._refactorings = refactorings
+        self._events = events
+
+    async def get_status(self, _request: web.Request) -> web.Response:
+        return _json(await self._status.status())
+
+    async def post_rebalance(self, request: web.Request) -> web.StreamResponse:
+        body = msgspec.json.decode(await request.read(), type=RebalanceBody)
+        if body.dry_run:
+            return _json(_answer("dry_run", await self._refactorings.propose(body.wanted())))
+        started = await self._refactorings.start(body.wanted())
+        if isinstance(started, Proposal):
+            return _json(_answer("unchanged", started))
+        if not body.wait:
+            return _json(_answer("started", started.proposal) | {"handover": started.number}, HTTPStatus.ACCEPTED)
+        return await _stream(request, self._progress_of(started))
+
+    async def post_cancel(self, _request: web.Request) -> web.Response:
+        under_way = self._refactorings.under_way
+        if await self._refactorings.cancel():
+            return _json({"state": "cancelled", "message": f"rolling back: {under_way}"})
+        reason = "no refactoring is under way" if under_way is None else f"past its commit point: {under_way}"
+        return _error("nothing_to_cancel", reason, HTTPStatus.CONFLICT)
+
+    async def get_events(self, request: web.Request) -> web.StreamResponse:
+        try:
+            since = int(request.query.get("since", "0"))
+        except ValueError:
+            return _error("bad_request", "since must be a number of an event", HTTPStatus.BAD_REQUEST)
+        if request.query.get("follow") == "1":
+            return await _stream(request, self._events.follow(since=since))
+        lines = b"".join(_line(event) for event in self._events.since(since))
+        return web.Response(body=lines, content_type=_NDJSON)
+
+    async def _progress_of(self, started: Started) -> AsyncIterator[Event]:
+        """Yield the events of one refactoring, the last of which has its record."""
+        async for event in self._events.follow(since=started.since):
+            if event.fields.get("handover") == started.number:
+                yield event
+                if event.fields["state"] == "ended":
+                    return
+
+
+@web.middleware
+async def _errors_as_json(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except (EngineError, PlannerError) as error:
+        code, http_status = next((code, status) for kind, code, status in _CODES if isinstance(error, kind))
+        return _error(code, str(error), http_status)
+    except msgspec.MsgspecError as error:
+        return _error("bad_request", str(error), HTTPStatus.BAD_REQUEST)
+    except web.HTTPException as error:
+        return _error("bad_request", error.reason, HTTPStatus(error.status))
+
+
+async def _stream(request: web.Request, events: AsyncIterator[Event]) -> web.StreamResponse:
+    """Send events as they come, one line each. A client that leaves ends nothing but its own stream."""
+    response = web.StreamResponse(headers={"Content-Type": _NDJSON, "Cache-Control": "no-store"})
+    await response.prepare(request)
+    try:
+        async for event in events:
+            await response.write(_line(event))
+        await response.write_eof()
+    except ClientConnectionResetError:
+        pass
+    return response
+
+
+def _line(event: Event) -> bytes:
+    return msgspec.json.encode(event.to_wire()) + b"\n"
+
+
+def _answer(state: str, proposal: Proposal) -> dict[str, Any]:
+    return {"state": state, "proposal": proposal_to_wire(proposal)}
+
+
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def _error(code: str, message: str, status: HTTPStatus) -> web.Response:
+    return _json({"error": {"code": code, "message": message}}, status)

@@ -1,0 +1,152 @@
+"""Values of a configuration file: one reader per kind. A reader returns the typed value or says what is allowed."""
+
+import re
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Enum)
+Reader = Callable[[object], T]
+
+_UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+class Auto(Enum):
+    """The value ``"auto"``: flexpiped chooses."""
+
+    AUTO = "auto"
+
+
+class WrongValue(ValueError):
+    """A value that a key cannot have; the message says what is allowed."""
+
+
+def shown(value: object) -> str:
+    """Return ``value`` as it would stand in a TOML file."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f'"{value}"'
+        case dict():
+            return "a table"
+        case list():
+            return "an array"
+        case _:
+            return str(value)
+
+
+def boolean(value: object) -> bool:
+    """Read ``true`` or ``false``."""
+    if isinstance(value, bool):
+        return value
+    raise WrongValue(f"must be true or false, not {shown(value)}")
+
+
+def integer(minimum: int, maximum: int | None = None) -> Reader[int]:
+    """Return a reader of whole numbers from ``minimum`` to ``maximum``."""
+    allowed = f"a whole number of at least {minimum}" if maximum is None else f"a whole number, {minimum} to {maximum}"
+
+    def read(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise WrongValue(f"must be {allowed}, not {shown(value)}")
+        if value < minimum or (maximum is not None and value > maximum):
+            raise WrongValue(f"must be {allowed}, not {value}")
+        return value
+
+    return read
+
+
+def seconds(value: object) -> float:
+    """Read a positive number of seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise WrongValue(f"must be a number of seconds above 0, not {shown(value)}")
+    return float(value)
+
+
+def text(value: object) -> str:
+    """Read a string that is not empty."""
+    if isinstance(value, str) and value.strip():
+        return value
+    raise WrongValue(f"must be a string that is not empty, not {shown(value)}")
+
+
+def optional_text(value: object) -> str | None:
+    """Read a string; the empty one means none."""
+    if isinstance(value, str):
+        return value.strip() or None
+    raise WrongValue(f"must be a string (empty for none), not {shown(value)}")
+
+
+def optional_path(value: object) -> Path | None:
+    """Read a path, with ``~`` for the home directory; the empty string means none."""
+    if isinstance(value, str):
+        return Path(value.strip()).expanduser() if value.strip() else None
+    raise WrongValue(f"must be a path (empty for none), not {shown(value)}")
+
+
+def size_bytes(minimum: int) -> Reader[int]:
+    """Return a reader of sizes: bytes, or a string with a unit (B, KB, MB, GB, TB, KiB, MiB, GiB, TiB)."""
+
+    def read(value: object) -> int:
+        size = _parse_size(value)
+        if size is None:
+            raise WrongValue(f'must be a size in bytes or with a unit, as in 67108864 or "64 MiB", not {shown(value)}')
+        if size < minimum:
+            raise WrongValue(f"must be at least {show_size(minimum)}, not {shown(value)}")
+        return size
+
+    return read
+
+
+def choice(kind: type[E]) -> Reader[E]:
+    """Return a reader of the values of an enumeration of strings."""
+
+    def read(value: object) -> E:
+        for member in kind:
+            if member.value == value:
+                return member
+        allowed = " or ".join(shown(member.value) for member in kind)
+        raise WrongValue(f"must be {allowed}, not {shown(value)}")
+
+    return read
+
+
+def or_auto(reader: Reader[T]) -> Reader[T | Auto]:
+    """Return a reader that takes ``"auto"`` besides what ``reader`` takes."""
+
+    def read(value: object) -> T | Auto:
+        if value == Auto.AUTO.value:
+            return Auto.AUTO
+        try:
+            return reader(value)
+        except WrongValue as wrong:
+            raise WrongValue(str(wrong).replace("must be ", 'must be "auto" or ', 1)) from None
+
+    return read
+
+
+def show_size(size: int) -> str:
+    """Return a size as it would be written in a configuration file."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size and size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]} {unit}"
+    return f"{size} B"
+
+
+def _parse_size(value: object) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or (found := _SIZE.fullmatch(value)) is None:
+        return None
+    number, unit = found.groups()
+    factor = _UNITS.get(unit or "B")
+    return None if factor is None else round(float(number) * factor)

@@ -1,0 +1,130 @@
+"""From settings to an engine. The only module of the daemon that knows which engines there are."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import assert_never
+
+from engines.checkpoint import find_model, read_checkpoint
+from engines.errors import UnsupportedByEngine
+from engines.protocol import Engine
+from flexpiped.config_values import Auto
+from flexpiped.settings import EngineKind, Settings
+from planner.errors import UnsupportedModel
+from planner.layout import Pipeline
+from planner.model_graph import ModelGraph, build_model_graph
+from topology.device import Device, cpu_devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model whose files are here: its description, and the directory of its tokenizer."""
+
+    directory: Path
+    tokenizer_directory: Path
+    graph: ModelGraph
+
+
+def find_files(settings: Settings, *, source: str) -> Model:
+    """Find the model's files, downloading a hub model that is not here yet, and read their headers. Blocks.
+
+    Raises:
+        EngineError: There is no such model, or it is not supported; the message says why.
+    """
+    if settings.trust_remote_code:
+        raise UnsupportedByEngine("trust_remote_code: no engine here runs code that comes with a model")
+    directory = find_model(source, revision=settings.revision, token_file=settings.hf_token_file)
+    checkpoint = read_checkpoint(directory)
+    try:
+        graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+    except UnsupportedModel as error:
+        raise UnsupportedByEngine(str(error)) from None
+    tokenizer = settings.tokenizer
+    return Model(
+        directory=directory,
+        tokenizer_directory=directory
+        if tokenizer is None
+        else find_model(tokenizer, token_file=settings.hf_token_file),
+        graph=graph,
+    )
+
+
+def devices_of(settings: Settings) -> tuple[Device, ...]:
+    """Return the devices that may hold stages."""
+    return cpu_devices(count=settings.devices.cpu_count, memory_bytes=settings.devices.cpu_memory_bytes)
+
+
+def engine_python(settings: Settings) -> str:
+    """Return the interpreter that has what the engine needs: by default the daemon's own."""
+    python = settings.engines.native.python
+    return sys.executable if python is None else str(python)
+
+
+def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
+    """Return what makes an engine, not started yet, for the pipeline to begin with."""
+    match settings.engine:
+        case EngineKind.NATIVE:
+            return _native(settings, model)
+        case EngineKind.FAKE:
+            return _fake(settings, model)
+        case _:
+            assert_never(settings.engine)
+
+
+def _native(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
+    from engines.native.adapter import NativeEngine
+    from engines.native.options import NativeOptions
+
+    native, handover = settings.engines.native, settings.handover
+    options = NativeOptions(
+        model_directory=str(model.directory),
+        device_ids=tuple(device.id for device in devices_of(settings)),
+        device_memory_bytes=settings.devices.cpu_memory_bytes,
+        python=engine_python(settings),
+        dtype=settings.dtype.value,
+        max_model_len=_number(settings.max_model_len),
+        kv_cache_bytes=native.kv_cache_bytes,
+        kv_block_tokens=native.kv_block_tokens,
+        max_num_seqs=native.max_num_seqs,
+        max_num_batched_tokens=native.max_num_batched_tokens,
+        max_micro_batches=_number(native.max_micro_batches),
+        threads=_number(native.threads),
+        nice=native.nice,
+        hang_deadline_s=native.hang_deadline_s,
+        prepare_deadline_s=handover.prepare_deadline_s,
+        sync_deadline_s=handover.sync_deadline_s,
+        commit_deadline_s=handover.commit_deadline_s,
+        max_rounds=handover.max_rounds,
+        remainder_slots=handover.remainder_slots,
+        slice_bytes=handover.slice_bytes,
+        cache_directory="" if native.cache_dir is None else str(native.cache_dir),
+    )
+    return lambda pipeline: NativeEngine(options, pipeline)
+
+
+def _fake(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
+    from engines.fake import FAKE_CAPABILITIES, FakeEngine
+
+    length = settings.max_model_len
+    max_model_len = model.graph.max_context_tokens if length is Auto.AUTO else length
+    capabilities = replace(
+        FAKE_CAPABILITIES,
+        max_model_len=max_model_len,
+        vocab_size=model.graph.vocab_size,
+        max_stages=settings.devices.cpu_count,
+    )
+    block_tokens = settings.engines.native.kv_block_tokens
+    return lambda pipeline: FakeEngine(
+        pipeline=pipeline,
+        capabilities=capabilities,
+        step_s=0.01,
+        refactor_phase_s=0.05,
+        kv_block_tokens=block_tokens,
+        kv_blocks_capacity=4 * -(-max_model_len // block_tokens),
+    )
+
+
+def _number(value: int | Auto) -> int:
+    """Return a number as the engine's options have it: 0 for auto."""
+    return 0 if value is Auto.AUTO else value

@@ -1,0 +1,98 @@
+"""``flexctl``: ask a running daemon what it is doing, and have it change its layout.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 refused or infeasible.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexpiped import __version__
+from flexpiped.admin_socket import candidate_sockets
+from flexpiped.flexctl import commands
+from flexpiped.flexctl.client import AdminClient, CtlError, Refused
+from flexpiped.flexctl.commands import Exit
+from flexpiped.flexctl.terminal import Screen, silence_closed_pipe
+
+_INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments, argparse.Namespace(socket=None, json=False))
+    screen = Screen(sys.stdout, environment=os.environ)
+    try:
+        return int(options.run(AdminClient(_sockets(options.socket)), screen, options))
+    except CtlError as error:
+        _report(error, screen, as_json=options.json)
+        return int(commands.exit_code_of(error))
+    except BrokenPipeError:
+        silence_closed_pipe(sys.stdout)
+        return int(Exit.DONE)
+    except KeyboardInterrupt:
+        screen.write([])
+        if options.run is commands.rebalance:
+            print("flexctl: the refactoring goes on; flexctl rebalance --cancel rolls it back", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _report(error: CtlError, screen: Screen, *, as_json: bool) -> None:
+    if as_json:
+        screen.write([json.dumps({"error": {"code": error.code, "message": str(error)}})])
+        return
+    screen.write([])
+    prefix = "refused" if isinstance(error, Refused) else "flexctl"
+    print(f"{prefix}: {error}", file=sys.stderr)
+
+
+def _sockets(chosen: str | None) -> tuple[Path, ...]:
+    return candidate_sockets(os.environ, uid=os.getuid()) if chosen is None else (Path(chosen),)
+
+
+def _stages(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'a number of at least 1, or "auto", not "{text}"')
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS, help="admin socket of the daemon")
+    everywhere.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="JSON for programs")
+    parser = argparse.ArgumentParser(
+        prog="flexctl",
+        description="Ask a running flexpiped what it is doing, and have it change its layout while it serves.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 refused or infeasible.",
+        parents=[everywhere],
+    )
+    parser.add_argument("--version", action="version", version=f"flexctl {__version__}")
+    known = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    about = "what is served, on which devices, how busy, and the last handover"
+    known.add_parser("status", parents=[everywhere], help=about).set_defaults(run=commands.status)
+
+    change = known.add_parser(
+        "rebalance", parents=[everywhere], help="change the number, cuts or devices of the stages while serving"
+    )
+    change.set_defaults(run=commands.rebalance)
+    what = change.add_mutually_exclusive_group(required=True)
+    what.add_argument("--stages", metavar="N", type=_stages, help='number of stages, or "auto"')
+    what.add_argument("--layout", metavar="FILE", help="layout file: cuts and devices of every stage")
+    what.add_argument("--cancel", action="store_true", help="roll back the refactoring under way")
+    change.add_argument("--dry-run", action="store_true", help="say what would move and whether it fits; move nothing")
+    change.add_argument("--wait", action="store_true", help="show the progress and return when it is done")
+
+    happened = known.add_parser("events", parents=[everywhere], help="what happened, oldest first")
+    happened.set_defaults(run=commands.events)
+    happened.add_argument("--follow", action="store_true", help="go on with what happens")
+    happened.add_argument("--since", metavar="N", type=int, default=0, help="only events after number N")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The commands of ``flexctl``: each calls the admin API and writes what came back. Returns the exit code."""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, NotReachable, Refused
+from flexpiped.flexctl.rebalance_lines import View, advance, current_line, end_line, need_lines, plan_line
+from flexpiped.flexctl.status_lines import status_lines
+from flexpiped.flexctl.terminal import Screen
+from flexpiped.flexctl.text import Colour, Paint
+
+
+class Exit(IntEnum):
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_REACHABLE = 3
+    REFUSED = 4
+
+
+def exit_code_of(error: CtlError) -> Exit:
+    """Return the exit code that stands for ``error``."""
+    match error:
+        case NotReachable():
+            return Exit.NOT_REACHABLE
+        case Refused():
+            return Exit.REFUSED
+        case BadUsage():
+            return Exit.USAGE
+        case _:
+            return Exit.FAILED
+
+
+def status(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
+    """Show what the daemon is doing."""
+    answer = client.call("GET", "/status")
+    screen.write(
+        [json.dumps(answer)] if options.json else status_lines(answer, now_unix_s=time.time(), paint=screen.paint)
+    )
+    return Exit.DONE
+
+
+def rebalance(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
+    """Change the layout while requests are running, or say what that would do, or roll it back."""
+    if options.cancel:
+        answer = client.call("POST", "/rebalance/cancel")
+        screen.write([json.dumps(answer) if options.json else answer["message"]])
+        return Exit.DONE
+    body = _body(options)
+    if options.wait and not options.dry_run:
+        return _wait(client.stream("POST", "/rebalance", body), screen, as_json=options.json)
+    answer = client.call("POST", "/rebalance", body)
+    screen.write([json.dumps(answer)] if options.json else _answer_lines(answer, screen.paint))
+    return _verdict(answer)
+
+
+def events(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
+    """Show what happened, and with ``--follow`` what happens."""
+    path = f"/events?since={options.since}" + ("&follow=1" if options.follow else "")
+    shown = ""
+    for event in client.stream("GET", path):
+        if options.json:
+            screen.write([json.dumps(event)])
+        elif event["message"] != shown:  # a phase reports its progress many times
+            screen.write([event_line(event)])
+            shown = event["message"]
+    return Exit.DONE
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """Return one event as one line, in local time."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time_unix_s"]))
+    number = event["fields"].get("handover")
+    subject = event["kind"] if number is None else f"{event['kind']} #{number}"
+    return f"{when}  {subject:<16}  {event['message']}"
+
+
+def _body(options: Namespace) -> dict[str, Any]:
+    body: dict[str, Any] = {"dry_run": options.dry_run, "wait": options.wait}
+    if options.layout is None:
+        return body | {"stages": options.stages}
+    try:
+        return body | {"layout": Path(options.layout).read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise BadUsage("unreadable_layout", f"{options.layout}: {reason}") from None
+
+
+def _answer_lines(answer: dict[str, Any], paint: Paint) -> list[str]:
+    proposal = answer["proposal"]
+    if not proposal["feasible"]:
+        return [f"{paint('infeasible', Colour.RED)}: {'; '.join(proposal['sentences'])}"]
+    if not proposal["changes_something"]:
+        return [f"nothing to do: {'; '.join(proposal['sentences'])}"]
+    if answer["state"] == "dry_run":
+        return [plan_line(proposal), *need_lines(proposal), "dry run: nothing was moved"]
+    return [
+        plan_line(proposal),
+        f"started handover #{answer['handover']}; to follow it: flexctl events --follow (next time: --wait)",
+    ]
+
+
+def _verdict(answer: dict[str, Any]) -> Exit:
+    return Exit.DONE if answer["proposal"]["feasible"] else Exit.REFUSED
+
+
+def _wait(answers: Iterator[dict[str, Any]], screen: Screen, *, as_json: bool) -> Exit:
+    """Show each phase as it happens; the last event has the record of how it ended."""
+    view = View()
+    for answer in answers:
+        if as_json:
+            screen.write([json.dumps(answer)])
+        if "proposal" in answer:  # one plain answer: there was nothing to do
+            if not as_json:
+                screen.write(_answer_lines(answer, screen.paint))
+            return _verdict(answer)
+        fields = answer["fields"]
+        if not as_json:
+            view = _show(fields, view, screen)
+        if fields["state"] == "ended":
+            return Exit.DONE if fields["record"]["result"] == "done" else Exit.FAILED
+    raise NotReachable("connection_lost", "the daemon ended before the refactoring did")
+
+
+def _show(fields: dict[str, Any], view: View, screen: Screen) -> View:
+    match fields["state"]:
+        case "plan":
+            screen.write([plan_line(fields)])
+        case "progress":
+            view, lines = advance(view, fields["progress"])
+            screen.write(lines)
+            screen.live(current_line(view))
+        case _:
+            screen.write([end_line(fields["record"], paint=screen.paint)])
+    return view

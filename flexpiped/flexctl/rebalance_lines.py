@@ -1,0 +1,97 @@
+"""``flexctl rebalance``: from the events of a refactoring to one line for each phase. Pure functions and values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, plural
+from topology.units import format_bytes
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What has been shown so far: the phase under way and where it began."""
+
+    phase: str | None = None
+    began_s: float = 0.0
+    last: Json = field(default_factory=dict)
+
+
+def advance(view: View, progress: Json) -> tuple[View, list[str]]:
+    """Take one report. Return the next view and the lines of phases that are over.
+
+    Counters are cumulative over the refactoring, so the line of a phase that is over is written from the report that
+    ended it.
+    """
+    phase = progress["phase"]
+    if phase == view.phase:
+        return replace(view, last=progress), []
+    done = [] if view.phase is None else [phase_line(view.phase, progress, began_s=view.began_s)]
+    return View(phase=phase, began_s=progress["elapsed_s"], last=progress), [line for line in done if line]
+
+
+def current_line(view: View) -> str:
+    """Return the line of the phase under way; empty when there is nothing to show."""
+    return "" if view.phase is None else phase_line(view.phase, view.last, began_s=view.began_s)
+
+
+def phase_line(phase: str, progress: Json, *, began_s: float) -> str:
+    """Return the line of one phase, as far as ``progress`` tells."""
+    took = format_duration(max(0.0, progress["elapsed_s"] - began_s))
+    match phase:
+        case "prepare":
+            return _line(phase, _prepared(progress, is_over=progress["phase"] != phase), took)
+        case "sync":
+            sent = [f"round {n}: {format_bytes(size)}" for n, size in enumerate(progress["kv_round_bytes"], start=1)]
+            return _line(phase, *(sent or ["nothing to copy"]), took)
+        case "commit":
+            return _line(phase, _committed(progress))
+        case "retire":
+            return _line(phase, f"{format_bytes(progress['returned_bytes'])} returned", took)
+        case "roll back":
+            return _line(phase, progress["message"])
+        case _:
+            return ""
+
+
+def plan_line(proposal: Json) -> str:
+    """Return what will move, in the engine's words."""
+    before, after = len(proposal["current"]), plural(len(proposal["target"]), "stage")
+    moves = ", ".join(proposal["moves"]) or "nothing moves"
+    return _line("plan", f"{before} -> {after}: {moves}")
+
+
+def need_lines(proposal: Json) -> list[str]:
+    """Return the numbers of the feasibility check, one line for each device that gains something."""
+    return [_line("", sentence) for sentence in proposal["sentences"]]
+
+
+def end_line(record: Json, *, paint: Paint = PLAIN) -> str:
+    """Return how a refactoring ended."""
+    if record["result"] != "done":
+        return f"{paint(record['result'], Colour.RED)}: {record['message']}"
+    went_on = plural(record["progress"]["requests_live"], "request")
+    return f"{paint('done', Colour.GREEN)} in {format_duration(record['duration_s'])}, {went_on} went on"
+
+
+def _line(phase: str, *parts: str) -> str:
+    return f"{phase:<7}  " + "   ".join(part for part in parts if part)
+
+
+def _prepared(progress: Json, *, is_over: bool) -> str:
+    loaded = progress["weights_bytes"]
+    total = loaded if is_over else max(loaded, progress["weights_total_bytes"])
+    if not total:
+        return "no weights to load"
+    size = format_bytes(total) if loaded >= total else f"{format_bytes(loaded)} of {format_bytes(total)}"
+    return f"{bar(loaded, total)}  {size}"
+
+
+def _committed(progress: Json) -> str:
+    if progress["commit_pause_s"] is None:
+        return "under way" if progress["phase"] == "commit" else "pause not reported"
+    drain = "" if progress["drain_s"] is None else f" (drain {format_duration(progress['drain_s'])})"
+    epoch = "" if progress["epoch"] is None else f", epoch {progress['epoch']}"
+    return f"pause {format_duration(progress['commit_pause_s'])}{drain}{epoch}"

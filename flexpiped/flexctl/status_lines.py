@@ -1,0 +1,129 @@
+"""``flexctl status``: from what the admin API says to lines for people. Pure functions."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from flexpiped.flexctl.text import (
+    PLAIN,
+    Colour,
+    Paint,
+    bar,
+    format_age,
+    format_duration,
+    format_latency,
+    plural,
+    table,
+)
+from topology.units import format_bytes
+
+_WIDTH: Final = 100
+_STATE_COLOURS: Final = {"ready": Colour.GREEN, "failed": Colour.RED}
+_NOT_REPORTED: Final = "-"
+
+
+def status_lines(status: Mapping[str, Any], *, now_unix_s: float, paint: Paint = PLAIN) -> list[str]:
+    """Return one screen: state, traffic, stages, last handover, and where model and API are."""
+    lines = [_headline(status, paint)]
+    if status["reason"]:
+        lines.append(f"  {status['reason']}")
+    if status["engine_counters"] is not None:
+        lines.append(f"  {_traffic(status)}")
+    if status["stages"]:
+        lines += _stage_table(status)
+    if status["under_way"]:
+        lines.append(f"now            {status['under_way']}")
+    if status["last_handover"]:
+        lines.append(_handover(status["last_handover"], now_unix_s, paint))
+    lines.append(f"model          {status['model']['path']}")
+    lines.append(f"API            {status['api_url']}   flexpiped {status['version']}")
+    return lines
+
+
+def _headline(status: Mapping[str, Any], paint: Paint) -> str:
+    facts = [status["model"]["name"], status["engine"]]
+    if status["stages"]:
+        facts += [f"epoch {status['epoch']}", plural(len(status["stages"]), "stage")]
+    left, state, up = "   ".join(facts), status["state"], f", up {format_age(status['uptime_s'])}"
+    space = " " * max(3, _WIDTH - len(left) - len(state) - len(up))
+    return left + space + paint(state, _STATE_COLOURS.get(state, Colour.YELLOW)) + up
+
+
+def _traffic(status: Mapping[str, Any]) -> str:
+    counters, rate = status["engine_counters"], status["tokens_per_s"]
+    parts = [
+        f"{counters['running']} running",
+        f"{counters['waiting']} waiting",
+        "tok/s not measured yet" if rate is None else f"{rate:.0f} tok/s",
+    ]
+    if status["ttft"] is None and status["tpot"] is None:
+        parts.append("TTFT and TPOT: no request yet")
+    else:
+        parts += [_percentiles("TTFT", status["ttft"]), _percentiles("TPOT", status["tpot"])]
+    return "   ".join(parts)
+
+
+def _percentiles(name: str, values: Mapping[str, float] | None) -> str:
+    if values is None:
+        return f"{name}: no request yet"
+    return f"{name} p50 {format_latency(values['p50_s'])}  p99 {format_latency(values['p99_s'])}"
+
+
+def _stage_table(status: Mapping[str, Any]) -> list[str]:
+    """KV blocks are global over the stages of a replica, so every stage shows the same count."""
+    counters = status["engine_counters"]
+    used, capacity = counters["kv_blocks_used"], counters["kv_blocks_capacity"]
+    digits = len(str(capacity))
+    blocks = f"{bar(used, capacity)}  {used:>{digits}} / {capacity}"
+    rows = [("stage", "device", "layers", "weights", "KV mapped", "PSS", "KV blocks used / capacity", "busy")]
+    last = len(status["stages"]) - 1
+    rows += [
+        (
+            str(stage["index"]),
+            "+".join(stage["device_ids"]),
+            layers_text(stage, is_first=stage["index"] == 0, is_last=stage["index"] == last),
+            format_bytes(stage["weights_bytes"]),
+            format_bytes(stage["kv_mapped_bytes"]),
+            _pss(stage["workers"]),
+            blocks,
+            _NOT_REPORTED if stage["busy"] is None else f"{stage['busy'] * 100:.0f} %",
+        )
+        for stage in status["stages"]
+    ]
+    return table(rows, gap="  ")
+
+
+def layers_text(stage: Mapping[str, Any], *, is_first: bool, is_last: bool) -> str:
+    """Return the layers of a stage in words: ``embedding, 0-3``."""
+    first, last = stage["first_decoder"], stage["end_decoder"] - 1
+    parts = ["embedding"] if is_first else []
+    if last >= first:
+        parts.append(str(first) if first == last else f"{first}-{last}")
+    return ", ".join([*parts, "head"] if is_last else parts) or "none"
+
+
+def _pss(workers: list[Mapping[str, Any]]) -> str:
+    known = [worker["pss_bytes"] for worker in workers if worker["pss_bytes"] is not None]
+    return format_bytes(sum(known)) if known else _NOT_REPORTED
+
+
+def _handover(record: Mapping[str, Any], now_unix_s: float, paint: Paint) -> str:
+    age = format_age(now_unix_s - record["finished_unix_s"])
+    head = f"handover #{record['number']}".ljust(15)
+    head += f"{record['stages_before']} -> {record['stages_after']} stages, {age} ago: "
+    if record["result"] != "done":
+        return head + paint(record["result"], Colour.RED) + f", {record['message']}"
+    return head + ", ".join(handover_facts(record))
+
+
+def handover_facts(record: Mapping[str, Any]) -> list[str]:
+    """Return what a finished handover moved and what it cost, as far as the engine reported it."""
+    facts = [plural(record["layers_moved"], "layer")]
+    progress = record["progress"]
+    if progress is not None:
+        facts.append(f"{format_bytes(progress['weights_bytes'])} weights")
+        rounds = len(progress["kv_round_bytes"])
+        facts.append(f"{format_bytes(progress['kv_bytes'])} KV in {plural(rounds, 'round')}")
+        if progress["commit_pause_s"] is not None:
+            facts.append(f"commit pause {format_duration(progress['commit_pause_s'])}")
+        facts.append(f"{plural(progress['requests_live'], 'request')} went on")
+    return facts

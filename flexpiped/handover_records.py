@@ -1,0 +1,128 @@
+"""What is asked of a refactoring, what it would do and how it went: plain values, and their form on the admin API."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from engines.protocol import RefactorCheck, RefactorProgress
+from flexpiped.config_values import Auto
+from planner.layout import Pipeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is asked for: a number of stages, or the text of a layout file."""
+
+    stages: int | Auto | None = None
+    layout: str | None = None
+
+
+class TargetResolver(Protocol):
+    """Turns what is asked for into a pipeline. Pure work, which may take a while: it is called in a thread."""
+
+    def resolve(self, wanted: Wanted, *, current: Pipeline) -> Pipeline:
+        """Return the pipeline to change to.
+
+        Raises:
+            PlannerError: Nothing fits, or the layout is malformed; the message is for people.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What a refactoring would do, with the numbers of the feasibility check."""
+
+    current: Pipeline
+    target: Pipeline
+    check: RefactorCheck
+
+    @property
+    def changes_something(self) -> bool:
+        return self.current != self.target
+
+    @property
+    def layers_moved(self) -> int:
+        """How many layers change their device; embedding and head count as layers."""
+        before, after = self.current, self.target
+        places = [(before.stages[0], after.stages[0]), (before.stages[-1], after.stages[-1])]
+        places += [(before.stage_of(i), after.stage_of(i)) for i in range(min(before.num_decoders, after.num_decoders))]
+        return sum(old.device_ids != new.device_ids for old, new in places)
+
+    @property
+    def stages_text(self) -> str:
+        return f"{self.current.granularity} -> {self.target.granularity} stages"
+
+
+class HandoverResult(Enum):
+    DONE = "done"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverRecord:
+    """How a refactoring went, kept for ``flexctl status``."""
+
+    number: int
+    stages_before: int
+    stages_after: int
+    result: HandoverResult
+    message: str
+    finished_unix_s: float
+    duration_s: float
+    layers_moved: int
+    last: RefactorProgress | None  # None: it ended before its first report
+
+
+def pipeline_to_wire(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Return the stages as JSON values."""
+    return [
+        {"device_ids": list(stage.device_ids), "first_decoder": stage.first_decoder, "end_decoder": stage.end_decoder}
+        for stage in pipeline.stages
+    ]
+
+
+def proposal_to_wire(proposal: Proposal) -> dict[str, Any]:
+    """Return the proposal as JSON values."""
+    return {
+        "current": pipeline_to_wire(proposal.current),
+        "target": pipeline_to_wire(proposal.target),
+        "changes_something": proposal.changes_something,
+        "feasible": proposal.check.feasible,
+        "sentences": list(proposal.check.sentences),
+        "moves": list(proposal.check.moves),
+    }
+
+
+def progress_to_wire(progress: RefactorProgress) -> dict[str, Any]:
+    """Return one report of progress as JSON values."""
+    return {
+        "phase": progress.phase.value,
+        "message": progress.message,
+        "elapsed_s": progress.elapsed_s,
+        "weights_bytes": progress.weights_bytes,
+        "weights_total_bytes": progress.weights_total_bytes,
+        "kv_round": progress.kv_round,
+        "kv_bytes": progress.kv_bytes,
+        "kv_round_bytes": list(progress.kv_round_bytes),
+        "commit_pause_s": progress.commit_pause_s,
+        "drain_s": progress.drain_s,
+        "returned_bytes": progress.returned_bytes,
+        "epoch": progress.epoch,
+        "requests_live": progress.requests_live,
+    }
+
+
+def record_to_wire(record: HandoverRecord) -> dict[str, Any]:
+    """Return the record of a refactoring that ended as JSON values."""
+    return {
+        "number": record.number,
+        "stages_before": record.stages_before,
+        "stages_after": record.stages_after,
+        "result": record.result.value,
+        "message": record.message,
+        "finished_unix_s": record.finished_unix_s,
+        "duration_s": record.duration_s,
+        "layers_moved": record.layers_moved,
+        "progress": None if record.last is None else progress_to_wire(record.last),
+    }

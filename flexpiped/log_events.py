@@ -1,0 +1,60 @@
+"""Log events that operators may rely on: one function each, with a stable event name and stable fields."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+_log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("flexpiped")
+
+
+def daemon_starting(*, version: str, model: str, engine: str) -> None:
+    _log.info("daemon starting", version=version, model=model, engine=engine)
+
+
+def daemon_ready(*, start_s: float, http: str, admin: str) -> None:
+    _log.info("daemon ready", start_s=round(start_s, 3), http=http, admin=admin)
+
+
+def daemon_start_failed(*, reason: str) -> None:
+    _log.error("daemon start failed", reason=reason)
+
+
+def daemon_draining(*, reason: str, deadline_s: float) -> None:
+    _log.info("daemon draining", reason=reason, deadline_s=deadline_s)
+
+
+def daemon_stopped(*, up_s: float) -> None:
+    _log.info("daemon stopped", up_s=round(up_s, 3))
+
+
+def engine_recovering(*, reason: str) -> None:
+    _log.warning("engine died, starting it again", reason=reason)
+
+
+def engine_failed(*, reason: str) -> None:
+    _log.error("engine failed for good", reason=reason)
+
+
+def text_process_died(*, reason: str) -> None:
+    _log.warning("text process died, starting it again", reason=reason)
+
+
+def config_unchanged(*, file: str) -> None:
+    _log.info("configuration unchanged", file=file)
+
+
+def config_needs_restart(*, file: str, keys: Sequence[str]) -> None:
+    _log.warning("configuration changed, restart to apply", file=file, keys=list(keys))
+
+
+def config_rejected(*, file: str, problems: Sequence[str]) -> None:
+    _log.error("configuration rejected, the old one stays in force", file=file, problems=list(problems))
+
+
+def refactoring_started(*, number: int, stages: str) -> None:
+    _log.info("refactoring started", number=number, stages=stages)
+
+
+def refactoring_ended(*, number: int, result: str, duration_s: float) -> None:
+    _log.info("refactoring ended", number=number, result=result, duration_s=round(duration_s, 4))

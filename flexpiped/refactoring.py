@@ -1,0 +1,187 @@
+"""The one place through which a refactoring enters, whoever asks for it. One at a time.
+
+    ask --resolve--> target --check--> feasible --start--> running --+--> done
+          |                    |                                    +--> aborted (rolled back, nothing lost)
+          +--> NoFeasiblePlan  +--> RefactoringRefused              +--> failed  (the engine died)
+
+Progress is published as events; whoever waits follows those.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from engines.errors import EngineError, RefactoringAborted, RefactoringBusy, RefactoringRefused
+from engines.protocol import Engine, RefactorCheck, RefactorProgress
+from flexpiped import log_events
+from flexpiped.events import EventKind, EventLog
+from flexpiped.handover_records import (
+    HandoverRecord,
+    HandoverResult,
+    Proposal,
+    TargetResolver,
+    Wanted,
+    progress_to_wire,
+    proposal_to_wire,
+    record_to_wire,
+)
+from planner.handover import HandoverPhase
+
+HISTORY = 50
+UNCHANGED: Final = RefactorCheck(feasible=True, sentences=("this layout is in force already",))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    number: int
+    proposal: Proposal
+    started_s: float
+    last: RefactorProgress | None = None
+
+    def describe(self, now_s: float) -> str:
+        phase = "starting" if self.last is None else f"in phase {self.last.phase.value} ({self.last.message})"
+        return f"handover #{self.number}, {self.proposal.stages_text}, is {phase} since {now_s - self.started_s:.1f} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A refactoring that has begun: its number, and the event after which its progress follows."""
+
+    number: int
+    proposal: Proposal
+    since: int
+
+
+class Refactorings:
+    """Runs refactorings of one engine, one at a time. Used on one event loop only.
+
+    Args:
+        engine, resolver: Those of now; they raise ``EngineError`` while there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Callable[[], Engine],
+        resolver: Callable[[], TargetResolver],
+        events: EventLog,
+        monotonic_clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._resolver = resolver
+        self._events = events
+        self._monotonic_clock = monotonic_clock
+        self._wall_clock = wall_clock
+        self._number = 0
+        self._deciding = False  # a request is between its acceptance and its start
+        self._running: _Running | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._history: deque[HandoverRecord] = deque(maxlen=HISTORY)
+
+    @property
+    def history(self) -> tuple[HandoverRecord, ...]:
+        """The last refactorings that ended, oldest first."""
+        return tuple(self._history)
+
+    @property
+    def under_way(self) -> str | None:
+        """The refactoring under way in words, None when there is none."""
+        return None if self._running is None else self._running.describe(self._monotonic_clock())
+
+    async def propose(self, wanted: Wanted) -> Proposal:
+        """Say what ``start`` would do. Moves nothing, and is answered at any time.
+
+        Raises:
+            PlannerError, EngineError
+        """
+        engine = self._engine()
+        current = engine.pipeline
+        target = await asyncio.to_thread(self._resolver().resolve, wanted, current=current)
+        check = UNCHANGED if target == current else await engine.check_refactor(target)
+        return Proposal(current=current, target=target, check=check)
+
+    async def start(self, wanted: Wanted) -> Started | Proposal:
+        """Begin a refactoring, or return the proposal if the wanted layout is already in force.
+
+        Raises:
+            RefactoringBusy: Another one is under way; the message says which and where it stands.
+            RefactoringRefused: It does not fit; the message has the numbers. Nothing moved.
+            PlannerError, EngineError
+        """
+        if self._running is not None:
+            raise RefactoringBusy(f"busy: {self.under_way}")
+        if self._deciding:
+            raise RefactoringBusy("busy: another refactoring is being planned")
+        self._deciding = True
+        try:
+            proposal = await self.propose(wanted)
+        finally:
+            self._deciding = False
+        if not proposal.changes_something:
+            return proposal
+        if not proposal.check.feasible:
+            raise RefactoringRefused("; ".join(proposal.check.sentences))
+        return self._begin(proposal)
+
+    async def cancel(self) -> bool:
+        """Roll back the refactoring under way; False when there is none or it is past its commit point."""
+        return self._running is not None and await self._engine().cancel_refactor()
+
+    async def close(self) -> None:
+        """Cancel what is under way and return when it has ended."""
+        if self._task is not None and not self._task.done():
+            with suppress(EngineError):  # an engine that is gone has ended it already
+                await self._engine().cancel_refactor()
+            await self._task
+
+    def _begin(self, proposal: Proposal) -> Started:
+        self._number += 1
+        running = _Running(number=self._number, proposal=proposal, started_s=self._monotonic_clock())
+        self._running = running
+        since = self._events.last_sequence
+        self._publish(running, f"plan: {proposal.stages_text}", state="plan", **proposal_to_wire(proposal))
+        log_events.refactoring_started(number=running.number, stages=proposal.stages_text)
+        self._task = asyncio.create_task(self._run(running), name=f"refactoring-{running.number}")
+        return Started(number=running.number, proposal=proposal, since=since)
+
+    async def _run(self, running: _Running) -> None:
+        result, message = HandoverResult.FAILED, "it ended without a last report"
+        try:
+            async for progress in self._engine().refactor(running.proposal.target):
+                running.last = progress
+                message = progress.message
+                self._publish(running, message, state="progress", progress=progress_to_wire(progress))
+                if progress.phase is HandoverPhase.DONE:
+                    result = HandoverResult.DONE
+        except (RefactoringAborted, RefactoringRefused, RefactoringBusy) as error:
+            result, message = HandoverResult.ABORTED, str(error)
+        except EngineError as error:
+            result, message = HandoverResult.FAILED, str(error)
+        finally:
+            self._finish(running, result, message)
+
+    def _finish(self, running: _Running, result: HandoverResult, message: str) -> None:
+        record = HandoverRecord(
+            number=running.number,
+            stages_before=running.proposal.current.granularity,
+            stages_after=running.proposal.target.granularity,
+            result=result,
+            message=message,
+            finished_unix_s=self._wall_clock(),
+            duration_s=self._monotonic_clock() - running.started_s,
+            layers_moved=running.proposal.layers_moved,
+            last=running.last,
+        )
+        self._history.append(record)
+        self._running = None
+        log_events.refactoring_ended(number=record.number, result=result.value, duration_s=record.duration_s)
+        how = f"ended in {record.duration_s:.2g} s: {message}"
+        self._publish(running, how, state="ended", record=record_to_wire(record))
+
+    def _publish(self, running: _Running, message: str, **fields: Any) -> None:
+        self._events.publish(EventKind.REFACTORING, message, handover=running.number, **fields)

@@ -1,0 +1,82 @@
+"""Listening sockets and the applications behind them."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aiohttp import web
+
+from flexpiped.admin_socket import inode_of, release_socket, take_socket
+
+_BACKLOG = 1024
+
+
+class PortTaken(Exception):
+    """The address of the HTTP API cannot be had; the message says why and what to do."""
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 takes any free one.
+
+    Raises:
+        PortTaken
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise PortTaken(f"http.host {host}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}. Choose another http.port.") from None
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the base URL of a listening TCP socket."""
+    return base_url(*listener.getsockname()[:2])
+
+
+def base_url(host: str, port: int) -> str:
+    """Return the URL of an address; an IPv6 address is bracketed."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@asynccontextmanager
+async def serving(app: web.Application, listener: socket.socket, *, shutdown_s: float) -> AsyncIterator[None]:
+    """Serve ``app`` on ``listener`` while the scope lasts; handlers get ``shutdown_s`` to end by themselves.
+
+    A client that leaves cancels its handler: that is how a request in flight is freed.
+    """
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_s)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+        yield
+    finally:
+        await runner.cleanup()
+        listener.close()
+
+
+@asynccontextmanager
+async def serving_admin(app: web.Application, path: Path) -> AsyncIterator[None]:
+    """Serve the admin API at ``path`` while the scope lasts.
+
+    Raises:
+        AdminSocketError: The socket cannot be taken.
+    """
+    listener = take_socket(path)
+    inode = inode_of(path)
+    try:
+        async with serving(app, listener, shutdown_s=1.0):
+            yield
+    finally:
+        release_socket(path, inode=inode)

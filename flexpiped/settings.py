@@ -1,0 +1,187 @@
+"""Settings of the daemon: what a configuration file can say, with the defaults. ``etc/flexpiped.toml`` explains each.
+
+Each field is annotated with how its value is read. Its TOML key is its name, or the ``Named`` word: a field carries its
+unit in its name, while the file writes ``kv_cache = "64 MiB"``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar, cast, get_type_hints
+
+from flexpiped.config_values import (
+    Auto,
+    Reader,
+    boolean,
+    choice,
+    integer,
+    optional_path,
+    optional_text,
+    or_auto,
+    seconds,
+    size_bytes,
+    text,
+)
+from topology.units import KIB, MIB
+
+T = TypeVar("T")
+DEMO_MODEL: Final = "demo"
+
+
+class EngineKind(Enum):
+    NATIVE = "native"
+    FAKE = "fake"  # no model: counts tokens, for trying the API and for tests
+
+
+class DType(Enum):
+    AUTO = "auto"  # as the checkpoint says
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class LogFormat(Enum):
+    AUTO = "auto"  # console on a terminal, else json
+    CONSOLE = "console"
+    JSON = "json"
+
+
+class LogLevel(Enum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """The key's word in the file, where that is not the field's name."""
+
+    word: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    host: Annotated[str, text] = "127.0.0.1"
+    port: Annotated[int, integer(0, 65535)] = 8100
+    max_body_bytes: Annotated[int, size_bytes(1024)] = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminSettings:
+    socket: Annotated[Path | None, optional_path] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionSettings:
+    max_requests_in_flight: Annotated[int, integer(1)] = 256
+    max_tokens_in_flight: Annotated[int, integer(1)] = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    format: Annotated[LogFormat, choice(LogFormat)] = LogFormat.AUTO
+    level: Annotated[LogLevel, choice(LogLevel)] = LogLevel.INFO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    cpu_count: Annotated[int, integer(1, 256)] = 8
+    cpu_memory_bytes: Annotated[int, size_bytes(MIB), Named(word="cpu_memory")] = 512 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeSettings:
+    python: Annotated[Path | None, optional_path] = None
+    kv_cache_bytes: Annotated[int, size_bytes(64 * 1024), Named(word="kv_cache")] = 64 * MIB
+    kv_block_tokens: Annotated[int, integer(1, 1024)] = 16
+    max_num_seqs: Annotated[int, integer(1)] = 64
+    max_num_batched_tokens: Annotated[int, integer(1)] = 512
+    max_micro_batches: Annotated[int | Auto, or_auto(integer(1, 64))] = Auto.AUTO
+    threads: Annotated[int | Auto, or_auto(integer(1, 1024))] = Auto.AUTO
+    nice: Annotated[int, integer(0, 19)] = 10
+    hang_deadline_s: Annotated[float, seconds] = 60.0
+    cache_dir: Annotated[Path | None, optional_path] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginesSettings:
+    native: NativeSettings = field(default_factory=NativeSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverSettings:
+    prepare_deadline_s: Annotated[float, seconds] = 120.0
+    sync_deadline_s: Annotated[float, seconds] = 120.0
+    commit_deadline_s: Annotated[float, seconds] = 5.0
+    max_rounds: Annotated[int, integer(1, 100)] = 8
+    remainder_slots: Annotated[int, integer(0)] = 256
+    slice_bytes: Annotated[int, size_bytes(4096)] = 512 * KIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything a configuration file can say."""
+
+    model: Annotated[str, text] = DEMO_MODEL
+    served_model_name: Annotated[str | None, optional_text] = None
+    engine: Annotated[EngineKind, choice(EngineKind)] = EngineKind.NATIVE
+    stages: Annotated[int | Auto, or_auto(integer(1))] = 2
+    dtype: Annotated[DType, choice(DType)] = DType.AUTO
+    max_model_len: Annotated[int | Auto, or_auto(integer(1))] = Auto.AUTO
+    revision: Annotated[str | None, optional_text] = None
+    tokenizer: Annotated[str | None, optional_text] = None
+    trust_remote_code: Annotated[bool, boolean] = False
+    hf_token_file: Annotated[Path | None, optional_path] = None
+    http: HttpSettings = field(default_factory=HttpSettings)
+    admin: AdminSettings = field(default_factory=AdminSettings)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    devices: DeviceSettings = field(default_factory=DeviceSettings)
+    engines: EnginesSettings = field(default_factory=EnginesSettings)
+    handover: HandoverSettings = field(default_factory=HandoverSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One key of the configuration file: its dotted TOML name, the way to its field, and how its value is read."""
+
+    name: str
+    path: tuple[str, ...]
+    read: Reader[object]
+
+
+def _keys_of(section: type, *, names: tuple[str, ...], path: tuple[str, ...]) -> Iterator[Key]:
+    hints = get_type_hints(section, include_extras=True)
+    for each in fields(section):
+        hint, here = hints[each.name], (*path, each.name)
+        if is_dataclass(hint):
+            yield from _keys_of(cast("type", hint), names=(*names, each.name), path=here)
+            continue
+        read, *named = hint.__metadata__
+        word = named[0].word if named else each.name
+        yield Key(name=".".join((*names, word)), path=here, read=read)
+
+
+KEYS: Final[tuple[Key, ...]] = tuple(_keys_of(Settings, names=(), path=()))
+
+
+def value_of(settings: Settings, key: Key) -> object:
+    """Return what ``settings`` say for ``key``."""
+    value: object = settings
+    for name in key.path:
+        value = getattr(value, name)
+    return value
+
+
+def with_value(section: T, path: tuple[str, ...], value: object) -> T:
+    """Return a copy of ``section`` (settings or a part of them) with the field at ``path`` replaced."""
+    first, *rest = path
+    new = with_value(getattr(section, first), tuple(rest), value) if rest else value
+    return cast("T", replace(cast("Any", section), **{first: new}))
+
+
+def changed_keys(old: Settings, new: Settings) -> tuple[str, ...]:
+    """Return the names of the keys whose values differ, in the order of the file."""
+    return tuple(key.name for key in KEYS if value_of(old, key) != value_of(new, key))

@@ -1,0 +1,163 @@
+"""What the daemon is doing, gathered for ``GET /status`` of the admin API. A value that cannot be had is None."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import flexpiped
+from engines.errors import EngineError
+from engines.process import memory_pss_bytes
+from engines.protocol import Engine, EngineCounters, StageStatus
+from flexpiped.handover_records import record_to_wire
+from flexpiped.refactoring import Refactorings
+from flexpiped.throughput import TokenRate
+
+SAMPLE_PERIOD_S = 1.0
+
+
+class ServiceState(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    RECOVERING = "recovering"  # the engine died and is being started again
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """The state of the service, with the reason in words."""
+
+    state: ServiceState
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What does not change while the daemon runs."""
+
+    model_name: str
+    model_path: str
+    engine: str
+    api_url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Median and 99th percentile of a duration, over the requests that the API remembers."""
+
+    p50_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """Time to first token and time per output token, None before there is a request."""
+
+    ttft: Percentiles | None
+    tpot: Percentiles | None
+
+
+class StatusSource(Protocol):
+    """Gives the status as JSON values."""
+
+    async def status(self) -> dict[str, Any]: ...
+
+
+class DaemonStatus:
+    """Reads the engine and the parts of the daemon. ``sample_forever`` feeds the token rate and runs beside it.
+
+    Args:
+        engine: The one of now; raises ``EngineError`` while there is none.
+        latencies: None while nothing measures them.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        health: Callable[[], Health],
+        engine: Callable[[], Engine],
+        refactorings: Refactorings,
+        latencies: Callable[[], Latencies | None],
+        monotonic_clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._health = health
+        self._engine = engine
+        self._refactorings = refactorings
+        self._latencies = latencies
+        self._monotonic_clock = monotonic_clock
+        self._started_s = monotonic_clock()
+        self._rate = TokenRate()
+
+    async def sample_forever(self) -> None:
+        """Read the engine's token counter once a second."""
+        while True:
+            try:
+                counters = await self._engine().counters()
+            except EngineError:
+                self._rate.clear()
+            else:
+                self._rate.add(self._monotonic_clock(), counters.generated_tokens_total)
+            await asyncio.sleep(SAMPLE_PERIOD_S)
+
+    async def status(self) -> dict[str, Any]:
+        """Return everything ``flexctl status`` shows."""
+        counters: EngineCounters | None = None
+        stages: Sequence[StageStatus] = ()
+        epoch: int | None = None
+        with suppress(EngineError):  # starting, or between two engines: the state says which
+            engine = self._engine()
+            counters, stages, epoch = await engine.counters(), await engine.stages(), engine.epoch
+        return self._overview() | {
+            "epoch": epoch,
+            "stages": await asyncio.to_thread(stages_to_wire, stages),
+            "engine_counters": None if counters is None else counters_to_wire(counters),
+            "tokens_per_s": self._rate.tokens_per_s,
+        }
+
+    def _overview(self) -> dict[str, Any]:
+        health, latencies, history = self._health(), self._latencies(), self._refactorings.history
+        return {
+            "version": flexpiped.__version__,
+            "model": {"name": self._identity.model_name, "path": self._identity.model_path},
+            "engine": self._identity.engine,
+            "api_url": self._identity.api_url,
+            "uptime_s": self._monotonic_clock() - self._started_s,
+            "state": health.state.value,
+            "reason": health.reason,
+            "ttft": _percentiles_to_wire(latencies.ttft if latencies else None),
+            "tpot": _percentiles_to_wire(latencies.tpot if latencies else None),
+            "under_way": self._refactorings.under_way,
+            "last_handover": record_to_wire(history[-1]) if history else None,
+        }
+
+
+def stages_to_wire(stages: Sequence[StageStatus]) -> list[dict[str, Any]]:
+    """Return the stages with the memory of their processes. Reads /proc, which may block for milliseconds."""
+    return [
+        {
+            "index": stage.index,
+            "device_ids": list(stage.device_ids),
+            "first_decoder": stage.first_decoder,
+            "end_decoder": stage.end_decoder,
+            "weights_bytes": stage.weights_bytes,
+            "kv_mapped_bytes": stage.kv_mapped_bytes,
+            "busy": stage.busy,
+            "workers": [{"pid": pid, "pss_bytes": memory_pss_bytes(pid)} for pid in stage.pids],
+        }
+        for stage in stages
+    ]
+
+
+def counters_to_wire(counters: EngineCounters) -> dict[str, int]:
+    """Return the engine's counters as JSON values, under the names they have in the protocol."""
+    return {name: getattr(counters, name) for name in EngineCounters.__dataclass_fields__}
+
+
+def _percentiles_to_wire(percentiles: Percentiles | None) -> dict[str, float] | None:
+    return None if percentiles is None else {"p50_s": percentiles.p50_s, "p99_s": percentiles.p99_s}

@@ -1,0 +1,1 @@
+"""Programs that measure: ``python -m tests.bench.NAME``. README.md says what each is for."""

@@ -1,0 +1,111 @@
+"""A flexpiped daemon under measurement: started from a configuration of its own, moved by its admin API."""
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+
+from engines.protocol import RefactorProgress
+from flexpiped.flexctl.client import AdminClient, CtlError
+from planner.layout import Pipeline
+from planner.layout_file import format_layout
+from tests.bench.processes import command_of, descendants, leashed
+
+_START_DEADLINE_S = 120.0
+
+
+class DaemonFailed(Exception):
+    """The daemon did not come up, or a handover did not end as it should."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonPids:
+    """The daemon's processes by what they do."""
+
+    daemon: int
+    text: tuple[int, ...]
+    core: tuple[int, ...]
+    workers: tuple[int, ...]
+
+
+class DaemonProcess:
+    """A daemon that serves the model ``bench``."""
+
+    def __init__(self, leash_pid: int, socket: Path) -> None:
+        self._leash_pid = leash_pid
+        self._admin = AdminClient([socket])
+        self.url = ""
+
+    async def wait_ready(self, process: asyncio.subprocess.Process) -> None:
+        """Return when requests are served. Raises: DaemonFailed."""
+        deadline_s = time.monotonic() + _START_DEADLINE_S
+        state = "not reachable"
+        while time.monotonic() < deadline_s and process.returncode is None:
+            try:
+                answer = await asyncio.to_thread(self._admin.call, "GET", "/status")
+            except CtlError:
+                answer = {"state": state}
+            state = answer["state"]
+            if state == "ready":
+                self.url = str(answer["api_url"]).removesuffix("/v1")
+                return
+            await asyncio.sleep(0.1)
+        raise DaemonFailed(f"the daemon is {state}")
+
+    async def move(self, target: Pipeline) -> list[RefactorProgress]:
+        """Change the layout and return all reports. Raises: DaemonFailed."""
+        return await asyncio.to_thread(self._move, target)
+
+    def pids(self) -> DaemonPids:
+        """Return the processes as they are now."""
+        daemon, *below = descendants(self._leash_pid)
+        commands = {pid: command_of(pid) for pid in below}
+        text = tuple(pid for pid, command in commands.items() if "engines.text" in command)
+        natives = [pid for pid, command in commands.items() if "engines.native.core" in command]
+        return DaemonPids(daemon=daemon, text=text, core=tuple(natives[:1]), workers=tuple(natives[1:]))
+
+    def _move(self, target: Pipeline) -> list[RefactorProgress]:
+        body = {"layout": format_layout(target), "wait": True}
+        reports: list[RefactorProgress] = []
+        last: dict[str, Any] = {}
+        for event in self._admin.stream("POST", "/rebalance", body):
+            last = event
+            if (progress := event.get("fields", {}).get("progress")) is not None:
+                reports.append(msgspec.convert(progress, RefactorProgress))
+        if last.get("fields", {}).get("record", {}).get("result") != "done":
+            raise DaemonFailed(f"the handover did not end well: {last}")
+        return reports
+
+
+@asynccontextmanager
+async def daemon(
+    model: Path, *, stages: int, threads: int, kv_cache_bytes: int, device_memory_bytes: int
+) -> AsyncIterator[DaemonProcess]:
+    """Start a daemon; it ends with the scope. Its log is shown when it does not come up.
+
+    Raises:
+        DaemonFailed
+    """
+    with TemporaryDirectory(prefix="flexpiped-bench-") as name:
+        folder = Path(name)
+        socket, config, log = folder / "admin.sock", folder / "bench.toml", folder / "log"
+        config.write_text(
+            f'model = "{model}"\nserved_model_name = "bench"\nengine = "native"\nstages = {stages}\ndtype = "float32"\n'
+            f'[http]\nport = 0\n[admin]\nsocket = "{socket}"\n[devices]\ncpu_memory = {device_memory_bytes}\n'
+            f"[engines.native]\nthreads = {threads}\nkv_cache = {kv_cache_bytes}\n"
+        )
+        command = [sys.executable, "-m", "flexpiped", "--config", str(config)]
+        async with leashed(command, environment={}, folder=folder, log=log) as process:
+            started = DaemonProcess(process.pid, socket)
+            try:
+                await started.wait_ready(process)
+            except DaemonFailed as error:
+                raise DaemonFailed(f"{error}:\n{log.read_text()[-4000:]}") from None
+            yield started

@@ -1,0 +1,125 @@
+"""The engine driven directly, without daemon and HTTP: what the other ways are compared with."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from engines.errors import EngineError
+from engines.native.adapter import NativeEngine
+from engines.native.options import NativeOptions
+from engines.protocol import GenerationRequest, RefactorProgress, SamplingParams
+from planner.layout import Pipeline
+from tests.bench.load_messages import Load
+from tests.bench.program import DEVICES
+
+_WARM_DEADLINE_S = 60.0
+
+
+def options_for(
+    model: Path, *, threads: int, kv_cache_bytes: int, device_memory_bytes: int, max_micro_batches: int = 0
+) -> NativeOptions:
+    """Return the engine's options: as the daemon's defaults where not given."""
+    return NativeOptions(
+        model_directory=str(model),
+        device_ids=DEVICES,
+        device_memory_bytes=device_memory_bytes,
+        dtype="float32",
+        threads=threads,
+        kv_cache_bytes=kv_cache_bytes,
+        max_micro_batches=max_micro_batches,
+    )
+
+
+@asynccontextmanager
+async def running(options: NativeOptions, pipeline: Pipeline) -> AsyncIterator[NativeEngine]:
+    """Start an engine; it ends with the scope."""
+    engine = NativeEngine(options, pipeline)
+    try:
+        await engine.start(on_progress=lambda _message: None)
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def move(engine: NativeEngine, target: Pipeline) -> list[RefactorProgress]:
+    """Refactor and return all reports."""
+    return [report async for report in engine.refactor(target)]
+
+
+async def complete(engine: NativeEngine, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> Load:
+    """Complete all prompts at once; one time for each token."""
+    streams = [_Stream(prompt, max_tokens) for prompt in prompts]
+    started_s = time.monotonic()
+    await asyncio.gather(*(stream.follow(engine) for stream in streams))
+    return Load(
+        tokens=sum(len(stream.tokens) for stream in streams),
+        started_s=started_s,
+        ended_s=time.monotonic(),
+        times_s=[stream.times_s for stream in streams],
+        cpu_s=time.process_time(),
+    )
+
+
+class HeldStreams:
+    """Streams that go on until told to stop, and that another engine can continue."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> None:
+        self._streams = [_Stream(prompt, max_tokens) for prompt in prompts]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, engine: NativeEngine, *, warm_tokens: int) -> None:
+        """Begin, or go on from the tokens that are there; return when each has ``warm_tokens`` new ones."""
+        wanted = [len(stream.tokens) + warm_tokens for stream in self._streams]
+        self._tasks = [asyncio.create_task(stream.follow(engine)) for stream in self._streams]
+        async with asyncio.timeout(_WARM_DEADLINE_S):
+            while any(len(s.tokens) < count for s, count in zip(self._streams, wanted, strict=True)):
+                await asyncio.sleep(0.005)
+                self._raise_failures()
+
+    async def stop(self) -> None:
+        """Abort whatever still runs."""
+        for task in self._tasks:
+            task.cancel()
+        with suppress(EngineError):  # of streams whose engine was closed
+            for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+                if isinstance(result, Exception):
+                    raise result
+        self._tasks.clear()
+
+    def take(self) -> list[list[float]]:
+        """Return when tokens came since the last call, for each stream. Raises: RuntimeError, when a stream has ended."""
+        self._raise_failures()
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("a stream has ended within a measurement: give it more tokens")
+        times = [stream.times_s for stream in self._streams]
+        for stream in self._streams:
+            stream.times_s = []
+        return times
+
+    def _raise_failures(self) -> None:
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+
+class _Stream:
+    def __init__(self, prompt: Sequence[int], max_tokens: int) -> None:
+        self._prompt = tuple(prompt)
+        self._max_tokens = max_tokens
+        self.tokens: list[int] = []
+        self.times_s: list[float] = []
+
+    async def follow(self, engine: NativeEngine) -> None:
+        request = GenerationRequest(
+            request_id=f"bench-{os.getpid()}",
+            prompt_token_ids=self._prompt,
+            generated_token_ids=tuple(self.tokens),
+            sampling=SamplingParams(max_tokens=self._max_tokens, ignore_eos=True),
+        )
+        async for chunk in engine.generate(request):
+            now = time.monotonic()
+            self.tokens += chunk.token_ids
+            self.times_s += [now] * len(chunk.token_ids)

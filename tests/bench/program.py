@@ -1,0 +1,73 @@
+"""What all programs have in common: options, the checkpoint, layouts, prompts, and an end that leaves nothing behind."""
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from planner.layout import Pipeline, pipeline_of
+from tests.support.checkpoints import bench_llama
+
+DEVICES: Final = tuple(f"cpu:{index}" for index in range(8))
+NUM_DECODERS: Final = 8
+VOCAB_SIZE: Final = 4096
+MAX_CONTEXT: Final = 4096
+_CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flexpiped" / "test-models"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every program has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--short", action="store_true", help="few repetitions: proves the program, gives no figures")
+    made.add_argument("--json", metavar="FILE", type=Path, help="write the raw figures here")
+    made.add_argument(
+        "--checkpoint", metavar="DIR", type=Path, help="serve this model instead of the benchmarks' Llama"
+    )
+    return made
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Read a list such as ``1,8,32``."""
+    return tuple(int(word) for word in text.split(","))
+
+
+def checkpoint(options: argparse.Namespace) -> Path:
+    """Return the directory of the model, which is made if it is not there."""
+    given: Path | None = options.checkpoint
+    return (given or bench_llama(_CACHE / "bench-llama")).resolve()
+
+
+def even(stages: int) -> Pipeline:
+    """Return the pipeline of that many stages, with even cuts, on the first devices."""
+    cuts = [round(NUM_DECODERS * i / stages) for i in range(1, stages)]
+    return pipeline_of(device_ids=DEVICES[:stages], cuts=cuts, num_decoders=NUM_DECODERS)
+
+
+def prompts(*, count: int, length: int, seed: int) -> list[list[int]]:
+    """Return prompts of random tokens, none special. Another seed gives others, so that no prefix cache knows them."""
+    draw = random.Random(seed)
+    return [[draw.randrange(16, VOCAB_SIZE) for _ in range(length)] for _ in range(count)]
+
+
+def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
+    """Run the program to its end and exit. SIGTERM and SIGINT end it as a fault would, scopes included."""
+
+    async def guarded() -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        return await main()
+
+    try:
+        sys.exit(uvloop.run(guarded()))
+    except asyncio.CancelledError:
+        sys.exit(130)

@@ -1,0 +1,135 @@
+"""``flexctl status``: the screen from the answer."""
+
+from typing import Any
+
+from flexpiped.flexctl.status_lines import layers_text, status_lines
+from flexpiped.flexctl.text import Paint
+
+MIB = 1 << 20
+
+PROGRESS: dict[str, Any] = {
+    "phase": "done",
+    "message": "done",
+    "elapsed_s": 0.11,
+    "weights_bytes": 3 * MIB,
+    "weights_total_bytes": 3 * MIB,
+    "kv_round": 2,
+    "kv_bytes": 812 * 1024,
+    "kv_round_bytes": [800 * 1024, 12 * 1024],
+    "commit_pause_s": 0.0032,
+    "drain_s": 0.0022,
+    "returned_bytes": 3 * MIB,
+    "epoch": 7,
+    "requests_live": 8,
+}
+RECORD: dict[str, Any] = {
+    "number": 12,
+    "stages_before": 4,
+    "stages_after": 2,
+    "result": "done",
+    "message": "done",
+    "finished_unix_s": 1_000.0,
+    "duration_s": 0.11,
+    "layers_moved": 4,
+    "progress": PROGRESS,
+}
+
+
+def stage(index: int, first: int, end: int) -> dict[str, Any]:
+    return {
+        "index": index,
+        "device_ids": [f"cpu:{index}"],
+        "first_decoder": first,
+        "end_decoder": end,
+        "weights_bytes": 4 * MIB,
+        "kv_mapped_bytes": 2 * MIB,
+        "busy": 0.61 if index == 0 else None,
+        "workers": [{"pid": 17 + index, "pss_bytes": 96 * MIB if index == 0 else None}],
+    }
+
+
+SERVING: dict[str, Any] = {
+    "version": "0.1.0",
+    "model": {"name": "demo-model", "path": "/srv/demo-model"},
+    "engine": "native",
+    "api_url": "http://127.0.0.1:8100/v1",
+    "uptime_s": 11_520.0,
+    "state": "ready",
+    "reason": "",
+    "epoch": 7,
+    "stages": [stage(0, 0, 4), stage(1, 4, 8)],
+    "engine_counters": {"running": 8, "waiting": 0, "kv_blocks_used": 212, "kv_blocks_capacity": 640},
+    "tokens_per_s": 412.3,
+    "ttft": {"p50_s": 0.021, "p99_s": 0.048},
+    "tpot": {"p50_s": 0.0041, "p99_s": 0.006},
+    "under_way": None,
+    "last_handover": RECORD,
+}
+STARTING: dict[str, Any] = SERVING | {
+    "state": "starting",
+    "reason": "loading weights",
+    "epoch": None,
+    "stages": [],
+    "engine_counters": None,
+    "tokens_per_s": None,
+    "ttft": None,
+    "tpot": None,
+    "last_handover": None,
+    "uptime_s": 1.2,
+}
+
+
+def test_the_whole_screen() -> None:
+    assert "\n".join(status_lines(SERVING, now_unix_s=1_125.0)) == (
+        "demo-model   native   epoch 7   2 stages                                        ready, up 3 h 12 min\n"
+        "  8 running   0 waiting   412 tok/s   TTFT p50 21 ms  p99 48 ms   TPOT p50 4.1 ms  p99 6.0 ms\n"
+        "  stage  device  layers          weights  KV mapped  PSS     KV blocks used / capacity        busy\n"
+        "  0      cpu:0   embedding, 0-3  4 MiB    2 MiB      96 MiB  ######..............  212 / 640  61 %\n"
+        "  1      cpu:1   4-7, head       4 MiB    2 MiB      -       ######..............  212 / 640  -\n"
+        "handover #12   4 -> 2 stages, 2 min ago: 4 layers, 3 MiB weights, 812 KiB KV in 2 rounds, "
+        "commit pause 3.2 ms, 8 requests went on\n"
+        "model          /srv/demo-model\n"
+        "API            http://127.0.0.1:8100/v1   flexpiped 0.1.0"
+    )
+
+
+def test_before_it_is_ready_the_reason_is_said_and_nothing_unmeasured_shown() -> None:
+    lines = status_lines(STARTING, now_unix_s=0.0)
+
+    assert lines[0].endswith("starting, up 1 s")
+    assert lines[1] == "  loading weights"
+    assert len(lines) == 4
+
+
+def test_missing_values_say_why() -> None:
+    lines = status_lines(SERVING | {"tokens_per_s": None, "ttft": None, "tpot": None}, now_unix_s=0.0)
+
+    assert lines[1] == "  8 running   0 waiting   tok/s not measured yet   TTFT and TPOT: no request yet"
+
+
+def test_an_aborted_handover_says_why() -> None:
+    aborted = RECORD | {"result": "aborted", "message": "cancelled before commit"}
+
+    lines = status_lines(SERVING | {"last_handover": aborted}, now_unix_s=1_000.0)
+
+    assert "handover #12   4 -> 2 stages, 0 s ago: aborted, cancelled before commit" in lines
+
+
+def test_a_refactoring_under_way_is_shown() -> None:
+    lines = status_lines(SERVING | {"under_way": "handover #13, in phase sync"}, now_unix_s=1_000.0)
+
+    assert "now            handover #13, in phase sync" in lines
+
+
+def test_colour_changes_no_word() -> None:
+    plain = status_lines(SERVING, now_unix_s=0.0)
+    painted = status_lines(SERVING, now_unix_s=0.0, paint=Paint(enabled=True))
+
+    assert [line.replace("\x1b[32m", "").replace("\x1b[0m", "") for line in painted] == plain
+
+
+def test_layers_in_words() -> None:
+    assert layers_text(stage(0, 0, 8), is_first=True, is_last=True) == "embedding, 0-7, head"
+    assert layers_text(stage(1, 3, 4), is_first=False, is_last=False) == "3"
+    assert layers_text(stage(0, 0, 0), is_first=True, is_last=False) == "embedding"
+    assert layers_text(stage(1, 4, 4), is_first=False, is_last=False) == "none"

@@ -1,0 +1,72 @@
+"""What the daemon says when it starts."""
+
+import io
+from pathlib import Path
+
+from flexpiped.banner import Banner, flexctl_command
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_quick_start_says_what_is_served_where_and_what_to_type_next() -> None:
+    out, clock = io.StringIO(), Clock()
+    banner = Banner(out, command=".venv/bin/flexctl", clock=clock)
+    banner.starting(version="0.1.0", engine="native", devices=8, model="etc/demo-model")
+    clock.now_s += 1.0
+    banner.progress("loading weights")
+    clock.now_s += 0.4
+    banner.ready(
+        facts="demo-model, 8 decoder layers in 2 stages",
+        api_url="http://127.0.0.1:8100/v1",
+        admin=Path("/run/user/0/flexpiped/admin.sock"),
+        next_stages=4,
+    )
+
+    assert out.getvalue() == (
+        "flexpiped 0.1.0   native engine, 8 CPU devices, model etc/demo-model\n"
+        "ready in 1.4 s    API http://127.0.0.1:8100/v1    admin /run/user/0/flexpiped/admin.sock\n"
+        "serving demo-model, 8 decoder layers in 2 stages\n"
+        "try:  curl -N http://127.0.0.1:8100/v1/completions -H 'content-type: application/json' "
+        '-d \'{"prompt": "Once", "max_tokens": 200, "stream": true}\'\n'
+        "      .venv/bin/flexctl status\n"
+        "      .venv/bin/flexctl rebalance --stages 4 --wait      (while the curl is running)\n"
+    )
+
+
+def test_a_slow_start_shows_how_it_goes() -> None:
+    out, clock = io.StringIO(), Clock()
+    banner = Banner(out, command="flexctl", clock=clock)
+    banner.progress("planning the layout")
+    clock.now_s += 2.0
+    banner.show_progress()
+    banner.show_progress()
+    clock.now_s += 3.0
+    banner.progress("loading weights")
+
+    assert out.getvalue() == "   2.0 s  planning the layout\n   5.0 s  loading weights\n"
+
+
+def test_under_a_service_manager_it_is_silent() -> None:
+    banner = Banner(None, command="flexctl")
+
+    banner.starting(version="0.1.0", engine="native", devices=8, model="m")
+    banner.say("stopping")
+
+    assert not banner.is_read_live
+
+
+def test_flexctl_is_named_as_it_can_be_typed(tmp_path: Path) -> None:
+    daemon = tmp_path / ".venv" / "bin" / "flexpiped"
+    daemon.parent.mkdir(parents=True)
+    (daemon.parent / "flexctl").touch()
+
+    assert flexctl_command(daemon, folder=tmp_path, socket=None) == ".venv/bin/flexctl"
+    assert flexctl_command(daemon, folder=Path("/elsewhere"), socket=None) == f"{daemon.parent}/flexctl"
+    assert flexctl_command(daemon, folder=tmp_path, socket=Path("/x")) == ".venv/bin/flexctl --socket /x"
+    assert flexctl_command(tmp_path / "none", folder=tmp_path, socket=None) == "python -m flexpiped.flexctl"

@@ -1,0 +1,213 @@
+"""The real daemon as a process, with the fake engine: its life, and what it refuses to start with."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from flexpiped.admin_socket import take_socket
+from flexpiped.servers import listen_tcp
+
+pytestmark = pytest.mark.real_loop
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Daemon:
+    """A daemon process; ``notified`` is where it thinks its service manager is."""
+
+    process: asyncio.subprocess.Process
+    config: Path
+    admin: Path
+    notified: socket.socket
+
+    async def notification(self, text: str) -> str:
+        """Return the next message to the service manager that contains ``text``."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                message = (await asyncio.get_running_loop().sock_recv(self.notified, 4096)).decode()
+                assert "start failed" not in message, message
+                if text in message:
+                    return message
+
+    async def ask(self, path: str) -> Any:
+        """Return the answer of the admin API."""
+        connector = aiohttp.UnixConnector(str(self.admin))
+        async with (
+            aiohttp.ClientSession("http://flexpiped", connector=connector) as session,
+            session.get(path) as answer,
+        ):
+            return await answer.json()
+
+
+async def spawn(config: Path, **environment: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "flexpiped", "--config", str(config)),
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+def write_config(folder: Path, *, port: int = 0, stages: int = 2) -> Path:
+    config = folder / "my.toml"
+    socket_path = folder / "admin.sock"
+    config.write_text(f'engine = "fake"\nstages = {stages}\nhttp.port = {port}\nadmin.socket = "{socket_path}"\n')
+    return config
+
+
+@asynccontextmanager
+async def started(folder: Path, *, ready: bool) -> AsyncIterator[Daemon]:
+    config, address = write_config(folder), str(folder / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(address)
+        notified.setblocking(False)
+        process = await spawn(config, NOTIFY_SOCKET=address)
+        daemon = Daemon(process=process, config=config, admin=folder / "admin.sock", notified=notified)
+        try:
+            await daemon.notification("READY=1" if ready else "STATUS=")
+            yield daemon
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+
+async def test_its_life(tmp_path: Path) -> None:
+    """Start, serve, reload, be asked to stop: one process, as each start takes seconds."""
+    async with started(tmp_path, ready=True) as daemon:
+        status = await daemon.ask("/status")
+        assert (status["state"], status["engine"], len(status["stages"])) == ("ready", "fake", 2)
+
+        async with aiohttp.ClientSession() as session:
+            async with session.get(status["api_url"].replace("/v1", "/readyz")) as answer:
+                assert answer.status == 200
+            body = {"prompt": "Once", "max_tokens": 3, "ignore_eos": True}
+            async with session.post(f"{status['api_url']}/completions", json=body) as answer:
+                assert (await answer.json())["usage"]["completion_tokens"] == 3
+
+        write_config(tmp_path, stages=3)
+        daemon.process.send_signal(signal.SIGHUP)
+        await daemon.notification("RELOADING=1")
+        assert "restart to apply: stages" in await daemon.notification("READY=1")
+        daemon.config.write_text("stagse = 3")
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "the old one stays in force" in await daemon.notification("READY=1")
+
+        daemon.process.send_signal(signal.SIGINT)  # the solver must have left its handler alone
+        assert "stopping on SIGINT" in await daemon.notification("STOPPING=1")
+        _, log = await daemon.process.communicate()
+        assert daemon.process.returncode == 0, log.decode()
+        assert not daemon.admin.exists()
+
+
+async def test_asked_to_stop_while_starting(tmp_path: Path) -> None:
+    async with started(tmp_path, ready=False) as daemon:
+        daemon.process.send_signal(signal.SIGTERM)
+        _, log = await daemon.process.communicate()
+
+        assert daemon.process.returncode == 0, log.decode()
+        assert not daemon.admin.exists()
+
+
+async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    async with started(tmp_path, ready=True) as daemon:
+        status = await daemon.ask("/status")
+        body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{status['api_url']}/completions", json=body) as answer,
+        ):
+            await answer.content.readline()
+            daemon.process.send_signal(signal.SIGTERM)
+            await daemon.notification("STOPPING=1")
+            assert (await daemon.ask("/status"))["state"] == "draining"
+            daemon.process.send_signal(signal.SIGTERM)
+            await daemon.process.communicate()
+
+        assert daemon.process.returncode == 1
+
+
+async def run_until_exit(config: Path) -> tuple[int | None, str]:
+    process = await spawn(config)
+    _, log = await process.communicate()
+    return process.returncode, log.decode()
+
+
+async def test_a_taken_port_is_an_error(tmp_path: Path) -> None:
+    with listen_tcp("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        code, log = await run_until_exit(write_config(tmp_path, port=port))
+
+    assert code == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another http.port." in log
+
+
+async def test_another_daemon_at_the_admin_socket_is_an_error(tmp_path: Path) -> None:
+    with take_socket(tmp_path / "admin.sock"):
+        code, log = await run_until_exit(write_config(tmp_path))
+
+    assert (code, "another daemon answers" in log) == (1, True)
+
+
+async def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    config.write_text('model = "/no/such/model"\n' + config.read_text())
+
+    code, log = await run_until_exit(config)
+
+    assert (code, "no such directory: /no/such/model" in log) == (1, True)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flexpiped", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("extra", [("--check-config",), ()], ids=["checked", "started"])
+def test_a_wrong_configuration_is_told_off_before_anything_starts(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    config = tmp_path / "my.toml"
+    config.write_text("\nstagse = 2\n")
+
+    ran = command("--config", str(config), *extra)
+
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == f'{config}:2: unknown key "stagse"; did you mean "stages"?\n'
+
+
+def test_a_right_configuration_is_ok(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+
+    assert command("--check-config", "--config", str(config)).stdout == f"{config}: ok\n"
+    assert command("--check-config").stdout == "built-in defaults: ok\n"
+
+
+def test_the_daemon_never_imports_torch_or_transformers() -> None:
+    code = "import sys, flexpiped.daemon, engines.native.adapter; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    loaded = set(ran.stdout.split())
+    assert "flexpiped.daemon" in loaded
+    assert not loaded & {"torch", "transformers", "vllm", "sglang", "ray", "ortools"}
+
+
+def test_flexctl_loads_the_standard_library_only() -> None:
+    code = "import sys, flexpiped.flexctl.__main__; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    outside = {name.partition(".")[0] for name in ran.stdout.split()} - set(sys.stdlib_module_names)
+    assert outside == {"__main__", "flexpiped", "topology"}

@@ -1,0 +1,68 @@
+"""Log lines: for people or for programs, and events with stable names and fields."""
+
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from flexpiped import log_events
+from flexpiped.log import configure_logging
+from flexpiped.settings import LogFormat, LogLevel, LogSettings
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+def logged(settings: LogSettings) -> str:
+    out = io.StringIO()
+    configure_logging(settings, stream=out)
+    log_events.config_unchanged(file="my.toml")
+    log_events.engine_failed(reason="out of memory")
+    return out.getvalue()
+
+
+def test_a_pipe_gets_one_json_object_a_line() -> None:
+    first, second = map(json.loads, logged(LogSettings()).splitlines())
+
+    assert (first["event"], first["level"], first["file"]) == ("configuration unchanged", "info", "my.toml")
+    assert (second["event"], second["reason"]) == ("engine failed for good", "out of memory")
+    assert first["timestamp"].endswith("Z")
+
+
+def test_a_console_gets_lines_for_people() -> None:
+    text = logged(LogSettings(format=LogFormat.CONSOLE))
+
+    assert "engine failed for good" in text
+    assert "\x1b" not in text
+
+
+def test_what_is_below_the_level_is_left_out() -> None:
+    assert len(logged(LogSettings(level=LogLevel.ERROR)).splitlines()) == 1
+
+
+def test_events_are_whole() -> None:
+    with capture_logs() as logs:
+        log_events.daemon_ready(start_s=2.40049, http="http://127.0.0.1:8100/v1", admin="/run/admin.sock")
+        log_events.config_needs_restart(file="my.toml", keys=("stages",))
+
+    assert logs == [
+        {
+            "event": "daemon ready",
+            "log_level": "info",
+            "start_s": 2.4,
+            "http": "http://127.0.0.1:8100/v1",
+            "admin": "/run/admin.sock",
+        },
+        {
+            "event": "configuration changed, restart to apply",
+            "log_level": "warning",
+            "file": "my.toml",
+            "keys": ["stages"],
+        },
+    ]
