@@ -1,4 +1,4 @@
-"""Small facts about processes that every engine needs: dying with the parent, niceness, memory by the kernel's count."""
+"""Small facts about processes that every engine needs: dying with the parent, memory by the kernel's count."""
 
 import ctypes
 import os

@@ -77,7 +77,7 @@ class EngineCapabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStatus:
-    """One stage as it stands. ``busy`` is the share of time spent computing since the last call, None before there is one."""
+    """One stage as it stands. ``busy`` is the share of time spent computing since the last call, None at the first."""
 
     index: int
     device_ids: tuple[str, ...]
@@ -91,7 +91,7 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCounters:
-    """Totals since start (``_total``) and readings of now. KV blocks are counted over all stages as one (they are global)."""
+    """Totals since start (``_total``) and readings of now. KV blocks are global: each counts once for all stages."""
 
     running: int
     waiting: int

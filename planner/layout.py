@@ -11,7 +11,7 @@ from planner.errors import InvalidLayout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Consecutive decoders ``first_decoder <= i < end_decoder`` on a device group (its size is the tensor-parallel degree)."""
+    """Decoders ``first_decoder <= i < end_decoder`` on a device group, whose size is the tensor-parallel degree."""
 
     device_ids: tuple[str, ...]
     first_decoder: int

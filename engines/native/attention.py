@@ -66,7 +66,9 @@ class CompiledAttention:
     def __init__(self, library: Path) -> None:
         self._function = ctypes.CDLL(str(library)).flexpiped_paged_attention
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer: int, step: PagedStep) -> Any:
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer: int, step: PagedStep
+    ) -> Any:
         """Attend; q, k, v of shape (1, heads, tokens, head_dim); the result is (1, tokens, heads, head_dim)."""
         out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3])
         native = step.native
@@ -127,7 +129,7 @@ def torch_attention(
 
 def register(library: Path | None) -> str:
     """Register the attention function with transformers; return its name for ``attn_implementation``."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     compiled = CompiledAttention(library) if library is not None else None
 

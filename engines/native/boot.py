@@ -1,4 +1,4 @@
-"""Start of the engine core: read the model's description, build its skeleton, size the KV cache. No weights are read."""
+"""Start of the engine core: read the model's description, build its skeleton, size the KV cache; read no weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ def boot(options: NativeOptions, pipeline: Pipeline) -> Boot:
     Raises:
         UnsupportedByEngine: The model, or a feature of it, is not supported; nothing has been read but headers.
     """
-    from transformers import AutoConfig  # noqa: PLC0415
+    from transformers import AutoConfig
 
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(options.model_directory)
@@ -52,9 +52,7 @@ def boot(options: NativeOptions, pipeline: Pipeline) -> Boot:
     library, note = _attention_library(options)
     num_blocks = 1 + options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)
     max_model_len = choose_max_model_len(options, graph.max_context_tokens, num_blocks)
-    family = build_family(
-        config, attention=attention.register(library), max_model_len=max_model_len, dtype=dtype
-    )
+    family = build_family(config, attention=attention.register(library), max_model_len=max_model_len, dtype=dtype)
     check_pipeline(pipeline, family, options)
     shared = SharedMemory(
         SharedSizes(
@@ -105,7 +103,9 @@ def choose_max_model_len(options: NativeOptions, positions: int, num_blocks: int
     if capacity < options.kv_block_tokens:
         raise UnsupportedByEngine(f"kv_cache of {options.kv_cache_bytes} bytes does not hold one KV block")
     if options.max_model_len > positions:
-        raise UnsupportedByEngine(f"max_model_len {options.max_model_len} is more than the model's {positions} positions")
+        raise UnsupportedByEngine(
+            f"max_model_len {options.max_model_len} is more than the model's {positions} positions"
+        )
     if options.max_model_len > capacity:
         raise UnsupportedByEngine(
             f"max_model_len {options.max_model_len} is more than the {capacity} tokens of the KV cache: raise kv_cache"

@@ -27,7 +27,7 @@ from engines.native.handover import HandoverRunner
 from engines.native.specs import specs_of
 from engines.native.workers import WorkerPool
 from engines.process import die_with_parent
-from engines.protocol import RefactorProgress, StageStatus
+from engines.protocol import RefactorCheck, RefactorProgress, StageStatus
 from planner.errors import PlannerError
 from planner.handover import HandoverPhase
 
@@ -35,7 +35,9 @@ from planner.handover import HandoverPhase
 class CoreServer:
     """Speaks with the daemon on behalf of one ``EngineCore``."""
 
-    def __init__(self, booted: Boot, pool: WorkerPool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, booted: Boot, pool: WorkerPool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._boot = booted
         self._pool = pool
         self._reader = reader
@@ -105,7 +107,7 @@ class CoreServer:
             case _:
                 assert_never(command)
 
-    def _check(self, command: c.CheckRefactor | c.Refactor) -> c.RefactorCheck:
+    def _check(self, command: c.CheckRefactor | c.Refactor) -> RefactorCheck:
         core = self._core
         return check_refactor(
             self._boot, current=core.pipeline, target=command.target, live_blocks=core.scheduler.kv_blocks_used
@@ -146,7 +148,7 @@ class CoreServer:
         longest = 0.0
         specs = specs_of(core.pipeline, core.worker_of)
         for number, (index, spec) in enumerate(specs.items()):
-            stats = await core.read_stats(index)
+            stats = await core.inquiries.stats(index)
             longest = max(longest, stats.longest_slice_s)
             stages.append(
                 StageStatus(
@@ -157,12 +159,10 @@ class CoreServer:
                     pids=(self._pool.pids[index],),
                     weights_bytes=stats.weights_bytes,
                     kv_mapped_bytes=stats.kv_mapped_bytes,
-                    busy=core.busy_share(index, stats.busy_s),
+                    busy=core.inquiries.busy_share(stats),
                 )
             )
-        self._emit(
-            c.Stages(call=call, stages=tuple(stages), worker_pids=self._pool.pids, longest_slice_s=longest)
-        )
+        self._emit(c.Stages(call=call, stages=tuple(stages), worker_pids=self._pool.pids, longest_slice_s=longest))
 
     def _arm(self, command: c.ArmCore) -> None:
         if command.worker >= 0:

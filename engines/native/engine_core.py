@@ -7,6 +7,7 @@ and one thread; the handover has a task of its own (``engines.native.handover``)
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import count
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.boot import Boot
 from engines.native.handover import HandoverRunner
+from engines.native.inquiries import Inquiries, settle
 from engines.native.kv_blocks import KVBlocks
 from engines.native.options import micro_batches_for, threads_per_stage
 from engines.native.scheduler import Batch, Output, Scheduler
@@ -48,6 +50,8 @@ class EngineCore:
         self.scheduler = Scheduler(
             limits=boot.limits, blocks=KVBlocks(num_blocks=boot.num_blocks), table=boot.context.shared.block_table
         )
+        self._tickets = count(1)
+        self.inquiries = Inquiries(pool, self._tickets)
         self.kv_capacity = boot.num_blocks - 1
         self._emit = emit
         self._generation = 0
@@ -55,13 +59,9 @@ class EngineCore:
         self._holding = True  # until the first stages are loaded
         self._drained: asyncio.Future[None] | None = None
         self._loading: dict[int, asyncio.Future[None]] = {}
-        self._stats: dict[tuple[int, int], asyncio.Future[m.Stats]] = {}
-        self._checksums: dict[int, asyncio.Future[list[int]]] = {}
-        self._next_ticket = 0
         self._recovery: asyncio.Task[None] | None = None
         self._deaths: list[float] = []
         self._last_words: dict[int, str] = {}
-        self._busy: dict[int, tuple[float, float]] = {}
         self._workers: list[int] = []  # stage by stage
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -214,15 +214,13 @@ class EngineCore:
         match report:
             case m.StepDone():
                 self._step_done(report)
-            case m.Stats():
-                self._resolve(self._stats.pop((report.worker, report.ticket), None), report)
-            case m.Checksums():
-                self._resolve(self._checksums.pop(report.ticket, None), report.values)
+            case m.Stats() | m.Checksums():
+                self.inquiries.settle(report)
             case m.Crashed():
                 self._last_words[report.worker] = report.reason
             case m.Prepared() if report.handover == 0:
                 if report.done:
-                    self._resolve(self._loading.pop(report.worker, None), None)
+                    settle(self._loading.pop(report.worker, None), None)
             case m.Failed() if report.handover == 0:
                 waiting = self._loading.pop(report.worker, None)
                 if waiting is not None and not waiting.done():
@@ -244,8 +242,7 @@ class EngineCore:
         waiting = self._loading.pop(index, None)
         if waiting is not None and not waiting.done():
             waiting.set_exception(EngineFailed(reason))
-        for key in [k for k in self._stats if k[0] == index]:
-            self._stats.pop(key).cancel()
+        self.inquiries.forget(index)
         carried = index in specs_of(self.pipeline, self.worker_of)
         if carried:
             self._begin_recovery()
@@ -264,7 +261,7 @@ class EngineCore:
         self._recovery = asyncio.get_running_loop().create_task(self._recover())
 
     async def _recover(self) -> None:
-        """Load the stages again where they are missing, then go on. Workers that still hold theirs have little to do."""
+        """Load the stages again where they are missing (the others have nothing to do), then go on."""
         for attempt in range(3):
             try:
                 await self.load_stages(list(specs_of(self.pipeline, self.worker_of)))
@@ -293,50 +290,18 @@ class EngineCore:
             oldest = min(dispatched for _, dispatched in self._in_flight.values())
             if time.monotonic() - oldest < deadline_s:
                 continue
-            answers = await asyncio.gather(*(self._answers(index) for index in self._workers))
+            answers = await asyncio.gather(*(self.inquiries.answers_within(index, 2.0) for index in self._workers))
             silent = [index for index, well in zip(self._workers, answers, strict=True) if not well]
             for index in silent or self._workers[:1]:
                 self.pool.kill(index)
-
-    async def _answers(self, index: int) -> bool:
-        try:
-            await asyncio.wait_for(self.read_stats(index), 2.0)
-        except TimeoutError:
-            return False
-        return True
-
-    def read_stats(self, index: int) -> asyncio.Future[m.Stats]:
-        """Ask a worker for its counters."""
-        ticket = self.take_ticket()
-        future = self._stats[index, ticket] = asyncio.get_running_loop().create_future()
-        self.pool.send(index, m.ReadStats(ticket=ticket))
-        return future
-
-    def read_checksums(
-        self, index: int, decoders: list[int], blocks: list[tuple[int, int]]
-    ) -> asyncio.Future[list[int]]:
-        """Ask a worker for the checksums of KV blocks (id, valid token slots)."""
-        ticket = self.take_ticket()
-        future = self._checksums[ticket] = asyncio.get_running_loop().create_future()
-        self.pool.send(index, m.Checksum(ticket=ticket, decoders=decoders, blocks=blocks))
-        return future
 
     @property
     def recovering(self) -> bool:
         return self._recovery is not None
 
-    def busy_share(self, index: int, busy_s: float) -> float | None:
-        """Return the share of time that a worker has computed since this was last asked."""
-        now = time.monotonic()
-        before = self._busy.get(index)
-        self._busy[index] = (now, busy_s)
-        if before is None or busy_s < before[1] or now <= before[0]:
-            return None
-        return min(1.0, (busy_s - before[1]) / (now - before[0]))
-
     def take_ticket(self) -> int:
-        self._next_ticket += 1
-        return self._next_ticket
+        """Return a number that names one question or piece of work."""
+        return next(self._tickets)
 
     def counters(self) -> EngineCounters:
         scheduler = self.scheduler
@@ -353,11 +318,6 @@ class EngineCore:
             worker_restarts_total=self.pool.restarts,
             refactorings_total=self.refactorings,
         )
-
-    @staticmethod
-    def _resolve(future: asyncio.Future[object] | None, value: object) -> None:
-        if future is not None and not future.done():
-            future.set_result(value)
 
 
 def _int32(values: list[int]) -> bytes:

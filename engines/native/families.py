@@ -170,7 +170,7 @@ def build_family(config: Any, *, attention: str, max_model_len: int, dtype: torc
     Raises:
         UnsupportedByEngine: The family or a feature of it is not supported.
     """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
 
     kind = FAMILIES.get(config.model_type)
     if kind is None:
@@ -180,7 +180,7 @@ def build_family(config: Any, *, attention: str, max_model_len: int, dtype: torc
         raise UnsupportedByEngine("quantised checkpoints are not supported yet")
     kind.check(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.eval().requires_grad_(requires_grad=False)
-    model.config._attn_implementation = attention  # noqa: SLF001: from_config knows only its own names
+    model.config._attn_implementation = attention  # from_config takes only the names it knows
     return kind(model, max_model_len=max_model_len, dtype=dtype)

@@ -27,9 +27,7 @@ def check_refactor(boot: Boot, *, current: Pipeline, target: Pipeline, live_bloc
         current=current,
         target=target,
         devices=devices,
-        kv=KvBudget(
-            block_tokens=options.kv_block_tokens, capacity_blocks=boot.num_blocks - 1, live_blocks=live_blocks
-        ),
+        kv=KvBudget(block_tokens=options.kv_block_tokens, capacity_blocks=boot.num_blocks - 1, live_blocks=live_blocks),
     )
     found = moves(current, target, boot.graph, live_kv_slots=live_blocks * options.kv_block_tokens)
     return RefactorCheck(feasible=check.fits, sentences=check.sentences, moves=(describe_moves(found),))

@@ -11,15 +11,19 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
+import numpy as np
+import numpy.typing as npt
+
 from engines.failpoints import FailpointHit
 from engines.native import messages as m
-from engines.native.shared import STAGING_BUFFERS
+from engines.native.inquiries import settle
 from engines.native.scheduler import Batch
+from engines.native.shared import STAGING_BUFFERS
 from engines.native.specs import specs_of
 from engines.native.transfer import DirtySlots, Piece, Route, pieces_of, routes_between
 from engines.protocol import RefactorProgress
 from planner import handover_events as e
-from planner.handover import Handover, HandoverLimits, HandoverPhase, describe, new_handover, step
+from planner.handover import Handover, HandoverLimits, describe, new_handover, step
 from planner.layout import Pipeline
 
 if TYPE_CHECKING:
@@ -41,7 +45,9 @@ class HandoverResult:
 class HandoverRunner:
     """One handover from the pipeline in force to ``target``."""
 
-    def __init__(self, core: "EngineCore", target: Pipeline, *, on_progress: Callable[[RefactorProgress], None]) -> None:
+    def __init__(
+        self, core: "EngineCore", target: Pipeline, *, on_progress: Callable[[RefactorProgress], None]
+    ) -> None:
         options = core.boot.options
         self._core = core
         self._target = target
@@ -84,16 +90,16 @@ class HandoverRunner:
         match report:
             case m.Prepared():
                 if report.done:
-                    _set(self._prepared.get(report.worker), None)
+                    settle(self._prepared.get(report.worker), None)
                 else:
                     self._prepared_bytes[report.worker] = report.weights_bytes
                     self._tell()
             case m.Failed():
                 self._events.put_nowait(e.Failed(f"worker {report.worker}: {report.reason}"))
             case m.Copied():
-                _set(self._tickets.pop(report.ticket, None), None)
+                settle(self._tickets.pop(report.ticket, None), None)
             case m.Released():
-                _set(self._released.get(report.worker), report)
+                settle(self._released.get(report.worker), report)
             case _:
                 assert_never(report)
 
@@ -259,7 +265,7 @@ class HandoverRunner:
 
     # --- copying ---
 
-    async def _send(self, slots: object) -> int:
+    async def _send(self, slots: npt.NDArray[np.int64]) -> int:
         """Copy token slots over every route, sources side by side; return the bytes sent."""
         options = self._core.boot.options
         slot_bytes = self._core.boot.graph.decoders[0].kv_bytes_per_token
@@ -270,7 +276,7 @@ class HandoverRunner:
             source: [
                 piece
                 for route in routes
-                for piece in pieces_of(route, slots, decoder_slot_bytes=slot_bytes, slice_bytes=options.slice_bytes)  # type: ignore[arg-type]
+                for piece in pieces_of(route, slots, decoder_slot_bytes=slot_bytes, slice_bytes=options.slice_bytes)
             ]
             for source, routes in by_source.items()
         }
@@ -306,11 +312,13 @@ class HandoverRunner:
         blocks = self._core.scheduler.live_blocks()
         for route in self._routes:
             decoders = list(route.decoders)
-            left = await self._core.read_checksums(route.source, decoders, blocks)
-            right = await self._core.read_checksums(route.target, decoders, blocks)
+            left = await self._core.inquiries.checksums(route.source, decoders, blocks)
+            right = await self._core.inquiries.checksums(route.target, decoders, blocks)
             if left != right:
                 wrong = sum(a != b for a, b in zip(left, right, strict=True))
-                raise _WorkFailed(f"{wrong} of {len(left)} KV blocks differ between worker {route.source} and {route.target}")
+                raise _WorkFailed(
+                    f"{wrong} of {len(left)} KV blocks differ between worker {route.source} and {route.target}"
+                )
 
     def _tell(self) -> None:
         state = self.state
@@ -326,8 +334,3 @@ class HandoverRunner:
             requests_live=self._core.scheduler.num_live,
         )
         self._on_progress(self._progress)
-
-
-def _set(future: asyncio.Future[object] | asyncio.Future[None] | asyncio.Future[m.Released] | None, value: object) -> None:
-    if future is not None and not future.done():
-        future.set_result(value)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Inboxes: how the processes of the native engine talk to each other.
 
-An inbox is a pair of connected SOCK_SEQPACKET sockets made before the fork: everybody holds the sending end, one process
-reads the other. Messages are atomic and arrive in the order in which any one sender sent them; a reader blocks
+An inbox is a pair of connected SOCK_SEQPACKET sockets made before the fork: everybody holds the sending end, one
+process reads the other. Messages are atomic and arrive in the order in which any one sender sent them; a reader blocks
 without polling. Because the core keeps both ends, an inbox outlives the worker that reads it.
 """
 

@@ -1,4 +1,4 @@
-"""Which KV blocks are free. KV block ids are global over the stages; block 0 is never given out (a place for warm-ups)."""
+"""Which KV blocks are free. KV block ids are global over the stages; id 0 is never given out (a place for warm-ups)."""
 
 
 class KVBlocks:
@@ -22,8 +22,7 @@ class KVBlocks:
         """Return ``count`` KV block ids, or None (and nothing) when there are not enough."""
         if count > len(self._free):
             return None
-        taken = [self._free.pop() for _ in range(count)]
-        return taken
+        return [self._free.pop() for _ in range(count)]
 
     def give_back(self, block_ids: list[int]) -> None:
         self._free.extend(reversed(block_ids))

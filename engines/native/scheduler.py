@@ -5,7 +5,6 @@ When KV blocks run out, the youngest sequence gives its own back and is computed
 """
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +114,7 @@ class Scheduler:
         budget = self._limits.max_num_batched_tokens
         share = -(-min(len(self._running) + len(self._waiting), self._limits.max_num_seqs) // self.micro_batches)
         entries: list[Entry] = []
+        is_short = False  # of KV blocks: nobody is let in before those who run have theirs
         ready = [s for s in self._running if not s.in_flight]
         ready.sort(key=lambda s: (s.pending > 1, s.order))
         for sequence in ready:
@@ -124,10 +124,11 @@ class Scheduler:
                 continue
             count = min(sequence.pending, budget)
             if not self._ensure_blocks(sequence, sequence.computed + count):
+                is_short = True
                 continue
             entries.append(self._entry(sequence, count))
             budget -= count
-        while self._waiting and budget and len(entries) < share and self._rows:
+        while self._waiting and not is_short and budget and len(entries) < share and self._rows:
             sequence = self._waiting[0]
             count = min(sequence.pending, budget)
             if not self._admit(sequence, count, is_alone=not self._running):
@@ -193,30 +194,35 @@ class Scheduler:
         """Return the token slots of positions ``start`` to ``end - 1``."""
         size = self._limits.kv_block_tokens
         positions = np.arange(start, end, dtype=np.int64)
-        return self._table[sequence.row, positions // size].astype(np.int64) * size + positions % size
+        blocks: npt.NDArray[np.int64] = self._table[sequence.row, positions // size].astype(np.int64)
+        return blocks * size + positions % size
 
     def _entry(self, sequence: Sequence, count: int) -> Entry:
         sequence.in_flight = True
         return Entry(sequence, sequence.computed, count, count == sequence.pending)
 
     def _ensure_blocks(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give the sequence KV blocks for ``num_tokens``, preempting younger ones if need be."""
+        """Give the sequence KV blocks for ``num_tokens``; False when it cannot run now.
+
+        1. Younger sequences give theirs back, the youngest first, save those in flight.
+        2. When all younger ones are in flight, it waits for their steps and keeps what it has: two sequences that
+           gave way to each other in turn would compute their prompts again for ever.
+        3. The youngest gives its own back.
+        """
         missing = -(-num_tokens // self._limits.kv_block_tokens) - len(sequence.block_ids)
         if missing <= 0:
             return True
         while (taken := self._blocks.take(missing)) is None:
-            victim = next(self._victims(), None)
-            if victim is None:
-                return False
-            self._preempt(victim)
-            if victim is sequence:
-                return False
+            younger = [s for s in self._running if s.order > sequence.order]
+            idle = [s for s in younger if not s.in_flight]
+            if idle:  # 1
+                self._preempt(max(idle, key=lambda s: s.order))
+                continue
+            if not younger:  # 3
+                self._preempt(sequence)
+            return False
         self._append_blocks(sequence, taken)
         return True
-
-    def _victims(self) -> Iterator[Sequence]:
-        idle = [s for s in self._running if not s.in_flight]
-        return iter(sorted(idle, key=lambda s: s.order, reverse=True))
 
     def _admit(self, sequence: Sequence, count: int, *, is_alone: bool) -> bool:
         """Start a waiting sequence if KV blocks are left over for those already running."""

@@ -76,7 +76,14 @@ class HeldLayers:
 class StageRunner:
     """Runs micro-batches through the decoders of one stage."""
 
-    def __init__(self, family: Family, kv: KVMemory, *, table: np.ndarray[tuple[int, ...], np.dtype[np.int32]], kv_block_tokens: int) -> None:  # noqa: E501
+    def __init__(
+        self,
+        family: Family,
+        kv: KVMemory,
+        *,
+        table: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
+        kv_block_tokens: int,
+    ) -> None:
         self._family = family
         self._kv = kv
         self._table = table

@@ -1,4 +1,4 @@
-"""The core's side of its stage workers: fork, watch, restart, and one report stream to callers that wait for answers."""
+"""The core's side of its stage workers: fork, watch, restart, and pass their reports on."""
 
 import asyncio
 import os

@@ -6,6 +6,7 @@ import socket
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from engines.text.errors import TextStartFailed
 from engines.text.wire import FrameReader, LastWords, Ready, Reply, Request, pack, unpack_replies
@@ -47,8 +48,7 @@ class Channel(asyncio.Protocol):
             self._transport.write(frame)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's is one without being a subclass
 
     def data_received(self, data: bytes) -> None:
         for body in self._reader.feed(data):

@@ -55,7 +55,7 @@ async def child(
         *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         limit=_LONGEST_LINE_BYTES,
     )
     try:

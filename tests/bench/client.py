@@ -77,6 +77,8 @@ class Client:
 
     async def _complete(self, command: Run | Hold, prompt: list[int], times: list[float]) -> None:
         address = urlsplit(command.url)
+        assert address.hostname is not None
+        assert address.port is not None
         raw = request_bytes(host=address.netloc, model=command.model, prompt=prompt, max_tokens=command.max_tokens)
         _, stream = await asyncio.get_running_loop().create_connection(
             lambda: SseStream(raw, times), address.hostname, address.port

@@ -17,8 +17,10 @@ from flexpiped.flexctl.client import AdminClient, CtlError
 from planner.layout import Pipeline
 from planner.layout_file import format_layout
 from tests.bench.processes import command_of, descendants, leashed
+from tests.bench.program import DEVICES, EngineSetup
 
 _START_DEADLINE_S = 120.0
+_SOCKET = "admin.sock"
 
 
 class DaemonFailed(Exception):
@@ -85,9 +87,7 @@ class DaemonProcess:
 
 
 @asynccontextmanager
-async def daemon(
-    model: Path, *, stages: int, threads: int, kv_cache_bytes: int, device_memory_bytes: int
-) -> AsyncIterator[DaemonProcess]:
+async def daemon(model: Path, setup: EngineSetup, *, stages: int) -> AsyncIterator[DaemonProcess]:
     """Start a daemon; it ends with the scope. Its log is shown when it does not come up.
 
     Raises:
@@ -95,17 +95,34 @@ async def daemon(
     """
     with TemporaryDirectory(prefix="flexpiped-bench-") as name:
         folder = Path(name)
-        socket, config, log = folder / "admin.sock", folder / "bench.toml", folder / "log"
-        config.write_text(
-            f'model = "{model}"\nserved_model_name = "bench"\nengine = "native"\nstages = {stages}\ndtype = "float32"\n'
-            f'[http]\nport = 0\n[admin]\nsocket = "{socket}"\n[devices]\ncpu_memory = {device_memory_bytes}\n'
-            f"[engines.native]\nthreads = {threads}\nkv_cache = {kv_cache_bytes}\n"
-        )
+        config, log = folder / "bench.toml", folder / "log"
+        config.write_text(_configuration(model, setup, stages=stages, folder=folder))
         command = [sys.executable, "-m", "flexpiped", "--config", str(config)]
         async with leashed(command, environment={}, folder=folder, log=log) as process:
-            started = DaemonProcess(process.pid, socket)
+            started = DaemonProcess(process.pid, folder / _SOCKET)
             try:
                 await started.wait_ready(process)
             except DaemonFailed as error:
                 raise DaemonFailed(f"{error}:\n{log.read_text()[-4000:]}") from None
             yield started
+
+
+def _configuration(model: Path, setup: EngineSetup, *, stages: int, folder: Path) -> str:
+    return f"""
+model = "{model}"
+served_model_name = "bench"
+engine = "native"
+stages = {stages}
+dtype = "float32"
+[http]
+port = 0
+[admin]
+socket = "{folder / _SOCKET}"
+[devices]
+cpu_count = {len(DEVICES)}
+cpu_memory = {setup.device_memory_bytes}
+[engines.native]
+threads = {setup.threads}
+nice = {setup.nice}
+kv_cache = {setup.kv_cache_bytes}
+"""

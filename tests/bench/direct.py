@@ -13,23 +13,22 @@ from engines.native.options import NativeOptions
 from engines.protocol import GenerationRequest, RefactorProgress, SamplingParams
 from planner.layout import Pipeline
 from tests.bench.load_messages import Load
-from tests.bench.program import DEVICES
+from tests.bench.program import DEVICES, EngineSetup
 
 _WARM_DEADLINE_S = 60.0
 
 
-def options_for(
-    model: Path, *, threads: int, kv_cache_bytes: int, device_memory_bytes: int, max_micro_batches: int = 0
-) -> NativeOptions:
-    """Return the engine's options: as the daemon's defaults where not given."""
+def options_for(model: Path, setup: EngineSetup) -> NativeOptions:
+    """Return the engine's options: as the daemon's defaults where ``setup`` says nothing."""
     return NativeOptions(
         model_directory=str(model),
         device_ids=DEVICES,
-        device_memory_bytes=device_memory_bytes,
+        device_memory_bytes=setup.device_memory_bytes,
         dtype="float32",
-        threads=threads,
-        kv_cache_bytes=kv_cache_bytes,
-        max_micro_batches=max_micro_batches,
+        threads=setup.threads,
+        nice=setup.nice,
+        kv_cache_bytes=setup.kv_cache_bytes,
+        max_micro_batches=setup.max_micro_batches,
     )
 
 
@@ -90,7 +89,11 @@ class HeldStreams:
         self._tasks.clear()
 
     def take(self) -> list[list[float]]:
-        """Return when tokens came since the last call, for each stream. Raises: RuntimeError, when a stream has ended."""
+        """Return when tokens came since the last call, for each stream.
+
+        Raises:
+            RuntimeError: A stream has ended.
+        """
         self._raise_failures()
         if any(task.done() for task in self._tasks):
             raise RuntimeError("a stream has ended within a measurement: give it more tokens")

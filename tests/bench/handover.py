@@ -15,13 +15,14 @@ from planner.layout import Pipeline
 from tests.bench.handover_figures import figures_of, undisturbed
 from tests.bench.handover_legs import Leg, run_leg
 from tests.bench.handover_tables import bounds_of, print_moves, print_undisturbed
-from tests.bench.program import checkpoint, even, parser, run, whole_numbers
+from tests.bench.program import checkpoint, even, parser, run, setup_of, whole_numbers
 from tests.bench.rigs import DirectRig, Rig, direct_rig, http_rig
 from tests.bench.stats import largest_gap, largest_gap_of, median
 from tests.bench.tables import Bound, ms, say, table, verdicts, write_json
 
 LAPS = (4, 2, 8, 1)  # and 4 again
-_MARGIN = 1.2  # an undisturbed window is at least so much longer than the longest move
+_MARGIN = 1.2  # an undisturbed window is at least so much longer than the longest move,
+_LONGEST_WINDOW_S = 10.0  # up to this
 
 
 def _options() -> argparse.Namespace:
@@ -33,7 +34,6 @@ def _options() -> argparse.Namespace:
     made.add_argument("--warm-moves", type=int, default=4, help="moves before those, not counted")
     made.add_argument("--window-s", type=float, default=1.5, help="undisturbed window before and after each move")
     made.add_argument("--prompt-tokens", type=int, default=64, help="length of the prompts")
-    made.add_argument("--threads", type=int, default=2, help="threads of all stages together")
     made.add_argument("--restarts", type=int, default=3, help="stop-and-restarts beside, for each number of streams")
     options = made.parse_args()
     if options.short:
@@ -56,7 +56,7 @@ async def _legs(rig: Rig, streams: int, options: argparse.Namespace) -> list[Leg
             window_s=window_s,
         )
         legs.append(leg)
-        window_s = max(window_s, _MARGIN * leg.move_s)
+        window_s = min(max(window_s, _MARGIN * leg.move_s), _LONGEST_WINDOW_S)
         pause_s = leg.reports[-1].commit_pause_s or 0.0
         say(
             f"{rig.name}, {streams} streams, move {number} of {options.moves}: {before} -> {after} "
@@ -123,12 +123,12 @@ async def main() -> int:
     model = await asyncio.to_thread(checkpoint, options)
     raw: dict[str, Any] = {"options": {key: str(value) for key, value in vars(options).items()}}
     bounds: list[Bound] = []
-    first = even(LAPS[0])
+    first, setup = even(LAPS[0]), setup_of(options)
     if not options.only_http:
-        async with direct_rig(model, first, threads=options.threads) as rig:
+        async with direct_rig(model, first, setup) as rig:
             bounds += await _measure(rig, options, raw)
     if options.http or options.only_http:
-        async with http_rig(model, first, threads=options.threads, say=say) as served:
+        async with http_rig(model, first, setup) as served:
             bounds += await _measure(served, options, raw)
     verdicts(bounds)
     write_json(options.json, raw, bounds)

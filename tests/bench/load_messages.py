@@ -17,7 +17,7 @@ class Run(ToClient, frozen=True, kw_only=True, tag="run"):
 
 
 class Hold(ToClient, frozen=True, kw_only=True, tag="hold"):
-    """Keep a stream going for each prompt, beginning again where one ends; answer when all have come ``warm_events``."""
+    """Keep a stream going for each prompt, again where one ends; answer when each has seen ``warm_events``."""
 
     url: str
     model: str

@@ -20,13 +20,13 @@ async def leashed(
     command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a server, its output going to ``log``. It and its process group end with the scope, or with this process."""
-    with log.open("ab") as out:  # noqa: ASYNC230 - once, before anything is measured
+    with log.open("ab") as out:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.bench.leash", str(folder), *command),
             stdin=asyncio.subprocess.PIPE,
             stdout=out,
             stderr=out,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             cwd=ROOT,
         )
     try:

@@ -1,4 +1,4 @@
-"""What all programs have in common: options, the checkpoint, layouts, prompts, and an end that leaves nothing behind."""
+"""What all programs have in common: options, checkpoint, layouts, prompts, and an end that leaves nothing behind."""
 
 import argparse
 import asyncio
@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +31,25 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--checkpoint", metavar="DIR", type=Path, help="serve this model instead of the benchmarks' Llama"
     )
+    made.add_argument("--threads", type=int, default=2, help="threads of all stages together")
+    made.add_argument("--nice", type=int, default=10, help="niceness of the stage workers")
     return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetup:
+    """How the native engine is set up, by a daemon too. With these defaults no request has to wait."""
+
+    threads: int = 2
+    nice: int = 10
+    kv_cache_bytes: int = 1 << 30  # 65,536 tokens of the benchmarks' Llama
+    device_memory_bytes: int = 4 << 30
+    max_micro_batches: int = 0
+
+
+def setup_of(options: argparse.Namespace) -> EngineSetup:
+    """Return the set-up that the options ask for."""
+    return EngineSetup(threads=options.threads, nice=options.nice)
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

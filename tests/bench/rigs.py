@@ -1,6 +1,6 @@
 """What a handover is measured on: the engine driven directly, or a daemon over HTTP. One interface for both."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
@@ -12,11 +12,9 @@ from planner.layout import Pipeline
 from tests.bench import direct
 from tests.bench.daemon_process import DaemonProcess, daemon
 from tests.bench.http_client import HttpClient, http_client
-from tests.bench.program import MAX_CONTEXT, prompts
+from tests.bench.program import MAX_CONTEXT, EngineSetup, prompts
 
-KV_CACHE_BYTES = 1 << 30  # 65,536 tokens of the benchmarks' Llama
-DEVICE_MEMORY_BYTES = 4 << 30
-_KV_TOKENS = 64 << 10
+_KV_TOKENS = 64 << 10  # as EngineSetup's KV cache holds
 _WARM = 32  # tokens of each stream before anything is measured
 
 
@@ -120,11 +118,9 @@ class HttpRig:
 
 
 @asynccontextmanager
-async def direct_rig(model: Path, first: Pipeline, *, threads: int) -> AsyncIterator[DirectRig]:
+async def direct_rig(model: Path, first: Pipeline, setup: EngineSetup) -> AsyncIterator[DirectRig]:
     """Start an engine with the layout ``first``."""
-    options = direct.options_for(
-        model, threads=threads, kv_cache_bytes=KV_CACHE_BYTES, device_memory_bytes=DEVICE_MEMORY_BYTES
-    )
+    options = direct.options_for(model, setup)
     engine = NativeEngine(options, first)
     rig = DirectRig(options, engine)
     try:
@@ -135,18 +131,8 @@ async def direct_rig(model: Path, first: Pipeline, *, threads: int) -> AsyncIter
 
 
 @asynccontextmanager
-async def http_rig(model: Path, first: Pipeline, *, threads: int, say: Callable[[str], None]) -> AsyncIterator[HttpRig]:
-    """Start a daemon, have it move to the layout ``first``, and start the client."""
-    async with (
-        daemon(
-            model,
-            stages=first.granularity,
-            threads=threads,
-            kv_cache_bytes=KV_CACHE_BYTES,
-            device_memory_bytes=DEVICE_MEMORY_BYTES,
-        ) as server,
-        http_client() as client,
-    ):
+async def http_rig(model: Path, first: Pipeline, setup: EngineSetup) -> AsyncIterator[HttpRig]:
+    """Start a daemon, bring it to the layout ``first``, and start the client."""
+    async with daemon(model, setup, stages=first.granularity) as server, http_client() as client:
         await server.move(first)
-        say(f"the daemon serves at {server.url}")
         yield HttpRig(server, client)

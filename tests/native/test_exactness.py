@@ -47,7 +47,8 @@ async def run_streams(engine: NativeEngine) -> Result:
 
 
 def largest_difference(left: Result, right: Result) -> float:
-    return max(abs(a - b) for l, r in zip(left, right, strict=True) for a, b in zip(l[1], r[1], strict=True))
+    pairs = [pair for one, other in zip(left, right, strict=True) for pair in zip(one[1], other[1], strict=True)]
+    return max(abs(a - b) for a, b in pairs)
 
 
 def assert_same(result: Result, undisturbed: Result) -> None:
@@ -96,7 +97,9 @@ async def test_noise_floor(engine: NativeEngine, undisturbed: Result, capsys: py
     """What batch composition and recompute alone do to log-probabilities: the measure for the bound above."""
     alone = [await collect(engine, stream(i)) for i in range(STREAMS)]
     with capsys.disabled():
-        print(f"\nnoise floor of log-probabilities, alone against crowded: {largest_difference(alone, undisturbed):.1e}")
+        print(
+            f"\nnoise floor of log-probabilities, alone against crowded: {largest_difference(alone, undisturbed):.1e}"
+        )
     assert_same(alone, undisturbed)
 
 

@@ -16,7 +16,9 @@ NEW_TOKENS = 48
 
 
 def sharded_tied_llama() -> Path:
-    return checkpoints.make_llama(CACHE / "llama-tied-sharded", num_layers=5, tie_word_embeddings=True, shards=3, seed=3)
+    return checkpoints.make_llama(
+        CACHE / "llama-tied-sharded", num_layers=5, tie_word_embeddings=True, shards=3, seed=3
+    )
 
 
 def generated_by_transformers(directory: Path) -> list[int]:

@@ -34,13 +34,20 @@ class Daemon:
     notified: socket.socket
 
     async def notification(self, text: str) -> str:
-        """Return the next message to the service manager that contains ``text``."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                message = (await asyncio.get_running_loop().sock_recv(self.notified, 4096)).decode()
-                assert "start failed" not in message, message
-                if text in message:
-                    return message
+        """Return the next message to the service manager that contains ``text``. Fails when the daemon ends first."""
+        ended = asyncio.create_task(self.process.wait())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    receiving = asyncio.create_task(asyncio.get_running_loop().sock_recv(self.notified, 4096))
+                    await asyncio.wait([receiving, ended], return_when=asyncio.FIRST_COMPLETED)
+                    if not receiving.done():
+                        receiving.cancel()
+                        pytest.fail(f"the daemon ended with {ended.result()} without saying {text}")
+                    if text in (message := receiving.result().decode()):
+                        return message
+        finally:
+            ended.cancel()
 
     async def ask(self, path: str) -> Any:
         """Return the answer of the admin API."""

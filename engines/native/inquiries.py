@@ -1,0 +1,73 @@
+"""Questions that the core asks its workers, and their answers when they come."""
+
+import asyncio
+import time
+from itertools import count
+from typing import TypeVar
+
+from engines.native import messages as m
+from engines.native.workers import WorkerPool
+
+T = TypeVar("T")
+
+
+class Inquiries:
+    """Each question has a ticket; the answer with that ticket settles its future."""
+
+    def __init__(self, pool: WorkerPool, tickets: "count[int]") -> None:
+        self._pool = pool
+        self._tickets = tickets
+        self._stats: dict[tuple[int, int], asyncio.Future[m.Stats]] = {}  # by worker and ticket
+        self._checksums: dict[tuple[int, int], asyncio.Future[list[int]]] = {}
+        self._busy: dict[int, tuple[float, float]] = {}
+
+    def stats(self, worker: int) -> asyncio.Future[m.Stats]:
+        """Ask for counters."""
+        ticket = next(self._tickets)
+        future = self._stats[worker, ticket] = asyncio.get_running_loop().create_future()
+        self._pool.send(worker, m.ReadStats(ticket=ticket))
+        return future
+
+    def checksums(self, worker: int, decoders: list[int], blocks: list[tuple[int, int]]) -> asyncio.Future[list[int]]:
+        """Ask for the checksums of KV blocks (id, valid token slots), decoders outermost."""
+        ticket = next(self._tickets)
+        future = self._checksums[worker, ticket] = asyncio.get_running_loop().create_future()
+        self._pool.send(worker, m.Checksum(ticket=ticket, decoders=decoders, blocks=blocks))
+        return future
+
+    async def answers_within(self, worker: int, deadline_s: float) -> bool:
+        """Say whether a worker answers at all."""
+        try:
+            await asyncio.wait_for(self.stats(worker), deadline_s)
+        except (TimeoutError, asyncio.CancelledError):
+            return False
+        return True
+
+    def settle(self, report: m.Stats | m.Checksums) -> None:
+        """Take in an answer; one that nobody waits for any more is dropped."""
+        match report:
+            case m.Stats():
+                settle(self._stats.pop((report.worker, report.ticket), None), report)
+            case m.Checksums():
+                settle(self._checksums.pop((report.worker, report.ticket), None), report.values)
+
+    def forget(self, worker: int) -> None:
+        """A worker has died: its answers will not come."""
+        for waiting in (self._stats, self._checksums):
+            for key in [key for key in waiting if key[0] == worker]:
+                waiting.pop(key).cancel()
+
+    def busy_share(self, stats: m.Stats) -> float | None:
+        """Return the share of time that a worker has computed since this was last asked."""
+        now = time.monotonic()
+        before = self._busy.get(stats.worker)
+        self._busy[stats.worker] = (now, stats.busy_s)
+        if before is None or stats.busy_s < before[1] or now <= before[0]:
+            return None
+        return min(1.0, (stats.busy_s - before[1]) / (now - before[0]))
+
+
+def settle(future: "asyncio.Future[T] | None", value: T) -> None:
+    """Give a future its value, if it still waits for one."""
+    if future is not None and not future.done():
+        future.set_result(value)

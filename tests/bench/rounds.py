@@ -1,0 +1,73 @@
+"""Rounds in which contestants take turns, so that a machine that is busy for a while is busy for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tests.bench.contestants import Contestant
+from tests.bench.program import prompts
+from tests.bench.stats import median
+from tests.bench.tables import say
+
+_WARM_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundsPlan:
+    """How the rounds are held. A turn repeats its batch until ``turn_s`` have been measured."""
+
+    rounds: int
+    streams: tuple[int, ...]
+    prompt_tokens: int
+    max_tokens: int
+    turn_s: float
+
+
+@dataclass(slots=True)
+class Rates:
+    """Tokens per second of every turn, by contestant and number of streams."""
+
+    _seen: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, streams: int, rate: float) -> None:
+        self._seen.setdefault((name, streams), []).append(rate)
+
+    def median(self, name: str, streams: int) -> float:
+        """Return the median over rounds, NaN where the contestant took no part."""
+        return median(self._seen.get((name, streams), ()))
+
+    def to_wire(self) -> dict[str, dict[str, list[float]]]:
+        """Return all rates as JSON values."""
+        wire: dict[str, dict[str, list[float]]] = {}
+        for (name, streams), rates in self._seen.items():
+            wire.setdefault(name, {})[str(streams)] = rates
+        return wire
+
+
+async def hold_rounds(contestants: Sequence[Contestant], plan: RoundsPlan) -> Rates:
+    """Let all contestants take a turn at each number of streams in each round. Each round begins with another one.
+
+    The first turn of each is preceded by one that is not counted.
+    """
+    rates = Rates()
+    for number in range(plan.rounds):
+        shift = number % len(contestants)
+        for streams in plan.streams:
+            for contestant in [*contestants[shift:], *contestants[:shift]]:
+                rate = await _turn(contestant, plan, streams=streams, seed=number * 1000 + streams, warm=number == 0)
+                rates.add(contestant.name, streams, rate)
+                say(f"round {number + 1} of {plan.rounds}, {streams} streams, {contestant.name}: {rate:.0f} tok/s")
+    return rates
+
+
+async def _turn(contestant: Contestant, plan: RoundsPlan, *, streams: int, seed: int, warm: bool) -> float:
+    def given(repetition: int) -> list[list[int]]:
+        return prompts(count=streams, length=plan.prompt_tokens, seed=seed * 100 + repetition)
+
+    await contestant.turn(given(99), max_tokens=plan.max_tokens if warm else _WARM_TOKENS)
+    tokens, took_s, repetition = 0, 0.0, 0
+    while took_s < plan.turn_s or repetition == 0:
+        turn = await contestant.turn(given(repetition), max_tokens=plan.max_tokens)
+        if turn.tokens != streams * plan.max_tokens:
+            raise RuntimeError(f"{contestant.name} gave {turn.tokens} tokens, not {streams * plan.max_tokens}")
+        tokens, took_s, repetition = tokens + turn.tokens, took_s + turn.took_s, repetition + 1
+    return tokens / took_s

@@ -1,0 +1,160 @@
+"""A model without arithmetic that lives by its KV cache: whoever reads another's slot, or a stale one, goes wrong."""
+
+from collections.abc import Iterable
+from zlib import crc32
+
+import numpy as np
+
+from engines.native.kv_blocks import KVBlocks
+from engines.native.scheduler import Batch, Entry, Output, Scheduler, SchedulerLimits
+from engines.native.sequence import Sequence
+from engines.protocol import FinishReason, SamplingParams
+
+VOCABULARY = 40
+
+
+def cell(token: int, before: int) -> int:
+    """Return what a token leaves in its slot of the KV cache; it depends on everything before it."""
+    return crc32(bytes([token]), before)
+
+
+def token_after(cells: list[int]) -> int:
+    return crc32(np.array(cells, dtype=np.uint32).tobytes()) % VOCABULARY
+
+
+class Engine:
+    """A scheduler with the fake model behind it; ``in_flight`` holds micro-batches, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 100,
+        block_tokens: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 16,
+        max_model_len: int = 64,
+        micro_batches: int = 1,
+    ) -> None:
+        self.limits = SchedulerLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_model_len,
+            kv_block_tokens=block_tokens,
+        )
+        self.blocks = KVBlocks(num_blocks=num_blocks)
+        self.table = np.zeros((max_num_seqs, -(-max_model_len // block_tokens)), dtype=np.int32)
+        self.scheduler = Scheduler(limits=self.limits, blocks=self.blocks, table=self.table)
+        self.scheduler.micro_batches = micro_batches
+        self.cells = dict[int, int]()
+        self.in_flight: list[Batch] = []
+        self.outputs: dict[int, list[Output]] = {}
+        self.sequences: dict[int, Sequence] = {}
+
+    def add(
+        self,
+        prompt: Iterable[int],
+        *,
+        max_tokens: int = 4,
+        generated: Iterable[int] = (),
+        stop: Iterable[int] = (),
+        logprobs: bool = False,
+    ) -> Sequence:
+        """Submit a request; its key is its order of arrival."""
+        order = self.scheduler.take_order()
+        sequence = Sequence(
+            key=order,
+            prompt=list(prompt),
+            generated=list(generated),
+            sampling=SamplingParams(max_tokens=max_tokens, logprobs=logprobs),
+            stop_ids=frozenset(stop),
+            order=order,
+        )
+        self.sequences[order] = sequence
+        self.outputs[order] = []
+        self.scheduler.add(sequence)
+        return sequence
+
+    def dispatch(self) -> Batch | None:
+        """Schedule a micro-batch if the stages can take one."""
+        if len(self.in_flight) >= self.scheduler.micro_batches:
+            return None
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.in_flight.append(batch)
+        return batch
+
+    def complete(self) -> list[Output]:
+        """Run the oldest micro-batch and take in what it sampled."""
+        batch = self.in_flight.pop(0)
+        sampled = [token for token in map(self._run, batch.entries) if token is not None]
+        outputs = self.scheduler.finish_step(batch, sampled, [-float(token) for token in sampled])
+        for output in outputs:
+            self.outputs[output.key].append(output)
+        return outputs
+
+    def step(self) -> Batch:
+        """Dispatch and complete one micro-batch."""
+        batch = self.dispatch()
+        assert batch is not None
+        self.complete()
+        return batch
+
+    def crash(self) -> None:
+        """Lose the KV cache and whatever was in flight."""
+        self.in_flight.clear()
+        self.cells.clear()
+        self.scheduler.recompute_all()
+
+    def run(self, *, max_steps: int = 5000) -> None:
+        """Go on to the end of every request."""
+        for _ in range(max_steps):
+            while self.dispatch() is not None:
+                pass
+            if not self.in_flight:
+                return
+            self.complete()
+        raise AssertionError(f"requests still unfinished after {max_steps} steps")
+
+    def tokens(self, sequence: Sequence) -> list[int]:
+        """Return the tokens that were reported for a request."""
+        return [output.token for output in self.outputs[sequence.key] if output.token is not None]
+
+    def finish(self, sequence: Sequence) -> FinishReason | None:
+        """Return why a request ended, None if it has not; nothing is ever reported after the end."""
+        reports = [output.finish for output in self.outputs[sequence.key]]
+        assert all(finish is None for finish in reports[:-1])
+        return reports[-1] if reports else None
+
+    def assert_idle(self) -> None:
+        """Check that nothing is left of any request: KV blocks, rows, counters."""
+        scheduler = self.scheduler
+        assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_live) == (0, 0, 0)
+        assert (scheduler.kv_blocks_used, self.blocks.free) == (0, self.blocks.capacity)
+        assert len(scheduler.live_slots()) == 0
+        assert scheduler.live_blocks() == []
+
+    def _run(self, entry: Entry) -> int | None:
+        """Write the entry's new slots and, where a token is wanted, read the whole sequence back by the block table."""
+        size = self.limits.kv_block_tokens
+        row = self.table[entry.sequence.row]
+        slots = [int(row[p // size]) * size + p % size for p in range(entry.start + entry.count)]
+        before = self.cells[slots[entry.start - 1]] if entry.start else 0
+        for position in range(entry.start, entry.start + entry.count):
+            before = cell(entry.sequence.tokens[position], before)
+            self.cells[slots[position]] = before
+        return token_after([self.cells[slot] for slot in slots]) if entry.samples else None
+
+
+def undisturbed(
+    prompt: Iterable[int], *, max_tokens: int, stop: Iterable[int] = (), max_model_len: int = 64
+) -> list[int]:
+    """Return what the fake model says to a prompt when nothing else happens."""
+    cells: list[int] = []
+    for token in prompt:
+        cells.append(cell(token, cells[-1] if cells else 0))
+    output: list[int] = []
+    while True:
+        output.append(token_after(cells))
+        cells.append(cell(output[-1], cells[-1]))
+        if output[-1] in stop or len(output) >= max_tokens or len(cells) >= max_model_len:
+            return output

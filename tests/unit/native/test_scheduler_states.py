@@ -1,0 +1,137 @@
+"""Whatever happens in whatever order, every request says what it would have said undisturbed, and nothing leaks."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engines.native.sequence import Sequence
+from tests.unit.native.fake_model import VOCABULARY, Engine, undisturbed
+
+MAX_MODEL_LEN = 24
+BLOCK_TOKENS = 4
+TOKENS = st.integers(0, VOCABULARY - 1)
+
+
+class SchedulerStates(RuleBasedStateMachine):
+    """Requests come, are aborted, run and crash over a KV cache that holds little more than one of them."""
+
+    engine: Engine
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: dict[int, list[int]] = {}
+        self.aborted: set[int] = set()
+
+    @initialize(
+        spare_blocks=st.integers(0, 10),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 12),
+        micro_batches=st.integers(1, 3),
+    )
+    def start(self, spare_blocks: int, max_num_seqs: int, budget: int, micro_batches: int) -> None:
+        self.engine = Engine(
+            num_blocks=1 + MAX_MODEL_LEN // BLOCK_TOKENS + spare_blocks,
+            block_tokens=BLOCK_TOKENS,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            max_model_len=MAX_MODEL_LEN,
+            micro_batches=micro_batches,
+        )
+
+    @rule(
+        prompt=st.lists(TOKENS, min_size=1, max_size=MAX_MODEL_LEN - 1),
+        max_tokens=st.integers(1, 12),
+        stop=st.frozensets(TOKENS, max_size=3),
+        resumed=st.integers(0, 5),
+    )
+    def add(self, prompt: list[int], max_tokens: int, stop: frozenset[int], resumed: int) -> None:
+        whole = undisturbed(prompt, max_tokens=max_tokens, stop=stop, max_model_len=MAX_MODEL_LEN)
+        known = min(resumed, len(whole) - 1)
+        sequence = self.engine.add(prompt, generated=whole[:known], max_tokens=max_tokens, stop=stop)
+        self.expected[sequence.key] = whole[known:]
+
+    @precondition(lambda self: self.live())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(s.key for s in self.live())))
+        self.engine.scheduler.abort(key)
+        self.aborted.add(key)
+
+    @rule()
+    def dispatch(self) -> None:
+        self.engine.dispatch()
+
+    @precondition(lambda self: self.engine.in_flight)
+    @rule()
+    def complete(self) -> None:
+        self.engine.complete()
+
+    @rule(steps=st.integers(1, 10))
+    def steps(self, steps: int) -> None:
+        for _ in range(steps):
+            while self.engine.dispatch() is not None:
+                pass
+            if self.engine.in_flight:
+                self.engine.complete()
+
+    @rule()
+    def crash(self) -> None:
+        self.engine.crash()
+
+    @precondition(lambda self: not self.engine.in_flight)
+    @rule(micro_batches=st.integers(1, 3))
+    def another_layout(self, micro_batches: int) -> None:
+        self.engine.scheduler.micro_batches = micro_batches
+
+    @invariant()
+    def no_kv_block_and_no_row_has_two_owners(self) -> None:
+        sequences = self.engine.sequences.values()
+        blocks = [block for sequence in sequences for block in sequence.block_ids]
+        rows = [sequence.row for sequence in sequences if sequence.row >= 0]
+        assert 0 not in blocks
+        assert len(set(blocks)) == len(blocks) == self.engine.scheduler.kv_blocks_used
+        assert len(set(rows)) == len(rows) == self.engine.scheduler.num_running
+
+    @invariant()
+    def a_sequence_is_in_one_micro_batch(self) -> None:
+        keys = [entry.sequence.key for batch in self.engine.in_flight for entry in batch.entries]
+        assert len(set(keys)) == len(keys)
+        assert set(keys) == {s.key for s in self.engine.sequences.values() if s.in_flight}
+
+    @invariant()
+    def live_slots_are_what_live_blocks_hold(self) -> None:
+        slots = sorted(self.engine.scheduler.live_slots().tolist())
+        blocks = self.engine.scheduler.live_blocks()
+        assert slots == sorted(block * BLOCK_TOKENS + i for block, valid in blocks for i in range(valid))
+
+    @invariant()
+    def what_was_said_is_right(self) -> None:
+        for key, expected in self.expected.items():
+            said = self.engine.tokens(self.engine.sequences[key])
+            assert said == expected[: len(said)]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.engine.run()
+        for key, expected in self.expected.items():
+            sequence = self.engine.sequences[key]
+            assert key in self.aborted or self.engine.tokens(sequence) == expected
+            assert key in self.aborted or self.engine.finish(sequence) is not None
+        self.engine.assert_idle()
+
+    def live(self) -> list[Sequence]:
+        return [s for s in self.engine.sequences.values() if s.key not in self.aborted and not self.engine.finish(s)]
+
+
+TestSchedulerStates: Any = SchedulerStates.TestCase
+TestSchedulerStates.settings = settings(
+    max_examples=80,
+    stateful_step_count=30,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
