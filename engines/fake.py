@@ -48,7 +48,7 @@ class FakeEngine:
     """An ``Engine`` whose steps take ``step_s`` each; one step gives every running request one token.
 
     Args:
-        pipeline: In force at start.
+        pipeline, epoch: In force at start.
         next_token: Where tokens come from; by default ``hashed_tokens``, so a resumed request goes on exactly.
         step_s, refactor_phase_s: Duration of a step and of a phase of a refactoring, through ``sleep``.
         start_failure: When given, ``start`` fails with this sentence.
@@ -58,6 +58,7 @@ class FakeEngine:
         self,
         *,
         pipeline: Pipeline,
+        epoch: int = 0,
         capabilities: EngineCapabilities = FAKE_CAPABILITIES,
         next_token: NextToken | None = None,
         step_s: float = 0.0,
@@ -82,7 +83,7 @@ class FakeEngine:
         self._refactor_phase_s = refactor_phase_s
         self._sleep = sleep
         self._start_failure = start_failure
-        self._epoch = 0
+        self._epoch = epoch
         self._held = False
         self._may_step = asyncio.Event()
         self._may_refactor = asyncio.Event()

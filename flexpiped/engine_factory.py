@@ -61,8 +61,8 @@ def engine_python(settings: Settings) -> str:
     return sys.executable if python is None else str(python)
 
 
-def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
-    """Return what makes an engine, not started yet, for the pipeline to begin with."""
+def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
+    """Return what makes an engine, not started yet, for the pipeline and epoch to begin with."""
     match settings.engine:
         case EngineKind.NATIVE:
             return _native(settings, model)
@@ -72,7 +72,7 @@ def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline], Eng
             assert_never(settings.engine)
 
 
-def _native(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
+def _native(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
     from engines.native.adapter import NativeEngine
     from engines.native.options import NativeOptions
 
@@ -100,10 +100,10 @@ def _native(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
         slice_bytes=handover.slice_bytes,
         cache_directory="" if native.cache_dir is None else str(native.cache_dir),
     )
-    return lambda pipeline: NativeEngine(options, pipeline)
+    return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
 
 
-def _fake(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
+def _fake(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
     from engines.fake import FAKE_CAPABILITIES, FakeEngine
 
     length = settings.max_model_len
@@ -115,8 +115,9 @@ def _fake(settings: Settings, model: Model) -> Callable[[Pipeline], Engine]:
         max_stages=settings.devices.cpu_count,
     )
     block_tokens = settings.engines.native.kv_block_tokens
-    return lambda pipeline: FakeEngine(
+    return lambda pipeline, epoch: FakeEngine(
         pipeline=pipeline,
+        epoch=epoch,
         capabilities=capabilities,
         step_s=0.01,
         refactor_phase_s=0.05,

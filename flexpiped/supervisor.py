@@ -24,7 +24,7 @@ from flexpiped.supervision import (
 )
 from planner.layout import Pipeline
 
-EngineFactory = Callable[[Pipeline], Engine]  # not started yet; called once per start, with the pipeline to begin with
+EngineFactory = Callable[[Pipeline, int], Engine]  # not started yet; called per start with pipeline and epoch
 
 
 def _ignore_change(_supervision: Supervision) -> None:
@@ -39,7 +39,8 @@ class Supervisor:
     """One engine for as long as the daemon lives, through any number of engine processes.
 
     Args:
-        factory: Makes an engine for a pipeline: ``pipeline`` at first, after a death the one in force before it.
+        factory: Makes an engine for a pipeline and its epoch: ``pipeline`` and 0 at first, after a death those in force
+            before it.
         on_change: Told each new state with its reason (for log, events and readiness).
         on_progress: Told what a starting engine says.
     """
@@ -57,6 +58,7 @@ class Supervisor:
     ) -> None:
         self._factory = factory
         self._pipeline = pipeline
+        self._epoch = 0
         self._policy = policy
         self._clock = clock
         self._sleep = sleep
@@ -93,7 +95,7 @@ class Supervisor:
         Raises:
             EngineStartFailed, UnsupportedByEngine
         """
-        engine = self._factory(self._pipeline)
+        engine = self._factory(self._pipeline, self._epoch)
         try:
             await engine.start(on_progress=self._on_progress)
         except BaseException:
@@ -178,7 +180,7 @@ class Supervisor:
         """Replace the engine each time it dies, until that is hopeless."""
         while True:
             reason = await engine.died()
-            self._pipeline = engine.pipeline
+            self._pipeline, self._epoch = engine.pipeline, engine.epoch
             self._engine = None
             restart = self._apply(Died(reason=reason))
             await engine.close()
@@ -191,7 +193,7 @@ class Supervisor:
         """Start another engine with the pipeline in force before the death; None when it was given up."""
         while restart is not None:
             await self._sleep(restart.after_s)
-            engine = self._factory(self._pipeline)
+            engine = self._factory(self._pipeline, self._epoch)
             try:
                 await engine.start(on_progress=self._on_progress)
             except EngineError as failure:

@@ -237,6 +237,7 @@ class _PipelineModel:
             return cp_model.UNKNOWN, 0
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
+        solver.parameters.catch_sigint_signal = False  # else it takes SIGINT from the daemon, and never gives it back
         solver.parameters.random_seed = 0
         solver.parameters.cp_model_probing_level = 0  # both cost more than they bring with models as small as these
         solver.parameters.symmetry_level = 0

@@ -57,10 +57,10 @@ class _Stream:
 class NativeEngine:
     """An ``Engine`` made of a core process and one stage worker process per device."""
 
-    def __init__(self, options: NativeOptions, pipeline: Pipeline) -> None:
+    def __init__(self, options: NativeOptions, pipeline: Pipeline, *, epoch: int = 0) -> None:
         self._options = options
         self._pipeline = pipeline
-        self._epoch = 0
+        self._epoch = epoch
         self._capabilities: EngineCapabilities | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -106,7 +106,7 @@ class NativeEngine:
         process, reader = await self._spawn()
         self._process = process
         self._reading = asyncio.create_task(self._read(process, reader), name="native-engine-reader")
-        self._send(c.StartCore(options=self._options, pipeline=self._pipeline))
+        self._send(c.StartCore(options=self._options, pipeline=self._pipeline, epoch=self._epoch))
         try:
             report = await ready
         except EngineDied as error:

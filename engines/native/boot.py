@@ -27,6 +27,7 @@ class Boot:
 
     options: NativeOptions
     pipeline: Pipeline
+    epoch: int  # of that pipeline
     context: WorkerContext
     graph: ModelGraph
     limits: SchedulerLimits
@@ -36,7 +37,7 @@ class Boot:
     attention: str  # "compiled", or "torch" and why
 
 
-def boot(options: NativeOptions, pipeline: Pipeline) -> Boot:
+def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     """Prepare everything that the workers inherit. Must run before the first fork, on a single thread.
 
     Raises:
@@ -78,6 +79,7 @@ def boot(options: NativeOptions, pipeline: Pipeline) -> Boot:
     return Boot(
         options=options,
         pipeline=pipeline,
+        epoch=epoch,
         context=context,
         graph=graph,
         limits=SchedulerLimits(

@@ -16,6 +16,7 @@ class StartCore(ToCore, frozen=True, kw_only=True, tag=True):
 
     options: NativeOptions
     pipeline: Pipeline
+    epoch: int
 
 
 class Submit(ToCore, frozen=True, kw_only=True, tag=True):

@@ -214,7 +214,7 @@ def main() -> None:
     assert isinstance(first, c.StartCore)
     send_frame(connection, c.encode(c.Starting(message="reading the model's description")))
     try:
-        booted = boot(first.options, first.pipeline)
+        booted = boot(first.options, first.pipeline, epoch=first.epoch)
     except (UnsupportedByEngine, PlannerError) as error:
         send_frame(connection, c.encode(c.StartFailed(reason=str(error), unsupported=True)))
         return

@@ -40,7 +40,7 @@ class EngineCore:
         self.boot = boot
         self.pool = pool
         self.pipeline = boot.pipeline
-        self.epoch = 0
+        self.epoch = boot.epoch
         self.failpoints = Failpoints()
         self.trace = StepTrace()
         self.handover: HandoverRunner | None = None

@@ -25,6 +25,7 @@ from engines.protocol import RefactorProgress
 from planner import handover_events as e
 from planner.handover import Handover, HandoverLimits, describe, new_handover, step
 from planner.layout import Pipeline
+from planner.moves import moves
 
 if TYPE_CHECKING:
     from engines.native.engine_core import EngineCore
@@ -72,7 +73,12 @@ class HandoverRunner:
         self._released: dict[int, asyncio.Future[m.Released]] = {}
         self._work: asyncio.Task[None] | None = None
         self.holds_scheduling = False
-        self._progress = RefactorProgress(phase=self.state.phase, message="", elapsed_s=0.0)
+        self._progress = RefactorProgress(
+            phase=self.state.phase,
+            message="",
+            elapsed_s=0.0,
+            weights_total_bytes=sum(move.weight_bytes for move in moves(core.pipeline, target, core.boot.graph)),
+        )
 
     # --- what the core tells ---
 

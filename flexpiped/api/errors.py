@@ -73,7 +73,7 @@ def from_engine_error(error: EngineError) -> ApiError:
         case InvalidRequest():
             return invalid(str(error), param=error.parameter)
         case TextRefused():
-            return invalid(str(error), param="messages")
+            return invalid(str(error), param=None, code="invalid_prompt")
         case EngineClosed() | TextClosed():
             return unavailable(str(error), code="shutting_down")
         case EngineDied() | TextProcessDied():

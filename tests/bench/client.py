@@ -84,7 +84,8 @@ class Client:
             lambda: SseStream(raw, times), address.hostname, address.port
         )
         try:
-            self._tokens += await stream.done
+            tokens = await stream.done
+            self._tokens += tokens
         finally:
             stream.hang_up()
 

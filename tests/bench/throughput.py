@@ -32,7 +32,7 @@ _TWO_STAGES = {8: 0.8, 32: 0.9}  # at least, against one stage and against gener
 def _options() -> argparse.Namespace:
     made = parser("Compare throughput.")
     made.add_argument("--vllm-python", metavar="PATH", type=Path, help="interpreter of vLLM's environment")
-    made.add_argument("--no-compiled", action="store_true", help="leave out vLLM compiled, which boots for a minute")
+    made.add_argument("--only", metavar="WORDS", default="", help="only contestants with these words in their names")
     made.add_argument("--streams", type=whole_numbers, default=(1, 8, 32), help="numbers of streams")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--tokens", type=int, default=128, help="tokens of each stream")
@@ -45,23 +45,22 @@ def _options() -> argparse.Namespace:
 
 
 def _openings(options: argparse.Namespace, model: Path, client: HttpClient) -> list[Opening]:
+    """Return what opens the contestants, those left out left out."""
     setup, threads = setup_of(options), options.threads
-    openings = [
-        flexpiped_http(ONE_HTTP, client, model, setup, stages=1),
-        flexpiped_direct(ONE_DIRECT, model, setup, stages=1),
-        flexpiped_http(TWO_HTTP, client, model, setup, stages=2),
-        flexpiped_direct(TWO_DIRECT, model, setup, stages=2),
-        transformers_generate({STATIC: "static", DYNAMIC: ""}, model, threads=threads),
-    ]
-    python: Path | None = options.vllm_python
-    if python is None:
+    openings: dict[str, Opening] = {
+        ONE_HTTP: flexpiped_http(ONE_HTTP, client, model, setup, stages=1),
+        ONE_DIRECT: flexpiped_direct(ONE_DIRECT, model, setup, stages=1),
+        TWO_HTTP: flexpiped_http(TWO_HTTP, client, model, setup, stages=2),
+        TWO_DIRECT: flexpiped_direct(TWO_DIRECT, model, setup, stages=2),
+        STATIC: transformers_generate({STATIC: "static", DYNAMIC: ""}, model, threads=threads),
+    }
+    if options.vllm_python is None:
         say("vLLM is left out: --vllm-python PATH names the interpreter of its environment")
-        return openings
-    python = python.absolute()  # not resolved: a virtual environment is found by its link
-    openings.append(vllm_http(EAGER, client, python, model, threads=threads, eager=True))
-    if not options.no_compiled:
-        openings.append(vllm_http(COMPILED, client, python, model, threads=threads, eager=False))
-    return openings
+    else:
+        python = options.vllm_python.absolute()  # not resolved: a virtual environment is found by its link
+        openings[EAGER] = vllm_http(EAGER, client, python, model, threads=threads, eager=True)
+        openings[COMPILED] = vllm_http(COMPILED, client, python, model, threads=threads, eager=False)
+    return [opening for name, opening in openings.items() if not options.only or options.only in name]
 
 
 def _bounds(rates: Rates, names: list[str], streams: int) -> list[Bound]:

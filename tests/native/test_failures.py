@@ -208,7 +208,9 @@ async def test_a_layout_with_unknown_devices_is_refused(engine: NativeEngine) ->
 
 
 async def test_the_engine_core_killed_requests_go_on_from_the_callers_copy(undisturbed: Result) -> None:
-    supervisor = Supervisor(factory=lambda pipeline: NativeEngine(options_for(llama()), pipeline), pipeline=even(2))
+    supervisor = Supervisor(
+        factory=lambda pipeline, epoch: NativeEngine(options_for(llama()), pipeline, epoch=epoch), pipeline=even(2)
+    )
     await supervisor.start()
     engine = supervisor.engine
     assert isinstance(engine, NativeEngine)
@@ -225,6 +227,8 @@ async def test_the_engine_core_killed_requests_go_on_from_the_callers_copy(undis
     os.kill(engine.core_pid, signal.SIGKILL)
     assert await streams == tokens(undisturbed)
     assert supervisor.pipeline == even(4)
+    assert supervisor.engine is not None
+    assert supervisor.engine.epoch == 1
     await supervisor.close()
 
 

@@ -55,9 +55,9 @@ class FakeEngines:
     step_s: float = 0.0
     made: list[FakeEngine] = field(default_factory=list)
 
-    def make(self, pipeline: Pipeline) -> FakeEngine:
+    def make(self, pipeline: Pipeline, epoch: int) -> FakeEngine:
         engine = FakeEngine(
-            pipeline=pipeline, capabilities=CAPABILITIES, next_token=self.next_token, step_s=self.step_s
+            pipeline=pipeline, epoch=epoch, capabilities=CAPABILITIES, next_token=self.next_token, step_s=self.step_s
         )
         self.made.append(engine)
         return engine

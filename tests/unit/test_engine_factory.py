@@ -60,12 +60,13 @@ def test_a_model_that_is_not_supported_is_refused(tmp_path: Path) -> None:
 def test_each_engine_is_made_for_a_pipeline(model: Model, resolver: PlannerResolver) -> None:
     pipeline = resolver.first(2)
 
-    native = engine_factory(DEFAULTS, model)(pipeline)
-    fake = engine_factory(replace(DEFAULTS, engine=EngineKind.FAKE), model)(pipeline)
+    native = engine_factory(DEFAULTS, model)(pipeline, 3)
+    fake = engine_factory(replace(DEFAULTS, engine=EngineKind.FAKE), model)(pipeline, 3)
 
     assert isinstance(native, NativeEngine)
     assert isinstance(fake, FakeEngine)
     assert native.pipeline == fake.pipeline == pipeline
+    assert native.epoch == fake.epoch == 3
     assert (fake.capabilities.vocab_size, fake.capabilities.max_stages) == (model.graph.vocab_size, 8)
 
 

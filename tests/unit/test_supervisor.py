@@ -48,10 +48,12 @@ class Workshop:
         self.changes: list[Supervision] = []
         self.next_token: NextToken | None = None
 
-    def make(self, pipeline: Pipeline) -> FakeEngine:
+    def make(self, pipeline: Pipeline, epoch: int) -> FakeEngine:
         self.pipelines.append(pipeline)
         failure = self.start_failures.pop(0) if self.start_failures else None
-        self.engines.append(FakeEngine(pipeline=pipeline, start_failure=failure, next_token=self.next_token))
+        self.engines.append(
+            FakeEngine(pipeline=pipeline, epoch=epoch, start_failure=failure, next_token=self.next_token)
+        )
         return self.engines[-1]
 
     async def sleep(self, duration_s: float) -> None:

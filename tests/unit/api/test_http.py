@@ -11,8 +11,10 @@ import pytest
 
 from engines.protocol import GenerationRequest
 from engines.restarts import RestartPolicy
+from engines.text.local import LocalText, PlainTokenizer
 from flexpiped.admission import AdmissionLimits
 from tests.support.http_app import MODEL, FakeEngines, HttpApp, http_app, ids_of, saying
+from tests.support.tiny_tokenizer import byte_level_tokenizer
 from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
@@ -77,6 +79,23 @@ async def test_the_prompt_token_ids_reach_the_engine_as_they_are(app: HttpApp, s
         assert (await response.json())["usage"]["prompt_tokens"] == 3
 
 
+async def test_a_stop_token_ends_the_text_and_has_none(app: HttpApp, session: aiohttp.ClientSession) -> None:
+    token_ids = ids_of(TEXT)
+    for extra, shown in (({"stop_token_ids": [token_ids[2]]}, token_ids[:2]), ({}, token_ids)):
+        async with session.post(f"{app.url}/v1/completions", json=body(**extra)) as response:
+            answer = await response.json()
+        assert answer["choices"][0]["text"] == byte_level_tokenizer().decode(shown)
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == len(shown) + 1
+
+
+async def test_ignore_eos_goes_on_to_the_limit(app: HttpApp, session: aiohttp.ClientSession) -> None:
+    async with session.post(f"{app.url}/v1/completions", json=body(ignore_eos=True, max_tokens=50)) as response:
+        answer = await response.json()
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == (TEXT, "length")
+    assert answer["usage"]["completion_tokens"] == 50
+
+
 @pytest.mark.parametrize(
     ("raw", "status", "param"),
     [
@@ -114,9 +133,6 @@ async def test_a_body_that_does_not_decompress(app: HttpApp, session: aiohttp.Cl
 
 
 async def test_a_model_without_a_chat_template(session: aiohttp.ClientSession) -> None:
-    from engines.text.local import LocalText, PlainTokenizer
-    from tests.support.tiny_tokenizer import byte_level_tokenizer
-
     text = LocalText(PlainTokenizer(byte_level_tokenizer(), has_chat_template=False))
     async with http_app(text=text) as app:
         chat = {"messages": [{"role": "user", "content": "x"}]}

@@ -1,5 +1,6 @@
 """Which tokens go into a micro-batch, who gives way when KV blocks run out, and how a request ends."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -212,7 +213,7 @@ def test_a_preempted_request_goes_before_one_that_never_ran() -> None:
     engine.add([30])
     engine.step()
     engine.scheduler.abort(older.key)
-    assert [key for key, *_ in shape(engine.step())][0] == younger.key
+    assert shape(engine.step())[0][0] == younger.key
 
 
 def test_who_is_in_flight_keeps_its_kv_blocks() -> None:
@@ -229,6 +230,41 @@ def test_who_is_in_flight_keeps_its_kv_blocks() -> None:
     assert younger.block_ids == held
     engine.run()
     assert engine.tokens(older) == engine.tokens(younger) == undisturbed(prompt_of(4), max_tokens=9)
+
+
+def test_the_older_waits_for_a_younger_in_flight_and_keeps_what_it_has() -> None:
+    engine = Engine(num_blocks=1 + 6, block_tokens=4, max_model_len=24, budget=4, micro_batches=2)
+    older, younger = engine.add(prompt_of(20)), engine.add(prompt_of(12))
+    while engine.blocks.free or older.in_flight:
+        engine.dispatch()
+        engine.dispatch()
+        engine.complete()
+    computed = older.computed
+    assert younger.in_flight
+    assert computed > 0
+    assert engine.dispatch() is None
+    assert older.computed == computed
+    engine.run()
+    assert engine.tokens(older) == undisturbed(prompt_of(20), max_tokens=4)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_every_request_ends_however_little_room_there_is(seed: int) -> None:
+    """None is preempted for ever by others that are preempted for it."""
+    rng = random.Random(seed)
+    block_tokens, max_model_len = rng.choice([1, 2, 4]), rng.choice([12, 24, 32])
+    engine = Engine(
+        num_blocks=1 + -(-max_model_len // block_tokens) + rng.choice([0, 1, 3]),
+        block_tokens=block_tokens,
+        max_num_seqs=rng.randint(2, 6),
+        budget=rng.randint(1, 8),
+        max_model_len=max_model_len,
+        micro_batches=rng.randint(1, 4),
+    )
+    for _ in range(rng.randint(2, 6)):
+        engine.add(prompt_of(rng.randint(1, max_model_len - 1)), max_tokens=rng.randint(1, 12))
+    engine.run(max_steps=1000)
+    engine.assert_idle()
 
 
 # --- how a request ends ---
