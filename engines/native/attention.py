@@ -15,6 +15,7 @@ import torch
 from engines.native.kv_memory import KVMemory
 
 ATTENTION_NAME = "flexpiped_paged"
+_TILE, _MAX_HEAD_DIM, _MAX_GROUP = 16, 256, 16  # of paged_attention.c
 
 
 class PagedStep:
@@ -65,6 +66,16 @@ class CompiledAttention:
 
     def __init__(self, library: Path) -> None:
         self._function = ctypes.CDLL(str(library)).flexpiped_paged_attention
+
+    @staticmethod
+    def supports(q: torch.Tensor, k: torch.Tensor, step: PagedStep) -> bool:
+        """Say whether the kernel can do this dtype and shape. The limits are those of the C source."""
+        return (
+            q.dtype is torch.float32
+            and q.shape[3] <= _MAX_HEAD_DIM
+            and q.shape[1] <= _MAX_GROUP * k.shape[1]
+            and step.kv_block_tokens % _TILE == 0
+        )
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer: int, step: PagedStep
@@ -145,7 +156,7 @@ def register(library: Path | None) -> str:
         **_: object,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        if compiled is not None and query.dtype is torch.float32:
+        if compiled is not None and compiled.supports(query, key, step):
             return compiled(query, key, value, scaling, layer, step), None
         return torch_attention(query, key, value, scaling, layer, step), None
 

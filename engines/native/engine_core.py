@@ -184,7 +184,10 @@ class EngineCore:
         self._workers = list(specs)
         self.scheduler.micro_batches = micro_batches_for(self.boot.options, num_stages=stages, cores=cores)
         for index in range(self.pool.size):
-            self.pool.send(index, m.Adopt(generation=self._generation, spec=specs.get(index), threads=threads))
+            spec = specs.get(index)
+            # A worker without a stage has one thread, so that what it prepares stays out of the others' way.
+            own = threads if spec is not None else 1
+            self.pool.send(index, m.Adopt(generation=self._generation, spec=spec, threads=own))
 
     # --- workers ---
 

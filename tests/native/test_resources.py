@@ -1,0 +1,103 @@
+"""What the processes take, and that what a worker gave up is really given back: by the kernel's count."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from engines.native.adapter import NativeEngine
+from engines.process import memory_pss_bytes
+from tests.support import checkpoints
+from tests.support.native import CACHE, collect, even, move, request, running
+
+pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
+
+DEMO = Path(__file__).parents[2] / "etc" / "demo-model"
+MIB = 1 << 20
+
+
+def big_llama() -> Path:
+    """34 MB of weights, so that pages of weights stand out from those of the interpreter."""
+    return checkpoints.bench_llama(CACHE / "bench-llama")
+
+
+def pss(pid: int) -> int:
+    value = memory_pss_bytes(pid)
+    assert value is not None
+    return value
+
+
+def cpu_s(pids: tuple[int, ...]) -> float:
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+async def fill_kv(engine: NativeEngine) -> None:
+    prompt = tuple(5 + i % 4000 for i in range(1500))
+    await asyncio.gather(*(collect(engine, request(prompt[i:], max_tokens=2)) for i in range(4)))
+
+
+async def test_a_move_gives_the_memory_back(capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(big_llama(), even(1), kv_cache_bytes=128 * MIB) as engine:
+        await fill_kv(engine)
+        worker = (await engine.stages())[0].pids[0]
+        before = pss(worker)
+        mapped = (await engine.stages())[0].kv_mapped_bytes
+        report = await move(engine, even(8))
+        after = pss(worker)
+        with capsys.disabled():
+            print(f"\nPSS of the worker that gave up 7 of 8 decoders: {before / MIB:.1f} -> {after / MIB:.1f} MiB")
+        expected = (mapped + 24 * MIB) * 7 // 8  # KV blocks and the decoders' weights (24 of 34 MB)
+        assert report.returned_bytes > expected
+        assert before - after > 0.85 * expected
+        assert (await engine.stages())[0].kv_mapped_bytes < mapped / 4
+
+
+async def test_a_rolled_back_move_leaves_nothing_behind() -> None:
+    async with running(big_llama(), even(1), kv_cache_bytes=128 * MIB) as engine:
+        destination = engine.worker_pids[3]
+        before = pss(destination)
+        engine.arm_failpoint("core.commit", "raise")
+        with pytest.raises(Exception, match=r"core\.commit"):
+            await move(engine, even(4))
+        assert pss(destination) - before < 2 * MIB
+
+
+async def test_preparing_never_holds_a_worker_for_long() -> None:
+    """A slice of preparing takes at most 5 ms of processor time, with weights as large as the benchmarks use."""
+    async with running(big_llama(), even(2), kv_cache_bytes=128 * MIB) as engine:
+        stream = asyncio.create_task(collect(engine, request(tuple(range(5, 40)), max_tokens=150)))
+        for stages in (4, 8, 1, 2):
+            await move(engine, even(stages))
+        await engine.stages()
+        assert engine.longest_slice_s <= 0.005
+        await stream
+
+
+async def test_idle_workers_cost_next_to_nothing() -> None:
+    """Eight resident workers and the core: under 1 % of a core and under 2 GiB together, with the demo model."""
+    async with running(DEMO, even(2), nice=10) as engine:
+        assert len((await collect(engine, request((0, 300), max_tokens=64)))[0]) == 64
+        pids = (engine.core_pid, *engine.worker_pids)
+        await asyncio.sleep(1.0)  # threads of the last step have gone to sleep
+        start = cpu_s(pids)
+        await asyncio.sleep(4.0)
+        assert cpu_s(pids) - start < 0.01 * 4.0
+        assert sum(pss(pid) for pid in pids) < 2 << 30
+
+
+async def test_a_daemon_without_the_kernel_serves_the_same(tmp_path: Path) -> None:
+    """Where there is no C compiler the torch path attends; the tokens are the same."""
+    prompt = tuple(range(20, 60))
+    async with running(big_llama(), even(2)) as engine:
+        assert engine.attention == "compiled"
+        expected = (await collect(engine, request(prompt, max_tokens=24)))[0]
+    blocker = tmp_path / "not-a-directory"
+    blocker.touch()
+    async with running(big_llama(), even(2), cache_directory=str(blocker)) as engine:
+        assert engine.attention.startswith("torch")
+        assert (await collect(engine, request(prompt, max_tokens=24)))[0] == expected

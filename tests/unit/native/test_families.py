@@ -1,0 +1,112 @@
+"""What the native engine cannot do exactly is refused by name, before any weight is read."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, MambaConfig, PretrainedConfig
+
+from engines.errors import UnsupportedByEngine
+from engines.native.attention import ATTENTION_NAME, register
+from engines.native.families import Family, build_family
+
+
+def llama(**overrides: Any) -> LlamaConfig:
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+    }
+    return LlamaConfig(**(sizes | overrides))
+
+
+def gpt2(**overrides: Any) -> GPT2Config:
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 50, "n_positions": 64}
+    return GPT2Config(**(sizes | overrides))
+
+
+def build(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) -> Family:
+    return build_family(config, attention=register(None), max_model_len=32, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MambaConfig(num_hidden_layers=1, hidden_size=8), "model type 'mamba' is not supported yet .*gpt2, llama"),
+        (llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "rope type 'dynamic'"),
+        (llama(pretraining_tp=2), "pretraining_tp"),
+        (llama(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
+        (gpt2(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
+        (gpt2(add_cross_attention=True), "cross-attention"),
+        (gpt2(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
+    ],
+    ids=["type", "rope", "pretraining-tp", "quantised-llama", "quantised-gpt2", "cross-attention", "upcast"],
+)
+def test_what_is_not_supported_is_refused_by_name(config: PretrainedConfig, words: str) -> None:
+    with pytest.raises(UnsupportedByEngine, match=words):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e4},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=lambda rope: str(rope["rope_type"]),
+)
+def test_rotary_positions_are_those_of_transformers(rope: dict[str, Any]) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = llama(rope_parameters=rope)
+    positions = torch.tensor([0, 5, 31, 7])
+    cos, sin = build(config).step_arguments(positions)["position_embeddings"]
+    expected_cos, expected_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    assert torch.equal(cos, expected_cos)
+    assert torch.equal(sin, expected_sin)
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_heads", "head_dim"),
+    [(llama(), 2, 16), (llama(head_dim=24), 2, 24), (gpt2(), 4, 16)],
+    ids=["llama", "head-dim", "gpt2"],
+)
+def test_sizes_come_from_the_config(config: PretrainedConfig, kv_heads: int, head_dim: int) -> None:
+    family = build(config)
+    assert (family.num_kv_heads, family.head_dim) == (kv_heads, head_dim)
+    assert (family.num_decoders, family.hidden_size) == (2, 64)
+
+
+@pytest.mark.parametrize("config", [llama(), gpt2()], ids=["llama", "gpt2"])
+def test_a_family_has_no_weights_and_pages_its_attention(config: PretrainedConfig) -> None:
+    family = build(config, dtype=torch.bfloat16)
+    parameters = list(family.model.parameters())
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in parameters)
+    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+    assert family.model.config._attn_implementation == ATTENTION_NAME
+    assert not family.model.training
+
+
+@pytest.mark.parametrize("config", [llama(), gpt2()], ids=["llama", "gpt2"])
+def test_the_layers_hold_every_parameter_once(config: PretrainedConfig) -> None:
+    family = build(config)
+    layers = ["embedding", "0", "1", "head"]
+    names = [
+        f"{prefix}.{name}"
+        for layer in layers
+        for prefix, module in family.modules(layer).items()
+        for name, _ in module.named_parameters()
+    ]
+    assert sorted(names) == sorted(name for name, _ in family.model.named_parameters(remove_duplicate=False))

@@ -1,0 +1,215 @@
+"""Micro-batches through stages, in one process: the tokens of transformers, wherever the cuts lie and the KV moves."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engines.checkpoint import read_checkpoint
+from engines.native.attention import register
+from engines.native.families import build_family
+from engines.native.kv_memory import KVMemory
+from engines.native.messages import Draw, RunStep, StageSpec
+from engines.native.specs import specs_of
+from engines.native.stage import HeldLayers, StageRunner
+from engines.native.weights import WeightFiles
+from planner.layout import pipeline_of
+from tests.support import checkpoints
+
+PROMPT = list(range(20, 51))
+NEW_TOKENS = 12
+BLOCK_TOKENS = 16
+NUM_DECODERS = 4
+TABLE = np.array([[9, 3, 5, 1], [2, 8, 4, 7]], dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.make_llama(tmp_path_factory.mktemp("models") / "llama", num_layers=NUM_DECODERS)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.make_gpt2(tmp_path_factory.mktemp("models") / "gpt2", num_layers=NUM_DECODERS)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def directory(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+@cache
+def expected_tokens(directory: Path) -> tuple[int, ...]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    prompt = torch.tensor([PROMPT])
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return tuple(output[0, len(PROMPT) :].tolist())
+
+
+class Worker:
+    """A worker without its process."""
+
+    def __init__(self, directory: Path, library: Path | None) -> None:
+        checkpoint = read_checkpoint(directory)
+        config = AutoConfig.from_pretrained(directory)
+        family = build_family(config, attention=register(library), max_model_len=64, dtype=torch.float32)
+        self.kv = KVMemory(
+            num_decoders=NUM_DECODERS,
+            num_slots=10 * BLOCK_TOKENS,
+            num_kv_heads=family.num_kv_heads,
+            head_dim=family.head_dim,
+            dtype=torch.float32,
+        )
+        weights = WeightFiles(checkpoint, dtype=torch.float32)
+        self.layers = HeldLayers(family, weights, self.kv, checkpoint.tensors)
+        self.runner = StageRunner(family, self.kv, table=TABLE, kv_block_tokens=BLOCK_TOKENS)
+
+
+class Stages:
+    """A pipeline whose stages run one after the other."""
+
+    def __init__(self, directory: Path, library: Path | None, *, cuts: Iterable[int] = ()) -> None:
+        self.workers = [Worker(directory, library) for _ in range(NUM_DECODERS)]
+        self.specs: dict[int, StageSpec] = {}
+        self.adopt(cuts)
+
+    def adopt(self, cuts: Iterable[int], *, workers: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+        """Take up another layout; the KV cache stays where it was."""
+        cuts = list(cuts)
+        names = [str(worker) for worker in workers[: len(cuts) + 1]]
+        pipeline = pipeline_of(device_ids=names, cuts=cuts, num_decoders=NUM_DECODERS)
+        self.specs = specs_of(pipeline, {str(worker): worker for worker in workers})
+        for index, spec in self.specs.items():
+            layers = self.workers[index].layers
+            for layer in set(spec.layers()) - layers.held:
+                layers.attach(layer, layers.read(layer))
+
+    def move_kv(self, *, source: int, target: int, decoders: list[int], num_tokens: int) -> None:
+        slots = torch.tensor(
+            [int(TABLE[0, p // BLOCK_TOKENS]) * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(num_tokens)]
+        )
+        ours, theirs = self.workers[source].kv, self.workers[target].kv
+        staging = memoryview(bytearray(2 * len(decoders) * num_tokens * ours.row_bytes))
+        ours.read_into(decoders, slots, staging)
+        theirs.write_from(decoders, slots, staging)
+
+    def step(
+        self, entries: list[tuple[int, int, list[int]]], *, draws: Iterable[Draw] = ()
+    ) -> tuple[list[int], list[float]]:
+        """Run (row, start, tokens) of each sequence; return the next token of each and its log-probability."""
+        message = RunStep(
+            step_id=1,
+            generation=1,
+            rows=int32(row for row, _, _ in entries),
+            starts=int32(start for _, start, _ in entries),
+            counts=int32(len(tokens) for _, _, tokens in entries),
+            tokens=int32(token for _, _, tokens in entries for token in tokens),
+            sampled=int32(range(len(entries))),
+            draws=list(draws),
+            logprobs=True,
+        )
+        hidden: torch.Tensor | None = None
+        with torch.inference_mode():
+            for index, spec in self.specs.items():
+                runner = self.workers[index].runner
+                hidden, step = runner.forward(spec, message, hidden)
+            assert hidden is not None
+            tokens, logprobs = runner.sample(message, hidden, step)
+        return np.frombuffer(tokens, np.int32).tolist(), np.frombuffer(logprobs, np.float32).tolist()
+
+    def prefill(self, *, chunk: int = len(PROMPT)) -> int:
+        """Run the prompt in row 0; return the first token."""
+        token = -1
+        for start in range(0, len(PROMPT), chunk):
+            ((token,), _) = self.step([(0, start, PROMPT[start : start + chunk])])
+        return token
+
+    def decode(self, tokens: list[int], count: int) -> list[int]:
+        """Go on in row 0 after ``tokens``; return all of them."""
+        for _ in range(count):
+            ((token,), _) = self.step([(0, len(PROMPT) + len(tokens) - 1, [tokens[-1]])])
+            tokens.append(token)
+        return tokens
+
+
+def int32(values: Iterable[int]) -> bytes:
+    return np.fromiter(values, dtype=np.int32).tobytes()
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def library(request: pytest.FixtureRequest, kernel: Path) -> Path | None:
+    return kernel if request.param == "compiled" else None
+
+
+@pytest.mark.parametrize("cuts", [(), (2,), (1, 2, 3)], ids=["one", "two", "four"])
+def test_greedy_tokens_equal_transformers(directory: Path, library: Path | None, cuts: tuple[int, ...]) -> None:
+    stages = Stages(directory, library, cuts=cuts)
+    assert tuple(stages.decode([stages.prefill()], NEW_TOKENS - 1)) == expected_tokens(directory)
+
+
+def test_a_prompt_in_chunks_gives_the_same(directory: Path, kernel: Path) -> None:
+    stages = Stages(directory, kernel, cuts=(2,))
+    assert tuple(stages.decode([stages.prefill(chunk=7)], NEW_TOKENS - 1)) == expected_tokens(directory)
+
+
+def test_sequences_of_a_batch_do_not_see_each_other(directory: Path, kernel: Path) -> None:
+    stages = Stages(directory, kernel, cuts=(1,))
+    tokens = [stages.prefill()]
+    other = list(range(100, 140))
+    (tokens_of_both, _) = stages.step([(1, 0, other), (0, len(PROMPT), [tokens[-1]])])
+    tokens.append(tokens_of_both[1])
+    assert tuple(stages.decode(tokens, NEW_TOKENS - 2)) == expected_tokens(directory)
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["copied", "control"])
+def test_decoders_move_with_their_kv_while_a_sequence_decodes(directory: Path, kernel: Path, *, copies: bool) -> None:
+    """Decoder 1 goes from worker 0 to 1 after five tokens; the control leaves its KV cache behind."""
+    stages = Stages(directory, kernel, cuts=(2,))
+    tokens = stages.decode([stages.prefill()], 4)
+    if copies:
+        stages.move_kv(source=0, target=1, decoders=[1], num_tokens=len(PROMPT) + 4)
+    stages.adopt((1,))
+    result = tuple(stages.decode(tokens, NEW_TOKENS - 5))
+    assert (result == expected_tokens(directory)) is copies
+
+
+def test_only_drawn_rows_are_drawn_and_log_probabilities_are_told(llama: Path, kernel: Path) -> None:
+    stages = Stages(llama, kernel)
+    draw = Draw(row=1, temperature=5.0, top_p=1.0, top_k=0, seed=3, position=0)
+    tokens, logprobs = stages.step([(0, 0, PROMPT), (1, 0, PROMPT)], draws=[draw])
+    assert tokens[0] == expected_tokens(llama)[0] != tokens[1]
+    assert 0 > logprobs[0] > logprobs[1]
+
+
+def test_a_step_that_samples_nothing_says_nothing(llama: Path, kernel: Path) -> None:
+    stages = Stages(llama, kernel)
+    message = RunStep(
+        step_id=1,
+        generation=1,
+        rows=int32([0]),
+        starts=int32([0]),
+        counts=int32([3]),
+        tokens=int32(PROMPT[:3]),
+        sampled=b"",
+        draws=[],
+        logprobs=True,
+    )
+    runner = stages.workers[0].runner
+    with torch.inference_mode():
+        assert runner.sample(message, *runner.forward(stages.specs[0], message, None)) == (b"", b"")
+
+
+@pytest.mark.parametrize("layer", ["embedding", "2", "head"])
+def test_a_warm_up_touches_kv_block_0_alone(llama: Path, kernel: Path, layer: str) -> None:
+    worker = Worker(llama, kernel)
+    worker.layers.attach(layer, worker.layers.read(layer))
+    worker.kv.keys[2][:] = 7.0
+    with torch.inference_mode():
+        worker.runner.warm_up(layer)
+    assert worker.kv.keys[2][1:].eq(7.0).all()
