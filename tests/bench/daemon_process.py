@@ -62,7 +62,7 @@ class DaemonProcess:
         raise DaemonFailed(f"the daemon is {state}")
 
     async def move(self, target: Pipeline) -> list[RefactorProgress]:
-        """Change the layout and return all reports. Raises: DaemonFailed."""
+        """Change the layout and return all reports, none if it is in force already. Raises: DaemonFailed."""
         return await asyncio.to_thread(self._move, target)
 
     def pids(self) -> DaemonPids:
@@ -81,6 +81,8 @@ class DaemonProcess:
             last = event
             if (progress := event.get("fields", {}).get("progress")) is not None:
                 reports.append(msgspec.convert(progress, RefactorProgress))
+        if last.get("state") == "unchanged":
+            return []
         if last.get("fields", {}).get("record", {}).get("result") != "done":
             raise DaemonFailed(f"the handover did not end well: {last}")
         return reports

@@ -78,7 +78,7 @@ def figures_of(legs: Sequence[Leg]) -> list[MoveFigures]:
         made.append(
             MoveFigures(
                 leg=leg,
-                engine_gap_s=largest_gap(leg.step_ends_s, *leg.move),
+                engine_gap_s=largest_gap(leg.step_ends_s, *leg.move) if leg.step_ends_s else float("nan"),
                 engine_control_s=_control(legs, slower, leg.move_s, of_engine=True),
                 engine_p99_s=engine[slower].p99_s,
                 client_gap_s=largest_gap_of(leg.times_s, *leg.move),
@@ -92,8 +92,10 @@ def _control(legs: Sequence[Leg], stages: int, length_s: float, *, of_engine: bo
     """Return the median of the largest gaps in undisturbed windows of ``length_s`` on that layout."""
     largest = []
     for leg in legs:
-        streams = [leg.step_ends_s] if of_engine else leg.times_s
+        streams = leg.times_s
+        if of_engine:
+            streams = [leg.step_ends_s] if leg.step_ends_s else []
         for where, window in leg.control:
-            if where == stages:
+            if where == stages and streams:
                 largest += [largest_gap_of(streams, *piece) for piece in slices(*window, length_s)]
     return median(largest)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tests.bench.handover_figures import MoveFigures, Undisturbed
 from tests.bench.handover_legs import phase_durations
 from tests.bench.stats import median
-from tests.bench.tables import Bound, mib, ms, table
+from tests.bench.tables import Bound, mib, ms, table, times
 
 _MOVES = [
     *("move", "moves", "took ms", "prepare", "sync", "commit", "retire", "drain", "pause", "rounds", "KV MiB"),
@@ -71,11 +71,11 @@ def _row(name: str, moves: Sequence[MoveFigures]) -> list[str]:
         mib(median(r.kv_bytes for r in last)),
         mib(median(r.weights_bytes for r in last)),
         ms(median(m.engine_gap_s for m in moves)),
-        f"{median(m.engine_ratio for m in moves):.2f} x",
+        times(median(m.engine_ratio for m in moves)),
         ms(median(m.engine_control_s for m in moves)),
         ms(median(m.client_gap_s for m in moves)),
         ms(median(m.client_control_s for m in moves)),
-        f"{median(m.client_ratio for m in moves):.2f} x",
+        times(median(m.client_ratio for m in moves)),
     ]
 
 

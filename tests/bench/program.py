@@ -75,15 +75,20 @@ def prompts(*, count: int, length: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(16, VOCAB_SIZE) for _ in range(length)] for _ in range(count)]
 
 
+def _cancel_once(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelling():
+        task.cancel()
+
+
 def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     """Run the program to its end and exit. SIGTERM and SIGINT end it as a fault would, scopes included."""
 
-    async def guarded() -> int:
+    async def guarded() -> int:  # cancelled once: a second signal must not break off what ends the processes
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, _cancel_once, task)
         return await main()
 
     try:

@@ -1,6 +1,7 @@
 """What the programs print: progress on stderr, aligned tables and verdicts on stdout, raw figures as JSON."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,11 @@ class Bound:
             return None
         return self.value <= self.limit if self.at_most else self.value >= self.limit
 
+    @property
+    def was_measured(self) -> bool:
+        """Whether everything it compares took part."""
+        return not math.isnan(self.value)
+
     def cells(self) -> list[str]:
         """Return the bound as a row of a table."""
         wanted = "" if self.limit is None else f"{'<=' if self.at_most else '>='} {self.limit:g} {self.unit}"
@@ -50,14 +56,20 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
 
 
 def verdicts(bounds: Sequence[Bound]) -> None:
-    """Print every bound with its ratio."""
-    table("verdicts", ["figure", "measured", "bound", ""], [bound.cells() for bound in bounds])
+    """Print every bound that was measured, with its ratio."""
+    rows = [bound.cells() for bound in bounds if bound.was_measured]
+    table("verdicts", ["figure", "measured", "bound", ""], rows)
     sys.stdout.flush()
 
 
 def ms(seconds: float) -> str:
     """Return a duration in milliseconds."""
-    return f"{seconds * 1e3:.2f}"
+    return "-" if math.isnan(seconds) else f"{seconds * 1e3:.2f}"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio."""
+    return "-" if math.isnan(ratio) else f"{ratio:.2f} x"
 
 
 def mib(size_bytes: float) -> str:
@@ -69,6 +81,23 @@ def write_json(path: Path | None, figures: dict[str, Any], bounds: Sequence[Boun
     """Write the raw figures, with the bounds, if a file was asked for."""
     if path is None:
         return
-    wire = [{"what": b.what, "value": b.value, "limit": b.limit, "unit": b.unit, "holds": b.holds} for b in bounds]
-    path.write_text(json.dumps(figures | {"bounds": wire}, indent=1) + "\n")
+    wire = [
+        {"what": b.what, "value": b.value, "limit": b.limit, "unit": b.unit, "holds": b.holds}
+        for b in bounds
+        if b.was_measured
+    ]
+    path.write_text(json.dumps(_without_nan(figures | {"bounds": wire}), indent=1) + "\n")
     say(f"raw figures are in {path}")
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with None for what was not measured: JSON has no NaN."""
+    match value:
+        case float() if math.isnan(value):
+            return None
+        case dict():
+            return {key: _without_nan(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_without_nan(each) for each in value]
+        case _:
+            return value

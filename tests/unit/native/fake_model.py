@@ -105,7 +105,7 @@ class Engine:
         self.cells.clear()
         self.scheduler.recompute_all()
 
-    def run(self, *, max_steps: int = 5000) -> None:
+    def run(self, *, max_steps: int = 1000) -> None:
         """Go on to the end of every request."""
         for _ in range(max_steps):
             while self.dispatch() is not None:

@@ -32,7 +32,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Cache:
             for name in "qkv"
         )
         out = self._attention(q, k, v, self.shape.scale, layer, step)
-        return list(out[0].split(step.counts.tolist()))
+        return list(torch.split(out[0], step.counts.tolist()))
 
 
 def plain_attention(tokens: Tokens, scale: float) -> torch.Tensor:

@@ -54,7 +54,7 @@ def test_only_drawn_rows_are_drawn() -> None:
     assert tokens[2] != greedy[2]
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(40))
 def test_masks_equal_brute_force(seed: int) -> None:
     rng = random.Random(seed)
     top_k, top_p = rng.choice([0, 1, 2, 7, 49, 50, 90]), rng.choice([1.0, 0.99, 0.9, 0.5, 0.1, 0.0])

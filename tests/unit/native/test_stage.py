@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def directory(request: pytest.FixtureRequest) -> Path:
 
 @cache
 def expected_tokens(directory: Path) -> tuple[int, ...]:
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
     prompt = torch.tensor([PROMPT])
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

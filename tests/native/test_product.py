@@ -1,0 +1,154 @@
+"""The product as a user runs it: the daemon with the native engine and the demo model, flexctl, the openai client."""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+import pytest_asyncio
+
+from tests.native.test_failures import alive
+from tests.support.daemon import ROOT, Daemon, started
+from tests.support.until import until
+
+pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
+
+Json = dict[str, Any]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    async with started(tmp_path_factory.mktemp("daemon"), ready=True, engine="native") as daemon:
+        yield daemon
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(daemon: Daemon) -> AsyncIterator[openai.AsyncOpenAI]:
+    url = (await daemon.ask("/status"))["api_url"]
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+async def flexctl(daemon: Daemon, *arguments: str) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "flexpiped.flexctl", "--socket", str(daemon.admin), *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def stream(client: openai.AsyncOpenAI, **options: Any) -> list[str]:
+    arguments = {"model": "demo-model", "prompt": "Once", "max_tokens": 400, "temperature": 0.8, "seed": 11} | options
+    chunks = await client.completions.create(stream=True, **arguments)
+    return [chunk.choices[0].text async for chunk in chunks if chunk.choices]
+
+
+async def until_idle(daemon: Daemon, deadline_s: float) -> Json:
+    async with asyncio.timeout(deadline_s):
+        while True:
+            counters: Json = (await daemon.ask("/status"))["engine_counters"]
+            if counters["running"] + counters["waiting"] == 0:
+                return counters
+
+
+async def test_a_stream_goes_on_as_if_nothing_had_happened(daemon: Daemon, client: openai.AsyncOpenAI) -> None:
+    undisturbed = "".join(await stream(client))
+    running = asyncio.create_task(stream(client))
+    for stages in (8, 1, 3, 2):
+        code, out, err = await flexctl(daemon, "rebalance", "--stages", str(stages), "--wait")
+        assert code == 0, err
+        assert "done in" in out
+        assert "commit" in out
+    assert "".join(await running) == undisturbed
+    assert len((await daemon.ask("/status"))["stages"]) == 2
+
+
+async def test_the_openai_client_chats(client: openai.AsyncOpenAI) -> None:
+    question: Any = [{"role": "user", "content": "What is 3 + 4?"}]
+    answer = await client.chat.completions.create(model="demo-model", messages=question, temperature=0)
+    assert answer.choices[0].finish_reason == "stop"
+    assert "7" in (answer.choices[0].message.content or "")
+    chunks = await client.chat.completions.create(
+        model="demo-model", messages=question, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    parts = [chunk async for chunk in chunks]
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == answer.choices[0].message.content
+    assert parts[-1].usage is not None
+    assert parts[-1].usage == answer.usage
+
+
+async def test_a_client_that_hangs_up_frees_its_request_within_a_second(
+    daemon: Daemon, client: openai.AsyncOpenAI
+) -> None:
+    for max_tokens, prompt in ((3000, "Once"), (200, "Once upon a time " * 500)):  # decoding, and in prefill
+        url = (await daemon.ask("/status"))["api_url"]
+        body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+        async with aiohttp.ClientSession() as session:
+            request = asyncio.create_task(session.post(f"{url}/completions", json=body))
+            while (await daemon.ask("/status"))["engine_counters"]["running"] == 0:
+                pass
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+        assert (await until_idle(daemon, 1.0))["kv_blocks_used"] == 0
+    assert await stream(client, max_tokens=3)
+
+
+async def test_flexctl_says_what_a_user_needs(daemon: Daemon) -> None:
+    code, out, _ = await flexctl(daemon, "status", "--json")
+    status = json.loads(out)
+    assert (code, status["engine"], status["state"]) == (0, "native", "ready")
+    code, out, err = await flexctl(daemon, "rebalance", "--stages", "12")
+    assert code == 4
+    assert "at most 8 stages" in out + err
+    code, out, _ = await flexctl(daemon, "rebalance", "--stages", "4", "--dry-run")
+    assert code == 0
+    assert "2 -> 4 stages" in out
+    code, out, _ = await flexctl(daemon, "events", "--json")
+    kinds = {json.loads(line)["kind"] for line in out.splitlines()}
+    assert code == 0
+    assert kinds
+
+
+async def test_status_answers_fast_on_an_idle_machine(daemon: Daemon) -> None:
+    """The fastest of five: other processes of the machine must not decide this."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        code, _, _ = await flexctl(daemon, "status")
+        seconds.append(time.perf_counter() - start)
+        assert code == 0
+    assert min(seconds) < 0.3
+
+
+async def test_the_daemon_has_no_torch_and_its_end_leaves_no_process(tmp_path: Path) -> None:
+    async with started(tmp_path, ready=True, engine="native") as daemon:
+        assert "libtorch" not in memory_maps(daemon.process.pid)
+        family = descendants(daemon.process.pid)
+        assert len(family) == 10  # text process, core, eight workers
+        daemon.process.kill()
+        await daemon.process.wait()
+        async with asyncio.timeout(5.0):
+            await until(lambda: all_ended(family))
+
+
+async def all_ended(pids: list[int]) -> bool:
+    return not any(alive(pid) for pid in pids)
+
+
+def memory_maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]

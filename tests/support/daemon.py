@@ -1,0 +1,86 @@
+"""The real daemon as a process."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Daemon:
+    """A daemon process; ``notified`` is where it thinks its service manager is."""
+
+    process: asyncio.subprocess.Process
+    config: Path
+    admin: Path
+    notified: socket.socket
+
+    async def notification(self, text: str) -> str:
+        """Return the next message to the service manager that contains ``text``. Fails when the daemon ends first."""
+        ended = asyncio.create_task(self.process.wait())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    receiving = asyncio.create_task(asyncio.get_running_loop().sock_recv(self.notified, 4096))
+                    await asyncio.wait([receiving, ended], return_when=asyncio.FIRST_COMPLETED)
+                    if not receiving.done():
+                        receiving.cancel()
+                        pytest.fail(f"the daemon ended with {ended.result()} without saying {text}")
+                    if text in (message := receiving.result().decode()):
+                        return message
+        finally:
+            ended.cancel()
+
+    async def ask(self, path: str) -> Any:
+        """Return the answer of the admin API."""
+        connector = aiohttp.UnixConnector(str(self.admin))
+        async with (
+            aiohttp.ClientSession("http://flexpiped", connector=connector) as session,
+            session.get(path) as answer,
+        ):
+            return await answer.json()
+
+
+async def spawn(config: Path, **environment: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "flexpiped", "--config", str(config)),
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = "fake") -> Path:
+    config = folder / "my.toml"
+    socket_path = folder / "admin.sock"
+    config.write_text(f'engine = "{engine}"\nstages = {stages}\nhttp.port = {port}\nadmin.socket = "{socket_path}"\n')
+    return config
+
+
+@asynccontextmanager
+async def started(folder: Path, *, ready: bool, engine: str = "fake") -> AsyncIterator[Daemon]:
+    config, address = write_config(folder, engine=engine), str(folder / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(address)
+        notified.setblocking(False)
+        process = await spawn(config, NOTIFY_SOCKET=address)
+        daemon = Daemon(process=process, config=config, admin=folder / "admin.sock", notified=notified)
+        try:
+            await daemon.notification("READY=1" if ready else "STATUS=")
+            yield daemon
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
