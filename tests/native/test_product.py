@@ -53,6 +53,11 @@ async def stream(client: openai.AsyncOpenAI, **options: Any) -> list[str]:
     return [chunk.choices[0].text async for chunk in chunks if chunk.choices]
 
 
+async def post(url: str, body: Json) -> bytes:
+    async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
+        return await answer.read()
+
+
 async def until_idle(daemon: Daemon, deadline_s: float) -> Json:
     async with asyncio.timeout(deadline_s):
         while True:
@@ -93,12 +98,11 @@ async def test_a_client_that_hangs_up_frees_its_request_within_a_second(
     for max_tokens, prompt in ((3000, "Once"), (200, "Once upon a time " * 500)):  # decoding, and in prefill
         url = (await daemon.ask("/status"))["api_url"]
         body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
-        async with aiohttp.ClientSession() as session:
-            request = asyncio.create_task(session.post(f"{url}/completions", json=body))
-            while (await daemon.ask("/status"))["engine_counters"]["running"] == 0:
-                pass
-            request.cancel()
-            await asyncio.gather(request, return_exceptions=True)
+        request = asyncio.create_task(post(f"{url}/completions", body))
+        while (await daemon.ask("/status"))["engine_counters"]["running"] == 0:
+            pass
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
         assert (await until_idle(daemon, 1.0))["kv_blocks_used"] == 0
     assert await stream(client, max_tokens=3)
 
