@@ -7,7 +7,7 @@ import torch
 
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import UnsupportedByEngine
-from engines.native import attention
+from engines.native import attention, llama_ops
 from engines.native.families import Family, build_family
 from engines.native.inbox import Inbox
 from engines.native.kernels.build import KernelBuildFailed, build_kernel, cache_directory
@@ -50,10 +50,14 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
     config = AutoConfig.from_pretrained(checkpoint.directory)
     dtype = _DTYPES[graph.dtype]
-    library, note = _attention_library(options)
+    kernels, note = _compiled(options)
     num_blocks = 1 + options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)
     max_model_len = choose_max_model_len(options, graph.max_context_tokens, num_blocks)
-    family = build_family(config, attention=attention.register(library), max_model_len=max_model_len, dtype=dtype)
+    family = build_family(
+        config, attention=attention.register(kernels.get("paged_attention")), max_model_len=max_model_len, dtype=dtype
+    )
+    if kernels and dtype is torch.float32 and graph.model_type == "llama":
+        llama_ops.install(family.model, kernels["llama_ops"])
     check_pipeline(pipeline, family, options)
     shared = SharedMemory(
         SharedSizes(
@@ -136,12 +140,13 @@ def check_pipeline(pipeline: Pipeline, family: Family, options: NativeOptions) -
             raise UnsupportedByEngine(f"stage {index} has no decoder")
 
 
-def _attention_library(options: NativeOptions) -> tuple[Path | None, str]:
+def _compiled(options: NativeOptions) -> tuple[dict[str, Path], str]:
+    """Return the compiled kernels by name (none where they cannot be built), and a word on that."""
+    directory = cache_directory(options.cache_directory)
     try:
-        directory = cache_directory(options.cache_directory)
-        return build_kernel("paged_attention", directory=directory), "compiled"
+        return {name: build_kernel(name, directory=directory) for name in ("paged_attention", "llama_ops")}, "compiled"
     except KernelBuildFailed as error:
-        return None, f"torch ({error})"
+        return {}, f"torch ({error})"
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -84,22 +84,27 @@ async def _idle_share(engine: NativeEngine, length_s: float) -> float:
     return share
 
 
-async def _moves(engine: NativeEngine, options: argparse.Namespace) -> list[Reading]:
-    """Move through all layouts while streams run; read before and after each move."""
+def _streams(engine: NativeEngine, options: argparse.Namespace) -> direct.HeldStreams:
     given = prompts(count=options.streams, length=options.prompt_tokens, seed=0)
-    vocab_size = engine.capabilities.vocab_size
-    fitting = [[token % vocab_size for token in prompt] for prompt in given]
+    fitting = [[token % engine.capabilities.vocab_size for token in prompt] for prompt in given]
     longest = min(longest_output(options.streams, options.prompt_tokens), engine.capabilities.max_model_len // 2)
+    return direct.HeldStreams(fitting, max_tokens=longest)
+
+
+async def _moves(engine: NativeEngine, options: argparse.Namespace) -> list[Reading]:
+    """Move through all layouts while streams run; read before and after each move, and before all of them."""
+    stays = (LAYOUTS[0], *LAYOUTS)  # the first is no move: it shows what the streams alone leave behind
     readings = []
-    for before, after in pairwise(LAYOUTS):
-        streams = direct.HeldStreams(fitting, max_tokens=longest)
+    for before, after in pairwise(stays):
+        streams = _streams(engine, options)
         await streams.start(engine, warm_tokens=16)
         readings.append(await _read(engine, f"{before} stages, {options.streams} streams"))
-        reports = await direct.move(engine, even(after))
+        reports = await direct.move(engine, even(after)) if after != before else []
         await streams.stop()
         await engine.drain()
         await asyncio.sleep(_SETTLE_S)
-        readings.append(await _read(engine, f"moved {before} -> {after}, streams ended", reports[-1].returned_bytes))
+        moment = f"moved {before} -> {after}, streams ended" if reports else f"{before} stages, streams ended"
+        readings.append(await _read(engine, moment, reports[-1].returned_bytes if reports else 0))
     return readings
 
 
@@ -118,7 +123,7 @@ def _row(reading: Reading) -> list[str]:
 
 
 def _bounds(readings: list[Reading], idle: dict[int, float]) -> list[Bound]:
-    first, last = readings[0], readings[-1]
+    first, last = readings[2], readings[-1]  # at one stage with the streams ended, before all moves and after
     idle_bounds = [
         Bound(what=f"idle CPU, {stages} stages, core and workers", value=share * 100, limit=1.0, at_most=True, unit="%")
         for stages, share in idle.items()
@@ -148,15 +153,12 @@ async def main() -> int:
     async with direct.running(direct.options_for(model, setup_of(options)), even(LAYOUTS[0])) as engine:
         idle[1] = await _idle_share(engine, options.idle_s)
         readings = [await _read(engine, "idle after the start, 1 stage")]
-        warm = direct.HeldStreams([[20] * 16], max_tokens=64)
-        await warm.start(engine, warm_tokens=16)
-        await warm.stop()
-        readings = [readings[0], await _read(engine, "1 stage, warmed up"), *await _moves(engine, options)]
+        readings += await _moves(engine, options)
         await direct.move(engine, even(8))
         idle[8] = await _idle_share(engine, options.idle_s)
     head = ["MiB", "core PSS", "workers PSS", "all", "weights", "KV mapped", "returned", "PSS of each worker"]
     table(f"memory, model {model.name}", head, [_row(reading) for reading in readings])
-    bounds = _bounds(readings[1:], idle)
+    bounds = _bounds(readings, idle)
     verdicts(bounds)
     raw: dict[str, Any] = {"readings": [asdict(reading) for reading in readings], "idle_share": idle}
     write_json(options.json, raw, bounds)

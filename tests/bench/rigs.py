@@ -84,6 +84,7 @@ class DirectRig:
         await self._streams.start(self._engine, warm_tokens=1)
 
     async def close(self) -> None:
+        await self._streams.stop()
         await self._engine.close()
 
 

@@ -1,0 +1,72 @@
+"""Replaces the elementwise parts of transformers' Llama modules by compiled ones: same values, far less overhead.
+
+The modules stay transformers' own; what is replaced is how RMSNorm, the rotary embedding and SiLU(gate) * up are
+computed, in float32 on the CPU. Without a C compiler nothing is replaced.
+"""
+
+import ctypes
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class LlamaOps:
+    """The functions of ``kernels/llama_ops.c``."""
+
+    def __init__(self, library: Path) -> None:
+        functions = ctypes.CDLL(str(library))
+        self._rms_norm = functions.flexpiped_rms_norm
+        self._rms_norm.argtypes = (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT)
+        self._rotary = functions.flexpiped_rotary
+        self._rotary.argtypes = (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT)
+        self._silu_mul = functions.flexpiped_silu_mul
+        self._silu_mul.argtypes = (_POINTER, _POINTER, _INT)
+        for function in (self._rms_norm, self._rotary, self._silu_mul):
+            function.restype = None
+
+    def rms_norm(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """What ``LlamaRMSNorm.forward`` computes."""
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        size = hidden.shape[-1]
+        rows = hidden.numel() // size
+        weight = module.weight
+        self._rms_norm(hidden.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, module.variance_epsilon)
+        return out
+
+    def rotary(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``apply_rotary_pos_emb`` computes, but in place: nobody else has q and k, (1, heads, tokens, dim)."""
+        if unsqueeze_dim != 1 or q.shape[0] != 1:
+            raise ValueError("only one batch of shape (1, heads, tokens, dim) is rotated here")
+        cos, sin = cos.contiguous(), sin.contiguous()
+        for x in (q, k):
+            _, heads, tokens, dim = x.shape
+            self._rotary(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, x.stride(2), x.stride(1))
+        return q, k
+
+    def gated_mlp(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """What ``LlamaMLP.forward`` computes with SiLU."""
+        gate, up = module.gate_proj(hidden), module.up_proj(hidden)
+        self._silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
+        down: torch.Tensor = module.down_proj(gate)
+        return down
+
+
+def install(model: nn.Module, library: Path) -> None:
+    """Have a float32 Llama on the CPU use the compiled parts. Before the first fork, so that every worker has them."""
+    from transformers.models.llama import modeling_llama
+
+    ops = LlamaOps(library)
+    modeling_llama.apply_rotary_pos_emb = ops.rotary
+    for module in model.modules():
+        if isinstance(module, modeling_llama.LlamaRMSNorm):
+            module.forward = partial(ops.rms_norm, module)
+        elif isinstance(module, modeling_llama.LlamaMLP) and module.config.hidden_act == "silu":
+            module.forward = partial(ops.gated_mlp, module)
