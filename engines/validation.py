@@ -18,6 +18,12 @@ def check_request(request: GenerationRequest, capabilities: EngineCapabilities) 
         raise InvalidRequest(
             f"the prompt has {len(prompt)} tokens, the context {capabilities.max_model_len}", parameter="prompt"
         )
+    known = len(prompt) + len(request.generated_token_ids)
+    if known >= capabilities.max_model_len:
+        raise InvalidRequest(
+            f"prompt and output so far have {known} tokens, the context {capabilities.max_model_len}",
+            parameter="generated_token_ids",
+        )
     for token_ids in (prompt, request.generated_token_ids):
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < capabilities.vocab_size):
             raise InvalidRequest(

@@ -67,6 +67,6 @@ def install(model: nn.Module, library: Path) -> None:
     modeling_llama.apply_rotary_pos_emb = ops.rotary
     for module in model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
-            module.forward = partial(ops.rms_norm, module)
+            module.forward = partial(ops.rms_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, modeling_llama.LlamaMLP) and module.config.hidden_act == "silu":
-            module.forward = partial(ops.gated_mlp, module)
+            module.forward = partial(ops.gated_mlp, module)  # type: ignore[method-assign]
