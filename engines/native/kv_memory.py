@@ -4,8 +4,11 @@ Nothing is backed by memory until a slot is written; a decoder that leaves gives
 """
 
 import ctypes
+import math
 import mmap
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -45,26 +48,29 @@ class KVMemory:
         self.keys = [t.view(dtype).view(shape) for t in flat[0::2]]
         self.values = [t.view(dtype).view(shape) for t in flat[1::2]]
         # Rows as plain bytes, so that copies are the same for every dtype.
-        self._raw = [t.view(num_slots, self.row_bytes) for t in flat]
+        self._raw = [t.view(num_slots, self.row_bytes).numpy() for t in flat]
 
-    def read_into(self, decoders: list[int], slots: torch.Tensor, target: memoryview) -> None:
-        """Copy token slots of some decoders into ``target``, decoder by decoder, keys before values."""
-        size = len(slots) * self.row_bytes
-        out = torch.frombuffer(target, dtype=torch.uint8, count=2 * len(decoders) * size)
-        for i, raw in enumerate(self._halves(decoders)):
-            torch.index_select(raw, 0, slots, out=out[i * size : (i + 1) * size].view(len(slots), self.row_bytes))
+    def read_into(self, decoders: list[int], slots: npt.NDArray[np.int32], target: memoryview) -> None:
+        """Copy token slots of some decoders into ``target``, decoder by decoder, keys before values.
 
-    def write_from(self, decoders: list[int], slots: torch.Tensor, source: memoryview) -> None:
+        By numpy, on one thread: threads that wait for each other here would hold up the steps of other workers.
+        """
+        shape = (2 * len(decoders), len(slots), self.row_bytes)
+        out = np.frombuffer(target, dtype=np.uint8, count=math.prod(shape)).reshape(shape)
+        for half, rows in zip(self._halves(decoders), out, strict=True):
+            half.take(slots, axis=0, out=rows, mode="clip")  # other modes copy through a buffer
+
+    def write_from(self, decoders: list[int], slots: npt.NDArray[np.int32], source: memoryview) -> None:
         """Copy token slots that ``read_into`` has left in ``source`` into these decoders."""
-        size = len(slots) * self.row_bytes
-        data = torch.frombuffer(source, dtype=torch.uint8, count=2 * len(decoders) * size)
-        for i, raw in enumerate(self._halves(decoders)):
-            raw.index_copy_(0, slots, data[i * size : (i + 1) * size].view(len(slots), self.row_bytes))
+        shape = (2 * len(decoders), len(slots), self.row_bytes)
+        data = np.frombuffer(source, dtype=np.uint8, count=math.prod(shape)).reshape(shape)
+        for half, rows in zip(self._halves(decoders), data, strict=True):
+            half[slots] = rows
 
     def slot_bytes(self, decoder: int, first_slot: int, end_slot: int) -> bytes:
         """Return the raw keys and values of a run of slots, for checksums."""
         raw_keys, raw_values = self._halves([decoder])
-        return raw_keys[first_slot:end_slot].numpy().tobytes() + raw_values[first_slot:end_slot].numpy().tobytes()
+        return raw_keys[first_slot:end_slot].tobytes() + raw_values[first_slot:end_slot].tobytes()
 
     def release(self, decoder: int) -> int:
         """Give a decoder's pages back to the system; return how many bytes were mapped."""
@@ -77,5 +83,5 @@ class KVMemory:
         start = self._all.data_ptr() + decoder * 2 * self._half_bytes
         return resident_bytes(start, 2 * self._half_bytes)
 
-    def _halves(self, decoders: list[int]) -> list[torch.Tensor]:
+    def _halves(self, decoders: list[int]) -> list[npt.NDArray[np.uint8]]:
         return [self._raw[2 * d + half] for d in decoders for half in (0, 1)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-STAGING_BUFFERS = 2  # per worker: one is filled while the other is emptied
+STAGING_BUFFERS = 4  # per worker: so many pieces of a KV copy may be under way, hence run between two steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -235,7 +235,7 @@ class Worker:
         if self._failpoints.hit("worker.copy_out"):
             self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket))
             return
-        slots = torch.from_numpy(np.frombuffer(message.slots, dtype=np.int32).astype(np.int64))
+        slots = np.frombuffer(message.slots, dtype=np.int32)
         self._kv.read_into(message.decoders, slots, self._context.shared.staging(self._index, message.buffer))
         note = m.CopyIn(
             handover=message.handover,
@@ -251,7 +251,7 @@ class Worker:
         if self._load_job is None or self._load_job.handover != message.handover:  # rolled back meanwhile
             return
         self._failpoints.hit("worker.copy_in")
-        slots = torch.from_numpy(np.frombuffer(message.slots, dtype=np.int32).astype(np.int64))
+        slots = np.frombuffer(message.slots, dtype=np.int32)
         self._kv.write_from(message.decoders, slots, self._context.shared.staging(message.source, message.buffer))
         self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket))
 

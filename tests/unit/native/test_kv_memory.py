@@ -2,6 +2,7 @@
 
 import mmap
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,7 +63,7 @@ def test_a_released_decoder_can_be_written_again() -> None:
 def test_slots_travel_between_workers_bit_by_bit(dtype: torch.dtype) -> None:
     source, target = memory(dtype), memory(dtype)
     fill(source)
-    slots, decoders = torch.tensor([200, 3, 4, 77]), [3, 1]
+    slots, decoders = np.array([200, 3, 4, 77], dtype=np.int32), [3, 1]
     staging = memoryview(bytearray(2 * len(decoders) * len(slots) * source.row_bytes + 64))
     source.read_into(decoders, slots, staging)
     target.write_from(decoders, slots, staging)
@@ -79,8 +80,8 @@ def test_values_that_are_not_numbers_travel_too() -> None:
     source, target = memory(torch.bfloat16), memory(torch.bfloat16)
     source.keys[0].view(torch.int16).copy_(torch.arange(NUM_SLOTS * 64).view(NUM_SLOTS, 2, 32) * 4)
     staging = memoryview(bytearray(2 * NUM_SLOTS * source.row_bytes))
-    source.read_into([0], torch.arange(NUM_SLOTS), staging)
-    target.write_from([0], torch.arange(NUM_SLOTS), staging)
+    source.read_into([0], np.arange(NUM_SLOTS, dtype=np.int32), staging)
+    target.write_from([0], np.arange(NUM_SLOTS, dtype=np.int32), staging)
     assert target.slot_bytes(0, 0, NUM_SLOTS) == source.slot_bytes(0, 0, NUM_SLOTS)
 
 

@@ -92,9 +92,8 @@ class Stages:
                 layers.attach(layer, layers.read(layer))
 
     def move_kv(self, *, source: int, target: int, decoders: list[int], num_tokens: int) -> None:
-        slots = torch.tensor(
-            [int(TABLE[0, p // BLOCK_TOKENS]) * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(num_tokens)]
-        )
+        positions = np.arange(num_tokens)
+        slots = TABLE[0, positions // BLOCK_TOKENS] * BLOCK_TOKENS + (positions % BLOCK_TOKENS).astype(np.int32)
         ours, theirs = self.workers[source].kv, self.workers[target].kv
         staging = memoryview(bytearray(2 * len(decoders) * num_tokens * ours.row_bytes))
         ours.read_into(decoders, slots, staging)
