@@ -1,8 +1,10 @@
-"""Small facts about processes that every engine needs: dying with the parent, memory by the kernel's count."""
+"""Small facts about processes that every engine needs: imports, dying with the parent, memory by the kernel's count."""
 
 import ctypes
 import os
 import signal
+import tempfile
+from functools import cache
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -18,6 +20,26 @@ def die_with_parent(*, parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:  # it ended before the call above
         os._exit(1)
+
+
+@cache
+def import_root() -> Path:
+    """Return a directory to put on the PYTHONPATH of an engine's interpreter: it holds our packages and nothing else.
+
+    An engine may live in an environment of its own, with another torch; the daemon's site-packages must not reach it.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if root.name not in ("site-packages", "dist-packages"):
+        return root
+    links = Path(_link_directory().name)
+    for package in ("engines", "planner", "topology"):
+        (links / package).symlink_to(root / package)
+    return links
+
+
+@cache
+def _link_directory() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="flexpiped-import-")  # removed when the interpreter exits
 
 
 def memory_pss_bytes(pid: int) -> int | None:

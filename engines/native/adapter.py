@@ -6,7 +6,6 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
 from engines import errors
@@ -14,6 +13,7 @@ from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFai
 from engines.frames import read_frame, write_frame
 from engines.native import client_messages as c
 from engines.native.options import NativeOptions
+from engines.process import import_root
 from engines.protocol import (
     EngineCapabilities,
     EngineCounters,
@@ -27,7 +27,6 @@ from engines.protocol import (
 from engines.validation import check_request
 from planner.layout import Pipeline
 
-_ROOT = Path(__file__).resolve().parents[2]
 _EXIT_GRACE_S = 5.0
 _DRAIN_POLL_S = 0.02
 T = TypeVar("T")
@@ -233,7 +232,7 @@ class NativeEngine:
         environment = os.environ | {
             "OPENBLAS_NUM_THREADS": "1",  # numpy's: the core forks, so it must have no threads
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", "")))),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(import_root()), os.environ.get("PYTHONPATH", "")))),
         }
         try:
             process = await asyncio.create_subprocess_exec(

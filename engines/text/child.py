@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from engines.process import import_root
 from engines.text.errors import TextStartFailed
 from engines.text.wire import FrameReader, LastWords, Ready, Reply, Request, pack, unpack_replies
 
-_ROOT = Path(__file__).parents[2]  # where the packages lie
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -114,7 +114,7 @@ async def spawn(*, python: str, model: Path, on_reply: Callable[[Reply], None]) 
     """
     ours, theirs = socket.socketpair()
     with theirs:
-        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(import_root()), *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             process = await asyncio.create_subprocess_exec(
                 *(python, "-m", "engines.text.process", str(model), str(theirs.fileno()), str(os.getpid())),

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from engines.process import memory_pss_bytes, usable_cores
+from engines.process import import_root, memory_pss_bytes, usable_cores
 
 
 def test_memory_grows_by_what_is_touched_and_shrinks_by_what_is_given_back() -> None:
@@ -40,3 +40,9 @@ def test_usable_cores_are_those_of_this_process() -> None:
     finally:
         os.sched_setaffinity(0, every)
     assert usable_cores() == len(every)
+
+
+def test_an_engine_interpreter_gets_our_packages_and_nothing_else() -> None:
+    root = import_root()
+    assert {"engines", "planner", "topology"} <= {path.name for path in root.iterdir()}
+    assert root.name != "site-packages"
