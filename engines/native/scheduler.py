@@ -116,7 +116,7 @@ class Scheduler:
         entries: list[Entry] = []
         is_short = False  # of KV blocks: nobody is let in before those who run have theirs
         ready = [s for s in self._running if not s.in_flight]
-        ready.sort(key=lambda s: (s.pending > 1, s.order))
+        ready.sort(key=lambda s: (s.pending > 1, s.last_step, s.order))  # who has waited longest comes first
         for sequence in ready:
             if budget == 0 or len(entries) >= share:
                 break
@@ -199,6 +199,7 @@ class Scheduler:
 
     def _entry(self, sequence: Sequence, count: int) -> Entry:
         sequence.in_flight = True
+        sequence.last_step = self._next_step + 1
         return Entry(sequence, sequence.computed, count, count == sequence.pending)
 
     def _ensure_blocks(self, sequence: Sequence, num_tokens: int) -> bool:

@@ -23,6 +23,7 @@ class Sequence:
         "computed",
         "in_flight",
         "key",
+        "last_step",
         "num_prompt",
         "order",
         "row",
@@ -52,6 +53,7 @@ class Sequence:
         self.block_ids: list[int] = []
         self.row = -1
         self.in_flight = False
+        self.last_step = 0  # in which it was last scheduled
         self.aborted = False
         self.state = SequenceState.WAITING
 

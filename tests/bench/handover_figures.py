@@ -10,7 +10,7 @@ from tests.bench.stats import gaps_inside, largest_gap, largest_gap_of, median, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveFigures:
-    """One move beside what is usual on the slower of its two layouts (the one with the larger undisturbed p99)."""
+    """One move beside what is usual on the slower of its two layouts (the larger undisturbed p99 of the same gaps)."""
 
     leg: Leg
     engine_gap_s: float
@@ -71,10 +71,13 @@ def undisturbed(legs: Sequence[Leg], *, of_engine: bool) -> dict[int, Undisturbe
 def figures_of(legs: Sequence[Leg]) -> list[MoveFigures]:
     """Return the figures of every move, judged by the undisturbed windows of all legs."""
     engine, client = undisturbed(legs, of_engine=True), undisturbed(legs, of_engine=False)
-    judge = engine if any(leg.step_ends_s for leg in legs) else client
+    of_steps = engine if any(leg.step_ends_s for leg in legs) else client
     made = []
     for leg in legs:
-        slower = max((leg.before, leg.after), key=lambda stages: judge[stages].p99_s)
+        layouts = (leg.before, leg.after)
+        slower = max(layouts, key=lambda stages: of_steps[stages].p99_s)
+        # Fewer micro-batches make longer steps but may make shorter gaps between tokens: each side has its own slower.
+        slower_to_clients = max(layouts, key=lambda stages: client[stages].p99_s)
         made.append(
             MoveFigures(
                 leg=leg,
@@ -82,7 +85,7 @@ def figures_of(legs: Sequence[Leg]) -> list[MoveFigures]:
                 engine_control_s=_control(legs, slower, leg.move_s, of_engine=True),
                 engine_p99_s=engine[slower].p99_s,
                 client_gap_s=largest_gap_of(leg.times_s, *leg.move),
-                client_control_s=_control(legs, slower, leg.move_s, of_engine=False),
+                client_control_s=_control(legs, slower_to_clients, leg.move_s, of_engine=False),
             )
         )
     return made
