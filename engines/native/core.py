@@ -141,6 +141,7 @@ class CoreServer:
             core.handover = None
         if result.state.phase is HandoverPhase.ABORTED:
             raise RefactoringAborted(result.state.reason or "aborted")
+        core.refactorings += 1  # only now may another one begin
 
     async def _tell_stages(self, call: int) -> None:
         core = self._core

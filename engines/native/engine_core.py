@@ -171,7 +171,6 @@ class EngineCore:
         """The commit point: from here on ``target`` is the layout in force."""
         self.pipeline = target
         self.epoch += 1
-        self.refactorings += 1
 
     def adopt(self) -> None:
         """Tell every worker its role under a new generation. Steps and messages of older ones are void."""

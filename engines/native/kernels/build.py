@@ -7,7 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_COMPILE = ("-c", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
+# Linked apart: with -ffast-math here, loading the library would have the whole process flush subnormal numbers to zero.
+_LINK = ("-shared", "-fopenmp", "-lm")
 
 
 class KernelBuildFailed(Exception):
@@ -38,15 +40,20 @@ def build_kernel(name: str, *, directory: Path) -> Path:
     partial = target.with_suffix(f".{os.getpid()}.tmp")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            [compiler, *_FLAGS, str(source), "-o", str(partial), "-lm"], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise KernelBuildFailed(f"{compiler}: {done.stderr.strip()[-500:]}")
+        code = partial.with_suffix(".o")
+        _run([compiler, *_COMPILE, str(source), "-o", str(code)])
+        _run([compiler, str(code), "-o", str(partial), *_LINK])
+        code.unlink()
         partial.rename(target)
     except OSError as error:
         raise KernelBuildFailed(str(error)) from error
     return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise KernelBuildFailed(f"{command[0]}: {done.stderr.strip()[-500:]}")
 
 
 def _fingerprint(source: Path) -> str:
@@ -55,5 +62,5 @@ def _fingerprint(source: Path) -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = "".join(line for line in lines if line.startswith(("model name", "flags")))[:4096]
-    text = source.read_text() + " ".join(_FLAGS) + platform.machine() + cpu
+    text = source.read_text() + " ".join((*_COMPILE, *_LINK)) + platform.machine() + cpu
     return hashlib.sha256(text.encode()).hexdigest()[:16]

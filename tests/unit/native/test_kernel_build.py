@@ -1,5 +1,7 @@
 """Compiling the kernels: once, into the cache; without a compiler an error that says why."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,10 @@ def test_kernels_are_kept_where_configured_else_in_the_cache(tmp_path: Path, mon
     assert cache_directory("") == tmp_path / "flexpiped" / "kernels"
     monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/service")  # as systemd sets it
     assert cache_directory("") == Path("/var/cache/service/flexpiped/kernels")
+
+
+def test_loading_a_kernel_leaves_floating_point_alone(tmp_path: Path) -> None:
+    library = build_kernel("llama_ops", directory=tmp_path)
+    program = f"import ctypes; ctypes.CDLL({str(library)!r}); print(5e-324 * 1.0 > 0.0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

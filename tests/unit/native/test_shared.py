@@ -30,7 +30,7 @@ def test_no_two_areas_overlap() -> None:
     assert [bytes(area) for area in areas(shared)] == [
         bytes([number]) * len(area) for number, area in enumerate(areas(shared), start=1)
     ]
-    assert [len(area) for area in areas(shared)] == [8 * 64] * 6 + [1000] * 6
+    assert [len(area) for area in areas(shared)] == [8 * 64] * 6 + [1000] * 3 * STAGING_BUFFERS
 
 
 def test_steps_in_flight_have_outboxes_of_their_own_in_turn() -> None:
