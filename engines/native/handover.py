@@ -8,6 +8,7 @@ forward.
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
@@ -21,6 +22,7 @@ from engines.native.scheduler import Batch
 from engines.native.shared import STAGING_BUFFERS
 from engines.native.specs import specs_of
 from engines.native.transfer import DirtySlots, Piece, Route, pieces_of, routes_between
+from engines.process import usable_cores
 from engines.protocol import RefactorProgress
 from planner import handover_events as e
 from planner.handover import Handover, HandoverLimits, describe, new_handover, step
@@ -29,6 +31,8 @@ from planner.moves import moves
 
 if TYPE_CHECKING:
     from engines.native.engine_core import EngineCore
+
+_FIRST_STEP_WAIT_S = 0.5
 
 
 class _WorkFailed(Exception):
@@ -72,6 +76,7 @@ class HandoverRunner:
         self._prepared: dict[int, asyncio.Future[None]] = {}
         self._released: dict[int, asyncio.Future[m.Released]] = {}
         self._work: asyncio.Task[None] | None = None
+        self._stepped = asyncio.Event()  # a step has ended since the commit
         self.holds_scheduling = False
         self._progress = RefactorProgress(
             phase=self.state.phase,
@@ -84,6 +89,7 @@ class HandoverRunner:
 
     def mark_written(self, batch: Batch) -> None:
         """A step has ended: what it wrote must be sent (again). Called before its sequences move on."""
+        self._stepped.set()
         if self._dirty is not None:
             for entry in batch.entries:
                 slots = self._core.scheduler.slots_of(entry.sequence, entry.start, entry.start + entry.count)
@@ -188,10 +194,16 @@ class HandoverRunner:
     async def _prepare(self) -> None:
         self._core.failpoints.hit("core.prepare")
         loop = asyncio.get_running_loop()
-        for index, spec in self._specs.items():
-            self._prepared[index] = loop.create_future()
-            self._core.pool.send(index, m.Prepare(handover=self._id, spec=spec))
-        await asyncio.gather(*self._prepared.values())
+        # Half of the cores stay with the steps: more workers loading at once would only slow the streams down.
+        turns = asyncio.Semaphore(max(1, usable_cores() // 2))
+
+        async def prepare(index: int, spec: m.StageSpec) -> None:
+            async with turns:
+                self._prepared[index] = loop.create_future()
+                self._core.pool.send(index, m.Prepare(handover=self._id, spec=spec))
+                await self._prepared[index]
+
+        await asyncio.gather(*(prepare(index, spec) for index, spec in self._specs.items()))
         self._events.put_nowait(e.Prepared())
 
     async def _copy_round(self) -> None:
@@ -226,6 +238,7 @@ class HandoverRunner:
         self._dirty = None
         self._apply_committed()
         core.adopt()
+        self._stepped.clear()
         self.holds_scheduling = False
         core.resume()
         last_result_s = max(core.trace.last_end_s, held_s) if had_work else drained_s
@@ -248,8 +261,15 @@ class HandoverRunner:
 
     async def _retire(self) -> None:
         self._core.failpoints.hit("core.retire")
+        await self._first_step()
         await self._release_all()
         self._events.put_nowait(e.Retired())
+
+    async def _first_step(self) -> None:
+        """Let the new layout take its first step before memory is given back: that step finds cold caches."""
+        if self._core.scheduler.num_running:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stepped.wait(), _FIRST_STEP_WAIT_S)
 
     async def _roll_back(self) -> None:
         """Free what was prepared, and schedule again if scheduling was held."""
@@ -261,12 +281,17 @@ class HandoverRunner:
         self._events.put_nowait(e.RolledBack())
 
     async def _release_all(self) -> None:
+        """Have the workers free what no role needs, one after the other, so that the others' steps keep their cores."""
         loop = asyncio.get_running_loop()
-        self._released = {index: loop.create_future() for index in sorted(self._participants)}
-        for index in self._released:
+        returned = 0
+        for index in sorted(self._participants):
+            if index not in self._participants:  # lost meanwhile
+                continue
+            self._released[index] = loop.create_future()
             self._core.pool.send(index, m.Release(handover=self._id))
-        answers = await asyncio.gather(*self._released.values(), return_exceptions=True)
-        returned = sum(a.weights_bytes + a.kv_bytes for a in answers if isinstance(a, m.Released))
+            [answer] = await asyncio.gather(self._released[index], return_exceptions=True)
+            if isinstance(answer, m.Released):
+                returned += answer.weights_bytes + answer.kv_bytes
         self._progress = replace(self._progress, returned_bytes=returned)
 
     # --- copying ---

@@ -32,6 +32,7 @@ from engines.native.stage import HeldLayers, StageRunner
 from engines.native.weights import WeightFiles
 from engines.process import die_with_parent
 
+_LOADING_NICE = 19  # steps come first
 _THREAD_SWITCH_S = 0.0005  # so that the loading thread's bits of Python never hold a step up for long
 
 
@@ -200,6 +201,7 @@ class Worker:
 
     def _load(self, job: _LoadJob) -> None:
         """In a thread: map the weights and fault them in. Hardly any Python runs here."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICE)  # of this thread alone
         done_bytes = 0
         try:
             self._failpoints.hit("worker.load")
