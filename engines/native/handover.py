@@ -7,15 +7,15 @@ forward.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
-from engines.failpoints import FailpointHit
+from engines.handover_loop import HandoverLoop, WorkFailed
 from engines.native import messages as m
 from engines.native.inquiries import settle
 from engines.native.scheduler import Batch
@@ -25,7 +25,7 @@ from engines.native.transfer import DirtySlots, Piece, Route, pieces_of, routes_
 from engines.process import usable_cores
 from engines.protocol import RefactorProgress
 from planner import handover_events as e
-from planner.handover import Handover, HandoverLimits, describe, new_handover, step
+from planner.handover import HandoverLimits
 from planner.layout import Pipeline
 from planner.moves import moves
 
@@ -35,38 +35,27 @@ if TYPE_CHECKING:
 _FIRST_STEP_WAIT_S = 0.5
 
 
-class _WorkFailed(Exception):
-    """A piece of the handover did not work out; the state machine decides what that means."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HandoverResult:
-    """How it ended. ``state.phase`` is DONE or ABORTED."""
-
-    state: Handover
-    progress: RefactorProgress
-
-
-class HandoverRunner:
+class HandoverRunner(HandoverLoop):
     """One handover from the pipeline in force to ``target``."""
 
     def __init__(
         self, core: "EngineCore", target: Pipeline, *, on_progress: Callable[[RefactorProgress], None]
     ) -> None:
         options = core.boot.options
-        self._core = core
-        self._target = target
-        self._on_progress = on_progress
-        self._id = core.take_ticket()
-        self._events: asyncio.Queue[e.Event] = asyncio.Queue()
-        limits = HandoverLimits(
-            prepare_deadline_s=options.prepare_deadline_s,
-            sync_deadline_s=options.sync_deadline_s,
-            commit_deadline_s=options.commit_deadline_s,
-            max_rounds=options.max_rounds,
-            remainder_slots=options.remainder_slots,
+        super().__init__(
+            target,
+            limits=HandoverLimits(
+                prepare_deadline_s=options.prepare_deadline_s,
+                sync_deadline_s=options.sync_deadline_s,
+                commit_deadline_s=options.commit_deadline_s,
+                max_rounds=options.max_rounds,
+                remainder_slots=options.remainder_slots,
+            ),
+            weights_total_bytes=sum(move.weight_bytes for move in moves(core.pipeline, target, core.boot.graph)),
+            on_progress=on_progress,
         )
-        self.state = new_handover(now_s=time.monotonic(), limits=limits)
+        self._core = core
+        self._id = core.take_ticket()
         self._specs = specs_of(target, core.worker_of)
         self._routes = routes_between(core.pipeline, target, core.worker_of)
         self._participants = set(self._specs) | set(specs_of(core.pipeline, core.worker_of))
@@ -75,15 +64,8 @@ class HandoverRunner:
         self._tickets: dict[int, asyncio.Future[None]] = {}
         self._prepared: dict[int, asyncio.Future[None]] = {}
         self._released: dict[int, asyncio.Future[m.Released]] = {}
-        self._work: asyncio.Task[None] | None = None
         self._stepped = asyncio.Event()  # a step has ended since the commit
         self.holds_scheduling = False
-        self._progress = RefactorProgress(
-            phase=self.state.phase,
-            message="",
-            elapsed_s=0.0,
-            weights_total_bytes=sum(move.weight_bytes for move in moves(core.pipeline, target, core.boot.graph)),
-        )
 
     # --- what the core tells ---
 
@@ -105,9 +87,9 @@ class HandoverRunner:
                     settle(self._prepared.get(report.worker), None)
                 else:
                     self._prepared_bytes[report.worker] = report.weights_bytes
-                    self._tell()
+                    self.report()
             case m.Failed():
-                self._events.put_nowait(e.Failed(f"worker {report.worker}: {report.reason}"))
+                self.tell(e.Failed(f"worker {report.worker}: {report.reason}"))
             case m.Copied():
                 settle(self._tickets.pop(report.ticket, None), None)
             case m.Released():
@@ -122,76 +104,11 @@ class HandoverRunner:
             waiting = self._released.get(index)
             if waiting is not None and not waiting.done():
                 waiting.cancel()
-            self._events.put_nowait(e.ParticipantLost(reason))
-
-    def describe(self) -> str:
-        """Return where it stands, in words."""
-        return f"to {self._target.granularity} stages, {describe(self.state)}"
-
-    def cancel(self) -> bool:
-        """Ask to roll back; False past the commit point."""
-        if not self.state.cancellable:
-            return False
-        self._events.put_nowait(e.Cancelled())
-        return True
-
-    # --- the loop: events in, effects out ---
-
-    async def run(self) -> HandoverResult:
-        """Perform the handover to its end."""
-        self._apply(e.Started())
-        while not self.state.finished:
-            self._apply(await self._next_event())
-        self._stop_work()
-        self._tell()
-        return HandoverResult(state=self.state, progress=self._progress)
-
-    async def _next_event(self) -> e.Event:
-        deadline = self.state.phase_deadline_s
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            return await asyncio.wait_for(self._events.get(), timeout)
-        except TimeoutError:
-            return e.Tick()
-
-    def _apply(self, event: e.Event) -> None:
-        self.state, effects = step(self.state, event, now_s=time.monotonic())
-        self._tell()
-        for effect in effects:
-            match effect:
-                case e.Prepare():
-                    self._start(self._prepare())
-                case e.CopyRound():
-                    self._start(self._copy_round())
-                case e.Commit():
-                    self._start(self._commit())
-                case e.Retire():
-                    self._start(self._retire())
-                case e.RollBack():
-                    self._start(self._roll_back())
-                case e.Recover():
-                    pass  # the core has begun to recover in the new layout
-                case _:
-                    assert_never(effect)
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        """Perform an effect; what an earlier one began is stopped first."""
-        self._stop_work()
-        self._work = asyncio.get_running_loop().create_task(self._guard(work))
-
-    def _stop_work(self) -> None:
-        if self._work is not None and self._work is not asyncio.current_task():
-            self._work.cancel()
-
-    async def _guard(self, work: Coroutine[None, None, None]) -> None:
-        try:
-            await work
-        except (_WorkFailed, FailpointHit) as error:
-            self._events.put_nowait(e.Failed(str(error)))
+            self.tell(e.ParticipantLost(reason))
 
     # --- the effects ---
 
-    async def _prepare(self) -> None:
+    async def prepare(self) -> None:
         self._core.failpoints.hit("core.prepare")
         loop = asyncio.get_running_loop()
         # Half of the cores stay with the steps: more workers loading at once would only slow the streams down.
@@ -204,20 +121,20 @@ class HandoverRunner:
                 await self._prepared[index]
 
         await asyncio.gather(*(prepare(index, spec) for index, spec in self._specs.items()))
-        self._events.put_nowait(e.Prepared())
+        self.tell(e.Prepared())
 
-    async def _copy_round(self) -> None:
+    async def copy_round(self) -> None:
         self._core.failpoints.hit("core.round")
         scheduler = self._core.scheduler
         if self._dirty is None:
             self._dirty = DirtySlots(num_slots=self._core.boot.context.num_slots, live=scheduler.live_slots())
         slots = self._dirty.take(scheduler.live_slots())
         sent_bytes = await self._send(slots)
-        self._events.put_nowait(
+        self.tell(
             e.RoundSent(sent_slots=len(slots), sent_bytes=sent_bytes, remainder_slots=self._dirty.count)
         )
 
-    async def _commit(self) -> None:
+    async def commit(self) -> None:
         """Between two steps: copy what is left and switch. Nothing is awaited between the commit point and the end."""
         core, dirty = self._core, self._dirty
         assert dirty is not None
@@ -231,39 +148,25 @@ class HandoverRunner:
         if core.boot.options.verify_checksums:
             await self._compare_checksums()
         core.failpoints.hit("core.commit.last")
-        if not self._events.empty():  # cancelled or failed meanwhile: that comes first, and rolls back
+        if self.has_events:  # cancelled or failed meanwhile: that comes first, and rolls back
             return
         had_work = core.scheduler.num_running > 0
-        core.record(self._target)
+        core.record(self.target)
         self._dirty = None
-        self._apply_committed()
+        self.committed(epoch=core.epoch)
         core.adopt()
         self._stepped.clear()
         self.holds_scheduling = False
         core.resume()
         last_result_s = max(core.trace.last_end_s, held_s) if had_work else drained_s
         resumed_s = core.trace.first_dispatch_s.get(core.epoch, time.monotonic())
-        self._progress = replace(
-            self._progress,
-            commit_pause_s=resumed_s - last_result_s,
-            drain_s=max(0.0, drained_s - held_s),
-            epoch=core.epoch,
-        )
-        self._tell()
+        self.note(commit_pause_s=resumed_s - last_result_s, drain_s=max(0.0, drained_s - held_s))
 
-    def _apply_committed(self) -> None:
-        """Pass the commit point at once, not through the queue; the effect it asks for (retire) comes next."""
-        self.state, _ = step(self.state, e.Committed(), now_s=time.monotonic())
-        asyncio.get_running_loop().call_soon(self._start_retire)
-
-    def _start_retire(self) -> None:
-        self._work = asyncio.get_running_loop().create_task(self._guard(self._retire()))
-
-    async def _retire(self) -> None:
+    async def retire(self) -> None:
         self._core.failpoints.hit("core.retire")
         await self._first_step()
         await self._release_all()
-        self._events.put_nowait(e.Retired())
+        self.tell(e.Retired())
 
     async def _first_step(self) -> None:
         """Let the new layout take its first step before memory is given back: that step finds cold caches."""
@@ -271,14 +174,14 @@ class HandoverRunner:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stepped.wait(), _FIRST_STEP_WAIT_S)
 
-    async def _roll_back(self) -> None:
+    async def roll_back(self) -> None:
         """Free what was prepared, and schedule again if scheduling was held."""
         self._dirty = None
         if self.holds_scheduling:
             self.holds_scheduling = False
             self._core.resume()
         await self._release_all()
-        self._events.put_nowait(e.RolledBack())
+        self.tell(e.RolledBack())
 
     async def _release_all(self) -> None:
         """Have the workers free what no role needs, one after the other, so that the others' steps keep their cores."""
@@ -292,7 +195,7 @@ class HandoverRunner:
             [answer] = await asyncio.gather(self._released[index], return_exceptions=True)
             if isinstance(answer, m.Released):
                 returned += answer.weights_bytes + answer.kv_bytes
-        self._progress = replace(self._progress, returned_bytes=returned)
+        self.note(returned_bytes=returned)
 
     # --- copying ---
 
@@ -347,21 +250,13 @@ class HandoverRunner:
             right = await self._core.inquiries.checksums(route.target, decoders, blocks)
             if left != right:
                 wrong = sum(a != b for a, b in zip(left, right, strict=True))
-                raise _WorkFailed(
+                raise WorkFailed(
                     f"{wrong} of {len(left)} KV blocks differ between worker {route.source} and {route.target}"
                 )
 
-    def _tell(self) -> None:
-        state = self.state
-        self._progress = replace(
-            self._progress,
-            phase=state.phase,
-            message=describe(state),
-            elapsed_s=time.monotonic() - state.started_s,
+    def news(self, progress: RefactorProgress) -> RefactorProgress:
+        return replace(
+            progress,
             weights_bytes=sum(self._prepared_bytes.values()),
-            kv_round=len(state.rounds),
-            kv_bytes=state.kv_bytes,
-            kv_round_bytes=tuple(r.sent_bytes for r in state.rounds),
             requests_live=self._core.scheduler.num_live,
         )
-        self._on_progress(self._progress)
