@@ -28,7 +28,8 @@ class Candidate:
 def candidates(request: PlanRequest, num_stages: int) -> tuple[Candidate, ...]:
     """Return the devices worth considering, in their order.
 
-    Of empty devices with equal memory, no more than ``num_stages`` are: any plan can use the first of them.
+    Of empty devices with equal memory, no more than ``num_stages`` are: any plan can use the first of them, unless
+    their order is fixed.
     """
     held = holdings(request.current, request.graph) if request.current else {}
     found: list[Candidate] = []
@@ -38,7 +39,7 @@ def candidates(request: PlanRequest, num_stages: int) -> tuple[Candidate, ...]:
             found.append(_occupied(device, held[device.id], request))
             continue
         equal[device.memory_usable_bytes] += 1
-        if equal[device.memory_usable_bytes] <= num_stages:
+        if request.fixed_order or equal[device.memory_usable_bytes] <= num_stages:
             found.append(Candidate(device=device))
     return tuple(found)
 

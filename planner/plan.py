@@ -9,7 +9,11 @@ from topology.device import Device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """A question to the planner. Devices stand in the order in which they are preferred, all else being equal."""
+    """A question to the planner. Devices stand in the order in which they are preferred, all else being equal.
+
+    ``fixed_order``: the devices are the ranks of an engine that runs already. Stages follow their order, the first
+    stage is on the first and the last stage on the last device, and devices between may be left out.
+    """
 
     graph: ModelGraph
     devices: tuple[Device, ...]
@@ -17,6 +21,7 @@ class PlanRequest:
     kv_bytes_per_decoder: int = 0  # KV capacity that each decoder must have
     workspace_bytes: int = 0  # once per device that carries a stage
     current: Pipeline | None = None  # the layout in force, whose memory is held until the handover retires it
+    fixed_order: bool = False
     deadline_s: float = 5.0
 
     def __post_init__(self) -> None:

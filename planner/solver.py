@@ -122,7 +122,10 @@ class _PipelineModel:
         self._hint(even, ())
         self.add_contiguous_stages()
         self.add_one_device_per_stage()
-        self.add_order_of_equal_devices()
+        if request.fixed_order:
+            self.add_fixed_order()
+        else:
+            self.add_order_of_equal_devices()
         self.add_memory_budget()
 
     # ---- rules
@@ -151,6 +154,14 @@ class _PipelineModel:
             for d, after in pairwise(group):
                 for s in self.stages:
                     self.model.add(self.on[s][after] <= sum(self.on[t][d] for t in range(s)))
+
+    def add_fixed_order(self) -> None:
+        """Stages follow the devices, from the first to the last."""
+        places = [Linear.weighted_sum(row, range(len(row))) for row in self.on]
+        for place, following in pairwise(places):
+            self.model.add(place < following)
+        self.model.add(places[0] == 0)
+        self.model.add(places[-1] == len(self.devices) - 1)
 
     def add_memory_budget(self) -> None:
         """What a stage adds fits its device beside what the current layout holds there."""

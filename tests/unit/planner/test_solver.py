@@ -133,6 +133,22 @@ def test_no_time_is_not_no_plan() -> None:
         plan(PlanRequest(graph=EIGHT, devices=DEVICES, num_stages=2, deadline_s=1e-9))
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_resident_ranks_keep_their_order_and_both_ends(stages: int) -> None:
+    devices = tuple(reversed(cpu_devices(count=4, memory_bytes=GIB)))
+    current = plan(PlanRequest(graph=EIGHT, devices=devices, num_stages=4, fixed_order=True)).pipeline
+    request = PlanRequest(graph=EIGHT, devices=devices, num_stages=stages, fixed_order=True, current=current)
+    places = [devices.index(next(d for d in devices if d.id == name)) for name in plan(request).pipeline.device_ids]
+    assert places == sorted(places)
+    assert (places[0], places[-1]) == (0, 3)
+
+
+def test_one_stage_cannot_lie_on_both_ends() -> None:
+    devices = cpu_devices(count=2, memory_bytes=GIB)
+    with pytest.raises(NoFeasiblePlan):
+        plan(PlanRequest(graph=EIGHT, devices=devices, num_stages=1, fixed_order=True))
+
+
 def test_the_same_question_has_the_same_answer() -> None:
     request = PlanRequest(
         graph=weighted_graph([3, 1, 4, 1, 5, 9, 2, 6], embedding=5, head=3), devices=DEVICES, num_stages=5
