@@ -43,7 +43,7 @@ class DeviceMemory:
     gained_weight_bytes: int
     gained_kv_bytes: int  # reserved, live KV blocks included
     gained_live_kv_bytes: int
-    gained_workspace_bytes: int  # 0 where the device has a stage already
+    gained_workspace_bytes: int  # 0 where the device has a stage of this instance already
 
     @property
     def free_bytes(self) -> int:
@@ -95,10 +95,12 @@ def check_memory(
     devices: Sequence[Device],
     kv: KvBudget,
     workspace_bytes: int = 0,
+    second_instance: bool = False,
 ) -> MemoryCheck:
     """Say whether every device can hold what it has and what it gets, at once. ``current`` None: a first start.
 
-    ``workspace_bytes`` is what a stage needs beside weights and KV cache, once per device that carries any.
+    ``workspace_bytes`` is what a stage needs beside weights and KV cache, once per device that carries any. As a
+    ``second_instance`` the target shares nothing with what is held: each device gets all that the target puts there.
 
     Raises:
         InvalidLayout: ``current`` or ``target`` is not a layout of this model.
@@ -116,7 +118,9 @@ def check_memory(
     before = holdings(current, graph) if current else {}
     after = holdings(target, graph)
     memory = tuple(
-        _device_memory(device, before.get(device.id, ()), after.get(device.id, ()), graph, kv, workspace_bytes)
+        _device_memory(
+            device, before.get(device.id, ()), after.get(device.id, ()), graph, kv, workspace_bytes, second_instance
+        )
         for device in devices
         if device.id in before or device.id in after
     )
@@ -131,16 +135,19 @@ def _device_memory(
     graph: ModelGraph,
     kv: KvBudget,
     workspace_bytes: int,
+    second_instance: bool,
 ) -> DeviceMemory:
-    gained = tuple(holding for holding in after if holding not in before)
-    held_weight_bytes = weight_bytes(before, graph)
+    shared = () if second_instance else before
+    gained = tuple(holding for holding in after if holding not in shared)
     return DeviceMemory(
         device_id=device.id,
         usable_bytes=device.memory_usable_bytes,
-        held_bytes=held_weight_bytes + kv_bytes(before, slots=kv.capacity_slots) + (workspace_bytes if before else 0),
+        held_bytes=weight_bytes(before, graph)
+        + kv_bytes(before, slots=kv.capacity_slots)
+        + (workspace_bytes if before else 0),
         gained=join_layer_names([holding.layer.name for holding in gained]),
-        gained_weight_bytes=weight_bytes((*before, *gained), graph) - held_weight_bytes,
+        gained_weight_bytes=weight_bytes((*shared, *gained), graph) - weight_bytes(shared, graph),
         gained_kv_bytes=kv_bytes(gained, slots=kv.capacity_slots),
         gained_live_kv_bytes=kv_bytes(gained, slots=kv.live_slots),
-        gained_workspace_bytes=workspace_bytes if after and not before else 0,
+        gained_workspace_bytes=workspace_bytes if after and not shared else 0,
     )

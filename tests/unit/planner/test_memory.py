@@ -88,6 +88,31 @@ def test_a_tied_table_is_counted_once_per_device() -> None:
     assert merge.devices[0].needed_bytes == both
 
 
+def test_a_second_instance_shares_nothing_with_the_first() -> None:
+    check = check_memory(
+        graph=GRAPH,
+        current=pipeline(2),
+        target=pipeline(4),
+        devices=DEVICES,
+        kv=KV,
+        workspace_bytes=MIB,
+        second_instance=True,
+    )
+    assert check.sentences == (
+        "needs 5.5 of 86 MiB free on cpu:0: 2.5 MiB weights, 2 MiB KV (640 KiB live), 1 MiB workspace "
+        "for embedding and 0-1",
+        "needs 5 of 87 MiB free on cpu:1: 2 MiB weights, 2 MiB KV (640 KiB live), 1 MiB workspace for 2-3",
+        "needs 5 of 96 MiB free on cpu:2: 2 MiB weights, 2 MiB KV (640 KiB live), 1 MiB workspace for 4-5",
+        "needs 5.2 of 96 MiB free on cpu:3: 2.2 MiB weights, 2 MiB KV (640 KiB live), 1 MiB workspace for 6-7 and head",
+    )
+    small = tuple(replace(device, memory_total_bytes=14 * MIB) for device in DEVICES)
+    both = check_memory(
+        graph=GRAPH, current=pipeline(2), target=pipeline(2), devices=small, kv=KV, second_instance=True
+    )
+    assert not both.fits
+    assert both.sentences[0].startswith("needs 8.5 of 5.5 MiB free on cpu:0, 3 MiB too few")
+
+
 @pytest.mark.parametrize("bad", [{"block_tokens": 0}, {"capacity_blocks": -1}, {"live_blocks": -1}])
 def test_impossible_kv_budgets_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="impossible KV budget"):

@@ -1,0 +1,301 @@
+"""The steps of a replica handover, as a pure state machine: a second instance starts beside the first and takes over.
+
+It is the way to another layout where an engine cannot change its own: more ranks than are resident, a feature that
+cannot be moved, or an operator who asks for it. Phases are those of ``planner.handover``, so it is reported alike.
+
+The commit point is the switch-over, when the second instance is ready: from then on it is the one in force and gets
+every new request. Before it the first one serves as if nothing had been; after it there is no way but forward.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+from planner.errors import InvalidTransition
+from planner.handover import HandoverPhase
+
+# ---- events: what happened
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The second instance may be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the starting instance says."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The second instance could serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """The second instance is in force; ``requests`` are still at the first."""
+
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One request has left the first instance. ``goes_on`` False: by ending before it was its turn."""
+
+    goes_on: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """No request is left at the first instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The first instance has ended. ``reason`` says what was not as it should be, if anything."""
+
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """Nothing is left of the second instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstDied:
+    """The first instance ended unasked. Its requests wait for the second, or move there by themselves."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The work of the current phase failed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Somebody asked to stop. Past the commit point this changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: the deadline is checked on this event and on no other."""
+
+
+Event = Begin | Said | Ready | Switched | Taken | Committed | Ended | Discarded | FirstDied | Failed | Cancelled | Tick
+
+
+# ---- effects: what to do next
+
+
+@dataclass(frozen=True, slots=True)
+class StartSecond:
+    """Start the second instance; tell Said as it goes, then Ready or Failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchOver:
+    """Put the second instance in force at once; tell Switched or Failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """Take the next request off the first instance, to go on at the second; tell Taken or Failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Make sure that the first instance has nothing left to do; tell Committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndFirst:
+    """Drain and close the first instance; tell Ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardSecond:
+    """Close the second instance, however far it got; tell Discarded."""
+
+
+Effect = StartSecond | SwitchOver | TakeOver | Commit | EndFirst | DiscardSecond
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLimits:
+    """How long things may take."""
+
+    start_deadline_s: float = 1800.0  # engines have their own, shorter ones; this one is for an engine without
+    pace_s: float = 10.0  # so long the next request waits for the one before to get its first token
+    drain_deadline_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if min(self.start_deadline_s, self.pace_s, self.drain_deadline_s) <= 0:
+            raise ValueError("every deadline of a replica handover must be above 0 s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaHandover:
+    """A replica handover as it stands. ``reason`` says why it is rolled back, or what went wrong after the switch."""
+
+    started_s: float
+    phase: HandoverPhase = HandoverPhase.PLANNED
+    said: str = ""  # the last word of the starting instance
+    switched: bool = False
+    requests: int = 0  # to be taken over, those that have been included
+    taken: int = 0
+    first_death: str | None = None
+    reason: str | None = None
+    limits: ReplicaLimits = field(default_factory=ReplicaLimits)
+
+    @property
+    def cancellable(self) -> bool:
+        return self.phase in (HandoverPhase.PLANNED, HandoverPhase.PREPARING)
+
+    @property
+    def finished(self) -> bool:
+        return self.phase in (HandoverPhase.DONE, HandoverPhase.ABORTED)
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When a ``Tick`` ends the phase, None where nothing but its own end does."""
+        return self.started_s + self.limits.start_deadline_s if self.phase is HandoverPhase.PREPARING else None
+
+
+Step = tuple[ReplicaHandover, tuple[Effect, ...]]
+
+
+def step(old: ReplicaHandover, event: Event, *, now_s: float) -> Step:
+    """Return the next state and the effects to perform, in order.
+
+    ::
+
+        PLANNED --begin--> PREPARING --ready--> SYNCING --switched, each taken--> COMMITTING --> RETIRING --> DONE
+                               |                   | not switched                                  ^
+                failed, cancelled, late            | else failed: the rest ends at the first ------+
+                               v                   |
+                         ROLLING_BACK <------------+
+                               | discarded
+                               v
+                            ABORTED <--cancelled-- PLANNED
+
+    ``FirstDied`` changes what is said and nothing else: without the switch, the supervisor recovers as from any crash.
+
+    Raises:
+        InvalidTransition: The event does not belong to the phase.
+    """
+    if isinstance(event, FirstDied):
+        return replace(old, first_death=event.reason), ()
+    match old.phase:
+        case HandoverPhase.PLANNED if isinstance(event, Begin):
+            return replace(old, phase=HandoverPhase.PREPARING), (StartSecond(),)
+        case HandoverPhase.PLANNED if isinstance(event, Cancelled):
+            return replace(old, phase=HandoverPhase.ABORTED, reason="cancelled"), ()
+        case HandoverPhase.PREPARING:
+            return _step_preparing(old, event, now_s)
+        case HandoverPhase.SYNCING:
+            return _step_syncing(old, event)
+        case HandoverPhase.COMMITTING if isinstance(event, Committed):
+            return replace(old, phase=HandoverPhase.RETIRING), (EndFirst(),)
+        case HandoverPhase.RETIRING if isinstance(event, Ended):
+            return replace(old, phase=HandoverPhase.DONE, reason=_joined(old.reason, event.reason)), ()
+        case HandoverPhase.ROLLING_BACK if isinstance(event, Discarded):
+            return replace(old, phase=HandoverPhase.ABORTED), ()
+        case HandoverPhase.ROLLING_BACK if isinstance(event, Said | Ready | Failed):
+            return old, ()  # late answers of the start
+        case _ if isinstance(event, Cancelled | Tick):
+            return old, ()
+        case _:
+            raise _invalid(old, event)
+
+
+def _step_preparing(old: ReplicaHandover, event: Event, now_s: float) -> Step:
+    match event:
+        case Said(text=text):
+            return replace(old, said=text), ()
+        case Ready():
+            return replace(old, phase=HandoverPhase.SYNCING), (SwitchOver(),)
+        case Failed(reason=reason):
+            return _roll_back(old, reason)
+        case Cancelled():
+            return _roll_back(old, "cancelled")
+        case Tick() if old.deadline_s is not None and now_s >= old.deadline_s:
+            return _roll_back(old, f"the second instance was not ready after {old.limits.start_deadline_s:g} s")
+        case Tick():
+            return old, ()
+        case _:
+            raise _invalid(old, event)
+
+
+def _step_syncing(old: ReplicaHandover, event: Event) -> Step:
+    match event:
+        case Switched(requests=requests) if not old.switched:
+            return _next_request(replace(old, switched=True, requests=requests))
+        case Taken(goes_on=True) if old.switched:
+            return _next_request(replace(old, taken=old.taken + 1))
+        case Taken() if old.switched:
+            return _next_request(replace(old, requests=old.requests - 1))
+        case Failed(reason=reason) if old.switched:
+            return replace(old, phase=HandoverPhase.RETIRING, reason=reason), (EndFirst(),)
+        case Failed(reason=reason):
+            return _roll_back(old, reason)
+        case Cancelled() | Tick():
+            return old, ()
+        case _:
+            raise _invalid(old, event)
+
+
+def _next_request(old: ReplicaHandover) -> Step:
+    if old.taken < old.requests:
+        return old, (TakeOver(),)
+    return replace(old, phase=HandoverPhase.COMMITTING), (Commit(),)
+
+
+def _roll_back(old: ReplicaHandover, reason: str) -> Step:
+    return replace(old, phase=HandoverPhase.ROLLING_BACK, reason=reason), (DiscardSecond(),)
+
+
+def _joined(first: str | None, second: str | None) -> str | None:
+    return "; ".join(part for part in (first, second) if part) or None
+
+
+def _invalid(old: ReplicaHandover, event: Event) -> InvalidTransition:
+    return InvalidTransition(f"{type(event).__name__} cannot happen in phase {old.phase.name}")
+
+
+def describe(handover: ReplicaHandover) -> str:
+    """Return how it stands, in one sentence for people."""
+    because = f": {handover.reason}" if handover.reason else ""
+    dead = "" if handover.first_death is None else f"; the first one died ({handover.first_death})"
+    match handover.phase:
+        case HandoverPhase.PLANNED:
+            return "planned, nothing has been started yet"
+        case HandoverPhase.PREPARING:
+            return f"second instance: {handover.said or 'starting'}{dead}"
+        case HandoverPhase.SYNCING if not handover.switched:
+            return f"switching over{dead}"
+        case HandoverPhase.SYNCING | HandoverPhase.COMMITTING:
+            return f"{_requests_taken(handover)}{dead}"
+        case HandoverPhase.RETIRING:
+            return f"the second instance serves, the first one ends{because}{dead}"
+        case HandoverPhase.DONE:
+            return f"the second instance serves, {_requests_taken(handover)}{because}{dead}"
+        case HandoverPhase.ROLLING_BACK:
+            return f"ending the second instance{because}{dead}"
+        case HandoverPhase.ABORTED:
+            stays = "the first instance serves on, no request disturbed" if not dead else "ordinary recovery goes on"
+            return f"the second instance was given up{because}; {stays}{dead}"
+        case _:
+            assert_never(handover.phase)
+
+
+def _requests_taken(handover: ReplicaHandover) -> str:
+    if not handover.requests:
+        return "no request to take over"
+    return f"{handover.taken} of {handover.requests} request{'s' * (handover.requests != 1)} taken over"

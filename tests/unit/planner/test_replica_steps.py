@@ -1,0 +1,138 @@
+"""The steps of a replica handover: every way through the state machine."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner import replica_steps as r
+from planner.errors import InvalidTransition
+from planner.handover import HandoverPhase
+from planner.replica_steps import ReplicaHandover, ReplicaLimits, describe, step
+
+NEW = ReplicaHandover(started_s=0.0, limits=ReplicaLimits(start_deadline_s=10.0))
+UP_TO_SYNC = [r.Begin(), r.Ready()]
+
+
+def walk(*events: r.Event, now_s: float = 1.0) -> tuple[ReplicaHandover, tuple[r.Effect, ...]]:
+    """Return the state after ``events``, and the effects of the last."""
+    state, effects = NEW, ()
+    for event in events:
+        state, effects = step(state, event, now_s=now_s)
+    return state, effects
+
+
+def test_the_way_forward() -> None:
+    ways: list[tuple[r.Event, HandoverPhase, tuple[r.Effect, ...]]] = [
+        (r.Begin(), HandoverPhase.PREPARING, (r.StartSecond(),)),
+        (r.Said("loading weights"), HandoverPhase.PREPARING, ()),
+        (r.Ready(), HandoverPhase.SYNCING, (r.SwitchOver(),)),
+        (r.Switched(2), HandoverPhase.SYNCING, (r.TakeOver(),)),
+        (r.Taken(), HandoverPhase.SYNCING, (r.TakeOver(),)),
+        (r.Taken(), HandoverPhase.COMMITTING, (r.Commit(),)),
+        (r.Committed(), HandoverPhase.RETIRING, (r.EndFirst(),)),
+        (r.Ended(), HandoverPhase.DONE, ()),
+    ]
+    state = NEW
+    for event, phase, expected in ways:
+        state, effects = step(state, event, now_s=1.0)
+        assert (state.phase, effects) == (phase, expected)
+    assert describe(state) == "the second instance serves, 2 of 2 requests taken over"
+
+
+def test_with_no_request_there_is_nothing_to_take_over() -> None:
+    state, effects = walk(*UP_TO_SYNC, r.Switched(0))
+    assert (state.phase, effects) == (HandoverPhase.COMMITTING, (r.Commit(),))
+
+
+def test_a_request_that_ends_before_its_turn_does_not_count() -> None:
+    state, effects = walk(*UP_TO_SYNC, r.Switched(2), r.Taken(goes_on=False), r.Taken())
+    assert (state.taken, state.requests, effects) == (1, 1, (r.Commit(),))
+
+
+@pytest.mark.parametrize(
+    ("event", "now_s", "reason"),
+    [
+        (r.Failed("no memory"), 1.0, "no memory"),
+        (r.Cancelled(), 1.0, "cancelled"),
+        (r.Tick(), 10.0, "the second instance was not ready after 10 s"),
+    ],
+    ids=["failed", "cancelled", "late"],
+)
+def test_before_the_switch_everything_is_rolled_back(event: r.Event, now_s: float, reason: str) -> None:
+    state, effects = walk(r.Begin(), event, now_s=now_s)
+    assert (state.phase, state.reason, effects) == (HandoverPhase.ROLLING_BACK, reason, (r.DiscardSecond(),))
+    for late in (r.Said("still loading"), r.Ready(), r.Failed("cancelled"), r.Cancelled(), r.Tick()):
+        assert step(state, late, now_s=2.0) == (state, ())
+    aborted, _ = step(state, r.Discarded(), now_s=2.0)
+    assert (aborted.phase, aborted.finished) == (HandoverPhase.ABORTED, True)
+    assert describe(aborted) == (
+        f"the second instance was given up: {reason}; the first instance serves on, no request disturbed"
+    )
+
+
+def test_before_it_begins_there_is_nothing_to_roll_back() -> None:
+    state, effects = walk(r.Cancelled())
+    assert (state.phase, state.reason, effects) == (HandoverPhase.ABORTED, "cancelled", ())
+
+
+def test_before_its_deadline_a_tick_changes_nothing() -> None:
+    state, _ = walk(r.Begin())
+    assert state.deadline_s == 10.0
+    assert step(state, r.Tick(), now_s=9.9) == (state, ())
+
+
+def test_a_switch_that_is_not_possible_is_rolled_back() -> None:
+    state, effects = walk(*UP_TO_SYNC, r.Failed("shutting down"))
+    assert (state.phase, effects) == (HandoverPhase.ROLLING_BACK, (r.DiscardSecond(),))
+
+
+def test_after_the_switch_there_is_no_way_back() -> None:
+    state, _ = walk(*UP_TO_SYNC, r.Switched(3), r.Taken())
+    assert not state.cancellable
+    assert step(state, r.Cancelled(), now_s=99.0) == (state, ())
+    assert state.deadline_s is None
+    failed, effects = step(state, r.Failed("the second died for good"), now_s=1.0)
+    assert (failed.phase, effects) == (HandoverPhase.RETIRING, (r.EndFirst(),))
+    done, _ = step(failed, r.Ended("it did not drain"), now_s=1.0)
+    assert describe(done) == (
+        "the second instance serves, 1 of 3 requests taken over: the second died for good; it did not drain"
+    )
+
+
+@pytest.mark.parametrize("before", [[r.Begin()], [*UP_TO_SYNC, r.Switched(1)]], ids=["starting", "taking over"])
+def test_the_death_of_the_first_is_said_and_changes_no_step(before: list[r.Event]) -> None:
+    alive, _ = walk(*before)
+    dead, effects = step(alive, r.FirstDied("killed"), now_s=1.0)
+    assert (dead.phase, effects) == (alive.phase, ())
+    assert describe(dead).endswith("; the first one died (killed)")
+
+
+def test_an_aborted_handover_whose_first_died_does_not_say_that_it_serves() -> None:
+    state, _ = walk(r.Begin(), r.FirstDied("killed"), r.Failed("no memory"), r.Discarded())
+    assert describe(state) == (
+        "the second instance was given up: no memory; ordinary recovery goes on; the first one died (killed)"
+    )
+
+
+@pytest.mark.parametrize("event", [r.Ready(), r.Switched(1), r.Taken(), r.Committed(), r.Ended(), r.Discarded()])
+def test_what_does_not_belong_to_the_phase_is_an_error(event: r.Event) -> None:
+    with pytest.raises(InvalidTransition, match="cannot happen in phase PLANNED"):
+        step(NEW, event, now_s=0.0)
+
+
+def test_impossible_limits_are_refused() -> None:
+    with pytest.raises(ValueError, match="above 0 s"):
+        ReplicaLimits(pace_s=0.0)
+
+
+@given(requests=st.integers(0, 20), ends=st.sets(st.integers(0, 19)), dies_after=st.integers(0, 25))
+def test_each_request_is_asked_for_once(requests: int, ends: set[int], dies_after: int) -> None:
+    state, effects = walk(*UP_TO_SYNC, r.Switched(requests))
+    asked = 0
+    while effects == (r.TakeOver(),):
+        if asked == dies_after:
+            state, _ = step(state, r.FirstDied("killed"), now_s=1.0)
+        state, effects = step(state, r.Taken(goes_on=asked not in ends), now_s=1.0)
+        asked += 1
+    assert (asked, effects) == (requests, (r.Commit(),))
+    assert state.taken == state.requests == requests - len(ends & set(range(requests)))
