@@ -52,6 +52,7 @@ class FakeEngine:
         next_token: Where tokens come from; by default ``hashed_tokens``, so a resumed request goes on exactly.
         step_s, refactor_phase_s: Duration of a step and of a phase of a refactoring, through ``sleep``.
         start_failure: When given, ``start`` fails with this sentence.
+        resident_ranks: When given, a layout of more stages cannot be had in place and needs a second instance.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class FakeEngine:
         kv_blocks_capacity: int = 4096,
         max_running: int = 256,
         start_failure: str | None = None,
+        resident_ranks: int | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._capabilities = capabilities
@@ -83,6 +85,7 @@ class FakeEngine:
         self._refactor_phase_s = refactor_phase_s
         self._sleep = sleep
         self._start_failure = start_failure
+        self._resident_ranks = resident_ranks
         self._epoch = epoch
         self._held = False
         self._may_step = asyncio.Event()
@@ -91,6 +94,7 @@ class FakeEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._killed = asyncio.Event()
+        self._death = ""
         self._end: EngineError | None = EngineClosed("the engine has not been started")
         self._stepping: asyncio.Task[None] | None = None
         self._refactoring: asyncio.Task[None] | None = None
@@ -103,6 +107,7 @@ class FakeEngine:
     def kill(self, reason: str) -> None:
         """Die as a crashed process would: streams and ``died`` learn ``reason`` at once, and all memory is gone."""
         if self._end is None:
+            self._death = reason
             self._finish(EngineDied(reason))
             self._killed.set()
 
@@ -186,18 +191,15 @@ class FakeEngine:
 
     async def check_refactor(self, target: Pipeline) -> RefactorCheck:
         self._ensure_alive()
-        refusal = refusal_of(target, current=self._pipeline, capabilities=self._capabilities)
-        if refusal is not None:
-            return RefactorCheck(feasible=False, sentences=(refusal,))
-        return RefactorCheck(feasible=True, sentences=("everything fits",), moves=moves(self._pipeline, target))
+        return self._check(target)
 
     async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
         self._ensure_alive()
         if self._phase is not None:
             raise RefactoringBusy(f"a refactoring is under way, in phase {self._phase.value}")
-        refusal = refusal_of(target, current=self._pipeline, capabilities=self._capabilities)
-        if refusal is not None:
-            raise RefactoringRefused(refusal)
+        check = self._check(target)
+        if not check.feasible:
+            raise RefactoringRefused("; ".join(check.sentences))
         reports = _Reports()
         self._phase = HandoverPhase.PREPARING
         self._refactoring = asyncio.create_task(self._carry_out(target, reports), name="fake-refactoring")
@@ -222,7 +224,7 @@ class FakeEngine:
 
     async def died(self) -> str:
         await self._killed.wait()
-        return str(self._end)
+        return self._death
 
     async def close(self) -> None:
         if not isinstance(self._end, EngineClosed):
@@ -233,6 +235,17 @@ class FakeEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # How it goes about it.
+
+    def _check(self, target: Pipeline) -> RefactorCheck:
+        refusal = refusal_of(target, current=self._pipeline, capabilities=self._capabilities)
+        if refusal is None and not self._capabilities.refactors_in_place:
+            refusal = "this engine does not change its layout in place"
+        if refusal is not None:
+            return RefactorCheck(feasible=False, sentences=(refusal,))
+        if self._resident_ranks is not None and target.granularity > self._resident_ranks:
+            refusal = f"{target.granularity} stages need as many ranks, {self._resident_ranks} are resident"
+            return RefactorCheck(feasible=False, sentences=(refusal,), needs_replica=True)
+        return RefactorCheck(feasible=True, sentences=("everything fits",), moves=moves(self._pipeline, target))
 
     def _ensure_alive(self) -> None:
         if self._end is not None:

@@ -3,10 +3,11 @@
 Token ids go in and come out: no text, no tokenizer, no HTTP. An engine is one replica, so it runs one pipeline.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
@@ -22,7 +23,8 @@ class FinishReason(Enum):
 class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy.
 
-    A draw depends on ``seed`` and the output position only, so a request goes on exactly wherever it is continued.
+    A draw depends on ``seed`` and the output position only, so a request goes on exactly wherever it is continued (by
+    engines whose capabilities say ``resumes_seeded``).
     """
 
     max_tokens: int
@@ -33,6 +35,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False  # report the log-probability of each chosen token
+    engine_params: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the engine's own, by its names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,19 @@ class TokenChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnServer:
+    """An OpenAI server that comes with the engine. What needs more than tokens in and tokens out goes there unchanged.
+
+    The daemon has no copy of such a request's tokens, so it ends where its engine does.
+    """
+
+    paths: frozenset[str]  # POST, beside those of completions and chat
+    completion_parameters: frozenset[str]  # all that the server knows by name
+    chat_parameters: frozenset[str]
+    every_chat: str = ""  # the option that makes every chat its own to render and to read; empty: there is none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapabilities:
     """What this engine can do, so that callers decide and never try and see."""
 
@@ -73,6 +89,12 @@ class EngineCapabilities:
     refactors_in_place: bool
     max_stages: int
     tensor_parallel: bool
+    resumes_seeded: bool = True  # a seeded draw goes on exactly where generated tokens are handed in
+    takes_engine_params: bool = False  # ``SamplingParams.engine_params``
+    own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
+    # Device groups of ranks that are bound to them, in order: the first stage is on the first group, the last stage on
+    # the last one, and groups between may have no stage. Empty: any stage may be on any device.
+    resident: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +149,16 @@ class RefactorProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefactorCheck:
-    """Answer of a feasibility check: memory per device with current and target layouts together, live KV included."""
+    """Answer of a feasibility check: memory per device with current and target layouts together, live KV included.
+
+    ``needs_replica``: not feasible in place, for a reason that a second instance with the target layout would not
+    have, such as more ranks than are resident. Whether the devices have room for a second instance is another question.
+    """
 
     feasible: bool
     sentences: tuple[str, ...]  # the reason in words, one per device that gains something or fails
     moves: tuple[str, ...] = field(default=())
+    needs_replica: bool = False
 
 
 class Engine(Protocol):
@@ -189,3 +216,12 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End all processes. Idempotent."""
+
+
+@runtime_checkable
+class OwnRoutes(Protocol):
+    """What an engine offers besides when its capabilities say ``own_server``."""
+
+    @property
+    def own_routes_socket(self) -> Path:
+        """The Unix socket on which the engine's own HTTP server listens. Valid once ``start`` has returned."""

@@ -31,6 +31,9 @@ def check_request(request: GenerationRequest, capabilities: EngineCapabilities) 
                 f"to {max(token_ids)}",
                 parameter="prompt",
             )
+    if sampling.engine_params and not capabilities.takes_engine_params:
+        name = next(iter(sampling.engine_params))
+        raise InvalidRequest(f"the {capabilities.name} engine has no parameter {name}", parameter=name)
     if sampling.max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", parameter="max_tokens")
 

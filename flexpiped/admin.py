@@ -1,7 +1,7 @@
 """The admin API on the Unix socket: what ``flexctl`` calls, and anybody else who may open the socket.
 
 GET  /status            everything about the daemon
-POST /rebalance         {"stages": N | "auto"} or {"layout": TEXT}, with "dry_run" and "wait"
+POST /rebalance         {"stages": N | "auto"} or {"layout": TEXT}, with "replica", "dry_run" and "wait"
 POST /rebalance/cancel  roll back the refactoring under way
 GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
 
@@ -44,6 +44,7 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     stages: int | Literal["auto"] | None = None
     layout: str | None = None
+    replica: bool = False
     dry_run: bool = False
     wait: bool = False
 
@@ -52,7 +53,8 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError('exactly one of "stages" and "layout" is needed')
 
     def wanted(self) -> Wanted:
-        return Wanted(stages=Auto.AUTO if self.stages == "auto" else self.stages, layout=self.layout)
+        stages = Auto.AUTO if self.stages == "auto" else self.stages
+        return Wanted(stages=stages, layout=self.layout, replica=self.replica)
 
 
 def admin_app(*, status: StatusSource, refactorings: Refactorings, events: EventLog) -> web.Application:

@@ -127,7 +127,7 @@ def _holds_only_tables(table: Mapping[str, object]) -> bool:
 
 
 def _lines_of(document: str) -> Mapping[str, int]:
-    """Return the line of every key and table header. Values of this file are scalars, so a line scan is enough."""
+    """Return the line of every key and table header. A line scan is enough: no text in an array is a key's name."""
     lines: dict[str, int] = {}
     table = ""
     for number, line in enumerate(document.splitlines(), start=1):

@@ -1,7 +1,7 @@
 """Values of a configuration file: one reader per kind. A reader returns the typed value or says what is allowed."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Final, TypeVar
@@ -107,6 +107,20 @@ def size_bytes(minimum: int) -> Reader[int]:
     return read
 
 
+def texts(value: object) -> tuple[str, ...]:
+    """Read an array of strings."""
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    raise WrongValue(f"must be an array of strings, not {_part_shown(value)}")
+
+
+def named_texts(value: object) -> Mapping[str, str]:
+    """Read a table whose values are strings."""
+    if isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+        return dict(value)
+    raise WrongValue(f"must be a table of strings, not {_part_shown(value)}")
+
+
 def choice(kind: type[E]) -> Reader[E]:
     """Return a reader of the values of an enumeration of strings."""
 
@@ -140,6 +154,13 @@ def show_size(size: int) -> str:
         if size and size % _UNITS[unit] == 0:
             return f"{size // _UNITS[unit]} {unit}"
     return f"{size} B"
+
+
+def _part_shown(value: object) -> str:
+    """Name what is wrong in an array or table: its first part that is not a string."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    wrong = [each for each in parts if not isinstance(each, str)]
+    return f"{shown(value)} with {shown(wrong[0])}" if wrong else shown(value)
 
 
 def _parse_size(value: object) -> int | None:

@@ -6,12 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from engines.checkpoint import find_model, read_checkpoint
+from engines.checkpoint import Checkpoint, find_model, read_checkpoint
 from engines.errors import UnsupportedByEngine
 from engines.protocol import Engine
+from engines.vllm.options import VllmOptions
+from engines.vllm.ranks import Ranks, rank_devices, widened
+from flexpiped import log_events
 from flexpiped.config_values import Auto
+from flexpiped.models import model_source, served_name
 from flexpiped.settings import EngineKind, Settings
 from planner.errors import UnsupportedModel
+from planner.estimated_graph import estimate_model_graph
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
 from topology.device import Device, cpu_devices
@@ -32,12 +37,14 @@ def find_files(settings: Settings, *, source: str) -> Model:
     Raises:
         EngineError: There is no such model, or it is not supported; the message says why.
     """
-    if settings.trust_remote_code:
-        raise UnsupportedByEngine("trust_remote_code: no engine here runs code that comes with a model")
+    if settings.trust_remote_code and settings.engine is not EngineKind.VLLM:
+        raise UnsupportedByEngine(
+            f"trust_remote_code: the {settings.engine.value} engine runs no code that comes with a model"
+        )
     directory = find_model(source, revision=settings.revision, token_file=settings.hf_token_file)
     checkpoint = read_checkpoint(directory)
     try:
-        graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+        graph = _graph(settings, checkpoint)
     except UnsupportedModel as error:
         raise UnsupportedByEngine(str(error)) from None
     tokenizer = settings.tokenizer
@@ -48,6 +55,16 @@ def find_files(settings: Settings, *, source: str) -> Model:
         else find_model(tokenizer, token_file=settings.hf_token_file),
         graph=graph,
     )
+
+
+def _graph(settings: Settings, checkpoint: Checkpoint) -> ModelGraph:
+    """Describe the model. vLLM knows more families than the planner, and says itself what it cannot serve."""
+    try:
+        return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+    except UnsupportedModel:
+        if settings.engine is not EngineKind.VLLM:
+            raise
+        return estimate_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
 
 
 def devices_of(settings: Settings) -> tuple[Device, ...]:
@@ -61,11 +78,19 @@ def engine_python(settings: Settings) -> str:
     return sys.executable if python is None else str(python)
 
 
+def kv_cache_bytes(settings: Settings) -> int:
+    """Return the KV capacity of the engine, over all decoders together."""
+    engines = settings.engines
+    return (engines.vllm if settings.engine is EngineKind.VLLM else engines.native).kv_cache_bytes
+
+
 def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
     """Return what makes an engine, not started yet, for the pipeline and epoch to begin with."""
     match settings.engine:
         case EngineKind.NATIVE:
             return _native(settings, model)
+        case EngineKind.VLLM:
+            return _Vllm(settings, model)
         case EngineKind.FAKE:
             return _fake(settings, model)
         case _:
@@ -101,6 +126,89 @@ def _native(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engin
         cache_directory="" if native.cache_dir is None else str(native.cache_dir),
     )
     return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
+
+
+class _Vllm:
+    """Makes vLLM engines. Ranks stay the same over restarts, for as long as they can run the pipeline."""
+
+    def __init__(self, settings: Settings, model: Model) -> None:
+        self._settings = settings
+        self._model = model
+        self._known: list[Ranks] = []  # of all instances so far, the last first
+
+    def __call__(self, pipeline: Pipeline, epoch: int) -> Engine:
+        from engines.vllm.adapter import VllmEngine
+
+        pipeline = self._widened(pipeline)
+        ranks = next((known for known in self._known if known.refusal_of(pipeline) is None), None)
+        if ranks is None:
+            ranks = self._ranks_for(pipeline)
+            self._known.insert(0, ranks)
+        return VllmEngine(
+            self._options(ranks),
+            pipeline,
+            epoch=epoch,
+            graph=self._model.graph,
+            on_log=lambda line: log_events.engine_log(
+                engine="vllm", level=line.level, process=line.process, message=line.message
+            ),
+        )
+
+    def _widened(self, pipeline: Pipeline) -> Pipeline:
+        devices = [device.id for device in devices_of(self._settings)]
+        try:
+            return widened(pipeline, devices=devices, degree=self._settings.engines.vllm.tensor_parallel)
+        except ValueError as error:
+            raise UnsupportedByEngine(f"engines.vllm.tensor_parallel: {error}") from None
+
+    def _ranks_for(self, pipeline: Pipeline) -> Ranks:
+        vllm = self._settings.engines.vllm
+        degree = vllm.tensor_parallel
+        wanted = pipeline.granularity if vllm.ranks is Auto.AUTO else max(pipeline.granularity, vllm.ranks)
+        taken = set(pipeline.device_ids)
+        free = [device.id for device in devices_of(self._settings) if device.id not in taken]
+        spare = [tuple(free[start : start + degree]) for start in range(0, len(free) - degree + 1, degree)]
+        try:
+            devices = rank_devices(pipeline, ranks=wanted, spare=spare)
+            return Ranks(device_ids=devices, tensor_parallel=degree)
+        except ValueError as error:
+            raise UnsupportedByEngine(f"engines.vllm.ranks: {error}") from None
+
+    def _options(self, ranks: Ranks) -> VllmOptions:
+        settings, vllm, handover = self._settings, self._settings.engines.vllm, self._settings.handover
+        graph = self._model.graph
+        return VllmOptions(
+            python="" if vllm.python is None else str(vllm.python),
+            model_directory=str(self._model.directory),
+            served_model_name=served_name(settings, model_source(settings)),
+            device_ids=ranks.device_ids,
+            num_decoders=graph.num_decoders,
+            kv_bytes_per_token=max(decoder.kv_bytes_per_token for decoder in graph.decoders),
+            device_memory_bytes=settings.devices.cpu_memory_bytes,
+            tensor_parallel=ranks.tensor_parallel,
+            dtype=settings.dtype.value,
+            max_model_len=_number(settings.max_model_len),
+            tokenizer="" if settings.tokenizer is None else str(self._model.tokenizer_directory),
+            trust_remote_code=settings.trust_remote_code,
+            hf_token_file="" if settings.hf_token_file is None else str(settings.hf_token_file),
+            kv_cache_bytes=vllm.kv_cache_bytes,
+            kv_block_tokens=vllm.kv_block_tokens,
+            max_num_seqs=vllm.max_num_seqs,
+            max_num_batched_tokens=vllm.max_num_batched_tokens,
+            threads=_number(vllm.threads),
+            nice=vllm.nice,
+            compile=vllm.compile,
+            args=vllm.args,
+            env=dict(vllm.env),
+            start_deadline_s=vllm.start_deadline_s,
+            hang_deadline_s=vllm.hang_deadline_s,
+            prepare_deadline_s=handover.prepare_deadline_s,
+            sync_deadline_s=handover.sync_deadline_s,
+            commit_deadline_s=handover.commit_deadline_s,
+            max_rounds=handover.max_rounds,
+            remainder_slots=handover.remainder_slots,
+            slice_bytes=handover.slice_bytes,
+        )
 
 
 def _fake(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:

@@ -1,5 +1,6 @@
 """What is asked of a refactoring, what it would do and how it went: plain values, and their form on the admin API."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -7,24 +8,40 @@ from typing import Any, Protocol
 from engines.protocol import RefactorCheck, RefactorProgress
 from flexpiped.config_values import Auto
 from planner.layout import Pipeline
+from planner.memory import KvBudget, MemoryCheck
+
+
+class Way(Enum):
+    """How a layout is changed."""
+
+    IN_PLACE = "in place"  # layers and KV cache move within the engine
+    REPLICA = "replica"  # a second instance starts beside the first and takes over its requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is asked for: a number of stages, or the text of a layout file."""
+    """What is asked for: a number of stages, or the text of a layout file. ``replica``: by a second instance."""
 
     stages: int | Auto | None = None
     layout: str | None = None
+    replica: bool = False
 
 
 class TargetResolver(Protocol):
     """Turns what is asked for into a pipeline. Pure work, which may take a while: it is called in a thread."""
 
-    def resolve(self, wanted: Wanted, *, current: Pipeline) -> Pipeline:
+    def resolve(self, wanted: Wanted, *, current: Pipeline, resident: Sequence[tuple[str, ...]] = ()) -> Pipeline:
         """Return the pipeline to change to.
 
         Raises:
             PlannerError: Nothing fits, or the layout is malformed; the message is for people.
+        """
+
+    def check_second(self, *, current: Pipeline, target: Pipeline, kv: KvBudget) -> MemoryCheck:
+        """Say whether the devices can hold a second instance, with ``target``, beside the one with ``current``.
+
+        Raises:
+            InvalidLayout: ``target`` is not a layout of this model.
         """
 
 
@@ -35,6 +52,7 @@ class Proposal:
     current: Pipeline
     target: Pipeline
     check: RefactorCheck
+    way: Way = Way.IN_PLACE
 
     @property
     def changes_something(self) -> bool:
@@ -50,7 +68,8 @@ class Proposal:
 
     @property
     def stages_text(self) -> str:
-        return f"{self.current.granularity} -> {self.target.granularity} stages"
+        text = f"{self.current.granularity} -> {self.target.granularity} stages"
+        return text if self.way is Way.IN_PLACE else f"{text} by replica"
 
 
 class HandoverResult(Enum):
@@ -72,6 +91,7 @@ class HandoverRecord:
     duration_s: float
     layers_moved: int
     last: RefactorProgress | None  # None: it ended before its first report
+    way: Way = Way.IN_PLACE
 
 
 def pipeline_to_wire(pipeline: Pipeline) -> list[dict[str, Any]]:
@@ -87,6 +107,7 @@ def proposal_to_wire(proposal: Proposal) -> dict[str, Any]:
     return {
         "current": pipeline_to_wire(proposal.current),
         "target": pipeline_to_wire(proposal.target),
+        "way": proposal.way.value,
         "changes_something": proposal.changes_something,
         "feasible": proposal.check.feasible,
         "sentences": list(proposal.check.sentences),
@@ -117,6 +138,7 @@ def record_to_wire(record: HandoverRecord) -> dict[str, Any]:
     """Return the record of a refactoring that ended as JSON values."""
     return {
         "number": record.number,
+        "way": record.way.value,
         "stages_before": record.stages_before,
         "stages_after": record.stages_after,
         "result": record.result.value,

@@ -1,5 +1,6 @@
 """Log events that operators may rely on: one function each, with a stable event name and stable fields."""
 
+import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -36,6 +37,11 @@ def engine_failed(*, reason: str) -> None:
     _log.error("engine failed for good", reason=reason)
 
 
+def engine_log(*, engine: str, level: str, process: str, message: str) -> None:
+    """A line that an engine's process wrote. No event of ours: ``level`` and ``message`` are the engine's."""
+    _log.log(logging.getLevelNamesMapping()[level.upper()], message, engine=engine, process=process)
+
+
 def text_process_died(*, reason: str) -> None:
     _log.warning("text process died, starting it again", reason=reason)
 
@@ -54,6 +60,11 @@ def config_rejected(*, file: str, problems: Sequence[str]) -> None:
 
 def refactoring_started(*, number: int, stages: str) -> None:
     _log.info("refactoring started", number=number, stages=stages)
+
+
+def request_taken_over(*, request: str, tokens: int, route: str, reason: str) -> None:
+    """``route`` is how its KV cache should get to the second instance; carried out for now is recompute only."""
+    _log.debug("request taken over", request=request, tokens=tokens, route=route, reason=reason)
 
 
 def refactoring_ended(*, number: int, result: str, duration_s: float) -> None:

@@ -4,17 +4,19 @@
           |                    |                                    +--> aborted (rolled back, nothing lost)
           +--> NoFeasiblePlan  +--> RefactoringRefused              +--> failed  (the engine died)
 
+It is carried out by the engine in place, or where that cannot be by a second instance: a replica handover.
 Progress is published as events; whoever waits follows those.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+from engines.closing import closing
 from engines.errors import EngineError, RefactoringAborted, RefactoringBusy, RefactoringRefused
 from engines.protocol import Engine, RefactorCheck, RefactorProgress
 from flexpiped import log_events
@@ -25,14 +27,25 @@ from flexpiped.handover_records import (
     Proposal,
     TargetResolver,
     Wanted,
+    Way,
     progress_to_wire,
     proposal_to_wire,
     record_to_wire,
 )
+from flexpiped.replica_check import check_replica, why_replica
 from planner.handover import HandoverPhase
+from planner.layout import Pipeline
 
 HISTORY = 50
 UNCHANGED: Final = RefactorCheck(feasible=True, sentences=("this layout is in force already",))
+
+
+class ReplicaHandover(Protocol):
+    """A replica handover that has not begun; it reports and fails as ``Engine.refactor`` does."""
+
+    def run(self) -> AsyncIterator[RefactorProgress]: ...
+
+    async def cancel(self) -> bool: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +53,7 @@ class _Running:
     number: int
     proposal: Proposal
     started_s: float
+    cancel: Callable[[], Awaitable[bool]]
     last: RefactorProgress | None = None
 
     def describe(self, now_s: float) -> str:
@@ -61,6 +75,7 @@ class Refactorings:
 
     Args:
         engine, resolver: Those of now; they raise ``EngineError`` while there is none.
+        replica: Makes a replica handover to a pipeline; None where no second instance can be had.
     """
 
     def __init__(
@@ -69,12 +84,14 @@ class Refactorings:
         engine: Callable[[], Engine],
         resolver: Callable[[], TargetResolver],
         events: EventLog,
+        replica: Callable[[Pipeline], ReplicaHandover] | None = None,
         monotonic_clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
         self._resolver = resolver
         self._events = events
+        self._replica = replica
         self._monotonic_clock = monotonic_clock
         self._wall_clock = wall_clock
         self._number = 0
@@ -101,9 +118,17 @@ class Refactorings:
         """
         engine = self._engine()
         current = engine.pipeline
-        target = await asyncio.to_thread(self._resolver().resolve, wanted, current=current)
-        check = UNCHANGED if target == current else await engine.check_refactor(target)
-        return Proposal(current=current, target=target, check=check)
+        resolver = self._resolver()
+        resident = engine.capabilities.resident
+        target = await asyncio.to_thread(resolver.resolve, wanted, current=current, resident=resident)
+        if target == current:
+            return Proposal(current=current, target=target, check=UNCHANGED)
+        check = await engine.check_refactor(target)
+        why = why_replica(wanted, capabilities=engine.capabilities, check=check)
+        if why is None or self._replica is None:
+            return Proposal(current=current, target=target, check=check)
+        check = await check_replica(engine, target, resolver=resolver, check=check, why=why)
+        return Proposal(current=current, target=target, check=check, way=Way.REPLICA)
 
     async def start(self, wanted: Wanted) -> Started | Proposal:
         """Begin a refactoring, or return the proposal if the wanted layout is already in force.
@@ -130,34 +155,45 @@ class Refactorings:
 
     async def cancel(self) -> bool:
         """Roll back the refactoring under way; False when there is none or it is past its commit point."""
-        return self._running is not None and await self._engine().cancel_refactor()
+        return self._running is not None and await self._running.cancel()
 
     async def close(self) -> None:
         """Cancel what is under way and return when it has ended."""
         if self._task is not None and not self._task.done():
-            with suppress(EngineError):  # an engine that is gone has ended it already
-                await self._engine().cancel_refactor()
+            if self._running is not None:
+                with suppress(EngineError):  # an engine that is gone has ended it already
+                    await self._running.cancel()
             await self._task
 
     def _begin(self, proposal: Proposal) -> Started:
+        reports, cancel = self._ways(proposal)
         self._number += 1
-        running = _Running(number=self._number, proposal=proposal, started_s=self._monotonic_clock())
+        running = _Running(number=self._number, proposal=proposal, started_s=self._monotonic_clock(), cancel=cancel)
         self._running = running
         since = self._events.last_sequence
         self._publish(running, f"plan: {proposal.stages_text}", state="plan", **proposal_to_wire(proposal))
         log_events.refactoring_started(number=running.number, stages=proposal.stages_text)
-        self._task = asyncio.create_task(self._run(running), name=f"refactoring-{running.number}")
+        self._task = asyncio.create_task(self._run(running, reports), name=f"refactoring-{running.number}")
         return Started(number=running.number, proposal=proposal, since=since)
 
-    async def _run(self, running: _Running) -> None:
+    def _ways(self, proposal: Proposal) -> tuple[AsyncIterator[RefactorProgress], Callable[[], Awaitable[bool]]]:
+        """Return what carries the proposal out, and what cancels that."""
+        if proposal.way is Way.REPLICA and self._replica is not None:
+            replica = self._replica(proposal.target)
+            return replica.run(), replica.cancel
+        engine = self._engine()
+        return engine.refactor(proposal.target), engine.cancel_refactor
+
+    async def _run(self, running: _Running, reports: AsyncIterator[RefactorProgress]) -> None:
         result, message = HandoverResult.FAILED, "it ended without a last report"
         try:
-            async for progress in self._engine().refactor(running.proposal.target):
-                running.last = progress
-                message = progress.message
-                self._publish(running, message, state="progress", progress=progress_to_wire(progress))
-                if progress.phase is HandoverPhase.DONE:
-                    result = HandoverResult.DONE
+            async with closing(reports):
+                async for progress in reports:
+                    running.last = progress
+                    message = progress.message
+                    self._publish(running, message, state="progress", progress=progress_to_wire(progress))
+                    if progress.phase is HandoverPhase.DONE:
+                        result = HandoverResult.DONE
         except (RefactoringAborted, RefactoringRefused, RefactoringBusy) as error:
             result, message = HandoverResult.ABORTED, str(error)
         except EngineError as error:
@@ -176,6 +212,7 @@ class Refactorings:
             duration_s=self._monotonic_clock() - running.started_s,
             layers_moved=running.proposal.layers_moved,
             last=running.last,
+            way=running.proposal.way,
         )
         self._history.append(record)
         self._running = None

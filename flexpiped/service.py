@@ -18,10 +18,11 @@ from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
-from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files
+from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files, kv_cache_bytes
 from flexpiped.events import EventKind, EventLog
 from flexpiped.models import model_source, served_name
 from flexpiped.refactoring import Refactorings
+from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
 from flexpiped.settings import Settings
 from flexpiped.starting_app import starting_app
@@ -60,7 +61,9 @@ class Service:
         self.api_url = ""
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
         self._reason = "starting"
-        self._refactorings = Refactorings(engine=self._engine, resolver=self._planner, events=self.events)
+        self._refactorings = Refactorings(
+            engine=self._engine, resolver=self._planner, events=self.events, replica=self._replica
+        )
         self._supervisor: Supervisor | None = None
         self._resolver: PlannerResolver | None = None
         self._text: TextService | None = None
@@ -152,7 +155,7 @@ class Service:
         settings = self._settings
         self._progress("planning the layout")
         resolver = PlannerResolver(
-            graph=model.graph, devices=devices_of(settings), kv_cache_bytes=settings.engines.native.kv_cache_bytes
+            graph=model.graph, devices=devices_of(settings), kv_cache_bytes=kv_cache_bytes(settings)
         )
         pipeline = await asyncio.to_thread(resolver.first, settings.stages)
         supervisor = Supervisor(
@@ -201,6 +204,11 @@ class Service:
         if self._supervisor is None or self._supervisor.engine is None:
             raise EngineDied(f"no engine serves now: {self.health.reason}")
         return self._supervisor.engine
+
+    def _replica(self, target: Pipeline) -> ReplicaRunner:
+        if self._supervisor is None:
+            raise EngineDied(f"no engine serves now: {self.health.reason}")
+        return ReplicaRunner(self._supervisor, target, kv_bytes_per_token=self._planner().kv_bytes_per_token)
 
     def _planner(self) -> PlannerResolver:
         if self._resolver is None:

@@ -4,7 +4,7 @@ Each field is annotated with how its value is read. Its TOML key is its name, or
 unit in its name, while the file writes ``kv_cache = "64 MiB"``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -16,12 +16,14 @@ from flexpiped.config_values import (
     boolean,
     choice,
     integer,
+    named_texts,
     optional_path,
     optional_text,
     or_auto,
     seconds,
     size_bytes,
     text,
+    texts,
 )
 from topology.units import KIB, MIB
 
@@ -31,6 +33,7 @@ DEMO_MODEL: Final = "demo"
 
 class EngineKind(Enum):
     NATIVE = "native"
+    VLLM = "vllm"
     FAKE = "fake"  # no model: counts tokens, for trying the API and for tests
 
 
@@ -106,8 +109,27 @@ class NativeSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VllmSettings:
+    python: Annotated[Path | None, optional_path] = None
+    kv_cache_bytes: Annotated[int, size_bytes(64 * 1024), Named(word="kv_cache")] = 1024 * MIB
+    kv_block_tokens: Annotated[int, integer(1, 1024)] = 32
+    max_num_seqs: Annotated[int, integer(1)] = 64
+    max_num_batched_tokens: Annotated[int, integer(1)] = 2048
+    tensor_parallel: Annotated[int, integer(1, 64)] = 1
+    ranks: Annotated[int | Auto, or_auto(integer(1, 64))] = Auto.AUTO
+    compile: Annotated[bool, boolean] = False
+    threads: Annotated[int | Auto, or_auto(integer(1, 1024))] = Auto.AUTO
+    nice: Annotated[int, integer(0, 19)] = 10
+    start_deadline_s: Annotated[float, seconds] = 600.0
+    hang_deadline_s: Annotated[float, seconds] = 60.0
+    args: Annotated[tuple[str, ...], texts] = ()
+    env: Annotated[Mapping[str, str], named_texts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnginesSettings:
     native: NativeSettings = field(default_factory=NativeSettings)
+    vllm: VllmSettings = field(default_factory=VllmSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,8 +34,26 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Succeeded:
+    """A second instance has taken the place of the engine, which may have died meanwhile."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Died:
-    """The engine ended unasked, or one that was to replace it did not start."""
+    """The engine ended unasked, or one that was to replace it did not start.
+
+    ``has_successor``: a second instance is starting already, and replaces it when that is ready.
+    """
+
+    reason: str
+    has_successor: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuccessorLost:
+    """The engine has died, and the second instance that was to replace it will not."""
 
     reason: str
 
@@ -45,7 +63,7 @@ class CloseAsked:
     """The owner wants it to end."""
 
 
-Event = Started | Died | CloseAsked
+Event = Started | Succeeded | Died | SuccessorLost | CloseAsked
 INITIAL = Supervision(state=SupervisorState.STARTING, reason="the engine is starting")
 
 
@@ -60,18 +78,28 @@ def step(
                                                 v      +---
                                               FAILED
     any state ---close asked---> CLOSING
+
+    READY or RECOVERING ---a second instance succeeded---> READY
     """
     match event:
         case Started():
             return replace(old, state=SupervisorState.READY, reason="the engine serves"), None
-        case Died(reason=reason):
+        case Succeeded(epoch=epoch):
+            return replace(old, state=SupervisorState.READY, reason=f"the second instance serves, epoch {epoch}"), None
+        case SuccessorLost(reason=lost):
+            reason = f"the second instance does not take over ({lost}); the engine is started again; requests wait"
+            return replace(old, reason=reason), None
+        case Died(reason=reason, has_successor=has_successor):
             deaths_s = (*old.deaths_s[-policy.max_deaths :], now_s)
             counted = replace(old, deaths_s=deaths_s, deaths_total=old.deaths_total + 1)
             decision = after_death(deaths_s, policy=policy)
             if isinstance(decision, GiveUp):
                 reason = f"the engine {decision.reason}, at last: {reason}"
                 return replace(counted, state=SupervisorState.FAILED, reason=reason), decision
-            reason = f"the engine died ({reason}) and is started again in {decision.after_s:g} s; requests wait"
+            next_step = f"and is started again in {decision.after_s:g} s"
+            if has_successor:
+                next_step = "while a second instance is starting, which takes over"
+            reason = f"the engine died ({reason}) {next_step}; requests wait"
             return replace(counted, state=SupervisorState.RECOVERING, reason=reason), decision
         case CloseAsked():
             return replace(old, state=SupervisorState.CLOSING, reason="the daemon is shutting down"), None
@@ -99,4 +127,14 @@ def finish_of(
     num_tokens = len(request.prompt_token_ids) + len(generated)
     if len(generated) >= request.sampling.max_tokens or num_tokens >= capabilities.max_model_len:
         return FinishReason.LENGTH
+    return None
+
+
+def loss_of(first: EngineCapabilities, second: EngineCapabilities) -> str | None:
+    """Say why a second instance could not go on with the requests of the first; None when it could."""
+    if second.max_model_len < first.max_model_len:
+        lengths = f"{second.max_model_len} tokens, the first {first.max_model_len}"
+        return f"the second instance has a context of {lengths}: longer requests could not go on"
+    if (second.vocab_size, second.eos_token_ids) != (first.vocab_size, first.eos_token_ids):
+        return "the second instance has another vocabulary than the first"
     return None

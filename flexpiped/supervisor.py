@@ -1,15 +1,19 @@
-"""Owns the engine: starts it, starts it again when it dies, and carries requests over token-exactly."""
+"""Owns the engine: starts it, starts it again when it dies, and carries requests over token-exactly.
+
+During a replica handover it owns two. One is in force at any time and gets the requests: the first, until
+``switch_over`` puts the second in its place. ``flexpiped.replica_handover`` says when.
+"""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from engines.closing import closing
-from engines.errors import EngineClosed, EngineDied, EngineError
+from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from engines.restarts import Restart, RestartPolicy
+from flexpiped.flight import Flights, TakenOff
 from flexpiped.supervision import (
     FRUITLESS_DEATHS,
     INITIAL,
@@ -17,9 +21,12 @@ from flexpiped.supervision import (
     Died,
     Event,
     Started,
+    Succeeded,
+    SuccessorLost,
     Supervision,
     SupervisorState,
     finish_of,
+    loss_of,
     step,
 )
 from planner.layout import Pipeline
@@ -27,12 +34,16 @@ from planner.layout import Pipeline
 EngineFactory = Callable[[Pipeline, int], Engine]  # not started yet; called per start with pipeline and epoch
 
 
-def _ignore_change(_supervision: Supervision) -> None:
+def _ignore(_news: object) -> None:
     pass
 
 
-def _ignore_progress(_message: str) -> None:
-    pass
+@dataclass(frozen=True, slots=True)
+class _Succession:
+    """A second instance that is not in force, and the word whether it came to be: an engine that dies waits for it."""
+
+    second: Engine
+    came_about: "asyncio.Future[bool]"
 
 
 class Supervisor:
@@ -53,8 +64,8 @@ class Supervisor:
         policy: RestartPolicy = RestartPolicy(),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-        on_change: Callable[[Supervision], None] = _ignore_change,
-        on_progress: Callable[[str], None] = _ignore_progress,
+        on_change: Callable[[Supervision], None] = _ignore,
+        on_progress: Callable[[str], None] = _ignore,
     ) -> None:
         self._factory = factory
         self._pipeline = pipeline
@@ -69,6 +80,9 @@ class Supervisor:
         self._engine: Engine | None = None  # None while there is none that serves
         self._capabilities: EngineCapabilities | None = None
         self._watching: asyncio.Task[None] | None = None
+        self.flights = Flights()
+        self._succession: _Succession | None = None
+        self._ending: list[Engine] = []  # not in force any more
 
     @property
     def supervision(self) -> Supervision:
@@ -89,6 +103,11 @@ class Supervisor:
         """The pipeline in force, or while there is no engine the one to start with."""
         return self._pipeline if self._engine is None else self._engine.pipeline
 
+    @property
+    def epoch(self) -> int:
+        """Number of the layout in force."""
+        return self._epoch if self._engine is None else self._engine.epoch
+
     async def start(self) -> None:
         """Return when the engine serves. A first start that fails is not tried again.
 
@@ -105,15 +124,17 @@ class Supervisor:
         self._watching = asyncio.create_task(self._watch(engine), name="supervisor")
 
     async def close(self) -> None:
-        """End the engine; requests in flight end with ``EngineClosed``. Idempotent."""
+        """End all engines; requests in flight end with ``EngineClosed``. Idempotent."""
         self._apply(CloseAsked())
         if self._watching is not None:
             self._watching.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watching
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
-            await engine.close()
+        await self.discard_second("the daemon is shutting down")
+        engine, self._engine = self._engine, None
+        for each in (engine, *self._ending):
+            if each is not None:
+                await each.close()
 
     async def ready_engine(self, *, other_than: Engine | None = None) -> Engine:
         """Return the engine that serves, waiting for it where need be.
@@ -144,25 +165,88 @@ class Supervisor:
         generated = list(request.generated_token_ids)
         engine: Engine | None = None
         fruitless_deaths = 0
-        while fruitless_deaths < FRUITLESS_DEATHS:
-            engine = await self.ready_engine(other_than=engine)
-            finish = finish_of(request, generated, engine.capabilities)
-            if finish is not None:
-                yield TokenChunk(token_ids=(), finish_reason=finish)
-                return
-            resumed = replace(request, generated_token_ids=tuple(generated))
-            try:
-                async with closing(engine.generate(resumed)) as chunks:
-                    async for chunk in chunks:
+        with self.flights.begin(request.request_id) as flight:
+            while fruitless_deaths < FRUITLESS_DEATHS:
+                engine = await self.ready_engine(other_than=engine)
+                finish = finish_of(request, generated, engine.capabilities)
+                if finish is not None:
+                    yield TokenChunk(token_ids=(), finish_reason=finish)
+                    return
+                flight.board(engine, replace(request, generated_token_ids=tuple(generated)))
+                try:
+                    while True:
+                        chunk = await flight.next_chunk()
                         generated.extend(chunk.token_ids)
                         fruitless_deaths = 0
                         yield chunk
                         if chunk.finish_reason is not None:
                             return
-                raise EngineError("the engine ended a request without a reason")
-            except EngineDied:
-                fruitless_deaths += 1
+                except EngineDied:
+                    fruitless_deaths += 1
+                except TakenOff:
+                    pass
+                finally:
+                    await flight.leave()
         raise EngineDied(f"the engine died {fruitless_deaths} times in a row over this request")
+
+    # --- a second instance ---
+
+    async def start_second(self, pipeline: Pipeline, *, on_progress: Callable[[str], None]) -> None:
+        """Start a second instance beside the engine. It gets no request before ``switch_over``.
+
+        Raises:
+            EngineError: It did not start, or could not go on with the requests of the first.
+        """
+        if self._engine is None or self._capabilities is None:
+            raise EngineDied(f"no engine serves now: {self._supervision.reason}")
+        assert self._succession is None, "one at a time"
+        second = self._factory(pipeline, self._engine.epoch + 1)
+        self._succession = _Succession(second, asyncio.get_running_loop().create_future())
+        await second.start(on_progress=on_progress)
+        loss = loss_of(self._capabilities, second.capabilities)
+        if loss is not None:
+            raise EngineStartFailed(loss)
+
+    def switch_over(self) -> Engine | None:
+        """Put the second instance in force, at once. Return the first, None when it has died meanwhile.
+
+        Raises:
+            EngineError: There is nothing to take over any more.
+        """
+        succession, first = self._succession, self._engine
+        if self._supervision.state not in (SupervisorState.READY, SupervisorState.RECOVERING):
+            raise EngineDied(self._supervision.reason)
+        assert succession is not None, "start_second comes first"
+        second, self._succession = succession.second, None
+        self._engine, self._capabilities = second, second.capabilities
+        if first is None:  # `_watch` waits for this word
+            succession.came_about.set_result(True)
+        elif self._watching is not None:
+            self._watching.cancel()  # it waits for the death of the first, and does nothing else
+            self._watching = asyncio.create_task(self._watch(second), name="supervisor")
+            self._ending.append(first)
+        self._apply(Succeeded(epoch=second.epoch))
+        return first
+
+    async def discard_second(self, reason: str) -> None:
+        """End the second instance before ``switch_over``, however far it got; the first is as it was. Idempotent."""
+        succession, self._succession = self._succession, None
+        if succession is None:
+            return
+        try:
+            await succession.second.close()  # before the first is started again: they may share devices
+        finally:
+            if self._supervision.state is SupervisorState.RECOVERING:
+                self._apply(SuccessorLost(reason=reason))
+            succession.came_about.set_result(False)
+
+    async def end_first(self, first: Engine) -> None:
+        """Close an engine that ``switch_over`` has replaced. Idempotent."""
+        await first.close()
+        if first in self._ending:
+            self._ending.remove(first)
+
+    # --- inside ---
 
     def _apply(self, event: Event) -> Restart | None:
         self._supervision, decision = step(self._supervision, event, now_s=self._clock(), policy=self._policy)
@@ -181,16 +265,21 @@ class Supervisor:
         while True:
             reason = await engine.died()
             self._pipeline, self._epoch = engine.pipeline, engine.epoch
-            self._engine = None
-            restart = self._apply(Died(reason=reason))
+            self._engine, succession = None, self._succession
+            restart = self._apply(Died(reason=reason, has_successor=succession is not None))
             await engine.close()
-            replacement = await self._replacement(restart)
+            replacement = await self._replacement(restart, succession)
             if replacement is None:
                 return
             engine = replacement
 
-    async def _replacement(self, restart: Restart | None) -> Engine | None:
-        """Start another engine with the pipeline in force before the death; None when it was given up."""
+    async def _replacement(self, restart: Restart | None, succession: _Succession | None) -> Engine | None:
+        """Return the second instance that takes over, or start an engine with the pipeline in force before the death.
+
+        None: it was given up.
+        """
+        if restart is not None and succession is not None and await asyncio.shield(succession.came_about):
+            return succession.second
         while restart is not None:
             await self._sleep(restart.after_s)
             engine = self._factory(self._pipeline, self._epoch)

@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--stages", metavar="N", type=_stages, help='number of stages, or "auto"')
     what.add_argument("--layout", metavar="FILE", help="layout file: cuts and devices of every stage")
     what.add_argument("--cancel", action="store_true", help="roll back the refactoring under way")
+    change.add_argument(
+        "--replica", action="store_true", help="by a second instance that takes over, even where it could be in place"
+    )
     change.add_argument("--dry-run", action="store_true", help="say what would move and whether it fits; move nothing")
     change.add_argument("--wait", action="store_true", help="show the progress and return when it is done")
 

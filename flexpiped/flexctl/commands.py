@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, NotReachable, Refused
-from flexpiped.flexctl.rebalance_lines import View, advance, current_line, end_line, need_lines, plan_line
+from flexpiped.flexctl.rebalance_lines import (
+    View,
+    advance,
+    current_line,
+    end_line,
+    is_by_replica,
+    need_lines,
+    plan_line,
+)
 from flexpiped.flexctl.status_lines import status_lines
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import Colour, Paint
@@ -81,7 +89,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def _body(options: Namespace) -> dict[str, Any]:
-    body: dict[str, Any] = {"dry_run": options.dry_run, "wait": options.wait}
+    body: dict[str, Any] = {"replica": options.replica, "dry_run": options.dry_run, "wait": options.wait}
     if options.layout is None:
         return body | {"stages": options.stages}
     try:
@@ -131,6 +139,7 @@ def _show(fields: dict[str, Any], view: View, screen: Screen) -> View:
     match fields["state"]:
         case "plan":
             screen.write([plan_line(fields)])
+            view = View(by_replica=is_by_replica(fields))
         case "progress":
             view, lines = advance(view, fields["progress"])
             screen.write(lines)

@@ -17,24 +17,46 @@ class View:
     phase: str | None = None
     began_s: float = 0.0
     last: Json = field(default_factory=dict)
+    by_replica: bool = False
 
 
 def advance(view: View, progress: Json) -> tuple[View, list[str]]:
     """Take one report. Return the next view and the lines of phases that are over.
 
     Counters are cumulative over the refactoring, so the line of a phase that is over is written from the report that
-    ended it.
+    ended it. A replica handover is told in words: the last that a phase had, but for sync the number that ended it.
     """
     phase = progress["phase"]
     if phase == view.phase:
         return replace(view, last=progress), []
-    done = [] if view.phase is None else [phase_line(view.phase, progress, began_s=view.began_s)]
-    return View(phase=phase, began_s=progress["elapsed_s"], last=progress), [line for line in done if line]
+    told_itself = view.by_replica and view.phase not in (None, "sync")
+    ended = {**progress, "message": view.last["message"]} if told_itself else progress
+    done = "" if view.phase is None else _line_of(view, ended)
+    return replace(view, phase=phase, began_s=progress["elapsed_s"], last=progress), [done] if done else []
 
 
 def current_line(view: View) -> str:
     """Return the line of the phase under way; empty when there is nothing to show."""
-    return "" if view.phase is None else phase_line(view.phase, view.last, began_s=view.began_s)
+    return "" if view.phase is None else _line_of(view, view.last)
+
+
+def _line_of(view: View, progress: Json) -> str:
+    write = replica_line if view.by_replica else phase_line
+    return "" if view.phase is None else write(view.phase, progress, began_s=view.began_s)
+
+
+def replica_line(phase: str, progress: Json, *, began_s: float) -> str:
+    """Return the line of one phase of a replica handover: nothing moves, so it has no bytes and no rounds."""
+    took = format_duration(max(0.0, progress["elapsed_s"] - began_s))
+    match phase:
+        case "prepare" | "sync" | "retire":
+            return _line(phase, progress["message"], took)
+        case "commit":
+            return _line(phase, f"the second instance is in force, epoch {progress['epoch']}")
+        case "roll back":
+            return _line(phase, progress["message"])
+        case _:
+            return ""
 
 
 def phase_line(phase: str, progress: Json, *, began_s: float) -> str:
@@ -59,8 +81,15 @@ def phase_line(phase: str, progress: Json, *, began_s: float) -> str:
 def plan_line(proposal: Json) -> str:
     """Return what will move, in the engine's words."""
     before, after = len(proposal["current"]), plural(len(proposal["target"]), "stage")
+    if is_by_replica(proposal):
+        after += " by replica"
     moves = ", ".join(proposal["moves"]) or "nothing moves"
     return _line("plan", f"{before} -> {after}: {moves}")
+
+
+def is_by_replica(answer: Json) -> bool:
+    """Whether a proposal or record is of a replica handover."""
+    return answer.get("way") == "replica"
 
 
 def need_lines(proposal: Json) -> list[str]:

@@ -119,7 +119,11 @@ def handover_facts(record: Mapping[str, Any]) -> list[str]:
     """Return what a finished handover moved and what it cost, as far as the engine reported it."""
     facts = [plural(record["layers_moved"], "layer")]
     progress = record["progress"]
-    if progress is not None:
+    if record.get("way") == "replica":
+        facts = ["by replica"]
+        if progress is not None:
+            facts.append(f"{plural(progress['requests_live'], 'request')} went on")
+    elif progress is not None:
         facts.append(f"{format_bytes(progress['weights_bytes'])} weights")
         rounds = len(progress["kv_round_bytes"])
         facts.append(f"{format_bytes(progress['kv_bytes'])} KV in {plural(rounds, 'round')}")

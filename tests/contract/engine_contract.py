@@ -127,6 +127,8 @@ class EngineContract:
     @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
     @pytest.mark.parametrize("already", [1, 5, 23])
     async def test_resuming_gives_the_same_continuation(self, engine: Engine, temperature: float, already: int) -> None:
+        if temperature and not engine.capabilities.resumes_seeded:
+            pytest.skip(f"{engine.capabilities.name} carries no state of a sampler: a seeded draw goes on differently")
         request = request_of(temperature=temperature, seed=42)
         whole = await tokens_of(engine, request)
         chunks = await chunks_of(engine, replace(request, generated_token_ids=whole[:already]))
@@ -195,6 +197,14 @@ class EngineContract:
         with pytest.raises(InvalidRequest) as caught:
             await chunks_of(engine, request)
         assert caught.value.parameter == parameter
+        await assert_idle(engine)
+
+    async def test_an_unknown_parameter_of_the_engine_is_refused_by_name(self, engine: Engine) -> None:
+        request = request_of()
+        with_more = replace(request, sampling=replace(request.sampling, engine_params={"no_such": 1}))
+        with pytest.raises(InvalidRequest, match="no_such") as caught:
+            await chunks_of(engine, with_more)
+        assert caught.value.parameter == "no_such"
         await assert_idle(engine)
 
     # What it says of itself.

@@ -1,17 +1,23 @@
 """An admin API on a real Unix socket, with the fake engine behind it."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.errors import EngineDied
 from engines.fake import FakeEngine
+from engines.protocol import Engine
 from flexpiped.admin import admin_app
 from flexpiped.events import EventLog
 from flexpiped.refactoring import Refactorings
+from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.servers import serving_admin
 from flexpiped.status import DaemonStatus, Health, Identity, Latencies, Percentiles, ServiceState
+from flexpiped.supervisor import Supervisor
 from tests.support.layouts import EvenResolver, even_pipeline
+from topology.units import MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +35,78 @@ async def admin_stand(folder: Path, *, stages: int = 2) -> AsyncIterator[AdminSt
     await engine.start(on_progress=lambda _: None)
     events = EventLog()
     refactorings = Refactorings(engine=lambda: engine, resolver=EvenResolver, events=events)
+    async with _served(folder, lambda: engine, events=events, refactorings=refactorings):
+        yield AdminStand(socket=folder / "admin.sock", engine=engine, events=events, refactorings=refactorings)
+    await engine.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStand:
+    socket: Path
+    supervisor: Supervisor
+    events: EventLog
+    refactorings: Refactorings
+    may_start: asyncio.Event  # what a second instance waits for
+
+    @property
+    def engine(self) -> Engine:
+        """The one in force."""
+        if self.supervisor.engine is None:
+            raise EngineDied(self.supervisor.supervision.reason)
+        return self.supervisor.engine
+
+
+@asynccontextmanager
+async def replica_stand(
+    folder: Path, *, stages: int = 2, resident_ranks: int = 2, memory_bytes: int = 64 * MIB
+) -> AsyncIterator[ReplicaStand]:
+    """Serve the admin API of a supervised fake engine that has only ``resident_ranks`` ranks."""
+    may_start = asyncio.Event()
+    may_start.set()
+
+    class Gated(FakeEngine):
+        async def start(self, *, on_progress: Callable[[str], None]) -> None:
+            on_progress("waiting for the gate")
+            await may_start.wait()
+            await super().start(on_progress=on_progress)
+
+    supervisor = Supervisor(
+        factory=lambda pipeline, epoch: Gated(pipeline=pipeline, epoch=epoch, resident_ranks=resident_ranks),
+        pipeline=even_pipeline(stages),
+    )
+    await supervisor.start()
+    events = EventLog()
+    refactorings = Refactorings(
+        engine=lambda: stand.engine,
+        resolver=lambda: EvenResolver(memory_bytes=memory_bytes),
+        events=events,
+        replica=lambda target: ReplicaRunner(supervisor, target),
+    )
+    stand = ReplicaStand(
+        socket=folder / "admin.sock",
+        supervisor=supervisor,
+        events=events,
+        refactorings=refactorings,
+        may_start=may_start,
+    )
+    async with _served(folder, lambda: stand.engine, events=events, refactorings=refactorings):
+        yield stand
+    await supervisor.close()
+
+
+@asynccontextmanager
+async def _served(
+    folder: Path, engine: Callable[[], Engine], *, events: EventLog, refactorings: Refactorings
+) -> AsyncIterator[None]:
     status = DaemonStatus(
         identity=Identity(model_name="demo", model_path="/srv/demo", engine="fake", api_url="http://127.0.0.1:1/v1"),
         health=lambda: Health(state=ServiceState.READY),
-        engine=lambda: engine,
+        engine=engine,
         refactorings=refactorings,
         latencies=lambda: Latencies(ttft=Percentiles(p50_s=0.02, p99_s=0.05), tpot=None),
     )
     app = admin_app(status=status, refactorings=refactorings, events=events)
     async with serving_admin(app, folder / "admin.sock"):
-        yield AdminStand(socket=folder / "admin.sock", engine=engine, events=events, refactorings=refactorings)
+        yield
         events.close()
         await refactorings.close()
-    await engine.close()

@@ -3,6 +3,10 @@
 from flexpiped.handover_records import Wanted
 from planner.errors import InvalidLayout, NoFeasiblePlan
 from planner.layout import Pipeline, pipeline_of
+from planner.memory import KvBudget, MemoryCheck, check_memory
+from tests.support.graphs import weighted_graph
+from topology.device import cpu_devices
+from topology.units import MIB
 
 NUM_DECODERS = 8
 
@@ -16,10 +20,24 @@ def even_pipeline(stages: int, *, num_decoders: int = NUM_DECODERS) -> Pipeline:
 class EvenResolver:
     """Resolves a number of stages to even cuts; ``auto`` to one stage; a layout is the number of its stages in text."""
 
-    def resolve(self, wanted: Wanted, *, current: Pipeline) -> Pipeline:
+    def __init__(self, *, memory_bytes: int = 64 * MIB) -> None:
+        self.memory_bytes = memory_bytes
+
+    def resolve(self, wanted: Wanted, *, current: Pipeline, resident: object = ()) -> Pipeline:  # noqa: ARG002
         if wanted.layout is not None and not wanted.layout.isdecimal():
             raise InvalidLayout("a layout of this test is a number")
         stages = wanted.stages if isinstance(wanted.stages, int) else int(wanted.layout or 1)
         if stages > current.num_decoders:
             raise NoFeasiblePlan(f"the model has {current.num_decoders} decoder layers, so at most as many stages")
         return even_pipeline(stages, num_decoders=current.num_decoders)
+
+    def check_second(self, *, current: Pipeline, target: Pipeline, kv: KvBudget) -> MemoryCheck:
+        """Check 8 devices of ``memory_bytes`` with decoders of 1 MiB, with 1 byte of KV cache per token."""
+        return check_memory(
+            graph=weighted_graph([MIB] * current.num_decoders),
+            current=current,
+            target=target,
+            devices=cpu_devices(count=8, memory_bytes=self.memory_bytes),
+            kv=kv,
+            second_instance=True,
+        )

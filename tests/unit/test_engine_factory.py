@@ -8,13 +8,24 @@ import pytest
 from engines.errors import UnsupportedByEngine
 from engines.fake import FakeEngine
 from engines.native.adapter import NativeEngine
+from engines.vllm.adapter import VllmEngine
 from flexpiped.config_values import Auto
-from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files
+from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files, kv_cache_bytes
 from flexpiped.handover_records import Wanted
 from flexpiped.models import demo_model_places, for_people, model_source, served_name
-from flexpiped.settings import DeviceSettings, EngineKind, EnginesSettings, NativeSettings, Settings
+from flexpiped.settings import (
+    DeviceSettings,
+    DType,
+    EngineKind,
+    EnginesSettings,
+    NativeSettings,
+    Settings,
+    VllmSettings,
+)
 from flexpiped.target_resolver import PlannerResolver
 from planner.errors import InvalidLayout, NoFeasiblePlan
+from planner.layout import Pipeline, Stage, pipeline_of
+from planner.memory import KvBudget
 
 DEFAULTS = Settings()
 
@@ -52,6 +63,52 @@ def test_code_of_models_is_refused() -> None:
         find_files(replace(DEFAULTS, trust_remote_code=True), source=model_source(DEFAULTS))
 
 
+def test_vllm_may_run_the_code_of_models_and_knows_more_of_them(tmp_path: Path) -> None:
+    vllm = replace(DEFAULTS, engine=EngineKind.VLLM, trust_remote_code=True)
+    assert find_files(vllm, source=model_source(vllm)).graph.num_decoders == 8
+    demo = Path(model_source(DEFAULTS))
+    (tmp_path / "model.safetensors").symlink_to(demo / "model.safetensors")
+    (tmp_path / "config.json").write_text((demo / "config.json").read_text().replace('"llama"', '"novel"'))
+    graph = find_files(vllm, source=str(tmp_path)).graph
+    assert (graph.model_type, graph.num_decoders) == ("novel", 8)
+    with pytest.raises(UnsupportedByEngine, match="novel"):
+        find_files(DEFAULTS, source=str(tmp_path))
+
+
+def vllm_settings(**values: object) -> Settings:
+    return replace(DEFAULTS, engine=EngineKind.VLLM, engines=EnginesSettings(vllm=VllmSettings(**values)))  # type: ignore[arg-type]
+
+
+def test_ranks_of_vllm_stay_over_restarts_and_follow_a_layout_they_cannot_run(model: Model) -> None:
+    factory = engine_factory(vllm_settings(ranks=3), model)
+    first = factory(pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[4], num_decoders=8), 0)
+    assert first.options.device_ids == ("cpu:0", "cpu:2", "cpu:1")
+    drained = pipeline_of(device_ids=["cpu:0", "cpu:2", "cpu:1"], cuts=[7, 8], num_decoders=8)
+    assert factory(drained, 4).options.device_ids == first.options.device_ids
+    more = pipeline_of(device_ids=["cpu:0", "cpu:1", "cpu:2", "cpu:3"], cuts=[2, 4, 6], num_decoders=8)
+    assert factory(more, 5).options.device_ids == ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
+
+
+def test_tensor_parallel_stages_take_groups_of_devices(model: Model) -> None:
+    factory = engine_factory(vllm_settings(tensor_parallel=2), model)
+    engine = factory(pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[4], num_decoders=8), 0)
+    assert [stage.device_ids for stage in engine.pipeline.stages] == [("cpu:0", "cpu:1"), ("cpu:2", "cpu:3")]
+    with pytest.raises(UnsupportedByEngine, match=r"tensor_parallel: 2 stages of 16"):
+        engine_factory(vllm_settings(tensor_parallel=16), model)(engine.pipeline, 0)
+
+
+def test_what_vllm_is_told(model: Model) -> None:
+    settings = vllm_settings(kv_cache_bytes=1 << 20, nice=3, args=("--seed", "1"), env={"A": "b"})
+    assert kv_cache_bytes(settings) == 1 << 20
+    assert kv_cache_bytes(DEFAULTS) == DEFAULTS.engines.native.kv_cache_bytes
+    factory = engine_factory(replace(settings, dtype=DType.FLOAT32, max_model_len=99, hf_token_file=Path("/t")), model)
+    engine = factory(pipeline_of(device_ids=["cpu:0"], cuts=[], num_decoders=8), 0)
+    options = engine.options
+    assert (options.dtype, options.max_model_len, options.hf_token_file) == ("float32", 99, "/t")
+    assert (options.args, options.env, options.nice, options.num_decoders) == (("--seed", "1"), {"A": "b"}, 3, 8)
+    assert options.kv_bytes_per_token == model.graph.decoders[0].kv_bytes_per_token
+
+
 def test_a_model_that_is_not_supported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedByEngine, match=r"config\.json"):
         find_files(DEFAULTS, source=str(tmp_path))
@@ -67,6 +124,9 @@ def test_each_engine_is_made_for_a_pipeline(model: Model, resolver: PlannerResol
     assert isinstance(fake, FakeEngine)
     assert native.pipeline == fake.pipeline == pipeline
     assert native.epoch == fake.epoch == 3
+    vllm = engine_factory(replace(DEFAULTS, engine=EngineKind.VLLM), model)(pipeline, 3)
+    assert isinstance(vllm, VllmEngine)
+    assert (vllm.pipeline, vllm.epoch) == (pipeline, 3)
     assert (fake.capabilities.vocab_size, fake.capabilities.max_stages) == (model.graph.vocab_size, 8)
 
 
@@ -100,3 +160,36 @@ def test_what_cannot_be_is_refused_in_words(resolver: PlannerResolver) -> None:
         resolver.resolve(Wanted(stages=12), current=current)
     with pytest.raises(InvalidLayout, match="not valid JSON"):
         resolver.resolve(Wanted(layout="two"), current=current)
+
+
+def test_a_second_instance_needs_room_beside_the_first(resolver: PlannerResolver) -> None:
+    kv = KvBudget(block_tokens=16, capacity_blocks=1024)
+    check = resolver.check_second(current=resolver.first(2), target=resolver.first(2), kv=kv)
+    assert check.fits
+    assert [device.needed_bytes for device in check.devices] == [device.held_bytes for device in check.devices]
+
+
+RANKS = (("cpu:0",), ("cpu:1",), ("cpu:2",), ("cpu:3",))
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_resident_ranks_are_planned_on_with_both_ends(resolver: PlannerResolver, stages: int) -> None:
+    current = pipeline_of(device_ids=[group[0] for group in RANKS], cuts=[2, 4, 6], num_decoders=8)
+    target = resolver.resolve(Wanted(stages=stages), current=current, resident=RANKS)
+    assert (target.granularity, target.device_ids[0], target.device_ids[-1]) == (stages, "cpu:0", "cpu:3")
+
+
+def test_more_stages_than_ranks_are_planned_for_another_instance(resolver: PlannerResolver) -> None:
+    current = pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[4], num_decoders=8)
+    assert resolver.resolve(Wanted(stages=8), current=current, resident=RANKS[:2]).granularity == 8
+    assert resolver.resolve(Wanted(stages=1), current=current, resident=RANKS[:2]).granularity == 1
+
+
+def test_ranks_of_two_devices_stay_together(resolver: PlannerResolver) -> None:
+    groups = (("cpu:0", "cpu:1"), ("cpu:2", "cpu:3"), ("cpu:4", "cpu:5"))
+    stages = tuple(
+        Stage(device_ids=group, first_decoder=first, end_decoder=end)
+        for group, first, end in zip(groups, (0, 3, 6), (3, 6, 8), strict=True)
+    )
+    target = resolver.resolve(Wanted(stages=2), current=Pipeline(stages=stages), resident=groups)
+    assert [stage.device_ids for stage in target.stages] == [groups[0], groups[2]]

@@ -17,6 +17,8 @@ from flexpiped.supervision import (
     CloseAsked,
     Died,
     Started,
+    Succeeded,
+    SuccessorLost,
     Supervision,
     SupervisorState,
     finish_of,
@@ -120,6 +122,24 @@ def test_a_death_then_recovery_then_the_end() -> None:
     assert (failed.state, failed.deaths_total) == (SupervisorState.FAILED, 3)
     closing_state, _decision = step(failed, CloseAsked(), now_s=4.0, policy=POLICY)
     assert closing_state.state is SupervisorState.CLOSING
+
+
+def test_a_second_instance_takes_the_place_of_one_that_serves_or_has_died() -> None:
+    ready, _ = step(INITIAL, Started(), now_s=0.0, policy=POLICY)
+    succeeded, decision = step(ready, Succeeded(epoch=4), now_s=1.0, policy=POLICY)
+    assert (succeeded.state, decision) == (SupervisorState.READY, None)
+    assert succeeded.reason == "the second instance serves, epoch 4"
+    died, decision = step(ready, Died(reason="killed", has_successor=True), now_s=1.0, policy=POLICY)
+    assert (died.state, decision) == (SupervisorState.RECOVERING, Restart(after_s=1.0))
+    assert (
+        died.reason == "the engine died (killed) while a second instance is starting, which takes over; requests wait"
+    )
+    assert step(died, Succeeded(epoch=1), now_s=2.0, policy=POLICY)[0].state is SupervisorState.READY
+    lost, decision = step(died, SuccessorLost(reason="no memory"), now_s=2.0, policy=POLICY)
+    assert (lost.state, lost.deaths_total, decision) == (SupervisorState.RECOVERING, 1, None)
+    assert lost.reason == (
+        "the second instance does not take over (no memory); the engine is started again; requests wait"
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,3 +94,34 @@ def test_the_plan_has_moves_and_numbers() -> None:
 def test_the_end() -> None:
     assert end_line(RECORD) == "done in 0.11 s, 8 requests went on"
     assert end_line(RECORD | {"result": "failed", "message": "the engine died"}) == "failed: the engine died"
+
+
+def test_a_replica_handover_is_told_in_words() -> None:
+    reports = [
+        NOTHING | {"phase": phase, "message": message, "elapsed_s": elapsed_s, "epoch": 8}
+        for phase, message, elapsed_s in [
+            ("prepare", "second instance: loading weights", 0.0),
+            ("prepare", "second instance: ready", 2.4),
+            ("sync", "0 of 8 requests taken over", 2.4),
+            ("sync", "7 of 8 requests taken over", 2.8),
+            ("commit", "8 of 8 requests taken over", 2.9),
+            ("retire", "the second instance serves, the first one ends", 2.9),
+            ("done", "done", 3.3),
+        ]
+    ]
+    view, written, live = View(by_replica=True), list[str](), list[str]()
+    for report in reports:
+        view, lines = advance(view, report)
+        written += lines
+        live.append(current_line(view))
+
+    assert written == [
+        "prepare  second instance: ready   2.4 s",
+        "sync     8 of 8 requests taken over   0.50 s",
+        "commit   the second instance is in force, epoch 8",
+        "retire   the second instance serves, the first one ends   0.40 s",
+    ]
+    assert live[3] == "sync     7 of 8 requests taken over   0.40 s"
+    assert plan_line({"current": [{}], "target": [{}] * 2, "moves": ["by a second instance"], "way": "replica"}) == (
+        "plan     1 -> 2 stages by replica: by a second instance"
+    )

@@ -107,6 +107,12 @@ def test_missing_values_say_why() -> None:
     assert lines[1] == "  8 running   0 waiting   tok/s not measured yet   TTFT and TPOT: no request yet"
 
 
+def test_a_replica_handover_moved_no_layer() -> None:
+    lines = status_lines(SERVING | {"last_handover": RECORD | {"way": "replica"}}, now_unix_s=1_000.0)
+
+    assert "handover #12   4 -> 2 stages, 0 s ago: by replica, 8 requests went on" in lines
+
+
 def test_an_aborted_handover_says_why() -> None:
     aborted = RECORD | {"result": "aborted", "message": "cancelled before commit"}
 

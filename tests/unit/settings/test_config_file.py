@@ -94,7 +94,7 @@ sync_deadline_s = -1
 
     assert problems(document) == [
         'my.toml:2: stages must be "auto" or a whole number of at least 1, not 0',
-        'my.toml:3: engine must be "native" or "fake", not "nativ"',
+        'my.toml:3: engine must be "native" or "vllm" or "fake", not "nativ"',
         'my.toml:4: dtype must be "auto" or "float32" or "bfloat16" or "float16", not 32',
         'my.toml:5: trust_remote_code must be true or false, not "yes"',
         'my.toml:6: model must be a string that is not empty, not ""',
@@ -115,6 +115,12 @@ sync_deadline_s = -1
         ("[stages]\ncount = 1", 'my.toml:1: stages must be "auto" or a whole number of at least 1, not a table'),
         ("[http]\nport = 99\nhost = [1]", "my.toml:3: http.host must be a string that is not empty, not an array"),
         ('[engines.native]\nkv_cache = "1 KiB"', "must be at least 64 KiB"),
+        ("[engines.vllm]\nargs = 'x'", 'my.toml:2: engines.vllm.args must be an array of strings, not "x"'),
+        (
+            "[engines.vllm]\nargs = ['x', 2]",
+            "my.toml:2: engines.vllm.args must be an array of strings, not an array with 2",
+        ),
+        ("[engines.vllm.env]\nA = 1", "my.toml:1: engines.vllm.env must be a table of strings, not a table with 1"),
         ("zzz = 1", 'my.toml:1: unknown key "zzz"; etc/flexpiped.toml lists every key'),
     ],
 )
@@ -139,6 +145,21 @@ def test_a_model_beside_the_file_is_found_from_anywhere(tmp_path: Path) -> None:
 
     assert load_config(tmp_path / "here.toml").model == str(tmp_path / "models" / "mine")
     assert load_config(tmp_path / "hub.toml").model == "org/name"
+
+
+def test_arguments_and_variables_of_an_engine() -> None:
+    document = """
+[engines.vllm]
+args = [
+    "--served=mine",
+    "nice = 3",
+]
+env = { A = "1" }
+"""
+    vllm = parse_config(document, file="my.toml").engines.vllm
+    assert (vllm.args, vllm.env) == (("--served=mine", "nice = 3"), {"A": "1"})
+    as_table = parse_config('[engines.vllm.env]\nA = "1"', file="my.toml")
+    assert as_table.engines.vllm.env == {"A": "1"}
 
 
 def test_changed_keys_are_named_as_in_the_file() -> None:

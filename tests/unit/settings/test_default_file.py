@@ -12,9 +12,12 @@ FILE = Path(__file__).parents[3] / "etc" / "flexpiped.toml"
 UNCOMMENTED = re.sub(r"^#(?=\w+ = )", "", FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
+NAMES = {key.name for key in KEYS}
+
+
 def keys_in(tree: dict[str, object], prefix: str = "") -> Iterator[str]:
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + name not in NAMES:  # a table may also be a value
             yield from keys_in(value, f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -1,0 +1,159 @@
+"""One request on its way through engines: at one engine at a time, and off it at any moment.
+
+The request's reader calls ``board``, ``next_chunk`` and ``leave``; whoever hands requests over calls ``take_off``. All
+of it on one event loop. A reader that waits is interrupted as ``asyncio.timeout`` does it: its task is cancelled, and
+the count of cancellations tells this one from its own (a client that leaves). A timeout for each token would do the
+same, but costs 3 us a token.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+from engines.errors import EngineError
+from engines.protocol import Engine, GenerationRequest, TokenChunk
+
+
+class TakenOff(Exception):
+    """The request was taken off its engine: it goes on at the one in force."""
+
+
+class _Place(Enum):
+    AWAY = "at no engine"
+    WAITING = "the reader waits for the engine"
+    PARKED = "at an engine, while the reader does something else"
+    LEAVING = "the engine is told to forget it"
+
+
+class Flight:
+    """One request from its first engine to its last. ``num_tokens`` counts prompt and generated tokens."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.num_tokens = 0
+        self.engine: Engine | None = None  # None: at no engine
+        self.has_ended = False
+        self._chunks: AsyncGenerator[TokenChunk, None] | None = None
+        self._place = _Place.AWAY
+        self._is_taken = False
+        self._reader: asyncio.Task[object] | None = None  # while it waits
+        self._is_interrupted = False
+        self._left = asyncio.Event()
+        self._news: asyncio.Event | None = None  # set at the next chunk or the end, while somebody wants to know
+
+    # --- the reader's side ---
+
+    def board(self, engine: Engine, request: GenerationRequest) -> None:
+        """Begin at an engine; ``next_chunk`` must follow at once."""
+        self.engine = engine
+        self.num_tokens = len(request.prompt_token_ids) + len(request.generated_token_ids)
+        chunks = engine.generate(request)
+        if not isinstance(chunks, AsyncGenerator):
+            raise TypeError(f"{type(chunks).__name__} has no aclose, as the Engine protocol promises")
+        self._chunks = chunks
+        self._place, self._is_taken = _Place.PARKED, False
+        self._left.clear()
+
+    async def next_chunk(self) -> TokenChunk:
+        """Return what the engine gives next.
+
+        Raises:
+            TakenOff: ``leave``, and board the engine in force.
+            EngineError: As the engine's iterator, or it ended without a last chunk.
+        """
+        if self._is_taken:
+            raise TakenOff
+        assert self._chunks is not None, "board comes first"
+        self._reader = reader = asyncio.current_task()
+        assert reader is not None, "requests are read by tasks"
+        cancellations = reader.cancelling()
+        self._place, self._is_interrupted = _Place.WAITING, False
+        try:
+            chunk = await anext(self._chunks)
+        except StopAsyncIteration:
+            raise EngineError("the engine ended a request without a reason") from None
+        except asyncio.CancelledError:
+            if self._is_interrupted and reader.cancelling() - 1 <= cancellations:
+                raise TakenOff from None
+            raise
+        finally:
+            self._place, self._reader = _Place.PARKED, None
+            if self._is_interrupted:
+                reader.uncancel()
+        self.num_tokens += len(chunk.token_ids)
+        if self._news is not None:
+            self._news.set()
+        if self._is_taken:  # the engine gave it all the same; it need not wait for the reader's next call
+            await self.leave()
+        return chunk
+
+    async def leave(self) -> None:
+        """Have the engine forget the request; return when it has. Idempotent."""
+        if self._place is _Place.LEAVING:
+            await self._left.wait()
+        elif self._place is not _Place.AWAY:
+            assert self._chunks is not None
+            self._place = _Place.LEAVING
+            try:
+                await self._chunks.aclose()
+            finally:
+                self._place, self.engine, self._chunks = _Place.AWAY, None, None
+                self._left.set()
+
+    def end(self) -> None:
+        """Nothing more will come of this request."""
+        self.has_ended = True
+        if self._news is not None:
+            self._news.set()
+
+    # --- the side of whoever hands requests over ---
+
+    async def take_off(self) -> bool:
+        """Take the request off its engine and return when that has forgotten it.
+
+        True: the reader waits for tokens, so it boards the engine in force by itself and at once. False: it is busy
+        elsewhere (a client that reads slowly) or ends, and boards when it comes back.
+        """
+        if self._place is _Place.AWAY:
+            return False
+        self._is_taken = True
+        if self._place is not _Place.WAITING:
+            await self.leave()
+            return False
+        assert self._reader is not None
+        if not self._is_interrupted:
+            self._news, self._is_interrupted = asyncio.Event(), True
+            self._reader.cancel()
+        await self._left.wait()
+        return True
+
+    async def goes_on(self) -> None:
+        """Return when the next chunk has come, wherever from, or the request has ended."""
+        if self._news is not None:
+            await self._news.wait()
+
+
+class Flights:
+    """The requests under way, in the order in which they came; those that wait for an engine included."""
+
+    def __init__(self) -> None:
+        self._all: dict[Flight, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @contextmanager
+    def begin(self, request_id: str) -> Iterator[Flight]:
+        """Return the scope of one request."""
+        flight = Flight(request_id)
+        self._all[flight] = None
+        try:
+            yield flight
+        finally:
+            del self._all[flight]
+            flight.end()
+
+    def at(self, engine: Engine) -> tuple[Flight, ...]:
+        """Return the requests at ``engine``, oldest first."""
+        return tuple(flight for flight in self._all if flight.engine is engine)

@@ -1,0 +1,236 @@
+"""Carries a replica handover out: performs what ``planner.replica_steps`` decides on the supervisor's two engines.
+
+Requests are taken over one by one. Each is taken off the first instance and goes on at the second with prompt and
+tokens so far; the next follows when it has got a token there, so that each waits for its own prefill only. Requests go
+on token-exactly: greedy ones always, others where the engine's draws depend on seed and position.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import assert_never
+
+from engines.errors import EngineDied, EngineError, RefactoringAborted
+from engines.protocol import Engine, RefactorProgress
+from flexpiped import log_events
+from flexpiped.flight import Flight
+from flexpiped.supervisor import Supervisor
+from planner import replica_steps as r
+from planner.handover import HandoverPhase
+from planner.kv_route import KvRouteCosts, decide_kv_route
+from planner.layout import Pipeline
+
+
+class ReplicaRunner:
+    """One replica handover of the supervised engine to ``target``.
+
+    Args:
+        kv_bytes_per_token: Of the whole model, for the choice between copying KV and computing it again.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        target: Pipeline,
+        *,
+        kv_bytes_per_token: int = 0,
+        limits: r.ReplicaLimits = r.ReplicaLimits(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._supervisor = supervisor
+        self._target = target
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._clock = clock
+        self._state = r.ReplicaHandover(started_s=clock(), limits=limits)
+        self._events: asyncio.Queue[r.Event | BaseException] = asyncio.Queue()  # an exception: the work has a bug
+        self._work: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._first: Engine | None = None  # once it is not in force any more
+        self._flights: deque[Flight] = deque()  # to be taken over
+        self._prefilled_tokens, self._prefilled_s = 0, 0.0
+
+    async def cancel(self) -> bool:
+        """Ask to roll back; False past the point where that can be."""
+        if not self._state.cancellable:
+            return False
+        self._apply(r.Cancelled())  # at once: "ready" may be in the queue already
+        self._tell(r.Cancelled())  # so that it is reported
+        return True
+
+    async def run(self) -> AsyncIterator[RefactorProgress]:
+        """Perform it and report; the last report has phase DONE.
+
+        Raises:
+            RefactoringAborted: The second instance did not take over. What was in force is so still.
+            EngineDied: The second instance, in force by then, has failed for good.
+        """
+        try:
+            self._watching = asyncio.create_task(self._watch_first(), name="replica-first")
+            if not self._state.finished:  # cancelled before it began
+                self._apply(r.Begin())
+            while not self._state.finished:
+                yield self._report()
+                self._apply(await self._next_event())
+        finally:
+            await self._clean_up()
+        if self._state.phase is HandoverPhase.ABORTED:
+            yield self._report()
+            raise RefactoringAborted(r.describe(self._state))
+        if self._state.taken < self._state.requests:
+            raise EngineDied(r.describe(self._state))
+        yield self._report()
+
+    async def _next_event(self) -> r.Event:
+        deadline_s = self._state.deadline_s
+        timeout_s = None if deadline_s is None else max(0.0, deadline_s - self._clock())
+        try:
+            async with asyncio.timeout(timeout_s):  # and not wait_for, which may swallow a cancellation (Python 3.11)
+                event = await self._events.get()
+        except TimeoutError:
+            return r.Tick()
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def _apply(self, event: r.Event) -> None:
+        self._state, effects = r.step(self._state, event, now_s=self._clock())
+        for effect in effects:
+            match effect:
+                case r.StartSecond():
+                    self._start(self._start_second())
+                case r.SwitchOver():
+                    self._switch_over()
+                case r.TakeOver():
+                    self._start(self._take_over(self._flights.popleft()))
+                case r.Commit():
+                    self._start(self._commit())
+                case r.EndFirst():
+                    self._start(self._end_first())
+                case r.DiscardSecond():
+                    self._start(self._discard_second(self._work))
+                case _:
+                    assert_never(effect)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        self._work = asyncio.create_task(work, name="replica-work")
+        self._work.add_done_callback(self._look_at)
+
+    def _look_at(self, work: asyncio.Task[None]) -> None:
+        """Effects tell how they end; one that raises would be waited for without end."""
+        if not work.cancelled() and (error := work.exception()) is not None:
+            self._events.put_nowait(error)
+
+    def _tell(self, event: r.Event) -> None:
+        self._events.put_nowait(event)
+
+    def _report(self) -> RefactorProgress:
+        state = self._state
+        return RefactorProgress(
+            phase=state.phase,
+            message=r.describe(state),
+            elapsed_s=self._clock() - state.started_s,
+            epoch=self._supervisor.epoch,
+            requests_live=len(self._supervisor.flights) if self._first is None else state.requests,
+        )
+
+    # --- the effects ---
+
+    async def _watch_first(self) -> None:
+        engine = self._supervisor.engine
+        if engine is not None:
+            self._tell(r.FirstDied(await engine.died()))
+
+    async def _start_second(self) -> None:
+        try:
+            await self._supervisor.start_second(self._target, on_progress=lambda text: self._tell(r.Said(text)))
+        except EngineError as error:
+            self._tell(r.Failed(str(error)))
+        else:
+            self._tell(r.Said("ready"))
+            self._tell(r.Ready())
+
+    def _switch_over(self) -> None:
+        """Done at once and not as a task: no cancellation comes between the decision and the switch."""
+        try:
+            self._first = self._supervisor.switch_over()
+        except EngineError as error:
+            self._tell(r.Failed(str(error)))
+            return
+        self._flights.extend(self._supervisor.flights.at(self._first) if self._first is not None else ())
+        self._tell(r.Switched(len(self._flights)))
+
+    async def _take_over(self, flight: Flight) -> None:
+        """Let one request go on at the second instance. While that recovers from a death, the first one serves it."""
+        try:
+            await self._supervisor.ready_engine()
+        except EngineError as error:
+            self._tell(r.Failed(str(error)))
+            return
+        if flight.engine is not self._first:  # it has ended, or went on by itself because the first died
+            self._tell(r.Taken(goes_on=not flight.has_ended))
+            return
+        self._log_route(flight)
+        began_s, num_tokens = self._clock(), flight.num_tokens
+        if await flight.take_off():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._state.limits.pace_s):
+                    await flight.goes_on()
+                self._prefilled_tokens += num_tokens
+                self._prefilled_s += self._clock() - began_s
+        self._tell(r.Taken())
+
+    async def _commit(self) -> None:
+        """Take off what has come to the first instance since: nothing, as it is not in force."""
+        for flight in self._supervisor.flights.at(self._first) if self._first is not None else ():
+            await flight.take_off()
+        self._tell(r.Committed())
+
+    async def _end_first(self) -> None:
+        first, deadline_s, reason = self._first, self._state.limits.drain_deadline_s, None
+        if first is not None:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await first.drain()
+            except TimeoutError:
+                reason = f"the first instance did not drain within {deadline_s:g} s and was ended"
+            except EngineError:  # it died: it has ended already
+                pass
+            if self._watching is not None:
+                self._watching.cancel()  # its end is asked for now
+            await self._supervisor.end_first(first)
+        self._tell(r.Ended(reason))
+
+    async def _discard_second(self, starting: asyncio.Task[None] | None) -> None:
+        if starting is not None:
+            starting.cancel()
+            await asyncio.wait([starting])
+        await self._supervisor.discard_second(self._state.reason or "given up")
+        self._tell(r.Discarded())
+
+    async def _clean_up(self) -> None:
+        """Leave no task behind, and no second instance if whoever reads the reports went away."""
+        tasks = [task for task in (self._work, self._watching) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        await self._supervisor.discard_second("given up")
+        if self._first is not None:
+            for flight in self._supervisor.flights.at(self._first):
+                await flight.take_off()
+            await self._supervisor.end_first(self._first)
+
+    def _log_route(self, flight: Flight) -> None:
+        rate = self._prefilled_tokens / self._prefilled_s if self._prefilled_s > 0 else None
+        decision = decide_kv_route(
+            KvRouteCosts(
+                num_tokens=flight.num_tokens,
+                kv_bytes_per_token=self._kv_bytes_per_token,
+                prefill_tokens_per_s=rate or None,
+            )
+        )
+        log_events.request_taken_over(
+            request=flight.request_id, tokens=flight.num_tokens, route=decision.route.value, reason=decision.reason
+        )
