@@ -130,9 +130,7 @@ class HandoverRunner(HandoverLoop):
             self._dirty = DirtySlots(num_slots=self._core.boot.context.num_slots, live=scheduler.live_slots())
         slots = self._dirty.take(scheduler.live_slots())
         sent_bytes = await self._send(slots)
-        self.tell(
-            e.RoundSent(sent_slots=len(slots), sent_bytes=sent_bytes, remainder_slots=self._dirty.count)
-        )
+        self.tell(e.RoundSent(sent_slots=len(slots), sent_bytes=sent_bytes, remainder_slots=self._dirty.count))
 
     async def commit(self) -> None:
         """Between two steps: copy what is left and switch. Nothing is awaited between the commit point and the end."""

@@ -1,0 +1,1 @@
+"""Real vLLM as an engine: a supervised child in its own environment, with a plugin of ours inside."""

@@ -1,0 +1,211 @@
+"""From options and boot layout to vLLM's command line and environment. Pure.
+
+The daemon owns what decides layout, memory, sockets and devices: such a flag among ``engines.vllm.args`` is refused
+with the key that sets it. Everything else passes through, after our own flags, so it wins over our defaults.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from engines.errors import UnsupportedByEngine
+from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
+
+PLUGIN: Final = Path(__file__).with_name("plugin")
+HTTP_SOCKET: Final = "http.sock"
+ENGINE_SOCKET: Final = "engine.sock"
+_LAYOUT: Final = "the layout decides it (stages, engines.vllm.ranks)"
+_SOCKET: Final = "vLLM listens on a private Unix socket"
+_ONE: Final = "the daemon runs one replica on one host per vLLM"
+# Each flag that the daemon owns, with what says it instead.
+OWNED: Final[Mapping[str, str]] = {
+    "--model": "model",
+    "--served-model-name": "served_model_name",
+    "--dtype": "dtype",
+    "--max-model-len": "max_model_len",
+    "--revision": "revision",
+    "--tokenizer": "tokenizer",
+    "--trust-remote-code": "trust_remote_code",
+    "--hf-token": "hf_token_file",
+    "--tensor-parallel-size": "engines.vllm.tensor_parallel",
+    "--block-size": "engines.vllm.kv_block_tokens",
+    "--kv-cache-memory-bytes": "engines.vllm.kv_cache",
+    "--num-gpu-blocks-override": "engines.vllm.kv_cache",
+    "--gpu-memory-utilization": "engines.vllm.kv_cache, in bytes",
+    "--device-memory-utilization": "engines.vllm.kv_cache, in bytes",
+    "--max-num-seqs": "engines.vllm.max_num_seqs",
+    "--max-num-batched-tokens": "engines.vllm.max_num_batched_tokens",
+    "--enforce-eager": "engines.vllm.compile",
+    "--pipeline-parallel-size": _LAYOUT,
+    "--device-ids": _LAYOUT,
+    "--worker-cls": "flexpiped's own worker class is needed",
+    "--distributed-executor-backend": "vLLM's processes are the daemon's to watch: mp",
+    "--config": "write its keys as flags here",
+    "--host": _SOCKET,
+    "--port": _SOCKET,
+    "--uds": _SOCKET,
+    "--grpc": _SOCKET,
+    "--grpc-port": _SOCKET,
+    "--headless": _ONE,
+    "--api-server-count": _ONE,
+    "--nnodes": _ONE,
+    "--node-rank": _ONE,
+    "--master-addr": _ONE,
+    "--master-port": _ONE,
+    "--data-parallel-size": _ONE,
+}
+_SHORT: Final = {
+    "-pp": "--pipeline-parallel-size",
+    "-tp": "--tensor-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-n": "--nnodes",
+    "-r": "--node-rank",
+    "-asc": "--api-server-count",
+}
+_OWNED_ENV: Final[Mapping[str, str]] = {
+    "VLLM_PP_LAYER_PARTITION": _LAYOUT,
+    "VLLM_CPU_KVCACHE_SPACE": "engines.vllm.kv_cache",
+    "VLLM_HOST_IP": _ONE,
+    "CUDA_VISIBLE_DEVICES": _LAYOUT,
+    "OMP_NUM_THREADS": "engines.vllm.threads",
+    "PYTHONPATH": "vLLM's environment is its own: install packages there",
+    "PYTHONHOME": "vLLM's environment is its own",
+    "TMPDIR": "vLLM's temporary files are the daemon's to clean up",
+}
+_NOT_INHERITED: Final = ("PYTHON", "VLLM_", "FLEXPIPED_", "VIRTUAL_ENV", "CONDA_", "OMP_", "LISTEN_")
+_NOT_INHERITED_NAMES: Final = frozenset(
+    {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CUDA_VISIBLE_DEVICES", "TMPDIR", "PORT", "HOST_IP"}
+)
+
+
+def owned_flag(argument: str) -> str | None:
+    """Return the flag of the daemon's that ``argument`` is, however it is written: ``-tp=2``, ``--block_s 32``."""
+    name = argument.partition("=")[0].partition(".")[0].replace("_", "-")
+    if not name.startswith("--"):
+        return next((flag for short, flag in _SHORT.items() if name == short), None)
+    name = "--" + name[2:].removeprefix("no-")
+    if name in OWNED:
+        return name
+    # argparse takes any beginning of a flag that is unique: more than one letter is enough to be sure of the intent
+    return next((flag for flag in OWNED if len(name) > 5 and flag.startswith(name)), None)
+
+
+def refuse_owned(options: VllmOptions) -> None:
+    """Raises: UnsupportedByEngine: A flag or variable that the daemon owns is among those passed through."""
+    for argument in options.args:
+        if (flag := owned_flag(argument)) is not None:
+            raise UnsupportedByEngine(f"engines.vllm.args: {argument} is not yours to set: {OWNED[flag]}")
+    for name in options.env:
+        if name.startswith("FLEXPIPED_") or name in _OWNED_ENV:
+            reason = _OWNED_ENV.get(name, "it is between the daemon and its plugin")
+            raise UnsupportedByEngine(f"engines.vllm.env: {name} is not yours to set: {reason}")
+
+
+def command_line(options: VllmOptions, *, counts: Sequence[int], run_dir: Path) -> list[str]:
+    """Return vLLM's command line for ``counts`` decoders on each pipeline rank. Raises as ``refuse_owned``."""
+    refuse_owned(options)
+    blocks = num_kv_blocks(options)
+    # The number of blocks is what counts; the bytes only have to be enough for the rank with most layers.
+    rank_bytes = blocks * options.kv_block_tokens * options.kv_bytes_per_token * max(counts) // options.tensor_parallel
+    flags = {
+        "--uds": str(run_dir / HTTP_SOCKET),
+        "--pipeline-parallel-size": len(counts),
+        "--tensor-parallel-size": options.tensor_parallel,
+        "--distributed-executor-backend": "mp",
+        "--worker-cls": f"flexpiped_vllm.worker.{'GPU' if options.cuda else 'CPU'}Worker",
+        "--dtype": options.dtype,
+        "--max-model-len": options.max_model_len or "auto",
+        "--block-size": options.kv_block_tokens,
+        "--num-gpu-blocks-override": blocks,
+        "--kv-cache-memory-bytes": rank_bytes,
+        "--max-num-seqs": options.max_num_seqs,
+        "--max-num-batched-tokens": options.max_num_batched_tokens,
+        "--uvicorn-log-level": "warning",
+    }
+    texts = {
+        "--served-model-name": options.served_model_name,
+        "--revision": options.revision,
+        "--tokenizer": options.tokenizer,
+    }
+    return [
+        *(options.python, "-m", "vllm.entrypoints.cli.main", "serve", options.model_directory),
+        *(word for flag, value in flags.items() for word in (flag, str(value))),
+        *(word for flag, value in texts.items() if value for word in (flag, value)),
+        *(["--trust-remote-code"] if options.trust_remote_code else []),
+        *([] if options.compile else ["--enforce-eager"]),
+        # A step in flight beside the scheduler's next one would not know of a commit between them.
+        "--no-async-scheduling",
+        "--disable-uvicorn-access-log",
+        *options.args,
+    ]
+
+
+def environment(
+    options: VllmOptions,
+    *,
+    counts: Sequence[int],
+    run_dir: Path,
+    inherited: Mapping[str, str],
+    daemon_prefix: str,
+    cores: int,
+    hf_token: str = "",
+) -> dict[str, str]:
+    """Return the environment of vLLM's processes: the daemon's without its Python, then ours, then the user's.
+
+    Args:
+        inherited: The daemon's environment.
+        daemon_prefix: ``sys.prefix`` of the daemon, whose programs are none of vLLM's business.
+        hf_token: The content of ``hf_token_file``.
+    """
+    refuse_owned(options)
+    env = {name: value for name, value in inherited.items() if not _stays(name)}
+    env |= {
+        "PATH": _path(options.python, inherited.get("PATH", ""), daemon_prefix),
+        "PYTHONPATH": str(PLUGIN),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TMPDIR": str(run_dir),
+        "FLEXPIPED_VLLM_DIR": str(run_dir),
+        "FLEXPIPED_VLLM_NICE": str(options.nice),
+        "FLEXPIPED_VLLM_SLICE_BYTES": str(options.slice_bytes),
+        "VLLM_PP_LAYER_PARTITION": ",".join(map(str, counts)),
+        "VLLM_RPC_BASE_PATH": str(run_dir),
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_COLOR": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would not load its plugins again
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if len(counts) == 1:
+        del env["VLLM_PP_LAYER_PARTITION"]  # vLLM refuses it for one rank of some models, and it says nothing
+    if cache := inherited.get("CACHE_DIRECTORY"):  # a service may have no home
+        env["VLLM_CACHE_ROOT"] = str(Path(cache) / "vllm")
+    if options.cuda:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(options.device_ids)
+    else:
+        env |= {
+            "OMP_NUM_THREADS": str(threads_per_rank(options, cores=cores)),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+    if Path(options.model_directory).is_dir():
+        env["HF_HUB_OFFLINE"] = "1"
+    if hf_token:
+        env["HF_TOKEN"] = hf_token
+    env |= options.env
+    plugins = [name for name in options.env.get("VLLM_PLUGINS", "").split(",") if name]
+    env["VLLM_PLUGINS"] = ",".join(dict.fromkeys(["flexpiped", *plugins]))
+    return env
+
+
+def _stays(name: str) -> bool:
+    """Return whether a variable of the daemon's stays with the daemon."""
+    return name.startswith(_NOT_INHERITED) or name in _NOT_INHERITED_NAMES
+
+
+def _path(python: str, path: str, daemon_prefix: str) -> str:
+    own = str(Path(daemon_prefix) / "bin")
+    others = [place for place in path.split(os.pathsep) if place and place != own]
+    return os.pathsep.join([str(Path(python).parent), *others])

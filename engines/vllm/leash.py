@@ -1,0 +1,26 @@
+"""Run by vLLM's interpreter before vLLM: has the kernel kill this process when the daemon ends, then becomes vLLM.
+
+``leash.py DAEMON_PID COMMAND...``, standard library only. A function to call between fork and exec would be simpler,
+but is not safe in a process that has threads, as the daemon does.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str]) -> None:
+    """Set the parent-death signal, which outlives exec, and become the command."""
+    daemon_pid, *command = arguments
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        sys.exit("leash: prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != int(daemon_pid):  # it ended before the call above
+        sys.exit("leash: the daemon has ended")
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,174 @@
+"""Every vLLM internal that flexpiped touches, and the check at start that each is as expected.
+
+Nothing outside this module imports from vllm. ``SUPPORTED`` are the versions whose internals were read and tested: with
+another one vLLM is served as it is, and moves in place are refused with the version in the message.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import vllm
+from vllm import SamplingParams
+from vllm.exceptions import VLLMError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.worker.cpu_worker import CPUWorker as VllmCPUWorker
+from vllm.v1.worker.gpu_worker import Worker as VllmGPUWorker
+
+_missing = ""
+try:  # what only moves in place need: a vLLM without it is served all the same
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+    from vllm.model_executor.models import utils as model_utils
+    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
+except ImportError as error:
+    _missing = str(error)
+
+SUPPORTED = ("0.32.0",)
+VERSION = vllm.__version__
+_PREPARE_PARAMETERS = 5
+
+__all__ = [
+    "SUPPORTED",
+    "VERSION",
+    "EngineCore",
+    "EngineCoreProc",
+    "EngineCoreRequestType",
+    "EngineDeadError",
+    "EngineGenerateError",
+    "RequestOutputKind",
+    "SamplingParams",
+    "VLLMError",
+    "VllmCPUWorker",
+    "VllmGPUWorker",
+    "check",
+    "get_model_loader",
+    "get_pp_group",
+    "get_tp_group",
+    "model_utils",
+    "process_weights_after_loading",
+    "refusal_of_config",
+    "refusal_of_groups",
+    "safetensors_files",
+    "set_current_vllm_config",
+    "set_default_torch_dtype",
+    "torch_threads",
+]
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _expectations() -> list[tuple[str, bool]]:
+    return [
+        ("EngineCoreProc.run_busy_loop", callable(getattr(EngineCoreProc, "run_busy_loop", None))),
+        (
+            "EngineCoreProc._handle_client_request(request_type, request)",
+            _parameters(EngineCoreProc._handle_client_request) == ["self", "request_type", "request"],
+        ),
+        ("EngineCoreRequestType.WAKEUP", hasattr(EngineCoreRequestType, "WAKEUP")),
+        (
+            "MultiprocExecutor.collective_rpc(method, timeout, args, ...)",
+            _parameters(MultiprocExecutor.collective_rpc)[:4] == ["self", "method", "timeout", "args"],
+        ),
+        ("Scheduler.schedule", callable(getattr(Scheduler, "schedule", None))),
+        (
+            "Scheduler.update_from_output(scheduler_output, model_runner_output)",
+            _parameters(Scheduler.update_from_output)[:2] == ["self", "scheduler_output"],
+        ),
+        (
+            "models.utils.make_layers(num_hidden_layers, layer_fn, prefix)",
+            _parameters(model_utils.make_layers) == ["num_hidden_layers", "layer_fn", "prefix"],
+        ),
+        ("models.utils.PPMissingLayer", isinstance(getattr(model_utils, "PPMissingLayer", None), type)),
+        (
+            "models.utils._model_to_pp_missing_layer_names",
+            isinstance(getattr(model_utils, "_model_to_pp_missing_layer_names", None), dict),
+        ),
+        (
+            "process_weights_after_loading(model, model_config, target_device)",
+            _parameters(process_weights_after_loading) == ["model", "model_config", "target_device"],
+        ),
+    ]
+
+
+def check() -> str:
+    """Return why moves in place are refused with this vLLM, or nothing: each internal exists in the expected shape."""
+    if VERSION.split("+")[0] not in SUPPORTED:
+        return f"vLLM {VERSION} is not a version that moves in place were tested with ({', '.join(SUPPORTED)})"
+    if _missing:
+        return f"vLLM {VERSION}: {_missing}"
+    for name, holds in _expectations():
+        if not holds:
+            return f"vLLM {VERSION}: {name} is not what it was when moves in place were tested"
+    return ""
+
+
+def refusal_of_config(config: Any) -> str:
+    """Return the feature of a ``VllmConfig`` that moves in place do not support, in words, or nothing."""
+    model, parallel = config.model_config, config.parallel_config
+    features = [
+        ("one pipeline rank (pipeline_parallel_size 1)", parallel.pipeline_parallel_size == 1),
+        (f"quantisation ({model.quantization})", model.quantization is not None),
+        ("LoRA", config.lora_config is not None),
+        ("multimodal models", bool(model.is_multimodal_model)),
+        ("speculative decoding", config.speculative_config is not None),
+        ("data parallelism", parallel.data_parallel_size > 1),
+        ("context parallelism", _context_parallel(parallel)),
+        ("expert parallelism", bool(parallel.enable_expert_parallel)),
+        ("KV connectors", config.kv_transfer_config is not None),
+        ("model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)", bool(config.use_v2_model_runner)),
+        ("attention-free and hybrid models", bool(model.is_attention_free or model.is_hybrid)),
+        ("asynchronous scheduling", bool(config.scheduler_config.async_scheduling)),
+        ("compiled mode (set engines.vllm.compile = false)", int(config.compilation_config.mode) != 0),
+        ("CUDA graphs", not model.enforce_eager),
+    ]
+    found = [name for name, present in features if present]
+    return f"moves in place are not supported with {', '.join(found)}" if found else ""
+
+
+def _context_parallel(parallel: Any) -> bool:
+    sizes = ("prefill_context_parallel_size", "decode_context_parallel_size")
+    return any(getattr(parallel, name, 1) > 1 for name in sizes)
+
+
+def refusal_of_groups(config: Any) -> str:
+    """Return why the KV cache of a ``KVCacheConfig`` cannot move layer by layer, or nothing."""
+    groups = config.kv_cache_groups
+    if len(groups) != 1:
+        return f"moves in place are not supported with {len(groups)} KV cache groups (hybrid attention)"
+    spec = groups[0].kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs) or not isinstance(spec, AttentionSpec):
+        return f"moves in place are not supported with a KV cache of type {type(spec).__name__}"
+    return ""
+
+
+def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[str] | None:
+    """Return the safetensors files that a loader would read, or None where it reads something else."""
+    prepare = getattr(loader, "_prepare_weights", None)
+    if prepare is None or len(_parameters(prepare)) != _PREPARE_PARAMETERS:
+        return None
+    if list(getattr(model, "secondary_weights", ())):
+        return None
+    _, files, is_safetensors, _ = prepare(
+        model_config.model,
+        None,
+        model_config.revision,
+        getattr(model, "fall_back_to_pt_during_load", True),
+        getattr(model, "allow_patterns_overrides", None),
+    )
+    return files if is_safetensors else None
+
+
+def torch_threads(count: int) -> None:
+    """Set the threads of this process; vLLM's CPU worker replaces ``torch.set_num_threads`` by a warning."""
+    torch._C.set_num_threads(count)

@@ -1,0 +1,232 @@
+"""vLLM's workers as resident ranks: layers and their KV caches come and go while steps run.
+
+Three threads touch a worker. vLLM's own runs steps and, in the same queue, ``flexpiped_*`` calls: each stands exactly
+between two steps. The side channel's prepares and releases what no step sees. The receiver's copies KV blocks into
+caches that no step reads yet.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flexpiped_vllm import internals
+from flexpiped_vllm.failpoints import Failpoints
+from flexpiped_vllm.kv import CacheForm
+from flexpiped_vllm.layers import CannotMove, LayerStore
+from flexpiped_vllm.moving import Moving
+from flexpiped_vllm.processes import lower_this_thread, trim_heap
+from flexpiped_vllm.settings import Settings
+from flexpiped_vllm.side import Reply, SideChannel
+from flexpiped_vllm.weights import HelperFailed, WeightHelper
+
+_EXPECTED = (HelperFailed, RuntimeError, OSError, KeyError, ValueError)  # a failpoint is a RuntimeError
+_PREPARING_NICE = 19
+_SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for long
+
+
+class ResidentRank:
+    """Mixed into vLLM's worker classes. Without a refusal the rank can gain and lose layers."""
+
+    vllm_config: Any
+    model_runner: Any
+    device: torch.device
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)  # type: ignore[misc]
+        settings = Settings.of_environment()
+        os.nice(max(0, settings.nice - os.nice(0)))
+        sys.setswitchinterval(_SWITCH_S)
+        self._busy_s = 0.0
+        self._epoch = 0
+        self._failpoints = Failpoints()
+        self._refusal = internals.check() or internals.refusal_of_config(self.vllm_config)
+        self._layers: LayerStore | None = None
+        self._moving: Moving | None = None
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        self._refusal = self._refusal or internals.refusal_of_groups(kv_cache_config)
+        if self._refusal:
+            return
+        try:
+            self._layers = LayerStore(self.model_runner, self.vllm_config, self.device)
+        except CannotMove as error:
+            self._refusal = str(error)
+            return
+        self._own_caches(self._layers)
+
+    def compile_or_warm_up_model(self) -> Any:
+        runner, pp = self.model_runner, internals.get_pp_group()
+        if not pp.is_first_rank and getattr(runner, "intermediate_tensors", None) is None:
+            # Eager mode on the CPU never runs the dummy step that allocates them.
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=self.vllm_config.model_config.dtype, device=self.device
+            )
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self._open()
+        return times
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        self._busy_s += time.perf_counter() - started
+        return output
+
+    # --- through vLLM's queue: between two steps ---
+
+    def flexpiped_describe(self) -> dict[str, Any]:
+        """Return what the engine core tells the daemon of this rank."""
+        layers = self._layers
+        return {
+            "pid": os.getpid(),
+            "helper_pid": 0 if self._moving is None else self._moving.helper_pid,
+            "pp_rank": internals.get_pp_group().rank_in_group,
+            "tp_rank": internals.get_tp_group().rank_in_group,
+            "layers": [] if layers is None else layers.held(),
+            "num_layers": 0 if layers is None else layers.num_layers,
+            "refusal": self._refusal,
+            "block_bytes": 0 if self._moving is None else self._moving.block_bytes,
+            "buffer_bytes": 0 if self._moving is None else self._moving.buffer_bytes,
+        }
+
+    def flexpiped_copy_out(self, handover: int, ticket: int, layers: list[int], blocks: list[int]) -> None:
+        """Send KV blocks of some layers, if this rank holds them. Nobody waits: the receiver acknowledges."""
+        if self._moving is not None:
+            self._moving.copy_out(handover, ticket, layers, blocks)
+
+    def flexpiped_commit_copy(
+        self, handover: int, participants: list[int], blocks: list[int], deadline_s: float
+    ) -> dict[str, Any]:
+        """Send what is left and return when it has been copied. The layers have not changed yet."""
+        return self._tried(participants, lambda moving: moving.commit_copy(handover, blocks, deadline_s))
+
+    def flexpiped_checksums(self, handover: int, participants: list[int], blocks: list[int]) -> dict[str, Any]:
+        """Return checksums of these KV blocks for each layer that is to move, before the switch."""
+        return self._tried(participants, lambda moving: moving.checksums(handover, blocks))
+
+    def flexpiped_switch(self, handover: int, participants: list[int], epoch: int) -> dict[str, Any]:
+        """Put gained layers into the forward pass and take lost ones out: pointers only, nothing is copied."""
+
+        def switch(moving: Moving) -> dict[str, Any]:
+            for work in getattr(self, "_pp_send_work", []):
+                work.wait()
+            self._pp_send_work: list[Any] = []
+            moving.switch(handover)
+            self._epoch = epoch
+            return {"epoch": epoch}
+
+        return self._tried(participants, switch)
+
+    # --- inside ---
+
+    def _ready_moving(self) -> Moving:
+        if self._moving is None:
+            raise RuntimeError(self._refusal or "the worker is still starting")
+        return self._moving
+
+    def _tried(self, participants: list[int], work: Callable[[Moving], dict[str, Any]]) -> dict[str, Any]:
+        """Do a piece of a handover. An exception would reach vLLM as a failed worker, so it becomes an answer."""
+        if internals.get_pp_group().rank_in_group not in participants:
+            return {}
+        try:
+            return work(self._ready_moving())
+        except _EXPECTED as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def _own_caches(self, layers: LayerStore) -> None:
+        """Give each layer a KV cache of its own, and let vLLM's one buffer go."""
+        runner = self.model_runner
+        old = {id(cache) for cache in runner.kv_caches}
+        made = {}
+        for index in layers.held():
+            for name, module in layers.attention_of(index).items():
+                made[name] = CacheForm.of(module.kv_cache).allocate()
+                module.bind_kv_cache(made[name])
+        assert len(old) == len(made), "a KV cache that belongs to no layer"
+        runner.kv_caches[:] = list(made.values())
+
+    def _open(self) -> None:
+        """Begin to answer the daemon: the last thing before requests are served."""
+        settings = Settings.of_environment()
+        layers = self._layers
+        if layers is not None and not self._refusal:
+            helper = WeightHelper(self.model_runner.get_model(), layers.made, self.vllm_config)
+            self._moving = Moving(
+                layers=layers,
+                helper=helper,
+                failpoints=self._failpoints,
+                directory=settings.directory,
+                rank=self._global_rank(),
+                stage=internals.get_pp_group().rank_in_group,
+                group_size=internals.get_tp_group().world_size,
+                group_rank=internals.get_tp_group().rank_in_group,
+                num_blocks=self.model_runner.kv_cache_config.num_blocks,
+                slice_bytes=settings.slice_bytes,
+            )
+        self._side = SideChannel(settings.directory / f"rank-{self._global_rank()}.sock", self._answer)
+
+    def _global_rank(self) -> int:
+        pp, tp = internals.get_pp_group(), internals.get_tp_group()
+        return int(pp.rank_in_group * tp.world_size + tp.rank_in_group)
+
+    # --- the side channel's thread ---
+
+    def _answer(self, message: dict[str, Any], reply: Reply) -> None:
+        call = message.get("call")
+        try:
+            match message["op"]:
+                case "status":
+                    reply({"op": "reply", "call": call, "result": self._status()})
+                case "arm":
+                    self._failpoints.arm(message["name"], message["action"])
+                    reply({"op": "reply", "call": call, "result": {}})
+                case "prepare":
+                    threading.Thread(target=self._prepare, args=(message, reply), daemon=True).start()
+                case "release":
+                    released = self._ready_moving().release(message["handover"])
+                    trim_heap()
+                    reply({"op": "reply", "call": call, "result": released})
+                case op:
+                    reply({"op": "reply", "call": call, "error": f"unknown op {op!r}"})
+        except _EXPECTED as error:
+            reply({"op": "reply", "call": call, "error": f"{type(error).__name__}: {error}"})
+
+    def _prepare(self, message: dict[str, Any], reply: Reply) -> None:
+        lower_this_thread(_PREPARING_NICE)
+        call = message["call"]
+        try:
+            with torch.inference_mode():
+                moving = self._ready_moving()
+                for weights_bytes in moving.prepare(message["handover"], message["layout"], message["new_layout"]):
+                    reply({"op": "progress", "call": call, "weights_bytes": weights_bytes})
+            reply({"op": "reply", "call": call, "result": {}})
+        except _EXPECTED as error:
+            reply({"op": "reply", "call": call, "error": f"{type(error).__name__}: {error}"})
+
+    def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = {
+            "pid": os.getpid(),
+            "pp_rank": internals.get_pp_group().rank_in_group,
+            "tp_rank": internals.get_tp_group().rank_in_group,
+            "busy_s": self._busy_s,
+            "epoch": self._epoch,
+            "weights_bytes": 0,
+            "kv_mapped_bytes": 0,
+            "layers": [],
+        }
+        if self._moving is not None:
+            status |= self._moving.status()
+        return status
+
+
+class CPUWorker(ResidentRank, internals.VllmCPUWorker):  # type: ignore[misc]
+    """A rank on CPU cores."""
+
+
+class GPUWorker(ResidentRank, internals.VllmGPUWorker):  # type: ignore[misc]
+    """A rank on a GPU. Not yet run on a GPU: see ``refusal_of_config`` for what CUDA graphs need."""

@@ -1,0 +1,75 @@
+"""The private directory of one vLLM: its sockets and temporary files, and a list of what must go with it.
+
+A daemon that was killed cleans nothing up: vLLM's processes die with it, their files stay. So each directory names its
+daemon, and who makes a new one first removes those whose daemon is gone, with the shared memory that they list.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+_PREFIX: Final = "flexpiped-vllm-"
+_OWNER: Final = "owner"  # pid and start time of the daemon
+_SHARED: Final = "shared-memory"  # one name in /dev/shm a line
+_SHM: Final = Path("/dev/shm")
+_MAPPED: Final = re.compile(r" /dev/shm/(\S+)$", re.MULTILINE)
+
+
+def make_run_directory() -> Path:
+    """Make a directory for one vLLM, for its user only. The path is short enough for Unix sockets in it."""
+    sweep(Path(tempfile.gettempdir()))
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    (directory / _OWNER).write_text(f"{os.getpid()} {_started(os.getpid())}")
+    return directory
+
+
+def remove_run_directory(directory: Path) -> None:
+    """Remove the directory and the shared memory that it lists."""
+    with suppress(FileNotFoundError):
+        for name in (directory / _SHARED).read_text().splitlines():
+            (_SHM / Path(name).name).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def note_shared_memory(directory: Path, pids: Iterable[int]) -> None:
+    """List what these processes have mapped in /dev/shm, so that it goes with the directory."""
+    listed = directory / _SHARED
+    known = set(listed.read_text().splitlines()) if listed.exists() else set()
+    found = known.union(*(shared_memory_of(pid) for pid in pids))
+    if found != known:
+        fresh = listed.with_suffix(".new")
+        fresh.write_text("".join(f"{name}\n" for name in sorted(found)))
+        fresh.replace(listed)
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """Return the names in /dev/shm that a process has mapped."""
+    try:
+        return set(_MAPPED.findall(Path(f"/proc/{pid}/maps").read_text()))
+    except (OSError, UnicodeDecodeError):  # it has ended, or is another user's
+        return set()
+
+
+def sweep(parent: Path) -> None:
+    """Remove the run directories in ``parent`` whose daemon is gone."""
+    for directory in parent.glob(f"{_PREFIX}*"):
+        try:
+            pid, _, started = (directory / _OWNER).read_text().partition(" ")
+            mine = directory.stat().st_uid == os.getuid()
+        except OSError:  # not finished, or not ours to read
+            continue
+        if mine and _started(int(pid)) != started:
+            remove_run_directory(directory)
+
+
+def _started(pid: int) -> str:
+    """Return when a process started, in the kernel's ticks; empty when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

@@ -1,0 +1,48 @@
+"""What each stage is and does, from the workers' side channels."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from engines.protocol import StageStatus
+from engines.vllm.channel import Channel, Message
+from engines.vllm.ranks import Ranks
+from planner.layout import Pipeline, Stage
+
+
+class StageReader:
+    """Remembers how busy each rank was when it was last asked."""
+
+    def __init__(self, *, ranks: Ranks, clock: Callable[[], float]) -> None:
+        self._ranks = ranks
+        self._clock = clock
+        self._last: dict[int, tuple[float, float]] = {}  # by rank: time, busy time until then
+
+    async def read(self, pipeline: Pipeline, sides: Mapping[int, Channel]) -> tuple[StageStatus, ...]:
+        """Ask all workers at once. Raises: ChannelClosed: One of them is gone."""
+        answers = await asyncio.gather(*(side.call("status") for side in sides.values()))
+        by_rank: dict[int, Message] = dict(zip(sides, answers, strict=True))
+        return tuple(self._stage(index, stage, by_rank) for index, stage in enumerate(pipeline.stages))
+
+    def _stage(self, index: int, stage: Stage, answers: Mapping[int, Message]) -> StageStatus:
+        place, degree = self._ranks.rank_of(stage.device_ids), self._ranks.tensor_parallel
+        assert place is not None, "the pipeline in force lies on the ranks"
+        group = [rank for rank in range(place * degree, (place + 1) * degree) if rank in answers]
+        busy = [share for rank in group if (share := self._busy(rank, answers[rank]["busy_s"])) is not None]
+        return StageStatus(
+            index=index,
+            device_ids=stage.device_ids,
+            first_decoder=stage.first_decoder,
+            end_decoder=stage.end_decoder,
+            pids=tuple(answers[rank]["pid"] for rank in group),
+            weights_bytes=sum(answers[rank]["weights_bytes"] for rank in group),
+            kv_mapped_bytes=sum(answers[rank]["kv_mapped_bytes"] for rank in group),
+            busy=max(busy) if busy else None,
+        )
+
+    def _busy(self, rank: int, busy_s: float) -> float | None:
+        now_s = self._clock()
+        before = self._last.get(rank)
+        self._last[rank] = (now_s, busy_s)
+        if before is None or now_s <= before[0]:
+            return None
+        return min(1.0, max(0.0, (busy_s - before[1]) / (now_s - before[0])))

@@ -1,0 +1,24 @@
+"""One vLLM of four pipeline ranks for all tests that leave it alive: it boots once."""
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from engines.vllm.adapter import VllmEngine
+from tests.support.vllm import layout, llama, running
+
+# Few KV blocks and few sequences at once: at any time some streams wait, some are in prefill, some decode, and some
+# have been preempted.
+KV_BLOCKS = 20
+CROWDED = {
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 48,
+    "kv_block_tokens": 32,
+    "kv_cache_bytes": KV_BLOCKS * 32 * 8 * 512,  # tokens of a block, decoders, bytes of a token
+}
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engine() -> AsyncIterator[VllmEngine]:
+    async with running(llama(), layout(2, 4, 6), ranks=4, **CROWDED) as engine:
+        yield engine

@@ -1,0 +1,71 @@
+"""Streams whose output must not change, and how it is compared."""
+
+import asyncio
+from itertools import pairwise
+
+from engines.protocol import Engine, GenerationRequest, RefactorProgress, SamplingParams
+from planner.layout import Pipeline
+from tests.support.vllm import layout
+
+STREAMS = 8
+LOGPROB_BOUND = 1e-3
+Result = list[tuple[list[int], list[float]]]
+
+
+def stream(index: int, *, max_tokens: int = 0, salt: int = 0) -> GenerationRequest:
+    """Greedy streams of different lengths; another salt gives other prompts."""
+    prompt = tuple(5 + (index * 37 + i * 11 + salt * 101) % 500 for i in range(8 + 17 * (index % 5)))
+    params = SamplingParams(max_tokens=max_tokens or 60 + 5 * index, ignore_eos=True, logprobs=True)
+    return GenerationRequest(request_id=f"stream-{index}", prompt_token_ids=prompt, sampling=params)
+
+
+async def collect(engine: Engine, wanted: GenerationRequest) -> tuple[list[int], list[float]]:
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    async for chunk in engine.generate(wanted):
+        tokens += chunk.token_ids
+        logprobs += chunk.logprobs
+    return tokens, logprobs
+
+
+async def run_streams(engine: Engine, *, count: int = STREAMS, max_tokens: int = 0, salt: int = 0) -> Result:
+    wanted = [stream(index, max_tokens=max_tokens, salt=salt) for index in range(count)]
+    return list(await asyncio.gather(*(collect(engine, one) for one in wanted)))
+
+
+async def move(engine: Engine, target: Pipeline) -> list[RefactorProgress]:
+    """Move unless it is in force already."""
+    if target == engine.pipeline:
+        return []
+    return [progress async for progress in engine.refactor(target)]
+
+
+def largest_difference(left: Result, right: Result) -> float:
+    pairs = [pair for one, other in zip(left, right, strict=True) for pair in zip(one[1], other[1], strict=True)]
+    return max(abs(a - b) for a, b in pairs)
+
+
+def assert_same(result: Result, undisturbed: Result) -> None:
+    assert [tokens for tokens, _ in result] == [tokens for tokens, _ in undisturbed]
+    assert largest_difference(result, undisturbed) < LOGPROB_BOUND
+
+
+def on_ranks(*counts: int) -> Pipeline:
+    """Return the pipeline with that many decoders on each rank; an empty middle rank is left out."""
+    last = len(counts) - 1
+    ranks = tuple(rank for rank, decoders in enumerate(counts) if decoders or rank in (0, last))
+    bounds = [0]
+    for rank in ranks:
+        bounds.append(bounds[-1] + counts[rank])
+    return layout(*bounds[1:-1], ranks=ranks)
+
+
+# In both directions, with ranks drained and filled again, one layer at a time and many.
+MOVES = [
+    on_ranks(*counts)
+    for counts in (
+        (2, 2, 2, 2), (3, 1, 2, 2), (4, 0, 2, 2), (4, 0, 0, 4), (8, 0, 0, 0), (1, 0, 0, 7), (1, 5, 1, 1),
+        (2, 3, 3, 0), (1, 1, 1, 5), (5, 1, 1, 1), (2, 2, 2, 2),
+    )
+]  # fmt: skip
+assert all(one != other for one, other in pairwise(MOVES))
