@@ -10,7 +10,7 @@ from pathlib import Path
 from engines.errors import EngineError
 from engines.native.adapter import NativeEngine
 from engines.native.options import NativeOptions
-from engines.protocol import GenerationRequest, RefactorProgress, SamplingParams
+from engines.protocol import Engine, GenerationRequest, RefactorProgress, SamplingParams
 from planner.layout import Pipeline
 from tests.bench.load_messages import Load
 from tests.bench.program import DEVICES, EngineSetup
@@ -43,12 +43,12 @@ async def running(options: NativeOptions, pipeline: Pipeline) -> AsyncIterator[N
         await engine.close()
 
 
-async def move(engine: NativeEngine, target: Pipeline) -> list[RefactorProgress]:
+async def move(engine: Engine, target: Pipeline) -> list[RefactorProgress]:
     """Refactor and return all reports."""
     return [report async for report in engine.refactor(target)]
 
 
-async def complete(engine: NativeEngine, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> Load:
+async def complete(engine: Engine, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> Load:
     """Complete all prompts at once; one time for each token."""
     streams = [_Stream(prompt, max_tokens) for prompt in prompts]
     started_s = time.monotonic()
@@ -69,7 +69,7 @@ class HeldStreams:
         self._streams = [_Stream(prompt, max_tokens) for prompt in prompts]
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, engine: NativeEngine, *, warm_tokens: int) -> None:
+    async def start(self, engine: Engine, *, warm_tokens: int) -> None:
         """Begin, or go on from the tokens that are there; return when each has ``warm_tokens`` new ones."""
         wanted = [len(stream.tokens) + warm_tokens for stream in self._streams]
         self._tasks = [asyncio.create_task(stream.follow(engine)) for stream in self._streams]
@@ -115,7 +115,7 @@ class _Stream:
         self.tokens: list[int] = []
         self.times_s: list[float] = []
 
-    async def follow(self, engine: NativeEngine) -> None:
+    async def follow(self, engine: Engine) -> None:
         request = GenerationRequest(
             request_id=f"bench-{os.getpid()}",
             prompt_token_ids=self._prompt,

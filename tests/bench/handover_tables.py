@@ -29,7 +29,7 @@ def print_moves(title: str, moves: Sequence[MoveFigures]) -> None:
     table(title, _MOVES, [*rows, _row("all", moves)])
 
 
-def bounds_of(where: str, moves: Sequence[MoveFigures], *, is_direct: bool) -> list[Bound]:
+def bounds_of(where: str, moves: Sequence[MoveFigures], *, is_direct: bool, commit_limit_ms: float) -> list[Bound]:
     """Return what is required of these moves."""
     client = Bound(
         what=f"{where}: largest client-side gap / that without a move",
@@ -49,7 +49,7 @@ def bounds_of(where: str, moves: Sequence[MoveFigures], *, is_direct: bool) -> l
         Bound(
             what=f"{where}: commit pause",
             value=median(_pause_s(m) for m in moves) * 1e3,
-            limit=10.0,
+            limit=commit_limit_ms,
             at_most=True,
             unit="ms",
         ),

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engines.native.adapter import NativeEngine
 from engines.native.options import NativeOptions
@@ -12,10 +12,11 @@ from planner.layout import Pipeline
 from tests.bench import direct
 from tests.bench.daemon_process import DaemonProcess, daemon
 from tests.bench.http_client import HttpClient, http_client
-from tests.bench.program import MAX_CONTEXT, EngineSetup, prompts
+from tests.bench.program import MAX_CONTEXT, EngineSetup, even, prompts
 
 _KV_TOKENS = 64 << 10  # as EngineSetup's KV cache holds
-_WARM = 32  # tokens of each stream before anything is measured
+NATIVE_LAPS = tuple(even(stages) for stages in (4, 2, 8, 1))
+WARM = 32  # tokens of each stream before anything is measured
 
 
 def longest_output(streams: int, prompt_tokens: int) -> int:
@@ -28,6 +29,10 @@ class Rig(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def laps(self) -> tuple[Pipeline, ...]:
+        """The layouts to go through again and again, each with another number of stages. The first is in force."""
 
     async def begin(self, streams: int, prompt_tokens: int) -> None:
         """Start streams and return when all are well under way. Times taken later begin here."""
@@ -45,10 +50,19 @@ class Rig(Protocol):
         """Change the layout and return all reports."""
 
 
+@runtime_checkable
+class Restartable(Rig, Protocol):
+    """A rig whose engine can be stopped and started instead."""
+
+    async def restart(self, target: Pipeline) -> None:
+        """What a refactoring replaces: stop the engine, start one with the target layout, resubmit with the tokens."""
+
+
 class DirectRig:
     """The engine in this process's hands."""
 
     name = "direct"
+    laps = NATIVE_LAPS
 
     def __init__(self, options: NativeOptions, engine: NativeEngine) -> None:
         self._options = options
@@ -58,7 +72,7 @@ class DirectRig:
     async def begin(self, streams: int, prompt_tokens: int) -> None:
         given = prompts(count=streams, length=prompt_tokens, seed=streams)
         self._streams = direct.HeldStreams(given, max_tokens=longest_output(streams, prompt_tokens))
-        await self._streams.start(self._engine, warm_tokens=_WARM)
+        await self._streams.start(self._engine, warm_tokens=WARM)
         await self._engine.trace()
         self._streams.take()
 
@@ -76,7 +90,6 @@ class DirectRig:
         return await direct.move(self._engine, target)
 
     async def restart(self, target: Pipeline) -> None:
-        """What a refactoring replaces: stop the engine, start one with the target layout, resubmit with the tokens."""
         await self._engine.close()
         await self._streams.stop()
         self._engine = NativeEngine(self._options, target)
@@ -92,6 +105,7 @@ class HttpRig:
     """A daemon, and the client process that streams from it."""
 
     name = "http"
+    laps = NATIVE_LAPS
 
     def __init__(self, server: DaemonProcess, client: HttpClient) -> None:
         self._server = server
@@ -100,7 +114,7 @@ class HttpRig:
     async def begin(self, streams: int, prompt_tokens: int) -> None:
         given = prompts(count=streams, length=prompt_tokens, seed=streams)
         max_tokens = longest_output(streams, prompt_tokens)
-        await self._client.hold(self._server.url, given, max_tokens=max_tokens, warm_events=_WARM)
+        await self._client.hold(self._server.url, given, max_tokens=max_tokens, warm_events=WARM)
 
     async def end(self) -> None:
         await self._client.stop()
