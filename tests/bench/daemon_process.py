@@ -19,7 +19,8 @@ from planner.layout_file import format_layout
 from tests.bench.processes import command_of, descendants, leashed
 from tests.bench.program import DEVICES, EngineSetup
 
-_START_DEADLINE_S = 120.0
+_START_DEADLINE_S = 300.0
+VLLM_BATCHED_TOKENS = 2048  # of one step, wherever vLLM is measured
 _SOCKET = "admin.sock"
 
 
@@ -89,8 +90,12 @@ class DaemonProcess:
 
 
 @asynccontextmanager
-async def daemon(model: Path, setup: EngineSetup, *, stages: int) -> AsyncIterator[DaemonProcess]:
-    """Start a daemon; it ends with the scope. Its log is shown when it does not come up.
+async def daemon(
+    model: Path, setup: EngineSetup, *, stages: int, vllm_python: Path | None = None
+) -> AsyncIterator[DaemonProcess]:
+    """Start a daemon, with vLLM as its engine where an interpreter is named; it ends with the scope.
+
+    Its log is shown when it does not come up.
 
     Raises:
         DaemonFailed
@@ -98,7 +103,8 @@ async def daemon(model: Path, setup: EngineSetup, *, stages: int) -> AsyncIterat
     with TemporaryDirectory(prefix="flexpiped-bench-") as name:
         folder = Path(name)
         config, log = folder / "bench.toml", folder / "log"
-        config.write_text(_configuration(model, setup, stages=stages, folder=folder))
+        engine, keys = ("native", _native(setup)) if vllm_python is None else ("vllm", _vllm(setup, vllm_python))
+        config.write_text(_configuration(model, setup, engine=engine, stages=stages, folder=folder) + keys)
         command = [sys.executable, "-m", "flexpiped", "--config", str(config)]
         async with leashed(command, environment={}, folder=folder, log=log) as process:
             started = DaemonProcess(process.pid, folder / _SOCKET)
@@ -109,11 +115,11 @@ async def daemon(model: Path, setup: EngineSetup, *, stages: int) -> AsyncIterat
             yield started
 
 
-def _configuration(model: Path, setup: EngineSetup, *, stages: int, folder: Path) -> str:
+def _configuration(model: Path, setup: EngineSetup, *, engine: str, stages: int, folder: Path) -> str:
     return f"""
 model = "{model}"
 served_model_name = "bench"
-engine = "native"
+engine = "{engine}"
 stages = {stages}
 dtype = "float32"
 [http]
@@ -123,8 +129,24 @@ socket = "{folder / _SOCKET}"
 [devices]
 cpu_count = {len(DEVICES)}
 cpu_memory = {setup.device_memory_bytes}
+"""
+
+
+def _native(setup: EngineSetup) -> str:
+    return f"""
 [engines.native]
 threads = {setup.threads}
 nice = {setup.nice}
 kv_cache = {setup.kv_cache_bytes}
+"""
+
+
+def _vllm(setup: EngineSetup, python: Path) -> str:
+    return f"""
+[engines.vllm]
+python = "{python}"
+threads = {setup.threads}
+nice = {setup.nice}
+kv_cache = {setup.kv_cache_bytes}
+max_num_batched_tokens = {VLLM_BATCHED_TOKENS}
 """

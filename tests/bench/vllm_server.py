@@ -6,7 +6,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,9 @@ class VllmFailed(Exception):
 
 
 @asynccontextmanager
-async def vllm_server(python: Path, model: Path, *, threads: int, eager: bool) -> AsyncIterator[str]:
+async def vllm_server(
+    python: Path, model: Path, *, threads: int, eager: bool, flags: Sequence[str] = ()
+) -> AsyncIterator[str]:
     """Serve ``model`` as ``bench`` with two threads and no cores bound; yield the URL. The server ends with the scope.
 
     Raises:
@@ -47,6 +49,7 @@ async def vllm_server(python: Path, model: Path, *, threads: int, eager: bool) -
             *("--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--served-model-name", "bench"),
             *("--dtype", "float32", "--max-num-seqs", "64", "--disable-uvicorn-access-log"),
             *(["--enforce-eager"] if eager else []),
+            *flags,
         ]
         async with leashed(command, environment=environment, folder=folder, log=log) as process:
             if not await _is_up(url, process):
