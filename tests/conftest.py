@@ -1,19 +1,38 @@
-"""What all tests share: a word at the end about the tests that were left out, and why."""
+"""What all tests share: their order, and a word at the end about those that were left out, and why."""
 
 from collections import Counter
 
 import pytest
 
+# A test counts for the first of its marks.
 REASONS = {
     "long": "too long for the gate: make test-long",
     "gpu": "need a CUDA device",
-    "engine": "boot a real engine: leave out ENGINES=none",
+    "vllm": "boot real vLLM: ENGINES=all",
+    "engine": "boot the native engine: ENGINES=native or all",
 }
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = Counter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what is cheap first, so that what is wrong shows early: no engine, the native one, vLLM."""
+    items.sort(key=cost)
+
+
+def cost(item: pytest.Item) -> int:
+    return next((rank for mark, rank in (("vllm", 2), ("engine", 1)) if item.get_closest_marker(mark)), 0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip at one place what needs vLLM where there is none, so that one line says how many and why."""
+    if item.get_closest_marker("vllm"):
+        from tests.support.vllm import interpreter  # the other tests do without these imports
+
+        interpreter()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -1,7 +1,6 @@
 """vLLM under flexpiped's engine, in this process's hands: moved in place, restarted, or paused its own way."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,8 +38,9 @@ class VllmRig:
         self._streams = direct.HeldStreams([], max_tokens=1)
 
     async def begin(self, streams: int, prompt_tokens: int) -> None:
-        # Prompts that no earlier leg has had: the prefix cache would make this one another.
-        given = prompts(count=streams, length=prompt_tokens, seed=time.monotonic_ns())
+        # Each leg begins with an empty prefix cache: what earlier legs left there would have to move, too.
+        await self._post("/reset_prefix_cache")
+        given = prompts(count=streams, length=prompt_tokens, seed=streams)
         self._streams = direct.HeldStreams(given, max_tokens=longest_output(streams, prompt_tokens))
         await self._streams.start(self.engine, warm_tokens=WARM)
         await self.engine.trace()
@@ -71,12 +71,18 @@ class VllmRig:
 
     async def pause(self, hold_s: float) -> None:
         """Pause generation as vLLM itself offers it (``mode=keep``), hold it, and resume."""
+        await self._post("/pause?mode=keep")
+        await asyncio.sleep(hold_s)
+        await self._post("/resume")
+
+    async def _post(self, path: str) -> None:
+        """Ask vLLM's own server, which offers this to developers."""
         socket = aiohttp.UnixConnector(path=str(self.engine.run_directory / HTTP_SOCKET))
-        async with aiohttp.ClientSession(connector=socket, base_url="http://vllm", raise_for_status=True) as session:
-            async with session.post("/pause", params={"mode": "keep"}):
-                await asyncio.sleep(hold_s)
-            async with session.post("/resume"):
-                pass
+        async with (
+            aiohttp.ClientSession(connector=socket, base_url="http://vllm", raise_for_status=True) as session,
+            session.post(path),
+        ):
+            pass
 
     async def close(self) -> None:
         await self._streams.stop()

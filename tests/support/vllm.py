@@ -12,13 +12,12 @@ from engines.vllm.adapter import VllmEngine
 from engines.vllm.options import VllmOptions
 from planner.layout import Pipeline, pipeline_of
 from planner.model_graph import ModelGraph, build_model_graph
+from tests.engines.install_vllm import default_directory
 from tests.support import checkpoints
 from tests.support.native import CACHE
 
 DECODERS = 8
-_CACHED = (
-    Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flexpiped" / "vllm-0.32.0" / "bin" / "python"
-)
+_CACHED = default_directory() / "bin" / "python"
 
 
 def interpreter() -> str:
@@ -26,7 +25,7 @@ def interpreter() -> str:
     named = os.environ.get("FLEXPIPED_VLLM_PYTHON")
     python = Path(named) if named else _CACHED
     if not python.is_file():
-        pytest.skip(f"no vLLM: there is no {python}; FLEXPIPED_VLLM_PYTHON can name another interpreter")
+        pytest.skip(f"no vLLM: there is no {python}; python tests/engines/install_vllm.py builds it")
     return str(python)
 
 
@@ -50,6 +49,7 @@ def options_for(directory: Path, *, ranks: int, **overrides: object) -> VllmOpti
     values: dict[str, object] = {
         "python": interpreter(),
         "model_directory": str(directory),
+        "served_model_name": directory.name,
         "device_ids": devices(ranks),
         "device_memory_bytes": 1 << 30,
         "num_decoders": graph.num_decoders,

@@ -1,7 +1,9 @@
 """One vLLM of four pipeline ranks for all tests that leave it alive: it boots once."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
 from engines.vllm.adapter import VllmEngine
@@ -16,6 +18,16 @@ CROWDED = {
     "kv_block_tokens": 32,
     "kv_cache_bytes": KV_BLOCKS * 32 * 8 * 512,  # tokens of a block, decoders, bytes of a token
 }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put those that share this vLLM last of all: it stays until the session ends, and no other is to run beside it."""
+    items.sort(key=shares_the_engine)
+
+
+def shares_the_engine(item: pytest.Item) -> bool:
+    return item.path.parent == Path(__file__).parent and "engine" in getattr(item, "fixturenames", ())
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from engines.errors import EngineClosed, EngineDied, EngineStartFailed, InvalidRequest, UnsupportedByEngine
-from engines.protocol import FinishReason, GenerationRequest, SamplingParams
+from engines.protocol import FinishReason, GenerationRequest, OwnRoutes, SamplingParams
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.logs import LogLine
 from engines.vllm.options import VllmOptions
@@ -63,6 +63,15 @@ async def test_tokens_come_and_what_was_generated_is_prompt(engine: VllmEngine) 
     assert await tokens_of(engine, request(generated=(2, 3))) == [4, 5, 6]
     complete = [chunk async for chunk in engine.generate(request(generated=(2, 3, 4, 5, 6)))]
     assert [(chunk.token_ids, chunk.finish_reason) for chunk in complete] == [((), FinishReason.LENGTH)]
+
+
+async def test_its_own_routes_are_offered(engine: VllmEngine) -> None:
+    assert isinstance(engine, OwnRoutes)
+    assert engine.own_routes_socket == engine.run_directory / "http.sock"
+    own = engine.capabilities.own_server
+    assert own is not None
+    assert {"tools", "n"} <= own.chat_parameters
+    assert own.every_chat == ""
 
 
 async def test_a_request_that_vllm_refuses(engine: VllmEngine) -> None:

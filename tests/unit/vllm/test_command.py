@@ -50,8 +50,9 @@ def test_common_keys_are_passed_on(options: VllmOptions) -> None:
     found = flags(replace(options, max_model_len=99, revision="main", tokenizer="/tok", dtype="bfloat16"))
     assert (found["--max-model-len"], found["--revision"], found["--tokenizer"]) == ("99", "main", "/tok")
     assert found["--dtype"] == "bfloat16"
+    assert flags(replace(options, served_model_name="demo"))["--served-model-name"] == "demo"
     assert flags(options)["--max-model-len"] == "auto"
-    assert not {"--revision", "--tokenizer", "--trust-remote-code"} & flags(options).keys()
+    assert not {"--revision", "--tokenizer", "--served-model-name", "--trust-remote-code"} & flags(options).keys()
     assert "--trust-remote-code" in flags(replace(options, trust_remote_code=True))
 
 

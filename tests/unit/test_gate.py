@@ -1,0 +1,72 @@
+"""What `make test` runs, in which order, and what it says about the rest."""
+
+import re
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INSTALLER = "tests/engines/install_vllm.py"
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def collect(*arguments: str) -> list[str]:
+    argv = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("engines", "marks", "installs"),
+    [
+        ((), "not long and not gpu", True),
+        (("ENGINES=all",), "not long and not gpu", True),
+        (("ENGINES=native",), "not long and not gpu and not vllm", False),
+        (("ENGINES=none",), "not long and not gpu and not vllm and not engine", False),
+    ],
+)
+def test_make_test_builds_vllm_only_where_it_is_needed(engines: tuple[str, ...], marks: str, installs: bool) -> None:
+    commands = make("test", "MAKEFLAGS=", *engines).stdout
+
+    assert re.findall(r'-m "(.*?) ?"', commands) == [marks]
+    assert (INSTALLER in commands) is installs
+    assert ("FLEXPIPED_VLLM_PYTHON=" in commands) is installs
+
+
+def test_an_unknown_choice_of_engines_is_refused() -> None:
+    refused = make("test", "ENGINES=sglang")
+
+    assert refused.returncode != 0
+    assert 'ENGINES is all, native or none, not "sglang"' in refused.stderr
+
+
+def test_the_gate_is_exactly_make_test() -> None:
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec make test"
+
+
+def test_cheap_tests_come_first_and_one_vllm_is_alive_at_a_time() -> None:
+    lines = [line for line in collect("tests/contract", "tests/vllm") if "::" in line]
+    files = [file for file, _ in groupby(line.partition("::")[0] for line in lines)]
+
+    assert files[:3] == ["tests/contract/test_fake.py", "tests/contract/test_native.py", "tests/contract/test_vllm.py"]
+    # Moves share one vLLM, which stays until the session ends; those before it boot others.
+    assert files.index("tests/vllm/test_moves.py") > files.index("tests/vllm/test_processes.py")
+
+
+def test_what_is_left_out_is_counted_with_its_reason() -> None:
+    lines = collect("-m", "not engine and not vllm", "tests/contract")
+    told = [re.sub(r"\d+", "N", line) for line in lines if line.startswith("left out")]
+
+    assert told == [
+        "left out: N tests (boot real vLLM: ENGINES=all)",
+        "left out: N tests (boot the native engine: ENGINES=native or all)",
+    ]

@@ -1,0 +1,305 @@
+"""vLLM's sampling parameters and its own routes, through the daemon's HTTP API."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from engines.protocol import Engine
+from engines.text.client import TextService
+from engines.vllm.adapter import VllmEngine
+from engines.vllm.own_server import own_server
+from flexpiped.admission import Admission, AdmissionLimits
+from flexpiped.api.app import create_app
+from flexpiped.api.backend import Backend
+from flexpiped.api.metrics import Metrics
+from flexpiped.servers import listen_tcp, serving, url_of
+from flexpiped.supervisor import Supervisor
+from tests.support.http_app import health_of
+from tests.support.until import until
+from tests.support.vllm import llama
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.vllm,
+    pytest.mark.real_loop,
+    pytest.mark.asyncio(loop_scope="session"),
+]
+TOKEN = 100
+ANSWER = {"type": "string", "enum": ["red", "green"]}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "colour", "schema": ANSWER}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "parameters": {
+            "type": "object",
+            "properties": {"colour": ANSWER},
+            "required": ["colour"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Started:
+    """An engine that its fixture has started, and closes."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine = engine
+
+    async def start(self, **_unused: object) -> None:
+        """Nothing is left to do."""
+
+    async def close(self) -> None:
+        """The fixture does it."""
+
+    @property
+    def own_routes_socket(self) -> Path:
+        return self._engine.own_routes_socket
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Api:
+    """The daemon's API in front of real vLLM."""
+
+    session: aiohttp.ClientSession
+    url: str
+    backend: Backend
+    engine: VllmEngine
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        async with self.session.post(f"{self.url}{path}", json=body) as response:
+            return response.status, await response.json()
+
+    async def completion(self, **body: Any) -> dict[str, Any]:
+        """Return the answer to a greedy request for 8 tokens after a fixed prompt."""
+        status, answer = await self.post(
+            "/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, **body}
+        )
+        assert status == 200, answer
+        found: dict[str, Any] = answer
+        return found
+
+    async def chat(self, **body: Any) -> dict[str, Any]:
+        messages = [{"role": "user", "content": "Which colour?"}]
+        status, answer = await self.post(
+            "/v1/chat/completions", {"messages": messages, "max_tokens": 40, "temperature": 0, **body}
+        )
+        assert status == 200, answer
+        found: dict[str, Any] = answer
+        return found
+
+    async def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what a stream sends before [DONE]."""
+        async with self.session.post(f"{self.url}{path}", json={**body, "stream": True}) as response:
+            assert response.headers["Content-Type"].startswith("text/event-stream")
+            *events, done, rest = (await response.text()).split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    async def text_of(self, *token_ids: int) -> str:
+        status, answer = await self.post("/detokenize", {"tokens": token_ids})
+        assert status == 200
+        return str(answer["prompt"])
+
+    async def becomes_idle(self) -> None:
+        async def is_idle() -> bool:
+            counters = await self.engine.counters()
+            return counters.running + counters.waiting == 0
+
+        await until(is_idle)
+        assert self.backend.admission.requests_in_flight == 0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def api(engine: VllmEngine) -> AsyncIterator[Api]:
+    text = TextService(model=llama())
+    await text.start()
+    supervisor = Supervisor(factory=lambda _pipeline, _epoch: cast(Engine, Started(engine)), pipeline=engine.pipeline)
+    await supervisor.start()
+    backend = Backend(
+        model=engine.options.served_model_name,
+        supervisor=supervisor,
+        text=text,
+        admission=Admission(limits=AdmissionLimits()),
+        metrics=Metrics(),
+        health=health_of(supervisor),
+    )
+    listener = listen_tcp("127.0.0.1", 0)
+    url = url_of(listener)
+    async with serving(create_app(backend), listener, shutdown_s=1.0), aiohttp.ClientSession() as session:
+        yield Api(session=session, url=url, backend=backend, engine=engine)
+    await supervisor.close()
+    await text.close()
+
+
+async def test_the_names_are_those_of_this_vllm(engine: VllmEngine) -> None:
+    connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        async with session.get("http://vllm/openapi.json") as response:
+            schemas = (await response.json())["components"]["schemas"]
+    own = own_server(())
+    assert set(schemas["CompletionRequest"]["properties"]) == own.completion_parameters
+    assert set(schemas["ChatCompletionRequest"]["properties"]) == own.chat_parameters
+
+
+# --- sampling parameters ---
+
+
+async def test_allowed_token_ids_are_the_only_ones(api: Api) -> None:
+    answer = await api.completion(allowed_token_ids=[TOKEN])
+    assert answer["choices"][0]["text"] == await api.text_of(*[TOKEN] * 8)
+
+
+async def test_a_bias_forces_a_token(api: Api) -> None:
+    answer = await api.completion(logit_bias={str(TOKEN): 100})
+    assert answer["choices"][0]["text"] == await api.text_of(*[TOKEN] * 8)
+
+
+async def test_min_tokens_hold_the_end_back(api: Api) -> None:
+    (eos, *_) = api.engine.capabilities.eos_token_ids
+    for extra, tokens in (({}, 1), ({"min_tokens": 5}, 6)):
+        answer = await api.completion(logit_bias={str(eos): 100}, **extra)
+        assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (tokens, "stop")
+
+
+async def test_a_bad_word_does_not_come(api: Api) -> None:
+    word = await api.text_of(TOKEN)
+    answer = await api.completion(logit_bias={str(TOKEN): 100}, bad_words=[word])
+    assert word not in answer["choices"][0]["text"]
+
+
+async def test_min_p_of_one_leaves_the_likeliest(api: Api) -> None:
+    greedy = await api.completion()
+    drawn = await api.completion(temperature=1, min_p=1.0, seed=3)
+    assert drawn["choices"][0]["text"] == greedy["choices"][0]["text"]
+
+
+async def test_a_penalty_ends_a_repetition(api: Api) -> None:
+    two = {"allowed_token_ids": [TOKEN, TOKEN + 1], "logit_bias": {str(TOKEN): 1.0}}
+    alike = await api.completion(**two)
+    varied = await api.completion(**two, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=1.5)
+    assert alike["choices"][0]["text"] == await api.text_of(*[TOKEN] * 8)
+    assert varied["choices"][0]["text"] != alike["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"min_p": "a"}, "min_p"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+        ({"min_tokens": 9}, "min_tokens"),
+        ({"mox_tokens": 9}, "mox_tokens"),
+    ],
+)
+async def test_wrong_ones_are_refused_by_name(api: Api, extra: dict[str, Any], param: str) -> None:
+    status, answer = await api.post("/v1/completions", {"prompt": [5], "max_tokens": 8, **extra})
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+# --- vLLM's own routes ---
+
+
+async def test_two_choices_with_log_probabilities(api: Api) -> None:
+    answer = await api.completion(n=2, logprobs=3, temperature=1, seed=1)
+    assert answer["model"] == api.backend.model
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for choice in answer["choices"]:
+        assert len(choice["logprobs"]["token_logprobs"]) == 8
+        assert all(3 <= len(top) <= 4 for top in choice["logprobs"]["top_logprobs"])
+
+
+async def test_two_choices_as_a_stream(api: Api) -> None:
+    body = {"prompt": "Once", "n": 2, "max_tokens": 5, "logprobs": 3, "ignore_eos": True}
+    events = await api.events("/v1/completions", {**body, "stream_options": {"include_usage": True}})
+    assert {choice["index"] for event in events for choice in event["choices"]} == {0, 1}
+    assert events[-1]["usage"]["completion_tokens"] == 10
+    assert b'flexpiped_requests_total{endpoint="completions",outcome="done"}' in api.backend.metrics.render(None)
+
+
+async def test_greedy_text_is_the_same_by_either_way(api: Api) -> None:
+    ours, theirs = await api.completion(), await api.completion(return_token_ids=True)
+    assert theirs["choices"][0]["text"] == ours["choices"][0]["text"]
+    assert len(theirs["choices"][0]["token_ids"]) == 8
+    ours, theirs = await api.chat(), await api.chat(logprobs=True, top_logprobs=2)
+    assert theirs["choices"][0]["message"]["content"] == ours["choices"][0]["message"]["content"]
+    assert len(theirs["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
+    assert theirs["usage"]["prompt_tokens"] == ours["usage"]["prompt_tokens"]
+
+
+async def test_structured_output(api: Api) -> None:
+    answer = await api.chat(response_format=FORMAT)
+    assert json.loads(answer["choices"][0]["message"]["content"]) in ANSWER["enum"]
+    answer = await api.completion(structured_outputs={"choice": ["yes", "no"]})
+    assert answer["choices"][0]["text"] in ("yes", "no")
+
+
+async def test_structured_output_as_a_stream(api: Api) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": FORMAT, "max_tokens": 40}
+    events = await api.events("/v1/chat/completions", body)
+    text = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+    assert json.loads(text) in ANSWER["enum"]
+
+
+async def test_a_tool_that_is_chosen_is_called(api: Api) -> None:
+    chosen = {"type": "function", "function": {"name": "paint"}}
+    answer = await api.chat(tools=[TOOL], tool_choice=chosen, max_tokens=200)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "paint"
+    assert json.loads(call["function"]["arguments"])["colour"] in ANSWER["enum"]
+
+
+async def test_what_it_refuses_is_refused_in_its_words(api: Api) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    status, answer = await api.post("/v1/chat/completions", {"messages": messages, "tools": [TOOL]})
+    assert status == 400
+    assert "--enable-auto-tool-choice" in answer["error"]["message"]
+    status, answer = await api.post("/v1/completions", {"prompt": "x", "n": -1})
+    assert status == 400
+    status, answer = await api.post("/v1/completions", {"prompt": "x", "model": "adapter"})
+    assert (status, "adapter" in answer["error"]["message"]) == (404, True)
+    status, _answer = await api.post("/v1/embeddings", {"input": "x"})
+    assert status in (400, 404)  # the model generates
+
+
+async def test_further_routes(api: Api) -> None:
+    status, answer = await api.post("/tokenize", {"prompt": "Once"})
+    assert status == 200
+    assert answer["tokens"] == list(await api.backend.text.encode("Once"))
+    status, answer = await api.post("/v1/responses", {"input": "x", "max_output_tokens": 4})
+    assert (status, answer["object"]) == (200, "response")
+
+
+async def test_a_client_that_leaves_has_its_request_aborted(api: Api) -> None:
+    body = {"prompt": [5], "n": 2, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    async with api.session.post(f"{api.url}/v1/completions", json=body) as response:
+        await response.content.readuntil(b"\n\n")
+        assert (await api.engine.counters()).running > 0
+        response.close()
+    before = (await api.engine.counters()).generated_tokens_total
+    await api.becomes_idle()
+    assert (await api.engine.counters()).generated_tokens_total - before < 600
+
+
+async def test_a_drain_waits_for_them(api: Api) -> None:
+    asking = asyncio.create_task(api.completion(prompt=[5, 6], n=2, max_tokens=60, ignore_eos=True))
+
+    async def is_running() -> bool:
+        return (await api.engine.counters()).running > 0
+
+    await until(is_running)
+    await api.engine.drain()
+    answer = await asking
+    assert answer["usage"]["completion_tokens"] == 120
