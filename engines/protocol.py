@@ -72,7 +72,6 @@ class OwnServer:
     The daemon has no copy of such a request's tokens, so it ends where its engine does.
     """
 
-    paths: frozenset[str]  # POST, beside those of completions and chat
     completion_parameters: frozenset[str]  # all that the server knows by name
     chat_parameters: frozenset[str]
     every_chat: str = ""  # the option that makes every chat its own to render and to read; empty: there is none

@@ -40,7 +40,7 @@ OWNED: Final[Mapping[str, str]] = {
     "--pipeline-parallel-size": _LAYOUT,
     "--device-ids": _LAYOUT,
     "--worker-cls": "flexpiped's own worker class is needed",
-    "--distributed-executor-backend": "vLLM's processes are the daemon's to watch: mp",
+    "--distributed-executor-backend": "vLLM's processes are the daemon's to watch",
     "--config": "write its keys as flags here",
     "--host": _SOCKET,
     "--port": _SOCKET,
@@ -112,7 +112,8 @@ def command_line(options: VllmOptions, *, counts: Sequence[int], run_dir: Path) 
         "--uds": str(run_dir / HTTP_SOCKET),
         "--pipeline-parallel-size": len(counts),
         "--tensor-parallel-size": options.tensor_parallel,
-        "--distributed-executor-backend": "mp",
+        # One rank needs no process of its own: vLLM then runs it in the engine core, without queues between them.
+        "--distributed-executor-backend": "mp" if len(options.device_ids) > 1 else "uni",
         "--worker-cls": f"flexpiped_vllm.worker.{'GPU' if options.cuda else 'CPU'}Worker",
         "--dtype": options.dtype,
         "--max-model-len": options.max_model_len or "auto",

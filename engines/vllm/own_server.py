@@ -27,10 +27,6 @@ _CHAT: Final = frozenset(
     | {"chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "documents"}
     | {"reasoning_effort", "include_reasoning", "media_io_kwargs", "mm_processor_kwargs", "return_prompt_text"}
 )
-_PATHS: Final = frozenset(
-    {"/tokenize", "/detokenize", "/v1/responses", "/v1/embeddings", "/pooling", "/classify"}
-    | {"/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
-)
 # With one of these, vLLM renders or reads a chat in a way that the daemon does not know.
 _OF_CHATS: Final = ("--chat-template", "--default-chat-template-kwargs", "--reasoning-parser", "--response-role")
 
@@ -39,7 +35,6 @@ def own_server(args: Sequence[str]) -> OwnServer:
     """Return what vLLM's server does when it is started with ``args``."""
     flags = [argument.partition("=")[0].partition(".")[0].replace("_", "-") for argument in args]
     return OwnServer(
-        paths=_PATHS,
         completion_parameters=_COMPLETION,
         chat_parameters=_CHAT,
         every_chat=next((flag for flag in flags if flag in _OF_CHATS), ""),

@@ -12,7 +12,8 @@ from engines.errors import EngineError
 from engines.protocol import EngineCounters
 from flexpiped.api.backend import BACKEND, Backend
 from flexpiped.api.errors import ApiError, from_http_status
-from flexpiped.api.handlers import chat_completions, completions
+from flexpiped.api.forwarding import OWN_PATHS
+from flexpiped.api.handlers import chat_completions, completions, engine_route
 from flexpiped.api.parameters import ensure_model
 from flexpiped.status import ServiceState
 
@@ -29,6 +30,7 @@ def create_app(backend: Backend, *, max_body_bytes: int = _MAX_BODY_BYTES) -> we
         [
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
+            *(web.post(path, engine_route) for path in OWN_PATHS),
             web.get("/v1/models", models),
             web.get("/v1/models/{model:.+}", model),
             web.get("/healthz", healthz),

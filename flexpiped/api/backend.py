@@ -36,6 +36,7 @@ class Backend:
     health: Callable[[], Health]
     new_seed: Callable[[], int] = random_seed
     wall_clock: Callable[[], float] = time.time
+    death_noticed_s: float = 3.0  # within this time the death of an engine is known
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
 
     def ensure_serving(self) -> EngineCapabilities:

@@ -12,19 +12,20 @@ from engines.errors import EngineError
 from engines.protocol import GenerationRequest
 from engines.text.protocol import Text
 from flexpiped.admission import Overloaded
+from flexpiped.api import routing
 from flexpiped.api.backend import BACKEND
 from flexpiped.api.errors import ApiError, from_engine_error, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
+from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
 from flexpiped.api.generation import Job, pieces_of
-from flexpiped.api.metrics import Endpoint, Observation, Outcome
+from flexpiped.api.metrics import Endpoint, Observation, outcome_of
 from flexpiped.api.parameters import (
     DEFAULT_COMPLETION_TOKENS,
     Parameters,
     ensure_model,
-    parse_chat,
-    parse_completion,
     sampling_of,
 )
+from flexpiped.api.routing import ToEngine, route
 from flexpiped.api.sending import send_events, send_whole
 from flexpiped.api.wire import ChatWire, CompletionWire, Head
 from flexpiped.supervision import ending_tokens
@@ -48,16 +49,38 @@ async def completions(http: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     backend = http.app[BACKEND]
     with backend.metrics.observe(Endpoint.COMPLETIONS) as observation, errors_translated(observation):
-        asked = parse_completion(parse_object(await read_body(http)))
-        return await answer(http, observation, COMPLETION, asked.parameters, lambda: encode(backend.text, asked.prompt))
+        raw = await read_body(http)
+        body = parse_object(raw)
+        asked = route(routing.COMPLETIONS, body, served=backend.model, capabilities=backend.supervisor.capabilities)
+        if isinstance(asked, ToEngine):
+            return await forward(http, observation, raw, body, default_tokens=COMPLETION.default_tokens)
+        prompt = asked.prompt
+        return await answer(http, observation, COMPLETION, asked.parameters, lambda: encode(backend.text, prompt))
 
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     backend = http.app[BACKEND]
     with backend.metrics.observe(Endpoint.CHAT) as observation, errors_translated(observation):
-        asked = parse_chat(parse_object(await read_body(http)))
-        return await answer(http, observation, CHAT, asked.parameters, lambda: backend.text.chat(asked.messages))
+        raw = await read_body(http)
+        body = parse_object(raw)
+        asked = route(routing.CHAT, body, served=backend.model, capabilities=backend.supervisor.capabilities)
+        if isinstance(asked, ToEngine):
+            return await forward(http, observation, raw, body, default_tokens=CHAT.default_tokens)
+        messages = asked.messages
+        return await answer(http, observation, CHAT, asked.parameters, lambda: backend.text.chat(messages))
+
+
+async def engine_route(http: web.Request) -> web.StreamResponse:
+    """POST to a path that only an engine's own server has"""
+    backend = http.app[BACKEND]
+    with backend.metrics.observe(Endpoint.ENGINE) as observation, errors_translated(observation):
+        capabilities = backend.ensure_serving()
+        if capabilities.own_server is None:
+            raise no_such_route(http.path, engine=capabilities.name)
+        raw = await read_body(http)
+        default_tokens = None if http.path in GENERATING_PATHS else 0
+        return await forward(http, observation, raw, parse_object(raw), default_tokens=default_tokens)
 
 
 async def answer(
@@ -130,10 +153,3 @@ def errors_translated(observation: Observation) -> Iterator[None]:
     except web.HTTPException as error:
         observation.outcome = outcome_of(error.status)
         raise
-
-
-def outcome_of(status: int) -> Outcome:
-    """Return what a request counts as that was answered with an error."""
-    if status == 429:
-        return Outcome.OVERLOADED
-    return Outcome.REFUSED if status < 500 else Outcome.FAILED

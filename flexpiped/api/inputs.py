@@ -45,8 +45,8 @@ def _message(name: str, message: Any) -> dict[str, str]:
             raise invalid(f"{name}.{key} is not supported", param=f"{name}.{key}", code="unsupported_parameter")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        wanted = ", ".join(_ROLES)
-        raise invalid(f"{name}.role must be one of {wanted}", param=f"{name}.role", code="invalid_value")
+        wanted, code = ", ".join(_ROLES), "unsupported_value" if isinstance(role, str) else "invalid_value"
+        raise invalid(f"{name}.role must be one of {wanted}", param=f"{name}.role", code=code)
     return {"role": _ROLES[role], "content": _content(f"{name}.content", message.get("content"))}
 
 

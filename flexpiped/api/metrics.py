@@ -25,6 +25,7 @@ _TPOT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 class Endpoint(Enum):
     COMPLETIONS = "completions"
     CHAT = "chat"
+    ENGINE = "engine"  # routes that only the engine's own server has
 
 
 class Outcome(Enum):
@@ -33,6 +34,13 @@ class Outcome(Enum):
     OVERLOADED = "overloaded"  # 429
     FAILED = "failed"  # 5xx, or an error event
     DISCONNECTED = "disconnected"
+
+
+def outcome_of(status: int) -> Outcome:
+    """Return what a request counts as that was answered with an error."""
+    if status == 429:
+        return Outcome.OVERLOADED
+    return Outcome.REFUSED if status < 500 else Outcome.FAILED
 
 
 class Observation:
@@ -46,10 +54,16 @@ class Observation:
         self.outcome = Outcome.DISCONNECTED  # until it is known better: what cancellation leaves
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self._timed_tokens = 0
+
+    def began(self) -> None:
+        """Note that the answer has begun, with tokens of which nothing else is known."""
+        if self._first_s is None:
+            self._first_s = self._clock()
 
     def tokens(self, completion_tokens: int) -> None:
         """Note that there are ``completion_tokens`` now."""
-        self.completion_tokens = completion_tokens
+        self.completion_tokens = self._timed_tokens = completion_tokens
         self._last_s = self._clock()
         if self._first_s is None:
             self._first_s = self._last_s
@@ -61,9 +75,9 @@ class Observation:
     @property
     def tpot_s(self) -> float | None:
         """Mean time per output token after the first, None before there are two."""
-        if self._first_s is None or self.completion_tokens < 2:
+        if self._first_s is None or self._timed_tokens < 2:
             return None
-        return (self._last_s - self._first_s) / (self.completion_tokens - 1)
+        return (self._last_s - self._first_s) / (self._timed_tokens - 1)
 
 
 class Metrics:

@@ -3,10 +3,12 @@
 Every parameter is honoured, refused by name, or (``unsupported``) accepted where it changes nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from engines.protocol import EngineCapabilities, SamplingParams
+from flexpiped.api.engine_parameters import ENGINE_PARAMETERS, read_engine_params
 from flexpiped.api.errors import ApiError, ErrorType, invalid
 from flexpiped.api.fields import (
     Body,
@@ -19,7 +21,7 @@ from flexpiped.api.fields import (
     wrong_type,
 )
 from flexpiped.api.inputs import read_messages, read_prompt
-from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, refuse_unsupported
+from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NeutralValues, refuse_unsupported
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
 MAX_STOP_STRINGS = 16
@@ -30,8 +32,8 @@ _SHARED = {
     *("max_tokens", "temperature", "top_p", "top_k", "seed"),
     *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
 }
-_COMPLETION = _SHARED | {"prompt"} | COMPLETION_NEUTRAL.keys()
-_CHAT = _SHARED | {"messages", "max_completion_tokens"} | CHAT_NEUTRAL.keys()
+COMPLETION_NAMES = _SHARED | {"prompt"} | COMPLETION_NEUTRAL.keys()
+CHAT_NAMES = _SHARED | {"messages", "max_completion_tokens"} | CHAT_NEUTRAL.keys()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class Parameters:
     include_stop: bool
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    engine_params: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +70,25 @@ class ChatRequest:
     messages: tuple[dict[str, str], ...]
 
 
-def parse_completion(body: Body) -> CompletionRequest:
+def parse_completion(body: Body, *, takes_engine_params: bool = False) -> CompletionRequest:
     """Raises: ApiError, with the parameter named."""
-    refuse_unknown(body, _COMPLETION)
-    refuse_unsupported(body, COMPLETION_NEUTRAL)
-    return CompletionRequest(prompt=read_prompt(body.get("prompt")), parameters=_parameters(body, chat=False))
+    refuse_unknown(body, COMPLETION_NAMES)
+    refuse_unsupported(body, _refused(COMPLETION_NEUTRAL, takes_engine_params))
+    parameters = _parameters(body, chat=False, takes_engine_params=takes_engine_params)
+    return CompletionRequest(prompt=read_prompt(body.get("prompt")), parameters=parameters)
 
 
-def parse_chat(body: Body) -> ChatRequest:
+def parse_chat(body: Body, *, takes_engine_params: bool = False) -> ChatRequest:
     """Raises: ApiError, with the parameter named."""
-    refuse_unknown(body, _CHAT)
-    refuse_unsupported(body, CHAT_NEUTRAL)
-    return ChatRequest(messages=read_messages(body.get("messages")), parameters=_parameters(body, chat=True))
+    refuse_unknown(body, CHAT_NAMES)
+    refuse_unsupported(body, _refused(CHAT_NEUTRAL, takes_engine_params))
+    parameters = _parameters(body, chat=True, takes_engine_params=takes_engine_params)
+    return ChatRequest(messages=read_messages(body.get("messages")), parameters=parameters)
+
+
+def _refused(neutral: NeutralValues, takes_engine_params: bool) -> NeutralValues:
+    taken = ENGINE_PARAMETERS.keys() if takes_engine_params else ()
+    return {name: values for name, values in neutral.items() if name not in taken}
 
 
 def ensure_model(asked: str | None, *, served: str) -> None:
@@ -134,6 +144,7 @@ def sampling_of(
         seed=new_seed if parameters.seed is None else parameters.seed & MAX_SEED,
         stop_token_ids=parameters.stop_token_ids,
         ignore_eos=parameters.ignore_eos,
+        engine_params=parameters.engine_params,
     )
 
 
@@ -142,7 +153,7 @@ def _ensure_in_vocabulary(name: str, token_ids: tuple[int, ...], vocab_size: int
         raise invalid(f"{name} must hold token ids from 0 to {vocab_size - 1}", param=name, code="invalid_value")
 
 
-def _parameters(body: Body, *, chat: bool) -> Parameters:
+def _parameters(body: Body, *, chat: bool, takes_engine_params: bool) -> Parameters:
     stream = read_bool(body, "stream") or False
     max_tokens_name, max_tokens = _max_tokens(body, chat=chat)
     temperature = read_number(body, "temperature", minimum=0, maximum=2)
@@ -166,6 +177,7 @@ def _parameters(body: Body, *, chat: bool) -> Parameters:
         include_stop=read_bool(body, "include_stop_str_in_output") or False,
         stop_token_ids=read_token_ids("stop_token_ids", stop_token_ids or []),
         ignore_eos=read_bool(body, "ignore_eos") or False,
+        engine_params=read_engine_params(body) if takes_engine_params else {},
     )
 
 

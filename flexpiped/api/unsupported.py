@@ -1,4 +1,7 @@
-"""Parameters of OpenAI's API (or vLLM's) that are not honoured here: accepted only where they change nothing."""
+"""Parameters of OpenAI's API (or vLLM's) that are not honoured here: accepted only where they change nothing.
+
+Some of them an engine may honour: those of ``engine_parameters``, and those that its own server knows (``routing``).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -75,11 +78,14 @@ def refuse_unsupported(body: Body, neutral: NeutralValues) -> None:
         ApiError: 400, naming the parameter.
     """
     for name, values in neutral.items():
-        value = body.get(name)
-        if value is None or any(_same(value, neutral_value) for neutral_value in values):
+        if has_no_effect(body.get(name), values):
             continue
         hint = "; leave it out" if not values else f"; leave it out or give {_shown(values[0])}"
         raise invalid(f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
+
+
+def has_no_effect(value: Any, neutral: tuple[Any, ...]) -> bool:
+    return value is None or any(_same(value, each) for each in neutral)
 
 
 def _same(value: Any, neutral: Any) -> bool:

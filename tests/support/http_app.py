@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from aiohttp import web
 
@@ -21,6 +22,7 @@ from flexpiped.status import Health, ServiceState
 from flexpiped.supervision import SupervisorState
 from flexpiped.supervisor import Supervisor
 from planner.layout import Pipeline, pipeline_of
+from tests.support.fake_own_server import EngineWithServer, with_server
 from tests.support.tiny_tokenizer import byte_level_tokenizer
 from tests.support.until import until
 
@@ -49,16 +51,27 @@ def saying(text: str, *, then: Sequence[int] = (EOS_ID,)) -> NextToken:
 
 @dataclass(kw_only=True)
 class FakeEngines:
-    """Makes fake engines; ``next_token`` and ``step_s`` hold for those made from then on."""
+    """Makes fake engines; ``next_token`` and ``step_s`` hold for those made from then on.
+
+    ``own_socket`` is where the engines' own server listens, if they have one.
+    """
 
     next_token: NextToken | None = None
     step_s: float = 0.0
+    own_socket: Path | None = None
+    args: tuple[str, ...] = ()
     made: list[FakeEngine] = field(default_factory=list)
 
     def make(self, pipeline: Pipeline, epoch: int) -> FakeEngine:
-        engine = FakeEngine(
-            pipeline=pipeline, epoch=epoch, capabilities=CAPABILITIES, next_token=self.next_token, step_s=self.step_s
+        engine = EngineWithServer(
+            pipeline=pipeline,
+            epoch=epoch,
+            capabilities=with_server(CAPABILITIES, args=self.args) if self.own_socket else CAPABILITIES,
+            next_token=self.next_token,
+            step_s=self.step_s,
         )
+        if self.own_socket:
+            engine.own_routes_socket = self.own_socket
         self.made.append(engine)
         return engine
 
@@ -123,6 +136,7 @@ async def http_app(
         new_seed=lambda: 7,
         wall_clock=lambda: float(CREATED_UNIX_S),
         created_unix_s=CREATED_UNIX_S,
+        death_noticed_s=0.1,
     )
     listener = listen_tcp("127.0.0.1", 0)
     url = url_of(listener)

@@ -125,7 +125,7 @@ class Api:
 async def api(engine: VllmEngine) -> AsyncIterator[Api]:
     text = TextService(model=llama())
     await text.start()
-    supervisor = Supervisor(factory=lambda _pipeline, _epoch: cast(Engine, Started(engine)), pipeline=engine.pipeline)
+    supervisor = Supervisor(factory=lambda _pipeline, _epoch: cast("Engine", Started(engine)), pipeline=engine.pipeline)
     await supervisor.start()
     backend = Backend(
         model=engine.options.served_model_name,
@@ -145,9 +145,11 @@ async def api(engine: VllmEngine) -> AsyncIterator[Api]:
 
 async def test_the_names_are_those_of_this_vllm(engine: VllmEngine) -> None:
     connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
-    async with aiohttp.ClientSession(connector=connector) as session:
-        async with session.get("http://vllm/openapi.json") as response:
-            schemas = (await response.json())["components"]["schemas"]
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.get("http://vllm/openapi.json") as response,
+    ):
+        schemas = (await response.json())["components"]["schemas"]
     own = own_server(())
     assert set(schemas["CompletionRequest"]["properties"]) == own.completion_parameters
     assert set(schemas["ChatCompletionRequest"]["properties"]) == own.chat_parameters

@@ -1,0 +1,231 @@
+"""A request for the engine's own server: passed on as it is, and the answer as it comes.
+
+Nothing is kept of it. Before the client has got anything of the answer, an engine that dies is no harm: the request is
+asked again. After that, a stream ends with an error event.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Final
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from yarl import URL
+
+from engines.errors import EngineDied, EngineError
+from engines.protocol import Engine, OwnRoutes
+from flexpiped.api.backend import BACKEND, Backend
+from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
+from flexpiped.api.fields import Body
+from flexpiped.api.metrics import Observation, Outcome, outcome_of
+from flexpiped.api.wire import error_event
+from flexpiped.supervision import FRUITLESS_DEATHS
+
+# Paths of OpenAI-like servers that the daemon has nothing for; a server that has one of them not says so itself.
+OWN_PATHS: Final = (
+    *("/tokenize", "/detokenize", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+)
+GENERATING_PATHS: Final = ("/v1/responses", "/v1/messages")
+_BYTES_PER_TOKEN: Final = 4  # of a prompt that is not tokenized here: for admission only
+_OF_ONE_HOP: Final = frozenset(
+    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding"}
+    | {"upgrade", "content-length", "expect"}
+)
+# The body was decompressed and read as JSON, whatever the client called it.
+_NOT_ASKED: Final = _OF_ONE_HOP | {"host", "content-type", "content-encoding", "accept-encoding"}
+_NOT_ANSWERED: Final = _OF_ONE_HOP | {"date", "server"}
+
+
+class _Unanswered(Exception):
+    """The engine's server is gone, and the client has got nothing of the answer."""
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+async def forward(
+    http: web.Request, observation: Observation, raw: bytes, body: Body, *, default_tokens: int | None
+) -> web.StreamResponse:
+    """Admit the request and have the engine's own server answer it.
+
+    Args:
+        default_tokens: Output tokens where the request does not say; None stands for the context.
+
+    Raises:
+        ApiError, EngineError, Overloaded: Before anything was sent.
+    """
+    backend = http.app[BACKEND]
+    max_model_len = backend.ensure_serving().max_model_len
+    with backend.admission.admit() as lease:
+        tokens = tokens_expected(body, num_bytes=len(raw), default=default_tokens, max_model_len=max_model_len)
+        backend.admission.reserve(lease, tokens=tokens)
+        engine: Engine | None = None
+        for _ in range(FRUITLESS_DEATHS):
+            engine = await backend.supervisor.ready_engine(other_than=engine)
+            try:
+                return await _answer_of(engine, http, observation, raw)
+            except _Unanswered as lost:
+                if not await _is_gone(engine, backend):
+                    raise EngineError(f"the engine's own server ended the connection: {lost}") from lost
+    raise EngineDied(f"the engine died {FRUITLESS_DEATHS} times in a row over this request")
+
+
+def tokens_expected(body: Body, *, num_bytes: int, default: int | None, max_model_len: int) -> int:
+    """Estimate prompt and output tokens together, for admission: its prompt is tokenized elsewhere."""
+    names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    given = next((count for name in names if (count := _count_in(body, name))), None)
+    output = min(given or (max_model_len if default is None else default), max_model_len)
+    return min(num_bytes // _BYTES_PER_TOKEN, max_model_len) + (_count_in(body, "n") or 1) * output
+
+
+def _count_in(body: Body, name: str) -> int:
+    """Return a positive integer, 0 where there is none: what is wrong is the server's to refuse."""
+    value = body.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+async def _is_gone(engine: Engine, backend: Backend) -> bool:
+    """Say whether the engine has died or been replaced, giving the news the time that it takes to arrive."""
+    if backend.supervisor.engine is engine:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(backend.death_noticed_s):
+                await engine.died()
+                return True
+    return backend.supervisor.engine is not engine
+
+
+async def _answer_of(engine: Engine, http: web.Request, observation: Observation, raw: bytes) -> web.StreamResponse:
+    """Ask this engine. Leaving on any path closes the connection, so its server aborts the request.
+
+    Raises:
+        _Unanswered
+    """
+    if not isinstance(engine, OwnRoutes):
+        kind = type(engine).__name__
+        raise EngineError(f"{kind} has no server of its own, as its capabilities promise")
+    async with _asked(engine, http, raw) as answer:
+        if answer.content_type == "text/event-stream":
+            async with aclosing(_events(answer)) as events:
+                return await _pass_on(http, answer, events, observation)
+        try:
+            whole = await answer.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Unanswered(str(error)) from error
+        if answer.status in (500, 503) and await _is_gone(engine, http.app[BACKEND]):
+            raise _Unanswered(whole.decode(errors="replace"))
+        _count(whole, observation)
+        observation.outcome = Outcome.DONE if answer.status < 400 else outcome_of(answer.status)
+        return web.Response(status=answer.status, body=whole, headers=_without(_NOT_ANSWERED, answer.headers))
+
+
+@asynccontextmanager
+async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+    """Yield the answer once its head has come.
+
+    Raises:
+        _Unanswered
+    """
+    async with aiohttp.ClientSession(
+        connector=aiohttp.UnixConnector(str(engine.own_routes_socket)),
+        timeout=aiohttp.ClientTimeout(total=None),
+        auto_decompress=False,
+        skip_auto_headers=("Accept-Encoding", "User-Agent"),
+    ) as session:
+        url = URL(f"http://localhost{http.path_qs}", encoded=True)
+        headers = [*_without(_NOT_ASKED, http.headers), ("Content-Type", "application/json")]
+        try:
+            answer = await session.request(http.method, url, data=raw, headers=headers, allow_redirects=False)
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Unanswered(str(error)) from error
+        try:
+            yield answer
+        finally:
+            answer.close()
+
+
+async def _events(answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    """Yield what comes, cut between events, so that one of ours can follow anywhere.
+
+    Raises:
+        _Unanswered
+    """
+    rest = b""
+    try:
+        async for data in answer.content.iter_any():
+            events, end, rest = (rest + data).rpartition(b"\n\n")
+            if end:
+                yield events + end
+    except (aiohttp.ClientError, OSError) as error:
+        raise _Unanswered(str(error)) from error
+    if rest:
+        yield rest
+
+
+async def _pass_on(
+    http: web.Request,
+    answer: aiohttp.ClientResponse,
+    events: AsyncGenerator[bytes, None],
+    observation: Observation,
+) -> web.StreamResponse:
+    """Send events as they come. The head waits for the first of them, so that until then the request can go elsewhere.
+
+    Raises:
+        _Unanswered: Before the first event.
+    """
+    first = await anext(events, b"")
+    observation.began()
+    response = web.StreamResponse(status=answer.status, headers=_without(_NOT_ANSWERED, answer.headers))
+    try:
+        await response.prepare(http)
+        try:
+            await response.write(first)
+            _count_events(first, observation)
+            async for data in events:
+                await response.write(data)
+                _count_events(data, observation)
+        except _Unanswered as error:
+            died = EngineDied(f"the engine died during the answer, which only its own server could go on with: {error}")
+            await response.write(error_event(from_engine_error(died)))
+            observation.outcome = Outcome.FAILED
+            return response
+        observation.outcome = Outcome.DONE
+    except aiohttp.ClientConnectionResetError:
+        observation.outcome = Outcome.DISCONNECTED
+    return response
+
+
+def _without(names: Iterable[str], headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in headers.items() if name.lower() not in names]
+
+
+def _count_events(events: bytes, observation: Observation) -> None:
+    if b'"usage":{' in events:
+        for line in events.splitlines():
+            _count(line.removeprefix(b"data: "), observation)
+
+
+def _count(answer: bytes, observation: Observation) -> None:
+    """Note the tokens where the answer tells them."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        usage = msgspec.json.decode(answer, type=_Answer).usage
+        if usage is not None:
+            observation.prompt_tokens = usage.prompt_tokens
+            observation.completion_tokens = usage.completion_tokens or 0
+
+
+def no_such_route(path: str, *, engine: str) -> ApiError:
+    return ApiError(
+        status=404,
+        type=ErrorType.NOT_FOUND,
+        message=f"POST {path}: the {engine} engine has no server of its own that could answer this",
+        code="no_such_route",
+    )
