@@ -136,8 +136,13 @@ def sampling_of(
         )
         raise invalid(message, param=parameters.max_tokens_name, code="context_length_exceeded")
     default = room if default_tokens is None else min(default_tokens, room)
+    max_tokens = default if parameters.max_tokens is None else parameters.max_tokens
+    min_tokens = parameters.engine_params.get("min_tokens", 0)
+    if min_tokens > max_tokens:
+        message = f"min_tokens {min_tokens} is more than the {max_tokens} tokens that the output may have"
+        raise invalid(message, param="min_tokens", code="invalid_value")
     return SamplingParams(
-        max_tokens=default if parameters.max_tokens is None else parameters.max_tokens,
+        max_tokens=max_tokens,
         temperature=parameters.temperature,
         top_p=parameters.top_p,
         top_k=parameters.top_k,

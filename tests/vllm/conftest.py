@@ -30,7 +30,10 @@ def shares_the_engine(item: pytest.Item) -> bool:
     return item.path.parent == Path(__file__).parent and "engine" in getattr(item, "fixturenames", ())
 
 
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engine() -> AsyncIterator[VllmEngine]:
-    async with running(llama(), layout(2, 4, 6), ranks=4, **CROWDED) as engine:
+    async with running(llama(), layout(2, 4, 6), ranks=4, args=TOOLS, **CROWDED) as engine:
         yield engine

@@ -236,6 +236,20 @@ def test_a_context_that_is_too_short_is_said_in_numbers() -> None:
         sampling(completion(max_tokens=511), prompt=(5, 6))
 
 
+def test_min_tokens_may_not_exceed_the_output() -> None:
+    asked = parse_completion(completion(min_tokens=17), takes_engine_params=True)
+    with pytest.raises(ApiError, match="min_tokens 17 is more than the 16 tokens") as caught:
+        sampling_of(
+            asked.parameters,
+            prompt=(5,),
+            prompt_name="prompt",
+            default_tokens=16,
+            capabilities=FAKE_CAPABILITIES,
+            new_seed=0,
+        )
+    assert caught.value.param == "min_tokens"
+
+
 def test_the_default_never_exceeds_the_context() -> None:
     short = replace(FAKE_CAPABILITIES, max_model_len=10)
     parameters = parse_completion(completion()).parameters

@@ -56,9 +56,7 @@ class Answering:
         return answer
 
 
-def handover(
-    seen: list[str], reports: list[RefactorProgress], crashes: list[str], **changed: Any
-) -> VllmHandover:
+def handover(seen: list[str], reports: list[RefactorProgress], crashes: list[str], **changed: Any) -> VllmHandover:
     channel: Any = Answering(seen, ANSWERS | changed)
     return VllmHandover(
         TARGET,
