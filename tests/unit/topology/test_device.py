@@ -1,5 +1,7 @@
 """Devices: what is usable, and what cannot be."""
 
+from dataclasses import replace
+
 import pytest
 
 from topology.device import Device, DeviceKind, cpu_devices
@@ -26,3 +28,15 @@ def test_reserved_memory_is_not_usable() -> None:
 def test_more_reserved_than_there_is_is_refused(reserved: int) -> None:
     with pytest.raises(ValueError, match="GPU-1"):
         Device(id="GPU-1", kind=DeviceKind.CUDA, memory_total_bytes=100, memory_reserved_bytes=reserved)
+
+
+def test_memory_of_others_is_part_of_what_is_reserved() -> None:
+    device = Device(id="G", kind=DeviceKind.CUDA, memory_total_bytes=9, memory_reserved_bytes=3, memory_others_bytes=2)
+    assert device.is_shared
+    with pytest.raises(ValueError, match="others hold 4 of 3"):
+        replace(device, memory_others_bytes=4)
+
+
+def test_threads_cannot_be_negative() -> None:
+    with pytest.raises(ValueError, match="-1 threads"):
+        cpu_devices(count=1, memory_bytes=1, threads=-1)
