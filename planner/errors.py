@@ -3,6 +3,8 @@
 PlannerError
 +-- InvalidLayout      a layout that no engine could run
 +-- UnsupportedModel   a model that cannot be read or planned
++-- InvalidWorkload    a workload or target that cannot be; the message names the key
++-- InvalidProfile     a stored profile that cannot be read, or that does not cover what is asked of it
 +-- NoFeasiblePlan     proven: nothing fits; the message has the numbers
 +-- PlanTimeout        nothing found in the time allowed; nothing proven
 +-- InvalidTransition  an event that does not belong to the phase the handover is in: a bug of its runner
@@ -19,6 +21,14 @@ class InvalidLayout(PlannerError):
 
 class UnsupportedModel(PlannerError):
     """The model's files cannot be planned with; the message says which and why."""
+
+
+class InvalidWorkload(PlannerError):
+    """What is said of the workload cannot be; the message names the key."""
+
+
+class InvalidProfile(PlannerError):
+    """A profile cannot be read or fitted, or does not cover a device or layer; the message says which."""
 
 
 class NoFeasiblePlan(PlannerError):

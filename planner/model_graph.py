@@ -36,6 +36,19 @@ class LayerKind(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The routed experts of a mixture: a token passes through ``active`` of ``count``. They stay in one layer."""
+
+    count: int
+    active: int
+    bytes_each: int
+
+    def expected_bytes_read(self, tokens: int) -> float:
+        """Return the bytes of the experts that ``tokens`` choose, each token its own at random, all alike likely."""
+        return self.count * self.bytes_each * (1 - (1 - self.active / self.count) ** tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """The smallest unit that may be placed. Costs are of the layer alone on a device, per token where so named."""
 
@@ -48,6 +61,22 @@ class Layer:
     workspace_bytes_per_token: int  # estimated peak of temporary values while it computes
     flops_per_token: int  # without attention over the context
     attention_flops_per_context_token: int  # added per token computed and token attended to
+    window_tokens: int | None = None  # a token attends to so many, itself included; None: to all before it
+    experts: Experts | None = None
+
+    def kv_bytes(self, context_tokens: int) -> int:
+        """Return the KV cache that a sequence of ``context_tokens`` needs here: no more than its window."""
+        kept = context_tokens if self.window_tokens is None else min(context_tokens, self.window_tokens)
+        return self.kv_bytes_per_token * kept
+
+    def weight_bytes_read(self, tokens: int) -> float:
+        """Return the weights that a step of ``tokens`` reads: rows of the embedding, of the experts those chosen."""
+        if self.kind is LayerKind.EMBEDDING:
+            return float(min(self.weight_bytes, tokens * self.activation_bytes_per_token))
+        if self.experts is None:
+            return float(self.weight_bytes)
+        resting = self.experts.count * self.experts.bytes_each
+        return self.weight_bytes - resting + self.experts.expected_bytes_read(tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +123,10 @@ class ModelGraph:
     @property
     def kv_bytes_per_token(self) -> int:
         return sum(layer.kv_bytes_per_token for layer in self.layers)
+
+    def kv_bytes(self, context_tokens: int) -> int:
+        """Return the KV cache that one sequence of ``context_tokens`` needs over all layers, windows respected."""
+        return sum(layer.kv_bytes(context_tokens) for layer in self.layers)
 
     def weight_bytes(self, layers: Collection[Layer]) -> int:
         """Return the weights of distinct ``layers`` together on one device: a tied table counts once."""
