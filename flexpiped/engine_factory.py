@@ -18,6 +18,7 @@ from flexpiped.settings import EngineKind, Settings
 from planner.errors import UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
 from planner.layout import Pipeline
+from planner.model_families import NATIVE
 from planner.model_graph import ModelGraph, build_model_graph
 from topology.device import Device, cpu_devices
 
@@ -59,10 +60,13 @@ def find_files(settings: Settings, *, source: str) -> Model:
 
 def _graph(settings: Settings, checkpoint: Checkpoint) -> ModelGraph:
     """Describe the model. vLLM knows more families than the planner, and says itself what it cannot serve."""
+    runs_all = settings.engine is EngineKind.VLLM
     try:
-        return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+        return build_model_graph(
+            checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value, engine=None if runs_all else NATIVE
+        )
     except UnsupportedModel:
-        if settings.engine is not EngineKind.VLLM:
+        if not runs_all:
             raise
         return estimate_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
 

@@ -9,17 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from math import prod
 
+from planner.architecture import Config, kv_sources, legal_cuts
+from planner.checkpoint_names import STORED_DTYPES, TensorHeader
 from planner.errors import UnsupportedModel
-from planner.model_graph import (
-    DTYPE_BYTES,
-    LOGITS_BYTES,
-    STORED_DTYPES,
-    Layer,
-    LayerKind,
-    ModelGraph,
-    TensorHeader,
-    kv_cache_bytes_per_token,
-)
+from planner.model_graph import DTYPE_BYTES, LayerBuilder, ModelGraph
 
 _DECODER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _NOT_DECODER = re.compile(r"vision|visual|audio|encoder")
@@ -30,91 +23,78 @@ _QUANTISED_BYTES = {"I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # others 
 def estimate_model_graph(
     config: Mapping[str, object], tensors: Mapping[str, TensorHeader], *, dtype: str = "auto"
 ) -> ModelGraph:
-    """Return an estimate; ``dtype`` as in ``build_model_graph``.
+    """Return an estimate; ``dtype`` as in ``build_model_graph``. All tensors of a decoder count for every token.
 
     Raises:
         UnsupportedModel: config.json does not say how many decoders there are, or how large.
     """
     nested = config.get("text_config")
     values = {**config, **nested} if isinstance(nested, Mapping) else config
-    sizes = _Sizes(values)
     computed = str(values.get("dtype") or values.get("torch_dtype") or "bfloat16") if dtype == "auto" else dtype
     computed = computed.removeprefix("torch.")
-    size = DTYPE_BYTES.get(computed, 2)
-    sorted_names = _sort(tensors, sizes.decoders)
+    builder, decoders, inner, context = _read_sizes(values, dtype_bytes=DTYPE_BYTES.get(computed, 2))
+    sources = kv_sources(Config(values), decoders)
+    held = _sort(tensors, decoders)
+    table = builder.vocab_size * builder.hidden_size
     tied = values.get("tie_word_embeddings") is True or not any("lm_head" in name for name in tensors)
+
+    def weighs(place: int) -> int:
+        return sum(_bytes(tensors[name], builder.dtype_bytes) for name in held[place])
+
+    shared = table * builder.dtype_bytes if tied else 0
     return ModelGraph(
         model_type=str(config.get("model_type", "unknown")),
         dtype=computed,
         layers=(
-            sizes.layer("embedding", LayerKind.EMBEDDING, sorted_names[-1], tensors, size),
+            builder.embedding(held[-1], weight_bytes=weighs(-1)),
             *(
-                sizes.layer(f"decoder {index}", LayerKind.DECODER, sorted_names[index], tensors, size)
-                for index in range(sizes.decoders)
+                builder.decoder(
+                    index,
+                    held[index],
+                    weight_bytes=weighs(index),
+                    matrix_parameters=sum(
+                        prod(tensors[name].shape) for name in held[index] if len(tensors[name].shape) == 2
+                    ),
+                    inner_size=inner,
+                    has_kv=sources[index] is None,
+                )
+                for index in range(decoders)
             ),
-            sizes.layer("head", LayerKind.HEAD, sorted_names[sizes.decoders], tensors, size, tied=tied),
+            builder.head(held[decoders], weight_bytes=weighs(decoders) + shared, matrix_parameters=table),
         ),
-        legal_cuts=tuple(range(1, sizes.decoders)),
-        shared_bytes=sizes.vocab * sizes.hidden * size if tied else 0,
-        hidden_size=sizes.hidden,
-        vocab_size=sizes.vocab,
-        max_context_tokens=sizes.context,
+        legal_cuts=legal_cuts(sources),
+        shared_bytes=shared,
+        hidden_size=builder.hidden_size,
+        vocab_size=builder.vocab_size,
+        max_context_tokens=context,
     )
 
 
-class _Sizes:
-    """What config.json says, under any of the names that families use."""
+def _read_sizes(values: Mapping[str, object], *, dtype_bytes: int) -> tuple[LayerBuilder, int, int, int]:
+    """Return what config.json says under any of the names that families use; the last three: decoders, MLP, context."""
 
-    def __init__(self, values: Mapping[str, object]) -> None:
-        self._values = values
-        self.decoders = self._read("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-        self.hidden = self._read("hidden_size", "n_embd", "d_model")
-        self.vocab = self._read("vocab_size")
-        self.heads = self._read("num_attention_heads", "n_head", "n_heads")
-        self.kv_heads = self._read("num_key_value_heads", "num_kv_heads", "n_head_kv", default=self.heads)
-        self.head_dim = self._read("head_dim", default=max(1, self.hidden // self.heads))
-        self.inner = self._read("intermediate_size", "n_inner", "ffn_dim", default=4 * self.hidden)
-        self.context = self._read("max_position_embeddings", "n_positions", "max_sequence_length", default=2048)
-
-    def _read(self, *names: str, default: int | None = None) -> int:
+    def read(*names: str, default: int | None = None) -> int:
         for name in names:
-            value = self._values.get(name)
+            value = values.get(name)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
         if default is None:
             raise UnsupportedModel(f"config.json does not say {names[0]}")
         return default
 
-    def layer(
-        self,
-        name: str,
-        kind: LayerKind,
-        names: Iterable[str],
-        tensors: Mapping[str, TensorHeader],
-        size: int,
-        *,
-        tied: bool = False,
-    ) -> Layer:
-        held = tuple(names)
-        decodes, ends = kind is LayerKind.DECODER, kind is LayerKind.HEAD
-        widest = max((2 * self.heads + 2 * self.kv_heads) * self.head_dim, 3 * self.inner)
-        table = self.vocab * self.hidden
-        matrices = sum(prod(tensors[each].shape) for each in held if len(tensors[each].shape) == 2)
-        kv = kv_cache_bytes_per_token(
-            num_layers=1, num_kv_heads=self.kv_heads, head_dim=self.head_dim, dtype_bytes=size
-        )
-        return Layer(
-            name=name,
-            kind=kind,
-            tensor_names=held,
-            weight_bytes=sum(_bytes(tensors[each], size) for each in held) + (table * size if tied else 0),
-            kv_bytes_per_token=kv if decodes else 0,
-            activation_bytes_per_token=self.vocab * LOGITS_BYTES if ends else self.hidden * size,
-            workspace_bytes_per_token=2 * self.hidden * size
-            + (widest * size if decodes else 2 * self.vocab * LOGITS_BYTES if ends else 0),
-            flops_per_token=2 * (matrices if decodes else table if ends else 0),
-            attention_flops_per_context_token=4 * self.heads * self.head_dim if decodes else 0,
-        )
+    decoders = read("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    hidden = read("hidden_size", "n_embd", "d_model")
+    heads = read("num_attention_heads", "n_head", "n_heads")
+    builder = LayerBuilder(
+        hidden_size=hidden,
+        vocab_size=read("vocab_size"),
+        num_heads=heads,
+        num_kv_heads=read("num_key_value_heads", "num_kv_heads", "n_head_kv", default=heads),
+        head_dim=read("head_dim", default=max(1, hidden // heads)),
+        dtype_bytes=dtype_bytes,
+    )
+    inner = read("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    return builder, decoders, inner, read("max_position_embeddings", "n_positions", "max_sequence_length", default=2048)
 
 
 def _sort(names: Iterable[str], decoders: int) -> dict[int, list[str]]:

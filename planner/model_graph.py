@@ -3,30 +3,19 @@
 Nothing here reads a file; ``engines.checkpoint`` does. Bytes of weights are those they take when loaded in ``dtype``.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
-from typing import Protocol
 
+from planner.architecture import Architecture, Shape, legal_cuts
+from planner.checkpoint_names import STORED_DTYPES, CheckpointNames, TensorHeader
 from planner.errors import UnsupportedModel
 from planner.layout import Pipeline
-from planner.model_families import Architecture, Shape, read_architecture
+from planner.model_families import read_architecture
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names of safetensors
 LOGITS_BYTES = 4  # logits are float32 whatever the model computes in
-
-
-class TensorHeader(Protocol):
-    """What a checkpoint says of a tensor before it is read."""
-
-    @property
-    def dtype(self) -> str:
-        """Name as safetensors writes it, such as ``BF16``."""
-
-    @property
-    def shape(self) -> Shape: ...
 
 
 class LayerKind(Enum):
@@ -157,136 +146,159 @@ def kv_cache_bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: in
 
 
 def build_model_graph(
-    config: Mapping[str, object], tensors: Mapping[str, TensorHeader], *, dtype: str = "auto"
+    config: Mapping[str, object],
+    tensors: Mapping[str, TensorHeader] | None = None,
+    *,
+    dtype: str = "auto",
+    engine: str | None = None,
 ) -> ModelGraph:
     """Return the model graph of a parsed config.json and its checkpoint's headers, checked against each other.
 
-    ``dtype`` is what the model computes and keeps weights and KV cache in: ``float32``, ``bfloat16``, ``float16``, or
-    ``auto`` for the config's own.
+    Without ``tensors`` the config alone says what there is. ``dtype`` is what the model computes and keeps weights and
+    KV cache in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the config's own. With ``engine``, what that
+    engine does not run is refused.
 
     Raises:
         UnsupportedModel: The family, a feature, a dtype, or a tensor that is missing, unknown or of another shape.
     """
-    arch = read_architecture(config)
-    computed = _compute_dtype(config, tensors) if dtype == "auto" else dtype
+    arch = read_architecture(config, engine=engine)
+    computed = _compute_dtype(config, tensors or {}) if dtype == "auto" else dtype
     if computed not in DTYPE_BYTES:
         raise UnsupportedModel(f"dtype {computed!r} is not supported; supported are: {', '.join(DTYPE_BYTES)}")
-    names = _Names(arch, tensors)
-    names.refuse_strangers()
-    size = DTYPE_BYTES[computed]
+    names = CheckpointNames(arch, tensors)
+    builder = LayerBuilder(
+        hidden_size=arch.hidden_size,
+        vocab_size=arch.vocab_size,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        dtype_bytes=DTYPE_BYTES[computed],
+    )
+    table = prod(arch.table_shape)
     return ModelGraph(
         model_type=str(config["model_type"]),
         dtype=computed,
         layers=(
-            _embedding(arch, names, size),
-            *(_decoder(arch, names, size, index) for index in range(arch.num_decoders)),
-            _head(arch, names, size),
+            _embedding(arch, names, builder),
+            *(_decoder(arch, names, builder, index) for index in range(arch.num_decoders)),
+            _head(arch, names, builder),
         ),
-        legal_cuts=tuple(range(1, arch.num_decoders)),
-        shared_bytes=arch.vocab_size * arch.hidden_size * size if names.tied else 0,
+        legal_cuts=legal_cuts([decoder.kv_source for decoder in arch.decoders]),
+        shared_bytes=table * builder.dtype_bytes if names.tied else 0,
         hidden_size=arch.hidden_size,
         vocab_size=arch.vocab_size,
         max_context_tokens=arch.max_context_tokens,
     )
 
 
-class _Names:
-    """Finds an architecture's tensors in a checkpoint, whether it was saved with the base model's prefix or not."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBuilder:
+    """From sizes to layers: the one place where activation, workspace, KV and attention costs are worked out."""
 
-    def __init__(self, arch: Architecture, tensors: Mapping[str, TensorHeader]) -> None:
-        self.tensors = tensors
-        prefixed = any(name.startswith(arch.base_prefix) for name in tensors)
-        self.prefix = arch.base_prefix if prefixed else ""
-        self.embedding_table = self.prefix + arch.embedding_table
-        self.head_table = arch.head_table
-        self.table_shape = (arch.vocab_size, arch.hidden_size)
-        self.arch = arch
-        # transformers ties two tables that are both saved only when they are equal: kept apart, both cases are right
-        self.tied = arch.ties_embeddings and not (self.embedding_table in tensors and self.head_table in tensors)
-        if self.tied:  # one table under either name
-            table = self.head_table if self.head_table in tensors else self.embedding_table
-            self.embedding_table = self.head_table = table
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype_bytes: int
 
-    def expected(self) -> Iterator[tuple[str, Shape]]:
-        """Yield every tensor that the model needs."""
-        for table in dict.fromkeys((self.embedding_table, self.head_table)):
-            yield table, self.table_shape
-        yield from self.under("", self.arch.embedding)
-        for index in range(self.arch.num_decoders):
-            yield from self.under(self.arch.decoder_prefix.format(index), self.arch.decoder)
-        yield from self.under("", self.arch.head)
+    def embedding(self, tensor_names: Collection[str], *, weight_bytes: int) -> Layer:
+        return Layer(
+            name="embedding",
+            kind=LayerKind.EMBEDDING,
+            tensor_names=tuple(tensor_names),
+            weight_bytes=weight_bytes,
+            kv_bytes_per_token=0,
+            activation_bytes_per_token=self.hidden_size * self.dtype_bytes,
+            workspace_bytes_per_token=2 * self.hidden_size * self.dtype_bytes,
+            flops_per_token=0,
+            attention_flops_per_context_token=0,
+        )
 
-    def under(self, prefix: str, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
-        return ((f"{self.prefix}{prefix}{name}", shape) for name, shape in shapes.items())
+    def decoder(
+        self,
+        index: int,
+        tensor_names: Collection[str],
+        *,
+        weight_bytes: int,
+        matrix_parameters: int,
+        inner_size: int,
+        window_tokens: int | None = None,
+        experts: Experts | None = None,
+        has_kv: bool = True,
+    ) -> Layer:
+        """``matrix_parameters`` are those that each token is multiplied with: of experts, those it passes through."""
+        own_kv = kv_cache_bytes_per_token(
+            num_layers=1, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype_bytes=self.dtype_bytes
+        )
+        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim  # queries, output, keys, values
+        return Layer(
+            name=f"decoder {index}",
+            kind=LayerKind.DECODER,
+            tensor_names=tuple(tensor_names),
+            weight_bytes=weight_bytes,
+            kv_bytes_per_token=own_kv if has_kv else 0,
+            activation_bytes_per_token=self.hidden_size * self.dtype_bytes,
+            workspace_bytes_per_token=(2 * self.hidden_size + max(attention, 3 * inner_size)) * self.dtype_bytes,
+            flops_per_token=2 * matrix_parameters,
+            attention_flops_per_context_token=4 * self.num_heads * self.head_dim,
+            window_tokens=window_tokens,
+            experts=experts,
+        )
 
-    def refuse_strangers(self) -> None:
-        """Check that the checkpoint holds what the model needs, and nothing that would be left out unnoticed."""
-        expected = dict(self.expected())
-        for name, shape in expected.items():
-            header = self.tensors.get(name)
-            if header is None:
-                raise UnsupportedModel(f"tensor {name} is missing from the checkpoint")
-            if tuple(header.shape) != shape:
-                raise UnsupportedModel(f"tensor {name} has shape {list(header.shape)}, config.json means {list(shape)}")
-            if header.dtype not in STORED_DTYPES:
-                stored = ", ".join(STORED_DTYPES)
-                raise UnsupportedModel(f"tensor {name} is stored as {header.dtype}; supported are: {stored}")
-        unknown = [name for name in self.tensors if name not in expected and not name.endswith(self.arch.buffers)]
-        if unknown:
-            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise UnsupportedModel(f"tensor {unknown[0]}{more} does not belong to the model that config.json describes")
+    def head(self, tensor_names: Collection[str], *, weight_bytes: int, matrix_parameters: int) -> Layer:
+        logits = self.vocab_size * LOGITS_BYTES
+        return Layer(
+            name="head",
+            kind=LayerKind.HEAD,
+            tensor_names=tuple(tensor_names),
+            weight_bytes=weight_bytes,
+            kv_bytes_per_token=0,
+            activation_bytes_per_token=logits,
+            workspace_bytes_per_token=2 * self.hidden_size * self.dtype_bytes + 2 * logits,
+            flops_per_token=2 * matrix_parameters,
+            attention_flops_per_context_token=0,
+        )
 
 
-def _embedding(arch: Architecture, names: _Names, size: int) -> Layer:
-    shapes = dict([(names.embedding_table, names.table_shape), *names.under("", arch.embedding)])
-    return Layer(
-        name="embedding",
-        kind=LayerKind.EMBEDDING,
-        tensor_names=tuple(shapes),
-        weight_bytes=_weight_bytes(shapes, size),
-        kv_bytes_per_token=0,
-        activation_bytes_per_token=arch.hidden_size * size,
-        workspace_bytes_per_token=2 * arch.hidden_size * size,
-        flops_per_token=0,
-        attention_flops_per_context_token=0,
+def _embedding(arch: Architecture, names: CheckpointNames, builder: LayerBuilder) -> Layer:
+    shapes = dict([(names.embedding_table, arch.table_shape), *names.under("", arch.embedding)])
+    return builder.embedding(shapes, weight_bytes=_parameters(shapes) * builder.dtype_bytes)
+
+
+def _decoder(arch: Architecture, names: CheckpointNames, builder: LayerBuilder, index: int) -> Layer:
+    decoder = arch.decoders[index]
+    shapes = dict(names.under(arch.decoder_prefix.format(index), decoder.tensors))
+    routed = {name: shape for name, shape in shapes.items() if decoder.num_experts and ".experts." in name}
+    dense = {name: shape for name, shape in shapes.items() if name not in routed}
+    each = _parameters(routed) // decoder.num_experts if decoder.num_experts else 0
+    return builder.decoder(
+        index,
+        shapes,
+        weight_bytes=_parameters(shapes) * builder.dtype_bytes,
+        matrix_parameters=_matrix_parameters(dense) + decoder.active_experts * each,
+        inner_size=decoder.inner_size,
+        window_tokens=decoder.window_tokens,
+        experts=Experts(count=decoder.num_experts, active=decoder.active_experts, bytes_each=each * builder.dtype_bytes)
+        if routed
+        else None,
+        has_kv=decoder.kv_source is None,
     )
 
 
-def _decoder(arch: Architecture, names: _Names, size: int, index: int) -> Layer:
-    shapes = dict(names.under(arch.decoder_prefix.format(index), arch.decoder))
-    attention_width = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim  # queries, output, keys, values
-    return Layer(
-        name=f"decoder {index}",
-        kind=LayerKind.DECODER,
-        tensor_names=tuple(shapes),
-        weight_bytes=_weight_bytes(shapes, size),
-        kv_bytes_per_token=kv_cache_bytes_per_token(
-            num_layers=1, num_kv_heads=arch.num_kv_heads, head_dim=arch.head_dim, dtype_bytes=size
-        ),
-        activation_bytes_per_token=arch.hidden_size * size,
-        workspace_bytes_per_token=(2 * arch.hidden_size + max(attention_width, 3 * arch.intermediate_size)) * size,
-        flops_per_token=2 * sum(prod(shape) for shape in shapes.values() if len(shape) == 2),
-        attention_flops_per_context_token=4 * arch.num_heads * arch.head_dim,
+def _head(arch: Architecture, names: CheckpointNames, builder: LayerBuilder) -> Layer:
+    shapes = dict([*names.under("", arch.head), (names.head_table, arch.table_shape)])
+    return builder.head(
+        shapes, weight_bytes=_parameters(shapes) * builder.dtype_bytes, matrix_parameters=_matrix_parameters(shapes)
     )
 
 
-def _head(arch: Architecture, names: _Names, size: int) -> Layer:
-    shapes = dict([*names.under("", arch.head), (names.head_table, names.table_shape)])
-    return Layer(
-        name="head",
-        kind=LayerKind.HEAD,
-        tensor_names=tuple(shapes),
-        weight_bytes=_weight_bytes(shapes, size),
-        kv_bytes_per_token=0,
-        activation_bytes_per_token=arch.vocab_size * LOGITS_BYTES,
-        workspace_bytes_per_token=2 * arch.hidden_size * size + 2 * arch.vocab_size * LOGITS_BYTES,
-        flops_per_token=2 * arch.vocab_size * arch.hidden_size,
-        attention_flops_per_context_token=0,
-    )
+def _parameters(shapes: Mapping[str, Shape]) -> int:
+    return sum(prod(shape) for shape in shapes.values())
 
 
-def _weight_bytes(shapes: Mapping[str, Shape], size: int) -> int:
-    return size * sum(prod(shape) for shape in shapes.values())
+def _matrix_parameters(shapes: Mapping[str, Shape]) -> int:
+    return sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
 
 
 def _compute_dtype(config: Mapping[str, object], tensors: Mapping[str, TensorHeader]) -> str:

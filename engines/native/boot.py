@@ -16,6 +16,7 @@ from engines.native.scheduler import SchedulerLimits
 from engines.native.shared import SharedMemory, SharedSizes
 from engines.native.worker import WorkerContext
 from planner.layout import Pipeline
+from planner.model_families import NATIVE
 from planner.model_graph import ModelGraph, build_model_graph
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,7 +48,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
 
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(options.model_directory)
-    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
+    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype, engine=NATIVE)
     config = AutoConfig.from_pretrained(checkpoint.directory)
     dtype = _DTYPES[graph.dtype]
     kernels, note = _compiled(options)

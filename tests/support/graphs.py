@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from planner.model_families import Shape, read_architecture
+from planner.architecture import Shape
+from planner.model_families import read_architecture
 from planner.model_graph import ModelGraph, build_model_graph
 
 SMALL_LLAMA: dict[str, object] = {
@@ -36,12 +37,12 @@ class Header:
 def headers(config: Mapping[str, object], *, dtype: str = "F32") -> dict[str, Header]:
     """Return the headers of a complete checkpoint of ``config``, as transformers would save it."""
     arch = read_architecture(config)
-    table = (arch.vocab_size, arch.hidden_size)
+    table = arch.table_shape
     shapes: dict[str, Shape] = {arch.base_prefix + arch.embedding_table: table}
     shapes |= {arch.base_prefix + name: shape for name, shape in {**arch.embedding, **arch.head}.items()}
-    for index in range(arch.num_decoders):
+    for index, decoder in enumerate(arch.decoders):
         prefix = arch.base_prefix + arch.decoder_prefix.format(index)
-        shapes |= {prefix + name: shape for name, shape in arch.decoder.items()}
+        shapes |= {prefix + name: shape for name, shape in decoder.tensors.items()}
     if not arch.ties_embeddings:
         shapes[arch.head_table] = table
     return {name: Header(shape, dtype) for name, shape in shapes.items()}
