@@ -59,7 +59,8 @@ class GpuRecord:
         parent_uuid: The GPU whose instance this is; empty for a whole GPU.
         memory_reserved_bytes: Held by driver and firmware.
         memory_used_bytes: Held by processes, ours and others'.
-        memory_others_bytes: The part of it that is not held by ``own_pids``.
+        memory_own_bytes: The part of it that our own processes hold.
+        memory_others_bytes: The part of it that other tenants' processes hold, seen or not.
         processes: Of other tenants, as far as the driver names them.
         utilisation: Share of time with work on the multiprocessors, 0 to 1.
         cpu_affinity: The nearest CPUs.
@@ -72,6 +73,7 @@ class GpuRecord:
     parent_uuid: str = ""
     memory_reserved_bytes: int = 0
     memory_used_bytes: int = 0
+    memory_own_bytes: int = 0
     memory_others_bytes: int = 0
     processes: tuple[GpuProcess, ...] = ()
     compute_capability: tuple[int, int] | None = None
@@ -99,7 +101,7 @@ class GpuRecord:
 def device_of(gpu: GpuRecord, *, host_id: str) -> Device:
     """Return the device that planning sees."""
     total = gpu.memory_total_bytes
-    reserved = min(total, gpu.memory_reserved_bytes + gpu.memory_others_bytes)
+    reserved = min(total, gpu.memory_reserved_bytes + max(0, gpu.memory_used_bytes - gpu.memory_own_bytes))
     return Device(
         id=gpu.uuid,
         kind=DeviceKind.CUDA,

@@ -5,7 +5,7 @@ copy of a few bytes between two GPUs.
 
 Sources:
 - NVLink, per lane and direction: NVIDIA's architecture white papers: P100 (NVLink 1, 20 GB/s), V100 (2, 25 GB/s), A100
-  (3, 25 GB/s), H100 (4, 25 GB/s), Blackwell (5, 50 GB/s).
+  (3, 25 GB/s), H100 (4, 25 GB/s), Blackwell (5, 50 GB/s); GA102 (3, four lanes of 112.5 GB/s together, both ways).
 - PCIe, per lane and direction after encoding: PCI-SIG, PCI Express Base Specification 1.0 to 6.0 (2.5 to 64 GT/s).
 - Share that a copy gets: NVLink 4 through NVSwitch 376 of 450 GB/s (github.com/NVIDIA/nccl, issue 1264); PCIe 5 x16
   54.3 of 63 GB/s below one host bridge (github.com/lukealonso/p2pmark), 39 to 51 GB/s from one NUMA node to another
@@ -23,6 +23,7 @@ from topology.link import P2P, Link, LinkKind
 from topology.units import GIB
 
 _NVLINK_LANE_BYTES_PER_S: Final = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}
+_HALF_RATE_LANE_BYTES_PER_S: Final = 14.0625e9
 _PCIE_LANE_BYTES_PER_S: Final = {
     1: 2.5e9 * 8 / 10 / 8,
     2: 5e9 * 8 / 10 / 8,
@@ -66,10 +67,14 @@ def pcie_peak_bytes_per_s(*, generation: int, width: int) -> float:
     return lane * (width or _ASSUMED_WIDTH)
 
 
-def nvlink(*, version: int, lanes: int, through_switch: bool, p2p: P2P = P2P.UNKNOWN) -> Link:
-    """Return the link of ``lanes`` NVLink lanes, directly or through NVSwitch."""
+def nvlink(*, version: int, lanes: int, through_switch: bool, half_rate: bool = False, p2p: P2P = P2P.UNKNOWN) -> Link:
+    """Return the link of ``lanes`` NVLink lanes, directly or through NVSwitch.
+
+    Args:
+        half_rate: GPUs of compute capability 8.6 (A40, RTX A6000, RTX 3090) have lanes of 14.06 GB/s.
+    """
     kind = LinkKind.NVSWITCH if through_switch else LinkKind.NVLINK
-    peak = nvlink_peak_bytes_per_s(version=version, lanes=lanes)
+    peak = lanes * _HALF_RATE_LANE_BYTES_PER_S if half_rate else nvlink_peak_bytes_per_s(version=version, lanes=lanes)
     return Link(
         kind=kind,
         bandwidth_bytes_per_s=peak * _NVLINK_SHARE,

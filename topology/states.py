@@ -25,6 +25,8 @@ class DriverStatus:
     Args:
         sentence: For people; empty if there is nothing to say.
         missing: NVML functions that this driver lacks; what they would have told is left out.
+        unreadable: One sentence for each GPU whose identity could not be read.
+        notes: What is odd about the environment in which CUDA would look for GPUs.
     """
 
     state: DriverState = DriverState.NOT_ASKED
@@ -32,6 +34,8 @@ class DriverStatus:
     driver_version: str = ""
     cuda_version: str = ""
     missing: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class HealthState(Enum):
