@@ -5,6 +5,7 @@ EngineError
 +-- EngineDied              the engine's process ended; requests in flight go on elsewhere from the caller's copy
 +-- EngineClosed            the caller closed the engine
 +-- UnsupportedByEngine     model, parameter or layout that this engine cannot do; the message names it
++-- KvTransferFailed        a request's KV cache did not get to another engine; it can be computed again there
 +-- InvalidRequest          the request cannot be run as it is (names the parameter)
 +-- RefactoringError
     +-- RefactoringBusy     another refactoring is under way (the message says which and where it stands)
@@ -31,6 +32,10 @@ class EngineClosed(EngineError):
 
 class UnsupportedByEngine(EngineError):
     """What was asked for is not something this engine does."""
+
+
+class KvTransferFailed(EngineError):
+    """A request's KV cache was not written, or cannot be loaded. Nothing is lost: it is computed again."""
 
 
 class InvalidRequest(EngineError):

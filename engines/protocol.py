@@ -39,17 +39,32 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvParcel:
+    """A request's KV cache in shared memory, as one engine has written it for another.
+
+    It holds the first ``num_tokens`` tokens of the request, prompt and output. The engine that wrote it owns
+    ``directory`` and removes it.
+    """
+
+    directory: Path
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """A prompt to continue.
 
     ``generated_token_ids`` are output tokens that another engine, or this one before it died, has produced already:
-    they count towards ``max_tokens`` and output positions and are not reported again.
+    they count towards ``max_tokens`` and output positions and are not reported again. ``kv`` is a parcel that this
+    engine has accepted: it is loaded as far as it goes, the rest is computed.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     generated_token_ids: tuple[int, ...] = ()
+    kv: KvParcel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +106,8 @@ class EngineCapabilities:
     resumes_seeded: bool = True  # a seeded draw goes on exactly where generated tokens are handed in
     takes_engine_params: bool = False  # ``SamplingParams.engine_params``
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
+    kv_form: str = ""  # engines of equal forms can load each other's KV cache: then the engine is a ``KvTransfers``
+    kv_refusal: str = ""  # why there is no form, where the engine knows
     # Device groups of ranks that are bound to them, in order: the first stage is on the first group, the last stage on
     # the last one, and groups between may have no stage. Empty: any stage may be on any device.
     resident: tuple[tuple[str, ...], ...] = ()
@@ -224,3 +241,27 @@ class OwnRoutes(Protocol):
     @property
     def own_routes_socket(self) -> Path:
         """The Unix socket on which the engine's own HTTP server listens. Valid once ``start`` has returned."""
+
+
+@runtime_checkable
+class KvTransfers(Protocol):
+    """What an engine offers besides when its capabilities have a ``kv_form``."""
+
+    async def export_kv(self, request_id: str) -> KvParcel:
+        """Write the KV cache of a running request to shared memory: what it has computed by now. The request goes on.
+
+        Raises:
+            KvTransferFailed: There is none, or it was lost or did not fit; nothing is left of it.
+            EngineDied, EngineClosed
+        """
+
+    async def accept_kv(self, parcel: KvParcel) -> None:
+        """Make ready to load what an engine of the same ``kv_form`` has written, for a request that comes with it.
+
+        Raises:
+            KvTransferFailed: It cannot be loaded here.
+            EngineDied, EngineClosed
+        """
+
+    async def forget_kv(self, parcel: KvParcel) -> None:
+        """Let go of a parcel; who wrote it removes its files. Idempotent, and never an error."""

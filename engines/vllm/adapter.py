@@ -13,6 +13,7 @@ from engines.protocol import (
     EngineCounters,
     FinishReason,
     GenerationRequest,
+    KvParcel,
     RefactorCheck,
     RefactorProgress,
     StageStatus,
@@ -25,6 +26,7 @@ from engines.vllm.command import HTTP_SOCKET
 from engines.vllm.handovers import VllmHandovers
 from engines.vllm.hang import Pulse
 from engines.vllm.interpreter import vllm_version
+from engines.vllm.kv_parcels import VllmKvParcels
 from engines.vllm.logs import LogLine, progress_of, takes_long
 from engines.vllm.options import VllmOptions
 from engines.vllm.own_server import own_server
@@ -81,6 +83,8 @@ class VllmEngine:
         self._handovers: VllmHandovers | None = None
         self._stage_reader = StageReader(ranks=self._ranks, clock=clock)
         self._streams: dict[int, Stream] = {}
+        self._key_of: dict[str, int] = {}  # of requests that run, by their id
+        self._parcels: VllmKvParcels | None = None
         self._last_key = 0
         self._end: EngineError | None = EngineClosed("the engine has not been started")
         self._death: asyncio.Future[str] | None = None
@@ -129,6 +133,7 @@ class VllmEngine:
         self._last_key += 1
         key, stream = self._last_key, Stream()
         self._streams[key] = stream
+        self._key_of[request.request_id] = key
         prompt = [*request.prompt_token_ids, *request.generated_token_ids]
         self._send({"op": "generate", "key": key, "prompt": prompt, "sampling": sampling})
         try:
@@ -136,6 +141,8 @@ class VllmEngine:
                 yield chunk
         finally:
             del self._streams[key]
+            if self._key_of.get(request.request_id) == key:
+                del self._key_of[request.request_id]
             if not stream.ended and self._end is None:
                 self._send({"op": "abort", "key": key})
 
@@ -190,6 +197,18 @@ class VllmEngine:
     @property
     def own_routes_socket(self) -> Path:
         return self.run_directory / HTTP_SOCKET
+
+    # --- KvTransfers ---
+
+    async def export_kv(self, request_id: str) -> KvParcel:
+        return await self._ready_parcels().export(request_id)
+
+    async def accept_kv(self, parcel: KvParcel) -> None:
+        await self._ready_parcels().accept(parcel)
+
+    async def forget_kv(self, parcel: KvParcel) -> None:
+        if self._parcels is not None:
+            await self._parcels.forget(parcel)
 
     # --- beyond the protocol: for benchmarks and tests ---
 
@@ -289,6 +308,7 @@ class VllmEngine:
             requests_live=lambda: len(self._streams),
             on_crash=self._note_death,
         )
+        self._parcels = VllmKvParcels(channel, run_directory=self.run_directory, name_of=self._name_in_core)
         self._capabilities = EngineCapabilities(
             name="vllm",
             max_model_len=info["max_model_len"],
@@ -300,6 +320,8 @@ class VllmEngine:
             resumes_seeded=False,
             takes_engine_params=True,
             own_server=own_server(self._options.args),
+            kv_form=info.get("kv_form", ""),
+            kv_refusal=info.get("kv_refusal", ""),
             resident=tuple(self._ranks.devices_of(rank) for rank in range(self._ranks.count)),
         )
 
@@ -397,6 +419,16 @@ class VllmEngine:
         self._ensure_alive()
         assert self._handovers is not None, "valid once start has returned"
         return self._handovers
+
+    def _ready_parcels(self) -> VllmKvParcels:
+        self._ensure_alive()
+        assert self._parcels is not None, "valid once start has returned"
+        return self._parcels
+
+    def _name_in_core(self, request_id: str) -> str | None:
+        """Return what the endpoint plugin calls a request, None when it does not run."""
+        key = self._key_of.get(request_id)
+        return None if key is None else f"flexpiped-{self.pids['api']}-{key}"
 
     def _ensure_alive(self) -> None:
         if self._end is not None:

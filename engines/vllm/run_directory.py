@@ -32,15 +32,24 @@ def remove_run_directory(directory: Path) -> None:
     """Remove the directory and the shared memory that it lists."""
     with suppress(FileNotFoundError):
         for name in (directory / _SHARED).read_text().splitlines():
-            (_SHM / Path(name).name).unlink(missing_ok=True)
+            listed = _SHM / Path(name).name
+            if listed.is_dir():
+                shutil.rmtree(listed, ignore_errors=True)
+            else:
+                listed.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def note_shared_memory(directory: Path, pids: Iterable[int]) -> None:
     """List what these processes have mapped in /dev/shm, so that it goes with the directory."""
+    list_shared_memory(directory, set().union(*(shared_memory_of(pid) for pid in pids)))
+
+
+def list_shared_memory(directory: Path, names: set[str]) -> None:
+    """List these names in /dev/shm, each of a file or a directory, so that they go with the run directory."""
     listed = directory / _SHARED
     known = set(listed.read_text().splitlines()) if listed.exists() else set()
-    found = known.union(*(shared_memory_of(pid) for pid in pids))
+    found = known | names
     if found != known:
         fresh = listed.with_suffix(".new")
         fresh.write_text("".join(f"{name}\n" for name in sorted(found)))

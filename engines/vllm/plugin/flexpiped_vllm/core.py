@@ -17,6 +17,7 @@ from typing import Any
 from flexpiped_vllm import internals
 from flexpiped_vllm.failpoints import Failpoints
 from flexpiped_vllm.kv_tracker import KVTracker
+from flexpiped_vllm.kv_transfers import KvTransfers
 from flexpiped_vllm.moving import BUFFERS
 from flexpiped_vllm.pieces import Piece, pieces_of
 from flexpiped_vllm.settings import Settings
@@ -78,7 +79,11 @@ class Conductor:
         self._tp = core.vllm_config.parallel_config.tensor_parallel_size
         self._block_tokens = int(core.vllm_config.cache_config.block_size)
         self._watch_scheduler()
-        self._socket = bind_datagram(Settings.of_environment().directory / "core.dgram")
+        settings = Settings.of_environment()
+        self.kv = KvTransfers(
+            core, ranks=self._ranks, directory=settings.directory, slice_bytes=settings.slice_bytes
+        )
+        self._socket = bind_datagram(settings.directory / "core.dgram")
         threading.Thread(target=self._read_answers, name="flexpiped-answers", daemon=True).start()
 
     # --- observing ---
@@ -91,6 +96,8 @@ class Conductor:
             "worker_pids": [rank["pid"] for rank in self._ranks],
             "helper_pids": [rank["helper_pid"] for rank in self._ranks if rank["helper_pid"]],
             "refactor_refusal": refusals[0] if refusals else "",
+            "kv_form": self.kv.form,
+            "kv_refusal": self.kv.refusal,
             "num_kv_blocks": pool.num_gpu_blocks,
             "block_tokens": self._block_tokens,
             "layout": self._layout(),
@@ -209,6 +216,7 @@ class Conductor:
 
     def pump(self) -> None:
         """Take in acknowledgements and send what may follow. Runs between steps and whenever one arrives."""
+        self.kv.pump()
         handover = self._handover
         while self._answers:
             number, source, ticket, reason = self._answers.popleft()

@@ -166,6 +166,8 @@ class Connection:
             "pp_size": parallel.pipeline_parallel_size,
             "tp_size": parallel.tensor_parallel_size,
             "refactor_refusal": core["refactor_refusal"],
+            "kv_form": core["kv_form"],
+            "kv_refusal": core["kv_refusal"],
             "num_kv_blocks": core["num_kv_blocks"],
             "kv_block_tokens": core["block_tokens"],
             "layout": core.get("layout", []),

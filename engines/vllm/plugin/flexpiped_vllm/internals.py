@@ -5,6 +5,7 @@ another one vLLM is served as it is, and moves in place are refused with the ver
 """
 
 import inspect
+from copy import copy
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ try:  # what only moves in place need: a vLLM without it is served all the same
 except ImportError as error:
     _missing = str(error)
 
+_missing_connector = ""
+try:  # what only the handover of a request's KV cache needs
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1 as KVConnectorBase
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole, SupportsHMA
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+except ImportError as error:
+    _missing_connector = str(error)
+
 SUPPORTED = ("0.32.0",)
 VERSION = vllm.__version__
 _PREPARE_PARAMETERS = 5
@@ -44,12 +55,17 @@ __all__ = [
     "EngineCoreRequestType",
     "EngineDeadError",
     "EngineGenerateError",
+    "KVConnectorBase",
+    "KVConnectorMetadata",
     "RequestOutputKind",
     "SamplingParams",
+    "SupportsHMA",
     "VLLMError",
     "VllmCPUWorker",
     "VllmGPUWorker",
     "check",
+    "check_connector",
+    "create_scheduler_connector",
     "get_model_loader",
     "get_pp_group",
     "get_tp_group",
@@ -57,6 +73,7 @@ __all__ = [
     "process_weights_after_loading",
     "refusal_of_config",
     "refusal_of_groups",
+    "refusal_of_kv_copy",
     "safetensors_files",
     "set_current_vllm_config",
     "set_default_torch_dtype",
@@ -111,6 +128,49 @@ def check() -> str:
         if not holds:
             return f"vLLM {VERSION}: {name} is not what it was when moves in place were tested"
     return ""
+
+
+def check_connector() -> str:
+    """Return why no KV cache can be handed over to or from this vLLM, or nothing."""
+    if VERSION.split("+")[0] not in SUPPORTED:
+        return f"vLLM {VERSION} is not a version that copies of KV were tested with ({', '.join(SUPPORTED)})"
+    if _missing_connector:
+        return f"vLLM {VERSION}: {_missing_connector}"
+    expected = {
+        KVConnectorBase.get_num_new_matched_tokens: ["self", "request", "num_computed_tokens"],
+        KVConnectorBase.update_state_after_alloc: ["self", "request", "blocks", "num_external_tokens"],
+        KVConnectorBase.build_connector_meta: ["self", "scheduler_output"],
+    }
+    for function, parameters in expected.items():
+        if _parameters(function) != parameters:
+            return f"vLLM {VERSION}: {function.__qualname__} is not what it was when copies of KV were tested"
+    return ""
+
+
+def refusal_of_kv_copy(scheduler: Any) -> str:
+    """Return why the KV cache of this ``Scheduler``'s requests cannot be handed over, in words, or nothing."""
+    config, groups = scheduler.vllm_config, scheduler.kv_cache_config.kv_cache_groups
+    specs = [type(group.kv_cache_spec) for group in groups]
+    features = [
+        ("a KV connector of its own (--kv-transfer-config)", config.kv_transfer_config is not None),
+        ("speculative decoding", config.speculative_config is not None),  # it writes what it may take back
+        ("data parallelism", config.parallel_config.data_parallel_size > 1),
+        ("context parallelism", _context_parallel(config.parallel_config)),
+        ("KV caches that are cleared before use", bool(scheduler.needs_kv_cache_zeroing)),
+        (f"{len(groups)} KV cache groups", len(groups) != 1),
+        (f"a KV cache of type {specs[0].__name__}", specs[0] not in (FullAttentionSpec, MLAAttentionSpec)),
+    ]
+    found = [name for name, present in features if present]
+    return f"no KV cache is copied with {', '.join(found)}" if found else ""
+
+
+def create_scheduler_connector(config: Any, kv_cache_config: Any, *, name: str, module: str) -> Any:
+    """Return a connector of class ``name`` in ``module`` for a ``VllmConfig`` that names none."""
+    named = copy(config)
+    named.kv_transfer_config = KVTransferConfig(
+        kv_connector=name, kv_connector_module_path=module, kv_role="kv_consumer"
+    )
+    return KVConnectorFactory.create_connector(named, KVConnectorRole.SCHEDULER, kv_cache_config)
 
 
 def refusal_of_config(config: Any) -> str:

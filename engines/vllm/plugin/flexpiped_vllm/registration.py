@@ -30,6 +30,7 @@ def _extend_core(core_class: Any, process_class: Any) -> None:
     """Give vLLM's engine core a conductor, and the utility calls that reach it."""
     from flexpiped_vllm import internals
     from flexpiped_vllm.core import Conductor
+    from flexpiped_vllm.kv_transfers import KvTransfers
 
     original_loop = process_class.run_busy_loop
     original_handle = process_class._handle_client_request
@@ -58,12 +59,16 @@ def _extend_core(core_class: Any, process_class: Any) -> None:
         Conductor.abandon,
         Conductor.arm,
     ):
-        setattr(core_class, f"flexpiped_{method.__name__}", _forward(method))
+        setattr(core_class, f"flexpiped_{method.__name__}", _forward(method, lambda conductor: conductor))
+    for method in (KvTransfers.export, KvTransfers.accept, KvTransfers.forget):
+        setattr(core_class, f"flexpiped_kv_{method.__name__}", _forward(method, lambda conductor: conductor.kv))
 
 
-def _forward(method: Any) -> Any:
+def _forward(method: Any, part_of: Any) -> Any:
+    """Return ``method`` of a part of the conductor as a method of the engine core."""
+
     @wraps(method)  # vLLM looks at the signature
     def call(self: Any, *args: Any) -> Any:
-        return method(self.flexpiped, *args)
+        return method(part_of(self.flexpiped), *args)
 
     return call

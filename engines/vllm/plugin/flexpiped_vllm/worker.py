@@ -17,6 +17,7 @@ import torch
 from flexpiped_vllm import internals
 from flexpiped_vllm.failpoints import Failpoints
 from flexpiped_vllm.kv import CacheForm
+from flexpiped_vllm.kv_rank import KvRank
 from flexpiped_vllm.layers import CannotMove, LayerStore
 from flexpiped_vllm.moving import Moving
 from flexpiped_vllm.processes import lower_this_thread, trim_heap
@@ -29,7 +30,7 @@ _PREPARING_NICE = 19
 _SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for long
 
 
-class ResidentRank:
+class ResidentRank(KvRank):
     """Mixed into vLLM's worker classes. Without a refusal the rank can gain and lose layers."""
 
     vllm_config: Any
@@ -92,6 +93,7 @@ class ResidentRank:
             "refusal": self._refusal,
             "block_bytes": 0 if self._moving is None else self._moving.block_bytes,
             "buffer_bytes": 0 if self._moving is None else self._moving.buffer_bytes,
+            **self.kv_description(),
         }
 
     def flexpiped_copy_out(self, handover: int, ticket: int, layers: list[int], blocks: list[int]) -> None:
