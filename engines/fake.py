@@ -8,15 +8,18 @@ from engines.errors import (
     EngineDied,
     EngineError,
     EngineStartFailed,
+    KvTransferFailed,
     RefactoringAborted,
     RefactoringBusy,
     RefactoringRefused,
 )
 from engines.fake_batch import Batch, NextToken, Sequence, hashed_tokens
+from engines.fake_kv import FakeKv
 from engines.protocol import (
     EngineCapabilities,
     EngineCounters,
     GenerationRequest,
+    KvParcel,
     RefactorCheck,
     RefactorProgress,
     StageStatus,
@@ -80,6 +83,7 @@ class FakeEngine:
             kv_blocks_capacity=kv_blocks_capacity,
             max_running=max_running,
         )
+        self.kv = FakeKv()
         self._outboxes: dict[Sequence, _Outbox] = {}
         self._step_s = step_s
         self._refactor_phase_s = refactor_phase_s
@@ -151,7 +155,7 @@ class FakeEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         self._ensure_alive()
         check_request(request, self._capabilities)
-        sequence, outbox = self._batch.add(request), _Outbox()
+        sequence, outbox = self._batch.add(self.kv.as_cached(request)), _Outbox()
         self._outboxes[sequence] = outbox
         self._prompt_tokens_total += len(request.prompt_token_ids)
         self._wake()
@@ -233,6 +237,23 @@ class FakeEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.kv.close()
+
+    # KvTransfers, for capabilities with a ``kv_form``.
+
+    async def export_kv(self, request_id: str) -> KvParcel:
+        self._ensure_alive()
+        for sequence in self._batch.running:
+            if sequence.request.request_id == request_id:
+                return self.kv.export(sequence.request, num_generated=sequence.num_generated)
+        raise KvTransferFailed("it has computed nothing yet")
+
+    async def accept_kv(self, parcel: KvParcel) -> None:
+        self._ensure_alive()
+        self.kv.accept(parcel)
+
+    async def forget_kv(self, parcel: KvParcel) -> None:
+        self.kv.forget(parcel)
 
     # How it goes about it.
 

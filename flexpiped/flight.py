@@ -9,10 +9,11 @@ same, but costs 3 us a token.
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 
 from engines.errors import EngineError
-from engines.protocol import Engine, GenerationRequest, TokenChunk
+from engines.protocol import Engine, GenerationRequest, KvParcel, TokenChunk
 
 
 class TakenOff(Exception):
@@ -34,6 +35,7 @@ class Flight:
         self.num_tokens = 0
         self.engine: Engine | None = None  # None: at no engine
         self.has_ended = False
+        self.kv: KvParcel | None = None  # for the next engine, which has accepted it
         self._chunks: AsyncGenerator[TokenChunk, None] | None = None
         self._place = _Place.AWAY
         self._is_taken = False
@@ -45,7 +47,8 @@ class Flight:
     # --- the reader's side ---
 
     def board(self, engine: Engine, request: GenerationRequest) -> None:
-        """Begin at an engine; ``next_chunk`` must follow at once."""
+        """Begin at an engine, with the KV cache that is there for it; ``next_chunk`` must follow at once."""
+        request, self.kv = replace(request, kv=self.kv), None
         self.engine = engine
         self.num_tokens = len(request.prompt_token_ids) + len(request.generated_token_ids)
         chunks = engine.generate(request)

@@ -63,7 +63,7 @@ def refactoring_started(*, number: int, stages: str) -> None:
 
 
 def request_taken_over(*, request: str, tokens: int, route: str, reason: str) -> None:
-    """``route`` is how its KV cache should get to the second instance; carried out for now is recompute only."""
+    """``route`` is how its KV cache got to the second instance: ``copy``, or ``recompute`` there."""
     _log.debug("request taken over", request=request, tokens=tokens, route=route, reason=reason)
 
 

@@ -1,8 +1,9 @@
 """Carries a replica handover out: performs what ``planner.replica_steps`` decides on the supervisor's two engines.
 
-Requests are taken over one by one. Each is taken off the first instance and goes on at the second with prompt and
-tokens so far; the next follows when it has got a token there, so that each waits for its own prefill only. Requests go
-on token-exactly: greedy ones always, others where the engine's draws depend on seed and position.
+Requests are taken over one by one. Each is taken off the first instance and goes on at the second with prompt, tokens
+so far and, where that is the faster way, its KV cache; the next follows when it has got a token there, so that each
+waits for itself only. Requests go on token-exactly: greedy ones always, others where the engine's draws depend on seed
+and position.
 """
 
 import asyncio
@@ -16,10 +17,11 @@ from engines.errors import EngineDied, EngineError, RefactoringAborted
 from engines.protocol import Engine, RefactorProgress
 from flexpiped import log_events
 from flexpiped.flight import Flight
+from flexpiped.kv_carrier import Carried, KvCarrier
 from flexpiped.supervisor import Supervisor
 from planner import replica_steps as r
 from planner.handover import HandoverPhase
-from planner.kv_route import KvRouteCosts, decide_kv_route
+from planner.kv_route import KvRoute
 from planner.layout import Pipeline
 
 
@@ -27,7 +29,7 @@ class ReplicaRunner:
     """One replica handover of the supervised engine to ``target``.
 
     Args:
-        kv_bytes_per_token: Of the whole model, for the choice between copying KV and computing it again.
+        carrier: Brings KV caches over, or has them computed again.
     """
 
     def __init__(
@@ -35,13 +37,13 @@ class ReplicaRunner:
         supervisor: Supervisor,
         target: Pipeline,
         *,
-        kv_bytes_per_token: int = 0,
+        carrier: KvCarrier | None = None,
         limits: r.ReplicaLimits = r.ReplicaLimits(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._supervisor = supervisor
         self._target = target
-        self._kv_bytes_per_token = kv_bytes_per_token
+        self._carrier = carrier or KvCarrier()
         self._clock = clock
         self._state = r.ReplicaHandover(started_s=clock(), limits=limits)
         self._events: asyncio.Queue[r.Event | BaseException] = asyncio.Queue()  # an exception: the work has a bug
@@ -49,7 +51,6 @@ class ReplicaRunner:
         self._watching: asyncio.Task[None] | None = None
         self._first: Engine | None = None  # once it is not in force any more
         self._flights: deque[Flight] = deque()  # to be taken over
-        self._prefilled_tokens, self._prefilled_s = 0, 0.0
 
     async def cancel(self) -> bool:
         """Ask to roll back; False past the point where that can be."""
@@ -132,6 +133,7 @@ class ReplicaRunner:
             message=r.describe(state),
             elapsed_s=self._clock() - state.started_s,
             epoch=self._supervisor.epoch,
+            kv_bytes=state.copied_bytes,
             requests_live=len(self._supervisor.flights) if self._first is None else state.requests,
         )
 
@@ -164,22 +166,47 @@ class ReplicaRunner:
     async def _take_over(self, flight: Flight) -> None:
         """Let one request go on at the second instance. While that recovers from a death, the first one serves it."""
         try:
-            await self._supervisor.ready_engine()
+            second = await self._supervisor.ready_engine()
         except EngineError as error:
             self._tell(r.Failed(str(error)))
             return
-        if flight.engine is not self._first:  # it has ended, or went on by itself because the first died
+        first = self._first
+        if first is None or flight.engine is not first:  # it has ended, or went on by itself because the first died
             self._tell(r.Taken(goes_on=not flight.has_ended))
             return
-        self._log_route(flight)
-        began_s, num_tokens = self._clock(), flight.num_tokens
-        if await flight.take_off():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._state.limits.pace_s):
-                    await flight.goes_on()
-                self._prefilled_tokens += num_tokens
-                self._prefilled_s += self._clock() - began_s
-        self._tell(r.Taken())
+        carried = await self._carrier.carry(flight.request_id, num_tokens=flight.num_tokens, first=first, second=second)
+        try:
+            self._tell(await self._move(flight, carried))
+        finally:
+            flight.kv = None
+            await self._carrier.drop(carried, first=first, second=second)
+
+    async def _move(self, flight: Flight, carried: Carried) -> r.Taken:
+        """Take one request off the first instance, and return when it has a token from the second."""
+        if flight.engine is not self._first:  # meanwhile
+            return r.Taken(goes_on=not flight.has_ended)
+        flight.kv = carried.parcel
+        began_s = self._clock()
+        # Not taken along by a reader that is busy elsewhere, or by a request that is not admitted in time.
+        is_there = await flight.take_off() and await self._has_gone_on(flight)
+        if is_there:
+            self._carrier.measured(carried, waited_s=self._clock() - began_s)
+        copied = carried.parcel if is_there else None
+        log_events.request_taken_over(
+            request=flight.request_id,
+            tokens=flight.num_tokens,
+            route=(KvRoute.RECOMPUTE if copied is None else KvRoute.COPY).value,
+            reason=carried.reason,
+        )
+        return r.Taken(copied_bytes=None if copied is None else copied.num_bytes)
+
+    async def _has_gone_on(self, flight: Flight) -> bool:
+        """Return when the request has got its next token, or False when it has waited long enough."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._state.limits.pace_s):
+                await flight.goes_on()
+                return True
+        return False
 
     async def _commit(self) -> None:
         """Take off what has come to the first instance since: nothing, as it is not in force."""
@@ -221,16 +248,3 @@ class ReplicaRunner:
             for flight in self._supervisor.flights.at(self._first):
                 await flight.take_off()
             await self._supervisor.end_first(self._first)
-
-    def _log_route(self, flight: Flight) -> None:
-        rate = self._prefilled_tokens / self._prefilled_s if self._prefilled_s > 0 else None
-        decision = decide_kv_route(
-            KvRouteCosts(
-                num_tokens=flight.num_tokens,
-                kv_bytes_per_token=self._kv_bytes_per_token,
-                prefill_tokens_per_s=rate or None,
-            )
-        )
-        log_events.request_taken_over(
-            request=flight.request_id, tokens=flight.num_tokens, route=decision.route.value, reason=decision.reason
-        )

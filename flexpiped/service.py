@@ -20,6 +20,7 @@ from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
 from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files, kv_cache_bytes
 from flexpiped.events import EventKind, EventLog
+from flexpiped.kv_carrier import KvCarrier
 from flexpiped.models import model_source, served_name
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_handover import ReplicaRunner
@@ -208,7 +209,10 @@ class Service:
     def _replica(self, target: Pipeline) -> ReplicaRunner:
         if self._supervisor is None:
             raise EngineDied(f"no engine serves now: {self.health.reason}")
-        return ReplicaRunner(self._supervisor, target, kv_bytes_per_token=self._planner().kv_bytes_per_token)
+        carrier = KvCarrier(
+            kv_bytes_per_token=self._planner().kv_bytes_per_token, preference=self._settings.handover.kv
+        )
+        return ReplicaRunner(self._supervisor, target, carrier=carrier)
 
     def _planner(self) -> PlannerResolver:
         if self._resolver is None:

@@ -25,6 +25,7 @@ from flexpiped.config_values import (
     text,
     texts,
 )
+from planner.kv_route import KvPreference
 from topology.units import KIB, MIB
 
 T = TypeVar("T")
@@ -140,6 +141,7 @@ class HandoverSettings:
     max_rounds: Annotated[int, integer(1, 100)] = 8
     remainder_slots: Annotated[int, integer(0)] = 256
     slice_bytes: Annotated[int, size_bytes(4096)] = 512 * KIB
+    kv: Annotated[KvPreference, choice(KvPreference)] = KvPreference.AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import assert_never
 
 from planner.errors import InvalidTransition
 from planner.handover import HandoverPhase
+from topology.units import format_bytes
 
 # ---- events: what happened
 
@@ -42,9 +43,13 @@ class Switched:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """One request has left the first instance. ``goes_on`` False: by ending before it was its turn."""
+    """One request has left the first instance. ``goes_on`` False: by ending before it was its turn.
+
+    ``copied_bytes``: of its KV cache; None: that is computed again.
+    """
 
     goes_on: bool = True
+    copied_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,8 @@ class ReplicaHandover:
     switched: bool = False
     requests: int = 0  # to be taken over, those that have been included
     taken: int = 0
+    copied: int = 0  # of those taken, with their KV cache
+    copied_bytes: int = 0
     first_death: str | None = None
     reason: str | None = None
     limits: ReplicaLimits = field(default_factory=ReplicaLimits)
@@ -237,8 +244,11 @@ def _step_syncing(old: ReplicaHandover, event: Event) -> Step:
     match event:
         case Switched(requests=requests) if not old.switched:
             return _next_request(replace(old, switched=True, requests=requests))
-        case Taken(goes_on=True) if old.switched:
+        case Taken(goes_on=True, copied_bytes=None) if old.switched:
             return _next_request(replace(old, taken=old.taken + 1))
+        case Taken(goes_on=True, copied_bytes=int(size)) if old.switched:
+            copied_bytes = old.copied_bytes + size
+            return _next_request(replace(old, taken=old.taken + 1, copied=old.copied + 1, copied_bytes=copied_bytes))
         case Taken() if old.switched:
             return _next_request(replace(old, requests=old.requests - 1))
         case Failed(reason=reason) if old.switched:
@@ -280,12 +290,15 @@ def describe(handover: ReplicaHandover) -> str:
             return f"second instance: {handover.said or 'starting'}{dead}"
         case HandoverPhase.SYNCING if not handover.switched:
             return f"switching over{dead}"
-        case HandoverPhase.SYNCING | HandoverPhase.COMMITTING:
+        case HandoverPhase.SYNCING:
             return f"{_requests_taken(handover)}{dead}"
+        case HandoverPhase.COMMITTING:
+            return f"{_requests_taken(handover)}{_how(handover)}{dead}"
         case HandoverPhase.RETIRING:
             return f"the second instance serves, the first one ends{because}{dead}"
         case HandoverPhase.DONE:
-            return f"the second instance serves, {_requests_taken(handover)}{because}{dead}"
+            because = because.replace(":", ";", 1) if handover.taken else because
+            return f"the second instance serves, {_requests_taken(handover)}{_how(handover)}{because}{dead}"
         case HandoverPhase.ROLLING_BACK:
             return f"ending the second instance{because}{dead}"
         case HandoverPhase.ABORTED:
@@ -299,3 +312,11 @@ def _requests_taken(handover: ReplicaHandover) -> str:
     if not handover.requests:
         return "no request to take over"
     return f"{handover.taken} of {handover.requests} request{'s' * (handover.requests != 1)} taken over"
+
+
+def _how(handover: ReplicaHandover) -> str:
+    """Say how the KV caches got there."""
+    again = handover.taken - handover.copied
+    copied = f"{handover.copied} KV copied ({format_bytes(handover.copied_bytes)})" if handover.copied else ""
+    parts = [part for part in (copied, f"{again} computed again" if again else "") if part]
+    return f": {', '.join(parts)}" if parts else ""

@@ -170,7 +170,7 @@ async def test_32_streams_lose_repeat_and_alter_nothing(
     assert (supervisor.engine, supervisor.pipeline, supervisor.epoch) == (second, FOUR, 1)
     await streams.assert_exact()
     assert (reports[-1].phase, reports[-1].epoch) == (HandoverPhase.DONE, 1)
-    assert reports[-1].message == "the second instance serves, 32 of 32 requests taken over"
+    assert reports[-1].message == "the second instance serves, 32 of 32 requests taken over: 32 computed again"
     assert reports[-1].requests_live == 32
     await assert_idle(second, supervisor)
     assert supervisor.supervision.reason == "the second instance serves, epoch 1"
@@ -190,9 +190,9 @@ async def test_each_phase_is_reported_in_order(supervisor: Supervisor, streams: 
         ("sync", "0 of 3 requests taken over"),
         ("sync", "1 of 3 requests taken over"),
         ("sync", "2 of 3 requests taken over"),
-        ("commit", "3 of 3 requests taken over"),
+        ("commit", "3 of 3 requests taken over: 3 computed again"),
         ("retire", "the second instance serves, the first one ends"),
-        ("done", "the second instance serves, 3 of 3 requests taken over"),
+        ("done", "the second instance serves, 3 of 3 requests taken over: 3 computed again"),
     ]
     await streams.assert_exact()
 
@@ -223,7 +223,7 @@ async def test_requests_that_wait_in_the_first_engine_go_over_too(workshop: Work
     assert (await workshop.engines[0].counters()).waiting == 8
     runner = ReplicaRunner(supervisor, FOUR, limits=replace(LIMITS, pace_s=0.01))
     last = [report async for report in runner.run()][-1]
-    assert last.message == "the second instance serves, 12 of 12 requests taken over"
+    assert last.message == "the second instance serves, 12 of 12 requests taken over: 12 computed again"
     await streams.assert_exact()
     await supervisor.close()
 
@@ -519,7 +519,7 @@ async def test_a_request_that_ends_before_its_turn_is_not_counted(supervisor: Su
         if last.message == "0 of 4 requests taken over":
             streams.tasks[3].cancel()
     assert last is not None
-    assert last.message == "the second instance serves, 3 of 3 requests taken over"
+    assert last.message == "the second instance serves, 3 of 3 requests taken over: 3 computed again"
     await asyncio.wait(streams.tasks)
 
 
@@ -579,5 +579,5 @@ async def test_the_route_of_each_request_is_logged(supervisor: Supervisor, strea
         ("request taken over", "debug", "r0", "recompute"),
         ("request taken over", "debug", "r1", "recompute"),
     ]
-    assert logs[0]["reason"] == "the bandwidth of the link is not known"
+    assert logs[0]["reason"] == "the fake engine does not hand its KV cache over"
     await streams.assert_exact()

@@ -36,7 +36,7 @@ def test_the_way_forward() -> None:
     for event, phase, expected in ways:
         state, effects = step(state, event, now_s=1.0)
         assert (state.phase, effects) == (phase, expected)
-    assert describe(state) == "the second instance serves, 2 of 2 requests taken over"
+    assert describe(state) == "the second instance serves, 2 of 2 requests taken over: 2 computed again"
 
 
 def test_with_no_request_there_is_nothing_to_take_over() -> None:
@@ -47,6 +47,15 @@ def test_with_no_request_there_is_nothing_to_take_over() -> None:
 def test_a_request_that_ends_before_its_turn_does_not_count() -> None:
     state, effects = walk(*UP_TO_SYNC, r.Switched(2), r.Taken(goes_on=False), r.Taken())
     assert (state.taken, state.requests, effects) == (1, 1, (r.Commit(),))
+
+
+def test_what_was_copied_is_summed_up() -> None:
+    copied = [r.Taken(copied_bytes=3 << 20), r.Taken(), r.Taken(copied_bytes=2 << 20)]
+    state, _ = walk(*UP_TO_SYNC, r.Switched(3), *copied)
+    assert (state.taken, state.copied, state.copied_bytes) == (3, 2, 5 << 20)
+    assert describe(state) == "3 of 3 requests taken over: 2 KV copied (5 MiB), 1 computed again"
+    state, _ = walk(*UP_TO_SYNC, r.Switched(3), *copied, r.Committed(), r.Ended("it did not drain"))
+    assert describe(state).endswith("taken over: 2 KV copied (5 MiB), 1 computed again; it did not drain")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +104,8 @@ def test_after_the_switch_there_is_no_way_back() -> None:
     assert (failed.phase, effects) == (HandoverPhase.RETIRING, (r.EndFirst(),))
     done, _ = step(failed, r.Ended("it did not drain"), now_s=1.0)
     assert describe(done) == (
-        "the second instance serves, 1 of 3 requests taken over: the second died for good; it did not drain"
+        "the second instance serves, 1 of 3 requests taken over: 1 computed again; "
+        "the second died for good; it did not drain"
     )
 
 

@@ -80,9 +80,7 @@ class Conductor:
         self._block_tokens = int(core.vllm_config.cache_config.block_size)
         self._watch_scheduler()
         settings = Settings.of_environment()
-        self.kv = KvTransfers(
-            core, ranks=self._ranks, directory=settings.directory, slice_bytes=settings.slice_bytes
-        )
+        self.kv = KvTransfers(core, ranks=self._ranks, directory=settings.directory, slice_bytes=settings.slice_bytes)
         self._socket = bind_datagram(settings.directory / "core.dgram")
         threading.Thread(target=self._read_answers, name="flexpiped-answers", daemon=True).start()
 

@@ -25,7 +25,7 @@ _RECEIVE_BYTES = 1 << 16
 
 @dataclass(slots=True)
 class _Export:
-    """A running request, some of whose KV blocks have been written. It goes on meanwhile, which changes none of them."""
+    """A running request, some of whose KV blocks have been written. It goes on, which changes none of them."""
 
     request: Any
     preemptions: int
@@ -126,9 +126,7 @@ class KvTransfers:
     # --- inside ---
 
     def _feed(self, number: int, export: _Export) -> None:
-        while (
-            export.next_block < len(export.blocks) and export.unanswered < _PIECES_UNDER_WAY * self._num_ranks
-        ):
+        while export.next_block < len(export.blocks) and export.unanswered < _PIECES_UNDER_WAY * self._num_ranks:
             start, piece = export.next_block, export.blocks[export.next_block :][: self._blocks_at_once]
             export.next_block += len(piece)
             export.unanswered += self._num_ranks
