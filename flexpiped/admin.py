@@ -1,7 +1,8 @@
 """The admin API on the Unix socket: what ``flexctl`` calls, and anybody else who may open the socket.
 
 GET  /status            everything about the daemon
-POST /rebalance         {"stages": N | "auto"} or {"layout": TEXT}, with "replica", "dry_run" and "wait"
+POST /rebalance         {"stages": N | "auto"}, {"layout": TEXT} or neither with {"engine": "native" | "vllm"};
+                        with "replica", "dry_run" and "wait"
 POST /rebalance/cancel  roll back the refactoring under way
 GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
 
@@ -45,16 +46,18 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stages: int | Literal["auto"] | None = None
     layout: str | None = None
     replica: bool = False
+    engine: Literal["native", "vllm"] | None = None
     dry_run: bool = False
     wait: bool = False
 
     def __post_init__(self) -> None:
-        if (self.stages is None) == (self.layout is None):
-            raise ValueError('exactly one of "stages" and "layout" is needed')
+        given = (self.stages is not None) + (self.layout is not None)
+        if given > 1 or (not given and self.engine is None):
+            raise ValueError('exactly one of "stages" and "layout" is needed, or "engine" alone')
 
     def wanted(self) -> Wanted:
         stages = Auto.AUTO if self.stages == "auto" else self.stages
-        return Wanted(stages=stages, layout=self.layout, replica=self.replica)
+        return Wanted(stages=stages, layout=self.layout, replica=self.replica, engine=self.engine)
 
 
 def admin_app(*, status: StatusSource, refactorings: Refactorings, events: EventLog) -> web.Application:

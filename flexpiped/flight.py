@@ -28,11 +28,15 @@ class _Place(Enum):
 
 
 class Flight:
-    """One request from its first engine to its last. ``num_tokens`` counts prompt and generated tokens."""
+    """One request from its first engine to its last. ``num_tokens`` counts prompt and generated tokens.
+
+    ``has_engine_params``: it asks for what only some kinds of engine know.
+    """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.num_tokens = 0
+        self.has_engine_params = False
         self.engine: Engine | None = None  # None: at no engine
         self.has_ended = False
         self.kv: KvParcel | None = None  # for the next engine, which has accepted it
@@ -50,6 +54,7 @@ class Flight:
         """Begin at an engine, with the KV cache that is there for it; ``next_chunk`` must follow at once."""
         request, self.kv = replace(request, kv=self.kv), None
         self.engine = engine
+        self.has_engine_params = bool(request.sampling.engine_params)
         self.num_tokens = len(request.prompt_token_ids) + len(request.generated_token_ids)
         chunks = engine.generate(request)
         if not isinstance(chunks, AsyncGenerator):

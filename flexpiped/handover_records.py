@@ -20,11 +20,19 @@ class Way(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is asked for: a number of stages, or the text of a layout file. ``replica``: by a second instance."""
+    """What is asked for: a number of stages, or the text of a layout file. ``replica``: by a second instance.
+
+    ``engine``: by an engine of that name; then stages and layout may be left out, and their number stays as it is.
+    """
 
     stages: int | Auto | None = None
     layout: str | None = None
     replica: bool = False
+    engine: str | None = None
+
+    @property
+    def names_a_layout(self) -> bool:
+        return self.stages is not None or self.layout is not None
 
 
 class TargetResolver(Protocol):
@@ -37,8 +45,12 @@ class TargetResolver(Protocol):
             PlannerError: Nothing fits, or the layout is malformed; the message is for people.
         """
 
-    def check_second(self, *, current: Pipeline, target: Pipeline, kv: KvBudget) -> MemoryCheck:
+    def check_second(
+        self, *, current: Pipeline, target: Pipeline, kv: KvBudget, is_another_engine: bool = False
+    ) -> MemoryCheck:
         """Say whether the devices can hold a second instance, with ``target``, beside the one with ``current``.
+
+        ``kv`` is that of the first. The second's is the same, but for another engine as that is configured.
 
         Raises:
             InvalidLayout: ``target`` is not a layout of this model.
@@ -53,10 +65,12 @@ class Proposal:
     target: Pipeline
     check: RefactorCheck
     way: Way = Way.IN_PLACE
+    engine_before: str = ""
+    engine_after: str = ""  # empty: the engine stays
 
     @property
     def changes_something(self) -> bool:
-        return self.current != self.target
+        return self.current != self.target or bool(self.engine_after)
 
     @property
     def layers_moved(self) -> int:
@@ -69,7 +83,8 @@ class Proposal:
     @property
     def stages_text(self) -> str:
         text = f"{self.current.granularity} -> {self.target.granularity} stages"
-        return text if self.way is Way.IN_PLACE else f"{text} by replica"
+        engines = f"{self.engine_before} -> {self.engine_after}, " if self.engine_after else ""
+        return text if self.way is Way.IN_PLACE else f"{engines}{text} by replica"
 
 
 class HandoverResult(Enum):
@@ -92,6 +107,8 @@ class HandoverRecord:
     layers_moved: int
     last: RefactorProgress | None  # None: it ended before its first report
     way: Way = Way.IN_PLACE
+    engine_before: str = ""
+    engine_after: str = ""  # empty: the engine stayed
 
 
 def pipeline_to_wire(pipeline: Pipeline) -> list[dict[str, Any]]:
@@ -108,11 +125,19 @@ def proposal_to_wire(proposal: Proposal) -> dict[str, Any]:
         "current": pipeline_to_wire(proposal.current),
         "target": pipeline_to_wire(proposal.target),
         "way": proposal.way.value,
+        **_engines_to_wire(proposal),
         "changes_something": proposal.changes_something,
         "feasible": proposal.check.feasible,
         "sentences": list(proposal.check.sentences),
         "moves": list(proposal.check.moves),
     }
+
+
+def _engines_to_wire(change: Proposal | HandoverRecord) -> dict[str, Any]:
+    """Return which engine gives way to which; both None where it stays."""
+    if not change.engine_after:
+        return {"engine_before": None, "engine_after": None}
+    return {"engine_before": change.engine_before, "engine_after": change.engine_after}
 
 
 def progress_to_wire(progress: RefactorProgress) -> dict[str, Any]:
@@ -139,6 +164,7 @@ def record_to_wire(record: HandoverRecord) -> dict[str, Any]:
     return {
         "number": record.number,
         "way": record.way.value,
+        **_engines_to_wire(record),
         "stages_before": record.stages_before,
         "stages_after": record.stages_after,
         "result": record.result.value,

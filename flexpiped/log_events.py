@@ -67,5 +67,9 @@ def request_taken_over(*, request: str, tokens: int, route: str, reason: str) ->
     _log.debug("request taken over", request=request, tokens=tokens, route=route, reason=reason)
 
 
+def request_not_taken_over(*, request: str, reason: str) -> None:
+    _log.info("request not taken over", request=request, reason=reason)
+
+
 def refactoring_ended(*, number: int, result: str, duration_s: float) -> None:
     _log.info("refactoring ended", number=number, result=result, duration_s=round(duration_s, 4))

@@ -13,11 +13,17 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from engines.closing import closing
-from engines.errors import EngineError, RefactoringAborted, RefactoringBusy, RefactoringRefused
+from engines.errors import (
+    EngineError,
+    RefactoringAborted,
+    RefactoringBusy,
+    RefactoringRefused,
+    UnsupportedByEngine,
+)
 from engines.protocol import Engine, RefactorCheck, RefactorProgress
 from flexpiped import log_events
 from flexpiped.events import EventKind, EventLog
@@ -32,7 +38,7 @@ from flexpiped.handover_records import (
     proposal_to_wire,
     record_to_wire,
 )
-from flexpiped.replica_check import check_replica, why_replica
+from flexpiped.replica_check import OF_ANOTHER_ENGINE, check_replica, why_replica
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
 
@@ -46,6 +52,17 @@ class ReplicaHandover(Protocol):
     def run(self) -> AsyncIterator[RefactorProgress]: ...
 
     async def cancel(self) -> bool: ...
+
+
+class OtherEngine(Protocol):
+    """An engine of another kind that could take the place of the one in force."""
+
+    @property
+    def resolver(self) -> TargetResolver:
+        """Plans for it."""
+
+    def replica(self, target: Pipeline) -> ReplicaHandover:
+        """Return a handover to an instance of it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,6 +93,7 @@ class Refactorings:
     Args:
         engine, resolver: Those of now; they raise ``EngineError`` while there is none.
         replica: Makes a replica handover to a pipeline; None where no second instance can be had.
+        other_engine: Finds an engine by its name, or raises ``UnsupportedByEngine``; it may block.
     """
 
     def __init__(
@@ -85,6 +103,7 @@ class Refactorings:
         resolver: Callable[[], TargetResolver],
         events: EventLog,
         replica: Callable[[Pipeline], ReplicaHandover] | None = None,
+        other_engine: Callable[[str], OtherEngine] | None = None,
         monotonic_clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -92,6 +111,7 @@ class Refactorings:
         self._resolver = resolver
         self._events = events
         self._replica = replica
+        self._other_engine = other_engine
         self._monotonic_clock = monotonic_clock
         self._wall_clock = wall_clock
         self._number = 0
@@ -118,6 +138,10 @@ class Refactorings:
         """
         engine = self._engine()
         current = engine.pipeline
+        if wanted.engine not in (None, engine.capabilities.name):
+            return await self._propose_other(engine, wanted)
+        if not wanted.names_a_layout:
+            return Proposal(current=current, target=current, check=UNCHANGED)
         resolver = self._resolver()
         resident = engine.capabilities.resident
         target = await asyncio.to_thread(resolver.resolve, wanted, current=current, resident=resident)
@@ -129,6 +153,34 @@ class Refactorings:
             return Proposal(current=current, target=target, check=check)
         check = await check_replica(engine, target, resolver=resolver, check=check, why=why)
         return Proposal(current=current, target=target, check=check, way=Way.REPLICA)
+
+    async def _propose_other(self, engine: Engine, wanted: Wanted) -> Proposal:
+        """Say what it would mean to put another engine in the place of this one."""
+        current, before, after = engine.pipeline, engine.capabilities.name, wanted.engine or ""
+        if not wanted.names_a_layout:
+            wanted = replace(wanted, stages=current.granularity)
+
+        def find() -> tuple[TargetResolver, Pipeline]:
+            resolver = self._find_other(after).resolver
+            return resolver, resolver.resolve(wanted, current=current)
+
+        resolver, target = await asyncio.to_thread(find)
+        check = await check_replica(
+            engine,
+            target,
+            resolver=resolver,
+            check=OF_ANOTHER_ENGINE,
+            why=f"{after} takes the place of {before}",
+            is_another_engine=True,
+        )
+        return Proposal(
+            current=current, target=target, check=check, way=Way.REPLICA, engine_before=before, engine_after=after
+        )
+
+    def _find_other(self, name: str) -> OtherEngine:
+        if self._other_engine is None:
+            raise UnsupportedByEngine(f"no engine {name!r} can take the place of the one in force")
+        return self._other_engine(name)
 
     async def start(self, wanted: Wanted) -> Started | Proposal:
         """Begin a refactoring, or return the proposal if the wanted layout is already in force.
@@ -178,6 +230,9 @@ class Refactorings:
 
     def _ways(self, proposal: Proposal) -> tuple[AsyncIterator[RefactorProgress], Callable[[], Awaitable[bool]]]:
         """Return what carries the proposal out, and what cancels that."""
+        if proposal.engine_after:
+            replica = self._find_other(proposal.engine_after).replica(proposal.target)
+            return replica.run(), replica.cancel
         if proposal.way is Way.REPLICA and self._replica is not None:
             replica = self._replica(proposal.target)
             return replica.run(), replica.cancel
@@ -213,6 +268,8 @@ class Refactorings:
             layers_moved=running.proposal.layers_moved,
             last=running.last,
             way=running.proposal.way,
+            engine_before=running.proposal.engine_before,
+            engine_after=running.proposal.engine_after,
         )
         self._history.append(record)
         self._running = None

@@ -10,6 +10,8 @@ from planner.layout import Pipeline
 from planner.memory import KvBudget
 
 ASKED_FOR: Final = "it was asked for"
+# What the engine in force says of a layout that another engine is to have: nothing.
+OF_ANOTHER_ENGINE: Final = RefactorCheck(feasible=False, sentences=(), needs_replica=True)
 
 
 def why_replica(wanted: Wanted, *, capabilities: EngineCapabilities, check: RefactorCheck) -> str | None:
@@ -30,7 +32,13 @@ def why_replica(wanted: Wanted, *, capabilities: EngineCapabilities, check: Refa
 
 
 async def check_replica(
-    engine: Engine, target: Pipeline, *, resolver: TargetResolver, check: RefactorCheck, why: str
+    engine: Engine,
+    target: Pipeline,
+    *,
+    resolver: TargetResolver,
+    check: RefactorCheck,
+    why: str,
+    is_another_engine: bool = False,
 ) -> RefactorCheck:
     """Say whether a second instance with ``target`` could take over: memory of both instances counts in full.
 
@@ -52,6 +60,7 @@ async def check_replica(
             capacity_blocks=counters.kv_blocks_capacity,
             live_blocks=counters.kv_blocks_used,
         ),
+        is_another_engine=is_another_engine,
     )
     what = f"by a second instance on {', '.join(target.device_ids)}, as {why}"
     if not memory.fits:

@@ -18,7 +18,7 @@ from engines.protocol import Engine, RefactorProgress
 from flexpiped import log_events
 from flexpiped.flight import Flight
 from flexpiped.kv_carrier import Carried, KvCarrier
-from flexpiped.supervisor import Supervisor
+from flexpiped.supervisor import EngineFactory, Supervisor
 from planner import replica_steps as r
 from planner.handover import HandoverPhase
 from planner.kv_route import KvRoute
@@ -29,6 +29,7 @@ class ReplicaRunner:
     """One replica handover of the supervised engine to ``target``.
 
     Args:
+        factory: Makes the second instance; None: one of the same kind as the first.
         carrier: Brings KV caches over, or has them computed again.
     """
 
@@ -37,12 +38,14 @@ class ReplicaRunner:
         supervisor: Supervisor,
         target: Pipeline,
         *,
+        factory: EngineFactory | None = None,
         carrier: KvCarrier | None = None,
         limits: r.ReplicaLimits = r.ReplicaLimits(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._supervisor = supervisor
         self._target = target
+        self._factory = factory
         self._carrier = carrier or KvCarrier()
         self._clock = clock
         self._state = r.ReplicaHandover(started_s=clock(), limits=limits)
@@ -51,6 +54,7 @@ class ReplicaRunner:
         self._watching: asyncio.Task[None] | None = None
         self._first: Engine | None = None  # once it is not in force any more
         self._flights: deque[Flight] = deque()  # to be taken over
+        self._staying: set[Flight] = set()
 
     async def cancel(self) -> bool:
         """Ask to roll back; False past the point where that can be."""
@@ -146,7 +150,9 @@ class ReplicaRunner:
 
     async def _start_second(self) -> None:
         try:
-            await self._supervisor.start_second(self._target, on_progress=lambda text: self._tell(r.Said(text)))
+            await self._supervisor.start_second(
+                self._target, on_progress=lambda text: self._tell(r.Said(text)), factory=self._factory
+            )
         except EngineError as error:
             self._tell(r.Failed(str(error)))
         else:
@@ -174,12 +180,22 @@ class ReplicaRunner:
         if first is None or flight.engine is not first:  # it has ended, or went on by itself because the first died
             self._tell(r.Taken(goes_on=not flight.has_ended))
             return
+        if flight.has_engine_params and not second.capabilities.takes_engine_params:
+            self._stay(flight, second)
+            return
         carried = await self._carrier.carry(flight.request_id, num_tokens=flight.num_tokens, first=first, second=second)
         try:
             self._tell(await self._move(flight, carried))
         finally:
             flight.kv = None
             await self._carrier.drop(carried, first=first, second=second)
+
+    def _stay(self, flight: Flight, second: Engine) -> None:
+        """Let one request end where it is."""
+        reason = f"the {second.capabilities.name} engine does not know its sampling parameters"
+        log_events.request_not_taken_over(request=flight.request_id, reason=reason)
+        self._staying.add(flight)
+        self._tell(r.Stayed())
 
     async def _move(self, flight: Flight, carried: Carried) -> r.Taken:
         """Take one request off the first instance, and return when it has a token from the second."""
@@ -211,7 +227,8 @@ class ReplicaRunner:
     async def _commit(self) -> None:
         """Take off what has come to the first instance since: nothing, as it is not in force."""
         for flight in self._supervisor.flights.at(self._first) if self._first is not None else ():
-            await flight.take_off()
+            if flight not in self._staying:
+                await flight.take_off()
         self._tell(r.Committed())
 
     async def _end_first(self) -> None:

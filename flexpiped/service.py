@@ -6,6 +6,7 @@ sockets -> admin API and a port that says "starting" -> model files -> engine an
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,10 @@ from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
-from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files, kv_cache_bytes
+from flexpiped.engine_factory import Model, engine_python, find_files
+from flexpiped.engine_offers import EngineOffer, EngineOffers
 from flexpiped.events import EventKind, EventLog
+from flexpiped.handover_records import TargetResolver
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.models import model_source, served_name
 from flexpiped.refactoring import Refactorings
@@ -30,8 +33,8 @@ from flexpiped.starting_app import starting_app
 from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
 from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.supervisor import Supervisor
-from flexpiped.target_resolver import PlannerResolver
 from planner.layout import Pipeline
+from planner.replica_steps import ReplicaLimits
 
 DRAIN_DEADLINE_S: Final = 30.0
 _WATCH_PERIOD_S: Final = 1.0
@@ -63,10 +66,14 @@ class Service:
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
         self._reason = "starting"
         self._refactorings = Refactorings(
-            engine=self._engine, resolver=self._planner, events=self.events, replica=self._replica
+            engine=self._engine,
+            resolver=lambda: self._offer().resolver,
+            events=self.events,
+            replica=lambda target: self._replica(target, self._offer()),
+            other_engine=self._other_engine,
         )
         self._supervisor: Supervisor | None = None
-        self._resolver: PlannerResolver | None = None
+        self._offers: EngineOffers | None = None
         self._text: TextService | None = None
         self._metrics = Metrics()
 
@@ -80,6 +87,12 @@ class Service:
         supervision = self._supervisor.supervision
         state = _STATES[supervision.state]
         return Health(state=state, reason="" if state is ServiceState.READY else supervision.reason)
+
+    @property
+    def engine_name(self) -> str:
+        """The engine in force; before there is one, the one that is configured."""
+        capabilities = None if self._supervisor is None else self._supervisor.capabilities
+        return self._settings.engine.value if capabilities is None else capabilities.name
 
     @property
     def pipeline(self) -> Pipeline | None:
@@ -123,9 +136,9 @@ class Service:
             identity=Identity(
                 model_name=self.name,
                 model_path=self.source,
-                engine=self._settings.engine.value,
                 api_url=self.api_url,
             ),
+            engine_name=lambda: self.engine_name,
             health=lambda: self.health,
             engine=self._engine,
             refactorings=self._refactorings,
@@ -155,19 +168,18 @@ class Service:
     async def _start_supervisor(self, stack: AsyncExitStack, model: Model) -> Supervisor:
         settings = self._settings
         self._progress("planning the layout")
-        resolver = PlannerResolver(
-            graph=model.graph, devices=devices_of(settings), kv_cache_bytes=kv_cache_bytes(settings)
-        )
-        pipeline = await asyncio.to_thread(resolver.first, settings.stages)
+        offers = EngineOffers(settings, source=self.source, model=model)
+        configured = offers.of(settings.engine.value)
+        pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
         supervisor = Supervisor(
-            factory=engine_factory(settings, model),
+            factory=configured.factory,
             pipeline=pipeline,
             on_change=self._on_supervision,
             on_progress=self._progress,
         )
         stack.push_async_callback(supervisor.close)
         stack.push_async_callback(self._refactorings.close)
-        self._resolver, self._supervisor = resolver, supervisor
+        self._offers, self._supervisor = offers, supervisor
         self._progress("starting the engine")
         await supervisor.start()
         return supervisor
@@ -206,18 +218,38 @@ class Service:
             raise EngineDied(f"no engine serves now: {self.health.reason}")
         return self._supervisor.engine
 
-    def _replica(self, target: Pipeline) -> ReplicaRunner:
+    def _replica(self, target: Pipeline, offer: EngineOffer) -> ReplicaRunner:
         if self._supervisor is None:
             raise EngineDied(f"no engine serves now: {self.health.reason}")
-        carrier = KvCarrier(
-            kv_bytes_per_token=self._planner().kv_bytes_per_token, preference=self._settings.handover.kv
+        handover = self._settings.handover
+        return ReplicaRunner(
+            self._supervisor,
+            target,
+            factory=offer.factory,
+            carrier=KvCarrier(kv_bytes_per_token=offer.resolver.kv_bytes_per_token, preference=handover.kv),
+            limits=ReplicaLimits(drain_deadline_s=handover.drain_deadline_s),
         )
-        return ReplicaRunner(self._supervisor, target, carrier=carrier)
 
-    def _planner(self) -> PlannerResolver:
-        if self._resolver is None:
+    def _offer(self) -> EngineOffer:
+        """Return the kind of engine that is in force."""
+        return self._known_offers().of(self.engine_name)
+
+    def _other_engine(self, name: str) -> "_Other":
+        offer = self._known_offers().of(name)
+        return _Other(offer.resolver, lambda target: self._replica(target, offer))
+
+    def _known_offers(self) -> EngineOffers:
+        if self._offers is None:
             raise EngineDied(f"no engine serves now: {self.health.reason}")
-        return self._resolver
+        return self._offers
+
+
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """An ``OtherEngine``."""
+
+    resolver: TargetResolver
+    replica: Callable[[Pipeline], ReplicaRunner]
 
 
 def _limits(settings: Settings) -> AdmissionLimits:

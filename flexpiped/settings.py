@@ -142,6 +142,7 @@ class HandoverSettings:
     remainder_slots: Annotated[int, integer(0)] = 256
     slice_bytes: Annotated[int, size_bytes(4096)] = 512 * KIB
     kv: Annotated[KvPreference, choice(KvPreference)] = KvPreference.AUTO
+    drain_deadline_s: Annotated[float, seconds] = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

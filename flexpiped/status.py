@@ -41,7 +41,6 @@ class Identity:
 
     model_name: str
     model_path: str
-    engine: str
     api_url: str
 
 
@@ -71,6 +70,7 @@ class DaemonStatus:
     """Reads the engine and the parts of the daemon. ``sample_forever`` feeds the token rate and runs beside it.
 
     Args:
+        engine_name: Of the kind in force, which a handover may change.
         engine: The one of now; raises ``EngineError`` while there is none.
         latencies: None while nothing measures them.
     """
@@ -79,6 +79,7 @@ class DaemonStatus:
         self,
         *,
         identity: Identity,
+        engine_name: Callable[[], str],
         health: Callable[[], Health],
         engine: Callable[[], Engine],
         refactorings: Refactorings,
@@ -86,6 +87,7 @@ class DaemonStatus:
         monotonic_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
+        self._engine_name = engine_name
         self._health = health
         self._engine = engine
         self._refactorings = refactorings
@@ -125,7 +127,7 @@ class DaemonStatus:
         return {
             "version": flexpiped.__version__,
             "model": {"name": self._identity.model_name, "path": self._identity.model_path},
-            "engine": self._identity.engine,
+            "engine": self._engine_name(),
             "api_url": self._identity.api_url,
             "uptime_s": self._monotonic_clock() - self._started_s,
             "state": health.state.value,

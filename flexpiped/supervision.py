@@ -135,6 +135,6 @@ def loss_of(first: EngineCapabilities, second: EngineCapabilities) -> str | None
     if second.max_model_len < first.max_model_len:
         lengths = f"{second.max_model_len} tokens, the first {first.max_model_len}"
         return f"the second instance has a context of {lengths}: longer requests could not go on"
-    if (second.vocab_size, second.eos_token_ids) != (first.vocab_size, first.eos_token_ids):
+    if (second.vocab_size, set(second.eos_token_ids)) != (first.vocab_size, set(first.eos_token_ids)):
         return "the second instance has another vocabulary than the first"
     return None

@@ -43,6 +43,7 @@ class _Succession:
     """A second instance that is not in force, and the word whether it came to be: an engine that dies waits for it."""
 
     second: Engine
+    factory: EngineFactory  # of its kind
     came_about: "asyncio.Future[bool]"
 
 
@@ -51,7 +52,7 @@ class Supervisor:
 
     Args:
         factory: Makes an engine for a pipeline and its epoch: ``pipeline`` and 0 at first, after a death those in force
-            before it.
+            before it. A second instance of another kind brings its own.
         on_change: Told each new state with its reason (for log, events and readiness).
         on_progress: Told what a starting engine says.
     """
@@ -191,8 +192,12 @@ class Supervisor:
 
     # --- a second instance ---
 
-    async def start_second(self, pipeline: Pipeline, *, on_progress: Callable[[str], None]) -> None:
+    async def start_second(
+        self, pipeline: Pipeline, *, on_progress: Callable[[str], None], factory: EngineFactory | None = None
+    ) -> None:
         """Start a second instance beside the engine. It gets no request before ``switch_over``.
+
+        ``factory`` makes one of another kind, which is then the kind that is started again after a death.
 
         Raises:
             EngineError: It did not start, or could not go on with the requests of the first.
@@ -200,8 +205,9 @@ class Supervisor:
         if self._engine is None or self._capabilities is None:
             raise EngineDied(f"no engine serves now: {self._supervision.reason}")
         assert self._succession is None, "one at a time"
-        second = self._factory(pipeline, self._engine.epoch + 1)
-        self._succession = _Succession(second, asyncio.get_running_loop().create_future())
+        factory = factory or self._factory
+        second = factory(pipeline, self._engine.epoch + 1)
+        self._succession = _Succession(second, factory, asyncio.get_running_loop().create_future())
         await second.start(on_progress=on_progress)
         loss = loss_of(self._capabilities, second.capabilities)
         if loss is not None:
@@ -218,6 +224,7 @@ class Supervisor:
             raise EngineDied(self._supervision.reason)
         assert succession is not None, "start_second comes first"
         second, self._succession = succession.second, None
+        self._factory = succession.factory
         self._engine, self._capabilities = second, second.capabilities
         if first is None:  # `_watch` waits for this word
             succession.came_about.set_result(True)

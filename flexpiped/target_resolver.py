@@ -53,11 +53,25 @@ class PlannerResolver:
             return self._plan_resident(stages, current=current, groups=resident)
         return self._plan(stages, current=current)  # 3
 
-    def check_second(self, *, current: Pipeline, target: Pipeline, kv: KvBudget) -> MemoryCheck:
+    def check_second(
+        self, *, current: Pipeline, target: Pipeline, kv: KvBudget, is_another_engine: bool = False
+    ) -> MemoryCheck:
         """Say whether the devices can hold a second instance beside the first: nothing is shared between them."""
         return check_memory(
-            graph=self._graph, current=current, target=target, devices=self._devices, kv=kv, second_instance=True
+            graph=self._graph,
+            current=current,
+            target=target,
+            devices=self._devices,
+            kv=kv,
+            second_instance=True,
+            second_kv=self._own_kv(live_slots=kv.live_slots) if is_another_engine else None,
         )
+
+    def _own_kv(self, *, live_slots: int) -> KvBudget:
+        """Return the KV cache as this engine's part of the configuration has it, in slots of one token."""
+        slot_bytes = max((decoder.kv_bytes_per_token for decoder in self._graph.decoders), default=0)
+        slots = self._kv_bytes_per_decoder // max(1, slot_bytes)
+        return KvBudget(block_tokens=1, capacity_blocks=slots, live_blocks=live_slots)
 
     def _plan_resident(self, stages: int | Auto, *, current: Pipeline, groups: Sequence[tuple[str, ...]]) -> Pipeline:
         """Plan on device groups in their order, each as one device that has the memory of all."""

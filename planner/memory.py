@@ -96,11 +96,13 @@ def check_memory(
     kv: KvBudget,
     workspace_bytes: int = 0,
     second_instance: bool = False,
+    second_kv: KvBudget | None = None,
 ) -> MemoryCheck:
     """Say whether every device can hold what it has and what it gets, at once. ``current`` None: a first start.
 
     ``workspace_bytes`` is what a stage needs beside weights and KV cache, once per device that carries any. As a
-    ``second_instance`` the target shares nothing with what is held: each device gets all that the target puts there.
+    ``second_instance`` the target shares nothing with what is held: each device gets all that the target puts there,
+    with the KV cache of ``second_kv`` where that is another engine's.
 
     Raises:
         InvalidLayout: ``current`` or ``target`` is not a layout of this model.
@@ -113,13 +115,22 @@ def check_memory(
         for device in target.device_ids
         if device not in {device.id for device in devices}
     ]
-    if kv.live_blocks > kv.capacity_blocks:
-        refusals.append(f"{kv.live_blocks} KV blocks are live, but the target has room for {kv.capacity_blocks}")
+    new_kv = second_kv or kv
+    if new_kv.live_blocks > new_kv.capacity_blocks:
+        refusals.append(
+            f"{new_kv.live_blocks} KV blocks are live, but the target has room for {new_kv.capacity_blocks}"
+        )
     before = holdings(current, graph) if current else {}
     after = holdings(target, graph)
     memory = tuple(
         _device_memory(
-            device, before.get(device.id, ()), after.get(device.id, ()), graph, kv, workspace_bytes, second_instance
+            device,
+            before.get(device.id, ()),
+            after.get(device.id, ()),
+            graph,
+            (kv, new_kv),
+            workspace_bytes,
+            second_instance,
         )
         for device in devices
         if device.id in before or device.id in after
@@ -133,21 +144,22 @@ def _device_memory(
     before: tuple[Holding, ...],
     after: tuple[Holding, ...],
     graph: ModelGraph,
-    kv: KvBudget,
+    kv: tuple[KvBudget, KvBudget],
     workspace_bytes: int,
     second_instance: bool,
 ) -> DeviceMemory:
+    held_kv, new_kv = kv
     shared = () if second_instance else before
     gained = tuple(holding for holding in after if holding not in shared)
     return DeviceMemory(
         device_id=device.id,
         usable_bytes=device.memory_usable_bytes,
         held_bytes=weight_bytes(before, graph)
-        + kv_bytes(before, slots=kv.capacity_slots)
+        + kv_bytes(before, slots=held_kv.capacity_slots)
         + (workspace_bytes if before else 0),
         gained=join_layer_names([holding.layer.name for holding in gained]),
         gained_weight_bytes=weight_bytes((*shared, *gained), graph) - weight_bytes(shared, graph),
-        gained_kv_bytes=kv_bytes(gained, slots=kv.capacity_slots),
-        gained_live_kv_bytes=kv_bytes(gained, slots=kv.live_slots),
+        gained_kv_bytes=kv_bytes(gained, slots=new_kv.capacity_slots),
+        gained_live_kv_bytes=kv_bytes(gained, slots=new_kv.live_slots),
         gained_workspace_bytes=workspace_bytes if after and not shared else 0,
     )

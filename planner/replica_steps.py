@@ -53,6 +53,11 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
+class Stayed:
+    """One request ends at the first instance: the second could not go on with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """No request is left at the first instance."""
 
@@ -93,7 +98,21 @@ class Tick:
     """Time has passed: the deadline is checked on this event and on no other."""
 
 
-Event = Begin | Said | Ready | Switched | Taken | Committed | Ended | Discarded | FirstDied | Failed | Cancelled | Tick
+Event = (
+    Begin
+    | Said
+    | Ready
+    | Switched
+    | Taken
+    | Stayed
+    | Committed
+    | Ended
+    | Discarded
+    | FirstDied
+    | Failed
+    | Cancelled
+    | Tick
+)
 
 
 # ---- effects: what to do next
@@ -116,7 +135,7 @@ class TakeOver:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make sure that the first instance has nothing left to do; tell Committed."""
+    """Make sure that the first instance has nothing left to do but what stays there; tell Committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +176,7 @@ class ReplicaHandover:
     taken: int = 0
     copied: int = 0  # of those taken, with their KV cache
     copied_bytes: int = 0
+    stayed: int = 0
     first_death: str | None = None
     reason: str | None = None
     limits: ReplicaLimits = field(default_factory=ReplicaLimits)
@@ -251,6 +271,8 @@ def _step_syncing(old: ReplicaHandover, event: Event) -> Step:
             return _next_request(replace(old, taken=old.taken + 1, copied=old.copied + 1, copied_bytes=copied_bytes))
         case Taken() if old.switched:
             return _next_request(replace(old, requests=old.requests - 1))
+        case Stayed() if old.switched:
+            return _next_request(replace(old, requests=old.requests - 1, stayed=old.stayed + 1))
         case Failed(reason=reason) if old.switched:
             return replace(old, phase=HandoverPhase.RETIRING, reason=reason), (EndFirst(),)
         case Failed(reason=reason):
@@ -293,9 +315,10 @@ def describe(handover: ReplicaHandover) -> str:
         case HandoverPhase.SYNCING:
             return f"{_requests_taken(handover)}{dead}"
         case HandoverPhase.COMMITTING:
-            return f"{_requests_taken(handover)}{_how(handover)}{dead}"
+            return f"{_requests_taken(handover)}{_how(replace(handover, stayed=0))}{dead}"
         case HandoverPhase.RETIRING:
-            return f"the second instance serves, the first one ends{because}{dead}"
+            last = f"{handover.stayed} more finish at the first" if handover.stayed else "the first one ends"
+            return f"the second instance serves, {last}{because}{dead}"
         case HandoverPhase.DONE:
             because = because.replace(":", ";", 1) if handover.taken else because
             return f"the second instance serves, {_requests_taken(handover)}{_how(handover)}{because}{dead}"
@@ -319,4 +342,5 @@ def _how(handover: ReplicaHandover) -> str:
     again = handover.taken - handover.copied
     copied = f"{handover.copied} KV copied ({format_bytes(handover.copied_bytes)})" if handover.copied else ""
     parts = [part for part in (copied, f"{again} computed again" if again else "") if part]
-    return f": {', '.join(parts)}" if parts else ""
+    stayed = f", {handover.stayed} more finished at the first" if handover.stayed else ""
+    return (f": {', '.join(parts)}" if parts else "") + stayed

@@ -22,7 +22,7 @@ _INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments, argparse.Namespace(socket=None, json=False))
+    options = _parsed(arguments)
     screen = Screen(sys.stdout, environment=os.environ)
     try:
         return int(options.run(AdminClient(_sockets(options.socket)), screen, options))
@@ -37,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.run is commands.rebalance:
             print("flexctl: the refactoring goes on; flexctl rebalance --cancel rolls it back", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments, argparse.Namespace(socket=None, json=False))
+    if options.run is commands.rebalance and not any((options.stages, options.layout, options.cancel, options.engine)):
+        parser.error("rebalance: one of --stages, --layout, --engine and --cancel is needed")
+    return options
 
 
 def _report(error: CtlError, screen: Screen, *, as_json: bool) -> None:
@@ -77,13 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     known.add_parser("status", parents=[everywhere], help=about).set_defaults(run=commands.status)
 
     change = known.add_parser(
-        "rebalance", parents=[everywhere], help="change the number, cuts or devices of the stages while serving"
+        "rebalance",
+        parents=[everywhere],
+        help="change the number, cuts or devices of the stages, or the engine, while serving",
     )
     change.set_defaults(run=commands.rebalance)
-    what = change.add_mutually_exclusive_group(required=True)
+    what = change.add_mutually_exclusive_group()
     what.add_argument("--stages", metavar="N", type=_stages, help='number of stages, or "auto"')
     what.add_argument("--layout", metavar="FILE", help="layout file: cuts and devices of every stage")
     what.add_argument("--cancel", action="store_true", help="roll back the refactoring under way")
+    change.add_argument(
+        "--engine", choices=("native", "vllm"), help="by an engine of this kind, which takes over from the one in force"
+    )
     change.add_argument(
         "--replica", action="store_true", help="by a second instance that takes over, even where it could be in place"
     )

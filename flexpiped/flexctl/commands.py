@@ -90,6 +90,8 @@ def event_line(event: dict[str, Any]) -> str:
 
 def _body(options: Namespace) -> dict[str, Any]:
     body: dict[str, Any] = {"replica": options.replica, "dry_run": options.dry_run, "wait": options.wait}
+    if options.engine is not None:
+        body["engine"] = options.engine
     if options.layout is None:
         return body | {"stages": options.stages}
     try:

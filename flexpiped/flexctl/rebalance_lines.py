@@ -80,9 +80,11 @@ def phase_line(phase: str, progress: Json, *, began_s: float) -> str:
 
 def plan_line(proposal: Json) -> str:
     """Return what will move, in the engine's words."""
-    before, after = len(proposal["current"]), plural(len(proposal["target"]), "stage")
+    before, after = str(len(proposal["current"])), plural(len(proposal["target"]), "stage")
     if is_by_replica(proposal):
         after += " by replica"
+    if proposal.get("engine_after"):
+        before = f"{proposal['engine_before']} -> {proposal['engine_after']}, {before}"
     moves = ", ".join(proposal["moves"]) or "nothing moves"
     return _line("plan", f"{before} -> {after}: {moves}")
 

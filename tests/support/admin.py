@@ -99,7 +99,8 @@ async def _served(
     folder: Path, engine: Callable[[], Engine], *, events: EventLog, refactorings: Refactorings
 ) -> AsyncIterator[None]:
     status = DaemonStatus(
-        identity=Identity(model_name="demo", model_path="/srv/demo", engine="fake", api_url="http://127.0.0.1:1/v1"),
+        identity=Identity(model_name="demo", model_path="/srv/demo", api_url="http://127.0.0.1:1/v1"),
+        engine_name=lambda: engine().capabilities.name,
         health=lambda: Health(state=ServiceState.READY),
         engine=engine,
         refactorings=refactorings,

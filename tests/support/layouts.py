@@ -31,7 +31,14 @@ class EvenResolver:
             raise NoFeasiblePlan(f"the model has {current.num_decoders} decoder layers, so at most as many stages")
         return even_pipeline(stages, num_decoders=current.num_decoders)
 
-    def check_second(self, *, current: Pipeline, target: Pipeline, kv: KvBudget) -> MemoryCheck:
+    def check_second(
+        self,
+        *,
+        current: Pipeline,
+        target: Pipeline,
+        kv: KvBudget,
+        is_another_engine: bool = False,  # noqa: ARG002
+    ) -> MemoryCheck:
         """Check 8 devices of ``memory_bytes`` with decoders of 1 MiB, with 1 byte of KV cache per token."""
         return check_memory(
             graph=weighted_graph([MIB] * current.num_decoders),

@@ -49,6 +49,15 @@ def test_a_request_that_ends_before_its_turn_does_not_count() -> None:
     assert (state.taken, state.requests, effects) == (1, 1, (r.Commit(),))
 
 
+def test_what_the_second_cannot_go_on_with_ends_at_the_first() -> None:
+    state, effects = walk(*UP_TO_SYNC, r.Switched(2), r.Stayed(), r.Taken())
+    assert (state.requests, state.stayed, effects) == (1, 1, (r.Commit(),))
+    state, _ = step(state, r.Committed(), now_s=1.0)
+    assert describe(state) == "the second instance serves, 1 more finish at the first"
+    state, _ = step(state, r.Ended(), now_s=1.0)
+    assert describe(state).endswith("1 of 1 request taken over: 1 computed again, 1 more finished at the first")
+
+
 def test_what_was_copied_is_summed_up() -> None:
     copied = [r.Taken(copied_bytes=3 << 20), r.Taken(), r.Taken(copied_bytes=2 << 20)]
     state, _ = walk(*UP_TO_SYNC, r.Switched(3), *copied)

@@ -1,0 +1,61 @@
+"""The engines that could serve the model: the configured one, and those that a replica handover could put in its place.
+
+What an engine is to be told comes from its own part of the configuration, whichever engine the daemon started with.
+"""
+
+from dataclasses import dataclass, replace
+
+from engines.errors import UnsupportedByEngine
+from flexpiped.engine_factory import Model, devices_of, engine_factory, find_files, kv_cache_bytes
+from flexpiped.settings import EngineKind, Settings
+from flexpiped.supervisor import EngineFactory
+from flexpiped.target_resolver import PlannerResolver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOffer:
+    """One kind of engine for the model that is served: what makes it, and what plans for it."""
+
+    factory: EngineFactory
+    resolver: PlannerResolver
+
+
+class EngineOffers:
+    """Makes each offer once. ``of`` may be called from any thread; it reads headers of the model's files.
+
+    Args:
+        source: Of the model.
+        model: As the configured engine has it.
+    """
+
+    def __init__(self, settings: Settings, *, source: str, model: Model) -> None:
+        self._settings = settings
+        self._source = source
+        self._made = {settings.engine: _offer(settings, model)}
+
+    def of(self, name: str) -> EngineOffer:
+        """Return the engine of that name.
+
+        Raises:
+            UnsupportedByEngine: There is none, it is not configured, or it cannot serve this model.
+            EngineError: The model's files are not here any more.
+        """
+        kind = next((kind for kind in EngineKind if kind.value == name), None)
+        if kind in self._made:
+            return self._made[kind]
+        if kind is None or kind is EngineKind.FAKE:
+            raise UnsupportedByEngine(f"there is no engine {name!r} that could serve this model")
+        if kind is EngineKind.VLLM and self._settings.engines.vllm.python is None:
+            raise UnsupportedByEngine('engine "vllm" needs engines.vllm.python: an interpreter that has vLLM')
+        settings = replace(self._settings, engine=kind)
+        made = _offer(settings, find_files(settings, source=self._source))
+        return self._made.setdefault(kind, made)
+
+
+def _offer(settings: Settings, model: Model) -> EngineOffer:
+    return EngineOffer(
+        factory=engine_factory(settings, model),
+        resolver=PlannerResolver(
+            graph=model.graph, devices=devices_of(settings), kv_cache_bytes=kv_cache_bytes(settings)
+        ),
+    )
