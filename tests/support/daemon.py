@@ -62,16 +62,17 @@ async def spawn(config: Path, **environment: str) -> asyncio.subprocess.Process:
     )
 
 
-def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = "fake") -> Path:
+def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = "fake", more: str = "") -> Path:
     config = folder / "my.toml"
     socket_path = folder / "admin.sock"
-    config.write_text(f'engine = "{engine}"\nstages = {stages}\nhttp.port = {port}\nadmin.socket = "{socket_path}"\n')
+    ours = f'engine = "{engine}"\nstages = {stages}\nhttp.port = {port}\nadmin.socket = "{socket_path}"\n'
+    config.write_text(ours + more)
     return config
 
 
 @asynccontextmanager
-async def started(folder: Path, *, ready: bool, engine: str = "fake") -> AsyncIterator[Daemon]:
-    config, address = write_config(folder, engine=engine), str(folder / "notify")
+async def started(folder: Path, *, ready: bool, engine: str = "fake", more: str = "") -> AsyncIterator[Daemon]:
+    config, address = write_config(folder, engine=engine, more=more), str(folder / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         notified.bind(address)
         notified.setblocking(False)

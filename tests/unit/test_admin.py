@@ -77,6 +77,19 @@ async def test_waiting_streams_the_progress(http: aiohttp.ClientSession) -> None
     assert [event["fields"]["state"] for event in events] == ["plan", *["progress"] * 5, "ended"]
 
 
+@pytest.mark.parametrize(
+    ("body", "code", "error"),
+    [
+        ({"engine": "vllm"}, 409, "unsupported"),
+        ({"engine": "vllm", "stages": 2, "layout": "2"}, 400, "bad_request"),
+        ({"engine": "fake"}, 400, "bad_request"),
+        ({}, 400, "bad_request"),
+    ],
+)
+async def test_another_engine(http: aiohttp.ClientSession, body: dict[str, object], code: int, error: str) -> None:
+    assert error_of(await post(http, "/rebalance", body)) == (code, error)
+
+
 async def test_a_dry_run_answers_with_the_plan(http: aiohttp.ClientSession, stand: AdminStand) -> None:
     code, answer = await post(http, "/rebalance", {"stages": 4, "dry_run": True})
 

@@ -90,6 +90,18 @@ async def test_a_dry_run_and_nothing_to_do(stand: AdminStand) -> None:
     assert (same.code, same.out) == (0, "nothing to do: this layout is in force already\n")
 
 
+async def test_an_engine_that_cannot_be_had_is_refused(stand: AdminStand) -> None:
+    other, same, unknown = await asyncio.gather(
+        flexctl("rebalance", "--engine", "vllm", "--wait", "--socket", str(stand.socket)),
+        flexctl("rebalance", "--engine", "native", "--stages", "2", "--dry-run", "--socket", str(stand.socket)),
+        flexctl("rebalance", "--engine", "other", "--socket", str(stand.socket)),
+    )
+
+    assert (other.code, other.err) == (4, "refused: no engine 'vllm' can take the place of the one in force\n")
+    assert same.code == 4
+    assert (unknown.code, "invalid choice: 'other'" in unknown.err) == (2, True)
+
+
 async def test_a_layout_file_is_sent_as_text(stand: AdminStand, tmp_path: Path) -> None:
     (tmp_path / "layout").write_text("1")
     (tmp_path / "wrong").write_text("one")

@@ -42,6 +42,18 @@ def shown(reports: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     return written, live
 
 
+def test_a_change_of_the_engine_is_named() -> None:
+    proposal = {
+        "current": [{}, {}],
+        "target": [{}],
+        "way": "replica",
+        "engine_before": "native",
+        "engine_after": "vllm",
+        "moves": ["by a second instance on cpu:0"],
+    }
+    assert plan_line(proposal) == "plan     native -> vllm, 2 -> 1 stage by replica: by a second instance on cpu:0"
+
+
 def test_one_line_for_each_phase() -> None:
     written, _ = shown(REPORTS)
 

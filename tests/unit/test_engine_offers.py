@@ -1,0 +1,68 @@
+"""Which engines could serve the model, and why not. The demo model is the model here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engines.errors import UnsupportedByEngine
+from engines.native.adapter import NativeEngine
+from engines.vllm.adapter import VllmEngine
+from flexpiped.engine_factory import find_files
+from flexpiped.engine_offers import EngineOffers
+from flexpiped.models import model_source
+from flexpiped.settings import EngineKind, EnginesSettings, Settings, VllmSettings
+from planner.memory import KvBudget
+from tests.support.layouts import even_pipeline
+from topology.units import MIB
+
+VLLM = VllmSettings(python=Path("/opt/vllm/bin/python"), kv_cache_bytes=16 * MIB)
+BOTH = Settings(engines=EnginesSettings(vllm=VLLM))
+
+
+def offers(settings: Settings, source: str = "") -> EngineOffers:
+    source = source or model_source(settings)
+    return EngineOffers(settings, source=source, model=find_files(settings, source=source))
+
+
+def test_each_engine_comes_with_its_own_part_of_the_configuration() -> None:
+    known = offers(BOTH)
+    assert isinstance(known.of("native").factory(even_pipeline(2), 0), NativeEngine)
+    vllm = known.of("vllm").factory(even_pipeline(2), 3)
+    assert isinstance(vllm, VllmEngine)
+    assert (vllm.options.python, vllm.options.kv_cache_bytes, vllm.epoch) == ("/opt/vllm/bin/python", 16 * MIB, 3)
+    assert known.of("vllm") is known.of("vllm")
+
+
+def test_its_kv_cache_counts_in_the_check_of_memory() -> None:
+    """The KV cache of the first is that of the native engine, the second's that of vLLM."""
+    resolver, two = offers(BOTH).of("vllm").resolver, even_pipeline(2)
+    kv = KvBudget(block_tokens=16, capacity_blocks=8, live_blocks=1)
+    (same, _), (other, _) = (
+        resolver.check_second(current=two, target=two, kv=kv, is_another_engine=another).devices
+        for another in (False, True)
+    )
+    assert same.held_bytes == other.held_bytes
+    assert same.gained_kv_bytes < other.gained_kv_bytes == 8 * MIB
+    assert same.gained_live_kv_bytes == other.gained_live_kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("vllm", "needs engines.vllm.python"),
+        ("fake", "there is no engine 'fake'"),
+        ("sglang", "there is no engine 'sglang'"),
+    ],
+)
+def test_what_cannot_be_had(name: str, why: str) -> None:
+    with pytest.raises(UnsupportedByEngine, match=why):
+        offers(Settings()).of(name)
+
+
+def test_a_model_that_only_vllm_knows_stays_with_vllm(tmp_path: Path) -> None:
+    demo = Path(model_source(BOTH))
+    (tmp_path / "model.safetensors").symlink_to(demo / "model.safetensors")
+    (tmp_path / "config.json").write_text((demo / "config.json").read_text().replace('"llama"', '"novel"'))
+    with pytest.raises(UnsupportedByEngine, match="novel"):
+        offers(replace(BOTH, engine=EngineKind.VLLM), str(tmp_path)).of("native")
