@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def memory_pss_bytes(pid: int) -> int | None:
     for line in text.splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
+    return None
+
+
+def state_of(pid: int) -> tuple[str, str] | None:
+    """Return a process's state, a letter, and its start time, in kernel ticks; None where there is none (proc(5))."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], fields[19]
     return None
 
 

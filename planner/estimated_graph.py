@@ -18,6 +18,7 @@ _DECODER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _NOT_DECODER = re.compile(r"vision|visual|audio|encoder")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|ln_f|final_layer_norm|norm|embed_out)\.")
 _QUANTISED_BYTES = {"I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # others take one byte: I8, U8, F8_*
+_PACKED = ("I32", "U32", "U8")  # several weights to a number
 
 
 def estimate_model_graph(
@@ -34,7 +35,7 @@ def estimate_model_graph(
     computed = computed.removeprefix("torch.")
     builder, decoders, inner, context = _read_sizes(values, dtype_bytes=DTYPE_BYTES.get(computed, 2))
     sources = kv_sources(Config(values), decoders)
-    held = _sort(tensors, decoders)
+    held, bits = _sort(tensors, decoders), _weight_bits(values)
     table = builder.vocab_size * builder.hidden_size
     tied = values.get("tie_word_embeddings") is True or not any("lm_head" in name for name in tensors)
 
@@ -53,7 +54,7 @@ def estimate_model_graph(
                     held[index],
                     weight_bytes=weighs(index),
                     matrix_parameters=sum(
-                        prod(tensors[name].shape) for name in held[index] if len(tensors[name].shape) == 2
+                        _parameters(tensors[name], bits=bits) for name in held[index] if len(tensors[name].shape) == 2
                     ),
                     inner_size=inner,
                     has_kv=sources[index] is None,
@@ -109,6 +110,24 @@ def _sort(names: Iterable[str], decoders: int) -> dict[int, list[str]]:
                 place = decoders
         found[place].append(name)
     return found
+
+
+def _weight_bits(values: Mapping[str, object]) -> int:
+    """Return the bits of a quantised weight, as GPTQ, AWQ and compressed-tensors say it; 0 where none does."""
+    quantisation = values.get("quantization_config")
+    if not isinstance(quantisation, Mapping):
+        return 0
+    groups = quantisation.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    said = [quantisation.get("bits"), quantisation.get("w_bit")]
+    said += [each.get("num_bits") for each in weights if isinstance(each, Mapping)]
+    return next((bits for bits in said if isinstance(bits, int) and bits > 0), 0)
+
+
+def _parameters(matrix: TensorHeader, *, bits: int) -> int:
+    """Return how many weights a matrix holds: of few ``bits``, several are packed into each number."""
+    per_number = 8 * _QUANTISED_BYTES.get(matrix.dtype, 1) // bits if matrix.dtype in _PACKED and bits else 1
+    return prod(matrix.shape) * max(1, per_number)
 
 
 def _bytes(header: TensorHeader, size: int) -> int:

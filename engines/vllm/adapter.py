@@ -23,6 +23,7 @@ from engines.validation import check_request
 from engines.vllm.boot import connect_workers, first_contact, launch
 from engines.vllm.channel import CallFailed, Channel, ChannelClosed, Message
 from engines.vllm.command import HTTP_SOCKET
+from engines.vllm.freed import Departed
 from engines.vllm.handovers import VllmHandovers
 from engines.vllm.hang import Pulse
 from engines.vllm.interpreter import vllm_version
@@ -40,6 +41,8 @@ from planner.model_graph import ModelGraph
 
 _DRAIN_POLL_S: Final = 0.05
 _PULSE_S: Final = 1.0
+_FREE_DEADLINE_S: Final = 30.0
+_DEPARTED: Final = Departed()  # of this daemon, whose restarts and second instances share devices
 _STARTS: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = WeakKeyDictionary()
 
 
@@ -191,6 +194,7 @@ class VllmEngine:
             await channel.close()
         if self._server is not None:
             await self._server.close()
+            _DEPARTED.note(self._options.device_ids, self._server.processes)
 
     # --- OwnRoutes ---
 
@@ -249,6 +253,7 @@ class VllmEngine:
         counts = self._boot_layout()
         lock = _STARTS.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         async with lock:  # two that load at once would each measure the other's memory
+            await _DEPARTED.ensure_free(options.device_ids, deadline_s=_FREE_DEADLINE_S)
             self._server = VllmServer(on_log=self._note_log, on_death=self._note_death)
             self._end = None
             self._on_progress(f"starting vLLM {version}")

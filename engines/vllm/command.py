@@ -67,6 +67,7 @@ _OWNED_ENV: Final[Mapping[str, str]] = {
     "VLLM_PP_LAYER_PARTITION": _LAYOUT,
     "VLLM_CPU_KVCACHE_SPACE": "engines.vllm.kv_cache",
     "VLLM_HOST_IP": _ONE,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "vLLM's processes are the daemon's to watch",
     "CUDA_VISIBLE_DEVICES": _LAYOUT,
     "OMP_NUM_THREADS": "engines.vllm.threads",
     "PYTHONPATH": "vLLM's environment is its own: install packages there",
@@ -191,6 +192,10 @@ def environment(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "GLOO_SOCKET_IFNAME": "lo",
         }
+        if len(options.device_ids) == 1:
+            # Else vLLM for the CPU turns "uni" into "mp": a worker process, and a core that polls for its answers. The
+            # reason given, that threads cannot be bound then, is none here. Nothing else of a server reads this.
+            env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if Path(options.model_directory).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if hf_token:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from engines.process import state_of
+
 _PREFIX: Final = "flexpiped-vllm-"
 _OWNER: Final = "owner"  # pid and start time of the daemon
 _SHARED: Final = "shared-memory"  # one name in /dev/shm a line
@@ -78,7 +80,5 @@ def sweep(parent: Path) -> None:
 
 def _started(pid: int) -> str:
     """Return when a process started, in the kernel's ticks; empty when there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
+    state = state_of(pid)
+    return "" if state is None else state[1]

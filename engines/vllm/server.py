@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from engines.errors import EngineStartFailed
+from engines.vllm.freed import HostMemory, ProcessId, identify, until_free
 from engines.vllm.logs import LastWords, LogLine, parse_line
 from engines.vllm.run_directory import make_run_directory, note_shared_memory, remove_run_directory
 
@@ -40,6 +41,7 @@ class VllmServer:
         self._log_task: asyncio.Task[None] | None = None
         self._last_words = LastWords()
         self._ending = False
+        self.processes: set[ProcessId] = set()  # all that were seen; complete once it was killed or closed
         self._closed: asyncio.Task[None] | None = None
 
     @property
@@ -77,6 +79,7 @@ class VllmServer:
     def watch(self, processes: Iterable[tuple[int, str]]) -> None:
         """Report the death of any of these processes at once, however it ends; each has its name in words."""
         for pid, name in processes:
+            self.processes |= identify([pid])
             self._tasks.append(asyncio.create_task(self._watch(pid, name), name=f"vllm-watch-{pid}"))
         self.note_shared_memory()
 
@@ -87,7 +90,11 @@ class VllmServer:
     def kill(self) -> None:
         """Kill the whole group now. What is left to do, ``close`` does."""
         self._ending = True
-        if self._process is not None and (self._process.returncode is None or members_of(self.pid)):
+        if self._process is None:
+            return
+        members = members_of(self.pid)
+        self.processes |= identify(members)
+        if self._process.returncode is None or members:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -113,19 +120,12 @@ class VllmServer:
                     await asyncio.wait_for(process_ended(self.pid), _TERM_GRACE_S)
             self.kill()
             await self._process.wait()
-            await self._await_group()
+            await until_free(self.processes, HostMemory(), deadline_s=_KILL_GRACE_S)
             await asyncio.wait([self._log_task], timeout=_LINGER_S)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
         remove_run_directory(self.run_directory)
-
-    async def _await_group(self) -> None:
-        """Return when no process of the group is left, so that its memory is free again."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_KILL_GRACE_S):
-                while members_of(self.pid):  # noqa: ASYNC110  the kernel tells nobody of a grandchild
-                    await asyncio.sleep(_POLL_S)
 
     async def _pump(self, stream: asyncio.StreamReader) -> None:
         while True:

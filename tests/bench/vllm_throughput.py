@@ -17,6 +17,8 @@ from tests.bench.vllm_server import vllm_server
 
 THROUGH, DIRECTLY = "through flexpiped", "directly"
 _BLOCK_TOKENS = 32  # as flexpiped's default
+# vLLM's processes poll for a second after their last message: that of one way must not fall into the other's turn.
+_SETTLE_S = 1.5
 
 
 def _options() -> argparse.Namespace:
@@ -41,6 +43,7 @@ class Figures:
 
     async def turn(self, client: HttpClient, url: str, streams: int, seed: int, options: argparse.Namespace) -> None:
         given = prompts(count=streams, length=options.prompt_tokens, seed=seed)
+        await asyncio.sleep(_SETTLE_S)
         load = await client.run(url, given, max_tokens=options.tokens)
         self.rates.setdefault(streams, []).append(load.tokens / (load.ended_s - load.started_s))
         self.ttft_s.setdefault(streams, []).extend(times_s[0] - load.started_s for times_s in load.times_s)

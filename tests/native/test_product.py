@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from tests.native.test_failures import alive
-from tests.support.daemon import ROOT, Daemon, started
+from tests.support.daemon import Daemon, started
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
@@ -33,18 +32,6 @@ async def client(daemon: Daemon) -> AsyncIterator[openai.AsyncOpenAI]:
     url = (await daemon.ask("/status"))["api_url"]
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
         yield client
-
-
-async def flexctl(daemon: Daemon, *arguments: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "flexpiped.flexctl", "--socket", str(daemon.admin), *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
 
 
 async def stream(client: openai.AsyncOpenAI, **options: Any) -> list[str]:
@@ -70,7 +57,7 @@ async def test_a_stream_goes_on_as_if_nothing_had_happened(daemon: Daemon, clien
     undisturbed = "".join(await stream(client))
     running = asyncio.create_task(stream(client))
     for stages in (8, 1, 3, 2):
-        code, out, err = await flexctl(daemon, "rebalance", "--stages", str(stages), "--wait")
+        code, out, err = await daemon.flexctl("rebalance", "--stages", str(stages), "--wait")
         assert code == 0, err
         assert "done in" in out
         assert "commit" in out
@@ -108,16 +95,16 @@ async def test_a_client_that_hangs_up_frees_its_request_within_a_second(
 
 
 async def test_flexctl_says_what_a_user_needs(daemon: Daemon) -> None:
-    code, out, _ = await flexctl(daemon, "status", "--json")
+    code, out, _ = await daemon.flexctl("status", "--json")
     status = json.loads(out)
     assert (code, status["engine"], status["state"]) == (0, "native", "ready")
-    code, out, err = await flexctl(daemon, "rebalance", "--stages", "12")
+    code, out, err = await daemon.flexctl("rebalance", "--stages", "12")
     assert code == 4
     assert "at most 8 stages" in out + err
-    code, out, _ = await flexctl(daemon, "rebalance", "--stages", "4", "--dry-run")
+    code, out, _ = await daemon.flexctl("rebalance", "--stages", "4", "--dry-run")
     assert code == 0
     assert "2 -> 4 stages" in out
-    code, out, _ = await flexctl(daemon, "events", "--json")
+    code, out, _ = await daemon.flexctl("events", "--json")
     kinds = {json.loads(line)["kind"] for line in out.splitlines()}
     assert code == 0
     assert kinds
@@ -128,7 +115,7 @@ async def test_status_answers_fast_on_an_idle_machine(daemon: Daemon) -> None:
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        code, _, _ = await flexctl(daemon, "status")
+        code, _, _ = await daemon.flexctl("status")
         seconds.append(time.perf_counter() - start)
         assert code == 0
     assert min(seconds) < 0.3

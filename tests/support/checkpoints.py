@@ -12,11 +12,12 @@ import json
 import shutil
 import tempfile
 import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BOS, EOS = "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>"]  # the first ids
@@ -61,7 +62,7 @@ def make_llama(
         bos_token_id=SPECIAL_TOKENS.index(BOS),
         eos_token_id=SPECIAL_TOKENS.index(EOS),
     )
-    return _make(directory, config, shards=shards, seed=seed)
+    return make(directory, config, shards=shards, seed=seed)
 
 
 def make_gpt2(
@@ -91,7 +92,7 @@ def make_gpt2(
         bos_token_id=SPECIAL_TOKENS.index(BOS),
         eos_token_id=SPECIAL_TOKENS.index(EOS),
     )
-    return _make(directory, config, shards=shards, seed=seed)
+    return make(directory, config, shards=shards, seed=seed)
 
 
 def bench_llama(directory: Path) -> Path:
@@ -107,23 +108,46 @@ def bench_llama(directory: Path) -> Path:
     )
 
 
-def _make(directory: Path, config: PretrainedConfig, *, shards: int, seed: int) -> Path:
-    """Make the checkpoint beside ``directory`` and rename it, so that nobody ever sees half of one."""
-    import torch
+def causal_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the language model that ``config`` describes."""
     from transformers import AutoModelForCausalLM
 
-    arguments = f"shards {shards}, seed {seed}, {config.to_json_string()}"
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
+    return model
+
+
+def make(
+    directory: Path,
+    config: PretrainedConfig,
+    *,
+    model_of: Callable[[PretrainedConfig], PreTrainedModel] = causal_model,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    finish: Callable[[Path], None] | None = None,
+    shards: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Make the checkpoint beside ``directory`` and rename it, so that nobody ever sees half of one.
+
+    Args:
+        finish: Changes the files before that; it is known by its name where a checkpoint is there already.
+    """
+    import torch
+
+    finished = f"{finish.__qualname__}, " if finish is not None else ""
+    arguments = f"{finished}shards {shards}, seed {seed}, {config.to_json_string()}"
     if _is_complete(directory, arguments):
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write_tokenizer(scratch, vocab_size=config.vocab_size)
+        _write_tokenizer(scratch, vocab_size=config.get_text_config().vocab_size, special_tokens=special_tokens)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
-            model.get_output_embeddings().weight.data[: len(SPECIAL_TOKENS)] = 0
+            model = model_of(config)
+            model.get_output_embeddings().weight.data[: len(special_tokens)] = 0
         model.save_pretrained(scratch)
+        if finish is not None:
+            finish(scratch)
         if shards > 1:
             _shard(scratch, shards)
         (scratch / COMPLETE).write_text(arguments)
@@ -149,7 +173,7 @@ def _put_in_place(scratch: Path, directory: Path, arguments: str) -> None:
             raise
 
 
-def _write_tokenizer(directory: Path, *, vocab_size: int) -> None:
+def _write_tokenizer(directory: Path, *, vocab_size: int, special_tokens: Sequence[str]) -> None:
     """Write a byte-level BPE tokenizer of exactly ``vocab_size`` tokens, trained on the standard library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -159,7 +183,7 @@ def _write_tokenizer(directory: Path, *, vocab_size: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

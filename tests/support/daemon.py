@@ -36,7 +36,8 @@ class Daemon:
                     await asyncio.wait([receiving, ended], return_when=asyncio.FIRST_COMPLETED)
                     if not receiving.done():
                         receiving.cancel()
-                        pytest.fail(f"the daemon ended with {ended.result()} without saying {text}")
+                        _, log = await self.process.communicate()
+                        pytest.fail(f"the daemon ended with {ended.result()} without saying {text}: {log[-3000:]!r}")
                     if text in (message := receiving.result().decode()):
                         return message
         finally:
@@ -50,6 +51,18 @@ class Daemon:
             session.get(path) as answer,
         ):
             return await answer.json()
+
+    async def flexctl(self, *arguments: str) -> tuple[int, str, str]:
+        """Run flexctl; return its exit code, output and errors."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "flexpiped.flexctl", "--socket", str(self.admin), *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+        )
+        out, err = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode(), err.decode()
 
 
 async def spawn(config: Path, **environment: str) -> asyncio.subprocess.Process:
@@ -71,8 +84,11 @@ def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = 
 
 
 @asynccontextmanager
-async def started(folder: Path, *, ready: bool, engine: str = "fake", more: str = "") -> AsyncIterator[Daemon]:
-    config, address = write_config(folder, engine=engine, more=more), str(folder / "notify")
+async def started(
+    folder: Path, *, ready: bool, engine: str = "fake", stages: int = 2, more: str = ""
+) -> AsyncIterator[Daemon]:
+    """Start a daemon; ``more`` are further lines of its configuration file."""
+    config, address = write_config(folder, engine=engine, stages=stages, more=more), str(folder / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         notified.bind(address)
         notified.setblocking(False)

@@ -66,6 +66,24 @@ def test_quantised_tensors_take_what_is_stored() -> None:
     assert estimate_model_graph(SIZES, tensors).decoders[0].weight_bytes == 32 + 4
 
 
+@pytest.mark.parametrize(
+    "quantisation",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "w_bit": 4},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
+    ],
+)
+def test_packed_weights_are_computed_with_one_by_one(quantisation: dict[str, object]) -> None:
+    packed = TENSORS | {"model.layers.0.mlp.weight": Header("I32", (1, 8)), "model.layers.0.g_idx": Header("I32", (8,))}
+    plain, quantised = (
+        estimate_model_graph(config, tensors)
+        for config, tensors in ((SIZES, TENSORS), (SIZES | {"quantization_config": quantisation}, packed))
+    )
+    assert quantised.decoders[0].flops_per_token == plain.decoders[0].flops_per_token == 2 * 64
+    assert quantised.decoders[0].weight_bytes == 4 * 8 + 4 * 8
+
+
 def test_the_text_part_of_a_multimodal_config_counts() -> None:
     config = {"model_type": "seeing", "hidden_size": 1000, "text_config": SIZES | {"model_type": "inner"}}
     graph = estimate_model_graph(config, TENSORS)
