@@ -21,6 +21,7 @@ from planner.layout import Pipeline
 from planner.model_families import NATIVE
 from planner.model_graph import ModelGraph, build_model_graph
 from topology.device import Device, cpu_devices
+from topology.units import format_bytes_apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,7 @@ class _Vllm:
     def __call__(self, pipeline: Pipeline, epoch: int) -> Engine:
         from engines.vllm.adapter import VllmEngine
 
+        self._refuse_too_small_a_cache()
         pipeline = self._widened(pipeline)
         ranks = next((known for known in self._known if known.refusal_of(pipeline) is None), None)
         if ranks is None:
@@ -157,6 +159,15 @@ class _Vllm:
                 engine="vllm", level=line.level, process=line.process, message=line.message
             ),
         )
+
+    def _refuse_too_small_a_cache(self) -> None:
+        """One sequence must fit. vLLM says so too, after a minute."""
+        graph, wanted = self._model.graph, _number(self._settings.max_model_len)
+        needed, offered = format_bytes_apart(graph.kv_bytes(wanted), self._settings.engines.vllm.kv_cache_bytes)
+        if graph.kv_bytes(wanted) > self._settings.engines.vllm.kv_cache_bytes:
+            raise UnsupportedByEngine(
+                f"engines.vllm.kv_cache: a sequence of max_model_len {wanted} needs {needed}, offered are {offered}"
+            )
 
     def _widened(self, pipeline: Pipeline) -> Pipeline:
         devices = [device.id for device in devices_of(self._settings)]

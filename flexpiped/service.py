@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from engines.errors import EngineDied
+from engines.errors import EngineDied, RefactoringRefused
 from engines.protocol import Engine
 from engines.text.client import TextService
 from flexpiped import log_events
@@ -66,11 +66,164 @@ class Service:
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
         self._reason = "starting"
         self._refactorings = Refactorings(
-            engine=self._engine,
+            engine=self._engine_to_change,
             resolver=lambda: self._offer().resolver,
             events=self.events,
             replica=lambda target: self._replica(target, self._offer()),
             other_engine=self._other_engine,
+        )
+        self._supervisor: Supervisor | None = None
+        self._offers: EngineOffers | None = None
+        self._text: TextService | None = None
+        self._metrics = Metrics()
+
+    @property
+    def health(self) -> Health:
+        """The state of the service: what the daemon is doing comes first, then what the engine is doing."""
+        if self._phase is not ServiceState.READY or self._supervisor is None:
+            return Health(state=self._phase, reason=self._reason)
+        if self._text is not None and self._text.failure is not None:
+            return Health(state=ServiceState.FAILED, reason=self._text.failure)
+        supervision = self._supervisor.supervision
+        state = _STATES[supervision.state]
+        return Health(state=state, reason="" if state is ServiceState.READY else supervision.reason)
+
+    @property
+    def engine_name(self) -> str:
+        """The engine in force; before there is one, the one that is configured."""
+        capabilities = None if self._supervisor is None else self._supervisor.capabilities
+        return self._settings.engine.value if capabilities is None else capabilities.name
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline in force, None before there is one."""
+        return None if self._supervisor is None else self._supervisor.pipeline
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Start everything; ``stack`` ends it. Returns when requests are served.
+
+        Raises:
+            PortTaken, AdminSocketError, EngineError, PlannerError
+        """
+        listener = listen_tcp(self._settings.http.host, self._settings.http.port)
+        stack.callback(listener.close)
+        self.api_url = f"{url_of(listener)}/v1"
+        gate = await stack.enter_async_context(AsyncExitStack())
+        await gate.enter_async_context(serving(starting_app(lambda: self.health), listener.dup(), shutdown_s=1.0))
+        await self._open_admin(stack)
+        self._progress("reading the model's description")
+        model = await asyncio.to_thread(find_files, self._settings, source=self.source)
+        supervisor, text = await self._start_engine(stack, model)
+        app = create_app(
+            Backend(
+                model=self.name,
+                supervisor=supervisor,
+                text=text,
+                admission=Admission(limits=_limits(self._settings)),
+                metrics=self._metrics,
+                health=lambda: self.health,
+            ),
+            max_body_bytes=self._settings.http.max_body_bytes,
+        )
+        await stack.enter_async_context(serving(app, listener.dup(), shutdown_s=DRAIN_DEADLINE_S))
+        await gate.aclose()
+        self._run_beside(stack, self._watch_text(text), name="text-watch")
+        stack.callback(self._begin_drain)
+        self._phase, self._text = ServiceState.READY, text
+
+    async def _open_admin(self, stack: AsyncExitStack) -> None:
+        status = DaemonStatus(
+            identity=Identity(
+                model_name=self.name,
+                model_path=self.source,
+                api_url=self.api_url,
+            ),
+            engine_name=lambda: self.engine_name,
+            health=lambda: self.health,
+            engine=self._engine,
+            refactorings=self._refactorings,
+            latencies=self._metrics.latencies,
+        )
+        app = admin_app(status=status, refactorings=self._refactorings, events=self.events)
+        await stack.enter_async_context(serving_admin(app, self._admin_socket))
+        stack.callback(self.events.close)
+        self._run_beside(stack, status.sample_forever(), name="status-sampler")
+
+    async def _start_engine(self, stack: AsyncExitStack, model: Model) -> tuple[Supervisor, TextService]:
+        """Start the text process, and beside it plan the layout and start the engine."""
+        text = TextService(
+            model=model.tokenizer_directory,
+            python=engine_python(self._settings),
+            on_death=lambda reason: log_events.text_process_died(reason=reason),
+        )
+        stack.push_async_callback(text.close)
+        try:
+            async with asyncio.TaskGroup() as starting:
+                starting.create_task(text.start())
+                planned = starting.create_task(self._start_supervisor(stack, model))
+        except ExceptionGroup as group:  # the first that failed; the other was cancelled
+            raise group.exceptions[0] from None
+        return planned.result(), text
+
+    async def _start_supervisor(self, stack: AsyncExitStack, model: Model) -> Supervisor:
+        settings = self._settings
+        self._progress("planning the layout")
+        offers = EngineOffers(settings, source=self.source, model=model)
+        configured = offers.of(settings.engine.value)
+        pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
+        supervisor = Supervisor(
+            factory=configured.factory,
+            pipeline=pipeline,
+            on_change=self._on_supervision,
+            on_progress=self._progress,
+        )
+        stack.push_async_callback(supervisor.close)
+        stack.push_async_callback(self._refactorings.close)
+        self._offers, self._supervisor = offers, supervisor
+        self._progress("starting the engine")
+        await supervisor.start()
+        return supervisor
+
+    def _on_supervision(self, supervision: Supervision) -> None:
+        self.events.publish(EventKind.ENGINE, supervision.reason, state=supervision.state.value)
+        match supervision.state:
+            case SupervisorState.RECOVERING:
+                log_events.engine_recovering(reason=supervision.reason)
+            case SupervisorState.FAILED:
+                log_events.engine_failed(reason=supervision.reason)
+                self.failed.set()
+            case _:
+                pass
+
+    async def _watch_text(self, text: TextService) -> None:
+        """The text process is started again when it dies; when that has been given up, the service has failed."""
+        while text.failure is None:  # noqa: ASYNC110  it is a property, not an event
+            await asyncio.sleep(_WATCH_PERIOD_S)
+        log_events.engine_failed(reason=text.failure)
+        self.failed.set()
+
+    def _run_beside(self, stack: AsyncExitStack, work: Coroutine[None, None, None], *, name: str) -> None:
+        stack.push_async_callback(_end, asyncio.create_task(work, name=name))
+
+    def _progress(self, message: str) -> None:
+        self._reason = message
+        self._on_progress(message)
+
+    def _begin_drain(self) -> None:
+        self._phase, self._reason = ServiceState.DRAINING, "streams in flight are finishing"
+        self.events.publish(EventKind.DAEMON, f"draining: {self._reason}")
+
+    def _engine(self) -> Engine:
+        if self._supervisor is None or self._supervisor.engine is None:
+            raise EngineDied(f"no engine serves now: {self.health.reason}")
+        return self._supervisor.engine
+
+    def _engine_to_change(self) -> Engine:
+        if self._phase is ServiceState.DRAINING:
+            raise RefactoringRefused(f"the daemon is draining: {self._reason}")
+        return self._engine()
+
+    def _replica(self, target: Pipeline, offer: EngineOffer) -> ReplicaRunner:
         )
         self._supervisor: Supervisor | None = None
         self._offers: EngineOffers | None = None

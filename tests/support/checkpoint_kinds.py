@@ -20,40 +20,48 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"
 IMAGE_SIZE: Final = 32  # pixels, either way
-IMAGE_TOKENS: Final = 16  # of one image: patches of 8 x 8 pixels
+IMAGE_TOKENS: Final = 4  # of one image
 GROUP: Final = 32  # weights with one scale, where there are four bits for each
 _LINEAR: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def make_int8_llama(directory: Path) -> Path:
     """Make a Llama with weights and activations of 8 bits, as compressed-tensors writes it."""
-    return make(directory, _llama_config(dtype="bfloat16"), finish=quantise_to_int8)
+    return make(directory, _llama_config(), finish=quantise_to_int8)
 
 
 def make_gptq_llama(directory: Path) -> Path:
     """Make a Llama with weights of 4 bits, as GPTQ writes it."""
-    return make(directory, _llama_config(dtype="bfloat16"), finish=quantise_to_gptq)
+    return make(directory, _llama_config(), finish=quantise_to_gptq)
 
 
-def make_llava(directory: Path) -> Path:
-    """Make a LLaVA: a Llama that sees images of 32 x 32 pixels through a CLIP of two layers."""
-    from transformers import CLIPVisionConfig, LlavaConfig
+def make_blip2(directory: Path) -> Path:
+    """Make a BLIP-2: an OPT of 8 decoders that sees an image of 32 x 32 pixels as four tokens."""
+    from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
 
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=8,
-        projection_dim=64,
-        initializer_range=0.3,
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = OPTConfig(
+        num_hidden_layers=8,
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        ffn_dim=352,
+        num_attention_heads=4,
+        vocab_size=512,
+        max_position_embeddings=1024,
+        init_std=0.15,
+        tie_word_embeddings=False,
+        bos_token_id=SPECIAL_TOKENS.index(BOS),
+        eos_token_id=SPECIAL_TOKENS.index(EOS),
+        pad_token_id=SPECIAL_TOKENS.index(EOS),
     )
-    config = LlavaConfig(
-        text_config=_llama_config(dtype="float32"),
-        vision_config=vision,
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(**small, image_size=IMAGE_SIZE, patch_size=8, initializer_range=0.3),
+        qformer_config=Blip2QFormerConfig(**small, encoder_hidden_size=64, initializer_range=0.3),
+        text_config=text,
+        num_query_tokens=IMAGE_TOKENS,
         image_token_index=len(SPECIAL_TOKENS),
-        image_seq_length=IMAGE_TOKENS,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
         dtype="float32",
     )
     return make(
@@ -123,32 +131,19 @@ def quantise_to_gptq(directory: Path) -> None:
 
 
 def write_processor(directory: Path) -> None:
-    """Write how images become pixels and tokens, as LLaVA's processor reads it."""
-    image = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": IMAGE_SIZE},
-        "do_center_crop": True,
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
+    """Write how an image becomes pixels and tokens, as BLIP-2's processor reads it."""
+    of_images = {
+        "image_processor_type": "BlipImageProcessor",
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
-        "do_convert_rgb": True,
     }
-    whole = {
-        "processor_class": "LlavaProcessor",
-        "patch_size": 8,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,  # of the class; the strategy leaves it out again
-        "image_token": IMAGE,
-    }
-    (directory / "preprocessor_config.json").write_text(json.dumps({**image, "processor_class": "LlavaProcessor"}))
+    whole = {"processor_class": "Blip2Processor", "num_query_tokens": IMAGE_TOKENS}
+    (directory / "preprocessor_config.json").write_text(json.dumps({**of_images, "processor_class": "Blip2Processor"}))
     (directory / "processor_config.json").write_text(json.dumps(whole))
 
 
-def _llama_config(*, dtype: str) -> LlamaConfig:
+def _llama_config() -> LlamaConfig:
     """Return a Llama of 8 decoders whose sizes suit vLLM's CPU kernels."""
     from transformers import LlamaConfig
 
@@ -162,7 +157,7 @@ def _llama_config(*, dtype: str) -> LlamaConfig:
         max_position_embeddings=2048,
         initializer_range=0.15,
         tie_word_embeddings=False,
-        dtype=dtype,
+        dtype="bfloat16",
         bos_token_id=SPECIAL_TOKENS.index(BOS),
         eos_token_id=SPECIAL_TOKENS.index(EOS),
     )

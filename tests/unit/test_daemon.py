@@ -11,6 +11,7 @@ import pytest
 from flexpiped.admin_socket import take_socket
 from flexpiped.servers import listen_tcp
 from tests.support.daemon import ROOT, spawn, started, write_config
+from tests.support.fake_vllm import fake_interpreter
 
 pytestmark = pytest.mark.real_loop
 
@@ -52,6 +53,17 @@ async def test_asked_to_stop_while_starting(tmp_path: Path) -> None:
         assert not daemon.admin.exists()
 
 
+async def test_a_rebalance_while_it_starts_is_refused(tmp_path: Path) -> None:
+    python = fake_interpreter(tmp_path)
+    more = f'engines.vllm.python = "{python}"\nengines.vllm.env.FAKE_VLLM = "silent"\n'  # it is never ready
+    async with started(tmp_path, ready=False, engine="vllm", stages=1, more=more) as daemon:
+        await daemon.notification("starting the server")
+        code, _, said = await daemon.flexctl("rebalance", "--stages", "2")
+        assert (code, "no engine serves now: vLLM: starting the server" in said) == (1, True), (code, said)
+        daemon.process.send_signal(signal.SIGTERM)  # killed, it would leave the fake's processes
+        await daemon.process.communicate()
+
+
 async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     async with started(tmp_path, ready=True) as daemon:
         status = await daemon.ask("/status")
@@ -64,6 +76,8 @@ async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             daemon.process.send_signal(signal.SIGTERM)
             await daemon.notification("STOPPING=1")
             assert (await daemon.ask("/status"))["state"] == "draining"
+            code, _, said = await daemon.flexctl("rebalance", "--stages", "1")
+            assert (code, "the daemon is draining: streams in flight are finishing" in said) == (4, True), said
             daemon.process.send_signal(signal.SIGTERM)
             await daemon.process.communicate()
 
@@ -76,10 +90,11 @@ async def run_until_exit(config: Path) -> tuple[int | None, str]:
     return process.returncode, log.decode()
 
 
-async def test_a_taken_port_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "more"), [("fake", ""), ("vllm", 'engines.vllm.python = "/opt/vllm/bin/python"')])
+async def test_a_taken_port_is_an_error(tmp_path: Path, engine: str, more: str) -> None:
     with listen_tcp("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        code, log = await run_until_exit(write_config(tmp_path, port=port))
+        code, log = await run_until_exit(write_config(tmp_path, port=port, engine=engine, more=more))
 
     assert code == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another http.port." in log
@@ -99,6 +114,24 @@ async def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     code, log = await run_until_exit(config)
 
     assert (code, "no such directory: /no/such/model" in log) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ('engines.vllm.python = "/no/such/python"', "engines.vllm.python: there is no /no/such/python"),
+        ('devices.cpu_memory = "2 MiB"', "needs"),
+        (
+            'max_model_len = 4000\nengines.vllm.kv_cache = "1 MiB"',
+            "engines.vllm.kv_cache: a sequence of max_model_len 4000 needs",
+        ),
+    ],
+    ids=["interpreter", "device memory", "KV cache"],
+)
+async def test_what_vllm_cannot_start_with_is_an_error_at_once(tmp_path: Path, more: str, reason: str) -> None:
+    code, log = await run_until_exit(write_config(tmp_path, stages=1, engine="vllm", more=f"{more}\n"))
+
+    assert (code, reason in log) == (1, True), log
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
