@@ -169,7 +169,7 @@ def environment(
         "PYTHONUNBUFFERED": "1",
         "TMPDIR": str(run_dir),
         "FLEXPIPED_VLLM_DIR": str(run_dir),
-        "FLEXPIPED_VLLM_NICE": str(options.nice),
+        "FLEXPIPED_VLLM_NICE": str(_nice(options)),
         "FLEXPIPED_VLLM_SLICE_BYTES": str(options.slice_bytes),
         "VLLM_PP_LAYER_PARTITION": ",".join(map(str, counts)),
         "VLLM_RPC_BASE_PATH": str(run_dir),
@@ -204,6 +204,11 @@ def environment(
     plugins = [name for name in options.env.get("VLLM_PLUGINS", "").split(",") if name]
     env["VLLM_PLUGINS"] = ",".join(dict.fromkeys(["flexpiped", *plugins]))
     return env
+
+
+def _nice(options: VllmOptions) -> int:
+    """Return the niceness of ranks. It is for workers, which poll; a single rank runs in the core and does not."""
+    return options.nice if len(options.device_ids) > 1 else 0
 
 
 def _stays(name: str) -> bool:

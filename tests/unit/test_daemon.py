@@ -12,8 +12,10 @@ from flexpiped.admin_socket import take_socket
 from flexpiped.servers import listen_tcp
 from tests.support.daemon import ROOT, spawn, started, write_config
 from tests.support.fake_vllm import fake_interpreter
+from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
+SMALL = '\nengines.vllm.kv_cache = "8 MiB"\n'
 
 
 async def test_its_life(tmp_path: Path) -> None:
@@ -55,11 +57,15 @@ async def test_asked_to_stop_while_starting(tmp_path: Path) -> None:
 
 async def test_a_rebalance_while_it_starts_is_refused(tmp_path: Path) -> None:
     python = fake_interpreter(tmp_path)
-    more = f'engines.vllm.python = "{python}"\nengines.vllm.env.FAKE_VLLM = "silent"\n'  # it is never ready
+    more = f'engines.vllm.python = "{python}"{SMALL}engines.vllm.env.FAKE_VLLM = "silent"\n'  # it is never ready
     async with started(tmp_path, ready=False, engine="vllm", stages=1, more=more) as daemon:
-        await daemon.notification("starting the server")
+
+        async def waits_for_vllm() -> bool:
+            return daemon.admin.exists() and "vLLM" in (await daemon.ask("/status"))["reason"]
+
+        await until(waits_for_vllm, timeout_s=60.0)
         code, _, said = await daemon.flexctl("rebalance", "--stages", "2")
-        assert (code, "no engine serves now: vLLM: starting the server" in said) == (1, True), (code, said)
+        assert (code, "no engine serves now" in said) == (1, True), (code, said)
         daemon.process.send_signal(signal.SIGTERM)  # killed, it would leave the fake's processes
         await daemon.process.communicate()
 
@@ -119,7 +125,7 @@ async def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ('engines.vllm.python = "/no/such/python"', "engines.vllm.python: there is no /no/such/python"),
+        (f'engines.vllm.python = "/no/such/python"{SMALL}', "engines.vllm.python: there is no /no/such/python"),
         ('devices.cpu_memory = "2 MiB"', "needs"),
         (
             'max_model_len = 4000\nengines.vllm.kv_cache = "1 MiB"',

@@ -66,6 +66,16 @@ def test_the_worker_class_is_that_of_the_device(options: VllmOptions) -> None:
     assert flags(replace(options, cuda=True))["--worker-cls"] == "flexpiped_vllm.worker.GPUWorker"
 
 
+def test_a_single_rank_runs_in_the_engine_core(options: VllmOptions) -> None:
+    one = replace(options, device_ids=("cpu:0",), nice=7)
+    assert flags(one, (8,))["--distributed-executor-backend"] == "uni"
+    assert env(one, (8,))["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"  # else the CPU platform makes it "mp"
+    assert env(one, (8,))["FLEXPIPED_VLLM_NICE"] == "0"
+    assert flags(options)["--distributed-executor-backend"] == "mp"
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in env(options)
+    assert env(replace(options, nice=7))["FLEXPIPED_VLLM_NICE"] == "7"
+
+
 def test_no_port_is_used(options: VllmOptions) -> None:
     assert flags(options)["--uds"] == "/run/x/http.sock"
     assert "--port" not in flags(options)
