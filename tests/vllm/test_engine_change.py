@@ -11,7 +11,6 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.native.test_product import flexctl
 from tests.support.daemon import Daemon, started
 from tests.support.vllm import interpreter
 
@@ -63,7 +62,7 @@ class Client:
 
 async def changed(daemon: Daemon, engine: str) -> str:
     """Change the engine and return what the record says."""
-    code, out, err = await flexctl(daemon, "rebalance", "--engine", engine, "--wait")
+    code, out, err = await daemon.flexctl("rebalance", "--engine", engine, "--wait")
     assert code == 0, out + err
     assert f" -> {engine}, 2 -> 2 stages by replica: by a second instance" in out
     status = await daemon.ask("/status")
