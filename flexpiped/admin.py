@@ -4,11 +4,14 @@ GET  /status            everything about the daemon
 POST /rebalance         {"stages": N | "auto"}, {"layout": TEXT} or neither with {"engine": "native" | "vllm"};
                         with "replica", "dry_run" and "wait"
 POST /rebalance/cancel  roll back the refactoring under way
+GET  /topology          devices, links and what was measured, as they are now
+POST /topology/links    keep measured figures of links
 GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
 
 Errors are ``{"error": {"code": ..., "message": ...}}``. What is refused moved nothing.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any, Final, Literal
@@ -20,9 +23,11 @@ from engines.errors import EngineError, RefactoringBusy, RefactoringRefused, Uns
 from flexpiped.config_values import Auto
 from flexpiped.events import Event, EventLog
 from flexpiped.handover_records import Proposal, Wanted, proposal_to_wire
+from flexpiped.hardware import Hardware
 from flexpiped.refactoring import Refactorings, Started
 from flexpiped.status import StatusSource
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlannerError, PlanTimeout
+from topology.errors import NotMeasured
 
 _NDJSON: Final = "application/x-ndjson"
 _LARGEST_BODY_BYTES: Final = 4 << 20
@@ -60,15 +65,19 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Wanted(stages=stages, layout=self.layout, replica=self.replica, engine=self.engine)
 
 
-def admin_app(*, status: StatusSource, refactorings: Refactorings, events: EventLog) -> web.Application:
+def admin_app(
+    *, status: StatusSource, refactorings: Refactorings, events: EventLog, hardware: Hardware
+) -> web.Application:
     """Return the application that serves the admin API."""
-    admin = _Admin(status=status, refactorings=refactorings, events=events)
+    admin = _Admin(status=status, refactorings=refactorings, events=events, hardware=hardware)
     app = web.Application(middlewares=[_errors_as_json], client_max_size=_LARGEST_BODY_BYTES)
     app.add_routes(
         [
             web.get("/status", admin.get_status),
             web.post("/rebalance", admin.post_rebalance),
             web.post("/rebalance/cancel", admin.post_cancel),
+            web.get("/topology", admin.get_topology),
+            web.post("/topology/links", admin.post_links),
             web.get("/events", admin.get_events),
         ]
     )
@@ -76,8 +85,11 @@ def admin_app(*, status: StatusSource, refactorings: Refactorings, events: Event
 
 
 class _Admin:
-    def __init__(self, *, status: StatusSource, refactorings: Refactorings, events: EventLog) -> None:
+    def __init__(
+        self, *, status: StatusSource, refactorings: Refactorings, events: EventLog, hardware: Hardware
+    ) -> None:
         self._status = status
+        self._hardware = hardware
         self._refactorings = refactorings
         self._events = events
 
@@ -101,6 +113,13 @@ class _Admin:
             return _json({"state": "cancelled", "message": f"rolling back: {under_way}"})
         reason = "no refactoring is under way" if under_way is None else f"past its commit point: {under_way}"
         return _error("nothing_to_cancel", reason, HTTPStatus.CONFLICT)
+
+    async def get_topology(self, _request: web.Request) -> web.Response:
+        return _json(await asyncio.to_thread(self._hardware.look))
+
+    async def post_links(self, request: web.Request) -> web.Response:
+        file = await asyncio.to_thread(self._hardware.keep, await request.read())
+        return _json({"state": "kept", "file": file})
 
     async def get_events(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -130,6 +149,8 @@ async def _errors_as_json(
     except (EngineError, PlannerError) as error:
         code, http_status = next((code, status) for kind, code, status in _CODES if isinstance(error, kind))
         return _error(code, str(error), http_status)
+    except NotMeasured as error:
+        return _error("not_kept", str(error), HTTPStatus.CONFLICT)
     except msgspec.MsgspecError as error:
         return _error("bad_request", str(error), HTTPStatus.BAD_REQUEST)
     except web.HTTPException as error:

@@ -13,6 +13,7 @@ from engines.vllm.options import VllmOptions
 from engines.vllm.ranks import Ranks, rank_devices, widened
 from flexpiped import log_events
 from flexpiped.config_values import Auto
+from flexpiped.hardware import host_topology, memory_of_one
 from flexpiped.models import model_source, served_name
 from flexpiped.settings import EngineKind, Settings
 from planner.errors import UnsupportedModel
@@ -20,7 +21,7 @@ from planner.estimated_graph import estimate_model_graph
 from planner.layout import Pipeline
 from planner.model_families import NATIVE
 from planner.model_graph import ModelGraph, build_model_graph
-from topology.device import Device, cpu_devices
+from topology.device import Device, DeviceKind
 from topology.units import format_bytes_apart
 
 
@@ -73,8 +74,8 @@ def _graph(settings: Settings, checkpoint: Checkpoint) -> ModelGraph:
 
 
 def devices_of(settings: Settings) -> tuple[Device, ...]:
-    """Return the devices that may hold stages."""
-    return cpu_devices(count=settings.devices.cpu_count, memory_bytes=settings.devices.cpu_memory_bytes)
+    """Return the devices that may hold stages, as they are now. Raises ``UnsupportedByEngine``."""
+    return host_topology(settings).devices
 
 
 def engine_python(settings: Settings) -> str:
@@ -192,6 +193,7 @@ class _Vllm:
     def _options(self, ranks: Ranks) -> VllmOptions:
         settings, vllm, handover = self._settings, self._settings.engines.vllm, self._settings.handover
         graph = self._model.graph
+        devices = devices_of(settings)
         return VllmOptions(
             python="" if vllm.python is None else str(vllm.python),
             model_directory=str(self._model.directory),
@@ -199,7 +201,8 @@ class _Vllm:
             device_ids=ranks.device_ids,
             num_decoders=graph.num_decoders,
             kv_bytes_per_token=max(decoder.kv_bytes_per_token for decoder in graph.decoders),
-            device_memory_bytes=settings.devices.cpu_memory_bytes,
+            device_memory_bytes=memory_of_one(devices),
+            cuda=devices[0].kind is DeviceKind.CUDA,
             tensor_parallel=ranks.tensor_parallel,
             dtype=settings.dtype.value,
             max_model_len=_number(settings.max_model_len),

@@ -23,6 +23,7 @@ from flexpiped.engine_factory import Model, engine_python, find_files
 from flexpiped.engine_offers import EngineOffer, EngineOffers
 from flexpiped.events import EventKind, EventLog
 from flexpiped.handover_records import TargetResolver
+from flexpiped.hardware import Hardware
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.models import model_source, served_name
 from flexpiped.refactoring import Refactorings
@@ -144,7 +145,8 @@ class Service:
             refactorings=self._refactorings,
             latencies=self._metrics.latencies,
         )
-        app = admin_app(status=status, refactorings=self._refactorings, events=self.events)
+        hardware = Hardware(self._settings, python=engine_python(self._settings))
+        app = admin_app(status=status, refactorings=self._refactorings, events=self.events, hardware=hardware)
         await stack.enter_async_context(serving_admin(app, self._admin_socket))
         stack.callback(self.events.close)
         self._run_beside(stack, status.sample_forever(), name="status-sampler")

@@ -45,6 +45,12 @@ class DType(Enum):
     FLOAT16 = "float16"
 
 
+class DevicesKind(Enum):
+    AUTO = "auto"  # GPUs where there are some and the engine computes on them, else CPU devices
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class LogFormat(Enum):
     AUTO = "auto"  # console on a terminal, else json
     CONSOLE = "console"
@@ -91,6 +97,7 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSettings:
+    kind: Annotated[DevicesKind, choice(DevicesKind)] = DevicesKind.AUTO
     cpu_count: Annotated[int, integer(1, 256)] = 8
     cpu_memory_bytes: Annotated[int, size_bytes(MIB), Named(word="cpu_memory")] = 512 * MIB
 

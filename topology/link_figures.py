@@ -13,14 +13,13 @@ Sources:
   issue 1264) and 22 of 31.5 GB/s (nccl, issue 814).
 - Latency: P2P over NVLink 1.8 to 2.3 us, without P2P 11 to 20 us (github.com/NVIDIA/cuda-samples, issue 230; nccl,
   issue 1127); P2P over PCIe from 4.1 us (p2pmark).
-- Shared memory between CPU devices: 4.4 to 6 GiB/s with one thread, about 0.1 ms for a small message with the wake-up
-  of its reader; measured on two cores of a Xeon at 2.8 GHz.
+- Shared memory between CPU devices, copied in by one process and out by another: 3.9 GB/s, and 20 us for a few bytes with
+  the wake-up of the reader; `flexctl topology --measure` on two cores of a Xeon at 2.8 GHz.
 """
 
 from typing import Final
 
 from topology.link import P2P, Link, LinkKind
-from topology.units import GIB
 
 _NVLINK_LANE_BYTES_PER_S: Final = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}
 _HALF_RATE_LANE_BYTES_PER_S: Final = 14.0625e9
@@ -107,7 +106,7 @@ def pcie_link(kind: LinkKind, *, generation: int, width: int, p2p: P2P = P2P.UNK
 
 def shared_memory_link() -> Link:
     """Return the link between two CPU devices of a host."""
-    return Link(kind=LinkKind.SHARED_MEMORY, bandwidth_bytes_per_s=5.0 * GIB, latency_s=100e-6)
+    return Link(kind=LinkKind.SHARED_MEMORY, bandwidth_bytes_per_s=3.9e9, latency_s=20e-6)
 
 
 def network_link(*, bits_per_s: float, latency_s: float = 20e-6, share: float = 0.9) -> Link:

@@ -11,6 +11,7 @@ from typing import Final
 
 from engines.errors import UnsupportedByEngine
 from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
+from topology.cuda_order import visible_environment
 
 PLUGIN: Final = Path(__file__).with_name("plugin")
 HTTP_SOCKET: Final = "http.sock"
@@ -185,7 +186,7 @@ def environment(
     if cache := inherited.get("CACHE_DIRECTORY"):  # a service may have no home
         env["VLLM_CACHE_ROOT"] = str(Path(cache) / "vllm")
     if options.cuda:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(options.device_ids)
+        env |= visible_environment(options.device_ids)
     else:
         env |= {
             "OMP_NUM_THREADS": str(threads_per_rank(options, cores=cores)),

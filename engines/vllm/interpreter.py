@@ -45,6 +45,11 @@ async def vllm_version(python: str, *, deadline_s: float = _DEADLINE_S) -> str:
             raise EngineStartFailed(f"{python} does not say which vLLM it has: {answer.strip()[-500:] or 'no answer'}")
 
 
+def is_cpu_build(python: Path) -> bool:
+    """Return whether the vLLM of an interpreter is built for the CPU, by the name under which it is installed."""
+    return any(python.parent.parent.glob("lib/python3*/site-packages/vllm*cpu*.dist-info"))
+
+
 def _ensure_known(version: str, python: str) -> None:
     found = _VERSION.match(version)
     if found is None:

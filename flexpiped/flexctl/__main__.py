@@ -60,6 +60,12 @@ def _sockets(chosen: str | None) -> tuple[Path, ...]:
     return candidate_sockets(os.environ, uid=os.getuid()) if chosen is None else (Path(chosen),)
 
 
+def _topology(client: AdminClient, screen: Screen, options: argparse.Namespace) -> Exit:
+    from flexpiped.flexctl.topology_command import topology  # the other commands start without it
+
+    return topology(client, screen, options)
+
+
 def _stages(text: str) -> int | str:
     if text == "auto":
         return text
@@ -102,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     change.add_argument("--dry-run", action="store_true", help="say what would move and whether it fits; move nothing")
     change.add_argument("--wait", action="store_true", help="show the progress and return when it is done")
+
+    about = "devices, what joins them and what is free on each; also without a daemon"
+    seen = known.add_parser("topology", parents=[everywhere], help=about)
+    seen.set_defaults(run=_topology)
+    seen.add_argument("--measure", action="store_true", help="measure every pair of devices of this host, and keep it")
+    seen.add_argument("--save", metavar="FILE", help="write a snapshot that the planner and this command read")
+    seen.add_argument("--topology", metavar="FILE", help="show a snapshot, or a machine by name (dgx-h100)")
 
     happened = known.add_parser("events", parents=[everywhere], help="what happened, oldest first")
     happened.set_defaults(run=commands.events)

@@ -1,6 +1,7 @@
 """An admin API on a real Unix socket, with the fake engine behind it."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from engines.fake import FakeEngine
 from engines.protocol import Engine
 from flexpiped.admin import admin_app
 from flexpiped.events import EventLog
+from flexpiped.hardware import Hardware
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.servers import serving_admin
+from flexpiped.settings import Settings
 from flexpiped.status import DaemonStatus, Health, Identity, Latencies, Percentiles, ServiceState
 from flexpiped.supervisor import Supervisor
 from tests.support.layouts import EvenResolver, even_pipeline
@@ -106,7 +109,8 @@ async def _served(
         refactorings=refactorings,
         latencies=lambda: Latencies(ttft=Percentiles(p50_s=0.02, p99_s=0.05), tpot=None),
     )
-    app = admin_app(status=status, refactorings=refactorings, events=events)
+    hardware = Hardware(Settings(), python=sys.executable, state=folder / "links.json")
+    app = admin_app(status=status, refactorings=refactorings, events=events, hardware=hardware)
     async with serving_admin(app, folder / "admin.sock"):
         yield
         events.close()
