@@ -91,7 +91,10 @@ def kv_cache_bytes(settings: Settings) -> int:
 
 
 def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
-    """Return what makes an engine, not started yet, for the pipeline and epoch to begin with."""
+    """Return what makes an engine, not started yet, for the pipeline and epoch to begin with.
+
+    It looks for devices now, which may block, and the engines that it makes later are on those.
+    """
     match settings.engine:
         case EngineKind.NATIVE:
             return _native(settings, model)
@@ -140,6 +143,7 @@ class _Vllm:
     def __init__(self, settings: Settings, model: Model) -> None:
         self._settings = settings
         self._model = model
+        self._devices = devices_of(settings)
         self._known: list[Ranks] = []  # of all instances so far, the last first
 
     def __call__(self, pipeline: Pipeline, epoch: int) -> Engine:
@@ -171,7 +175,7 @@ class _Vllm:
             )
 
     def _widened(self, pipeline: Pipeline) -> Pipeline:
-        devices = [device.id for device in devices_of(self._settings)]
+        devices = [device.id for device in self._devices]
         try:
             return widened(pipeline, devices=devices, degree=self._settings.engines.vllm.tensor_parallel)
         except ValueError as error:
@@ -182,7 +186,7 @@ class _Vllm:
         degree = vllm.tensor_parallel
         wanted = pipeline.granularity if vllm.ranks is Auto.AUTO else max(pipeline.granularity, vllm.ranks)
         taken = set(pipeline.device_ids)
-        free = [device.id for device in devices_of(self._settings) if device.id not in taken]
+        free = [device.id for device in self._devices if device.id not in taken]
         spare = [tuple(free[start : start + degree]) for start in range(0, len(free) - degree + 1, degree)]
         try:
             devices = rank_devices(pipeline, ranks=wanted, spare=spare)
@@ -193,7 +197,6 @@ class _Vllm:
     def _options(self, ranks: Ranks) -> VllmOptions:
         settings, vllm, handover = self._settings, self._settings.engines.vllm, self._settings.handover
         graph = self._model.graph
-        devices = devices_of(settings)
         return VllmOptions(
             python="" if vllm.python is None else str(vllm.python),
             model_directory=str(self._model.directory),
@@ -201,8 +204,8 @@ class _Vllm:
             device_ids=ranks.device_ids,
             num_decoders=graph.num_decoders,
             kv_bytes_per_token=max(decoder.kv_bytes_per_token for decoder in graph.decoders),
-            device_memory_bytes=memory_of_one(devices),
-            cuda=devices[0].kind is DeviceKind.CUDA,
+            device_memory_bytes=memory_of_one(self._devices),
+            cuda=self._devices[0].kind is DeviceKind.CUDA,
             tensor_parallel=ranks.tensor_parallel,
             dtype=settings.dtype.value,
             max_model_len=_number(settings.max_model_len),

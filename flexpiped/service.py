@@ -170,7 +170,7 @@ class Service:
     async def _start_supervisor(self, stack: AsyncExitStack, model: Model) -> Supervisor:
         settings = self._settings
         self._progress("planning the layout")
-        offers = EngineOffers(settings, source=self.source, model=model)
+        offers = await asyncio.to_thread(EngineOffers, settings, source=self.source, model=model)
         configured = offers.of(settings.engine.value)
         pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
         supervisor = Supervisor(

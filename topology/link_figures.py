@@ -13,8 +13,8 @@ Sources:
   issue 1264) and 22 of 31.5 GB/s (nccl, issue 814).
 - Latency: P2P over NVLink 1.8 to 2.3 us, without P2P 11 to 20 us (github.com/NVIDIA/cuda-samples, issue 230; nccl,
   issue 1127); P2P over PCIe from 4.1 us (p2pmark).
-- Shared memory between CPU devices, copied in by one process and out by another: 3.9 GB/s, and 20 us for a few bytes with
-  the wake-up of the reader; `flexctl topology --measure` on two cores of a Xeon at 2.8 GHz.
+- Shared memory between CPU devices, copied in by one process and out by another: 3.9 GB/s, and 20 us for a few bytes
+  with the wake-up of the reader; `flexctl topology --measure` on two cores of a Xeon at 2.8 GHz.
 """
 
 from typing import Final

