@@ -38,8 +38,8 @@ class Banner:
         """Since the daemon started."""
         return self._clock() - self._started_s
 
-    def starting(self, *, version: str, engine: str, devices: int, model: str) -> None:
-        self._write(f"flexpiped {version}   {engine} engine, {devices} CPU devices, model {model}")
+    def starting(self, *, version: str, engine: str, devices: str, model: str) -> None:
+        self._write(f"flexpiped {version}   {engine} engine, {devices}, model {model}")
 
     def progress(self, message: str) -> None:
         """Take what a starting engine says; it is shown once the start takes longer than one waits without a word."""

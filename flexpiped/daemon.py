@@ -20,6 +20,7 @@ from flexpiped.admin_socket import AdminSocketError, candidate_sockets, default_
 from flexpiped.banner import QUIET_START_S, Banner, flexctl_command
 from flexpiped.config_file import ConfigError, load_config
 from flexpiped.events import EventKind
+from flexpiped.hardware import devices_in_words
 from flexpiped.log import configure_logging
 from flexpiped.models import NoDemoModel, for_people
 from flexpiped.notify import Notifier
@@ -85,6 +86,7 @@ class Daemon:
         self._admin_socket = admin_socket
         self._signals = signals
         self._banner = banner
+        self._num_devices = 0
         self._notifier = notifier
 
     async def live(self) -> int:
@@ -166,8 +168,8 @@ class Daemon:
 
     def _announce_start(self, service: Service) -> None:
         version, engine = flexpiped.__version__, self._settings.engine.value
-        devices, model = self._settings.devices.cpu_count, for_people(service.source)
-        self._banner.starting(version=version, engine=engine, devices=devices, model=model)
+        self._num_devices, devices = devices_in_words(self._settings)
+        self._banner.starting(version=version, engine=engine, devices=devices, model=for_people(service.source))
         if not self._banner.is_read_live:
             log_events.daemon_starting(version=version, model=service.source, engine=engine)
 
@@ -200,7 +202,7 @@ class Daemon:
         if service.pipeline is None:
             return 1
         twice, decoders = 2 * service.pipeline.granularity, service.pipeline.num_decoders
-        return min(twice, decoders, self._settings.devices.cpu_count)
+        return min(twice, decoders, self._num_devices)
 
 
 def _facts(service: Service) -> str:

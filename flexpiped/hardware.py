@@ -63,6 +63,18 @@ def host_topology(settings: Settings, *, surroundings: Surroundings | None = Non
     return replace(found, devices=cpu.devices, links={}, driver=_with_note(found, f"GPUs are not used: {refusal}"))
 
 
+def devices_in_words(settings: Settings) -> tuple[int, str]:
+    """Return how many devices may hold stages, and what they are: ``8 CPU devices``, ``2 x NVIDIA L4``. Blocks."""
+    try:
+        devices = host_topology(settings).devices
+    except UnsupportedByEngine:  # whoever needs them says why
+        return 0, "no devices"
+    names = {device.name for device in devices}
+    if all(device.kind is DeviceKind.CPU for device in devices):
+        return len(devices), f"{len(devices)} CPU devices"
+    return len(devices), f"{len(devices)} x {names.pop()}" if len(names) == 1 else f"{len(devices)} GPUs"
+
+
 def cpu_budget(settings: Settings) -> CpuBudget:
     """Return what each CPU device gets; the threads are its share of the cores while all of them work."""
     threads = settings.engines.native.threads

