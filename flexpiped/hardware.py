@@ -17,6 +17,7 @@ from engines.process import usable_cores
 from engines.vllm.interpreter import is_cpu_build
 from flexpiped.config_values import Auto
 from flexpiped.settings import DevicesKind, EngineKind, Settings
+from topology.changes import TopologyChange, changes
 from topology.device import Device, DeviceKind
 from topology.discovery import CpuBudget, Surroundings, discover, discover_cpu
 from topology.errors import NotMeasured
@@ -31,7 +32,7 @@ from topology.measured import (
 )
 from topology.processes import family_of
 from topology.snapshot import to_json
-from topology.states import DriverStatus
+from topology.states import DriverState
 from topology.topology import HostTopology
 
 _CPU_ONLY: Final = {
@@ -40,27 +41,45 @@ _CPU_ONLY: Final = {
 }
 
 
-def host_topology(settings: Settings, *, surroundings: Surroundings | None = None) -> HostTopology:
-    """Return what this host offers now, by the settings. Blocks for some milliseconds per GPU.
+def host_topology(
+    settings: Settings, *, surroundings: Surroundings | None = None, state: Path | None = None
+) -> HostTopology:
+    """Return what may hold stages now, by the settings, with measured figures. Blocks for some milliseconds per GPU.
+
+    Args:
+        state: The file of measured figures; None for where this user's or service's are kept.
 
     Raises:
         UnsupportedByEngine: GPUs are asked for, and there are none or the engine does not take them.
     """
     here = surroundings or Surroundings()
-    budget = cpu_budget(settings)
-    if settings.devices.kind is DevicesKind.CPU:
-        return discover_cpu(budget, surroundings=here)
-    found = discover(cpu=budget, own_pids=family_of(os.getpid()), surroundings=here)
-    has_gpus = any(device.kind is DeviceKind.CUDA for device in found.devices)
-    refusal = _refusal(settings) if has_gpus else _no_gpus(found)
-    if refusal is None:
-        return found
-    if settings.devices.kind is DevicesKind.CUDA:
+    found, refusal = _look(settings, here)
+    if settings.devices.kind is DevicesKind.CUDA and refusal is not None:
         raise UnsupportedByEngine(f'devices.kind is "cuda", but {refusal}')
-    if not has_gpus:
-        return found
-    cpu = discover_cpu(budget, surroundings=here)
-    return replace(found, devices=cpu.devices, links={}, driver=_with_note(found, f"GPUs are not used: {refusal}"))
+    if refusal is not None and _has_gpus(found):
+        found = replace(found, devices=discover_cpu(cpu_budget(settings), surroundings=here).devices, links={})
+    measured, _ = _measured(state_file(os.environ, home=Path.home()) if state is None else state)
+    return with_measured(found, measured)
+
+
+def _look(settings: Settings, here: Surroundings) -> tuple[HostTopology, str | None]:
+    """Return everything that is here (CPU devices where no GPU takes work), and why stages do not go to GPUs."""
+    if settings.devices.kind is DevicesKind.CPU:
+        return discover_cpu(cpu_budget(settings), surroundings=here), 'devices.kind is "cpu"'
+    found = discover(cpu=cpu_budget(settings), own_pids=family_of(os.getpid()), surroundings=here)
+    return found, _refusal(settings) if _has_gpus(found) else _no_gpus(found)
+
+
+def _has_gpus(host: HostTopology) -> bool:
+    return any(device.kind is DeviceKind.CUDA for device in host.devices)
+
+
+def _measured(state: Path) -> tuple[Measurement | None, str | None]:
+    """Return what was measured, or None and why it cannot be read."""
+    try:
+        return load_measurement(state), None
+    except NotMeasured as error:
+        return None, str(error)
 
 
 def devices_in_words(settings: Settings) -> tuple[int, str]:
@@ -89,7 +108,9 @@ def memory_of_one(devices: tuple[Device, ...]) -> int:
 
 
 class Hardware:
-    """What ``GET /topology`` answers: looked at anew each time. Every method blocks.
+    """What ``GET /topology`` answers, and what happens to the hardware while the daemon runs. Every method blocks.
+
+    GPUs are shown also where the engine does not compute on them.
 
     Args:
         python: The interpreter that has what measuring needs.
@@ -101,16 +122,17 @@ class Hardware:
     ) -> None:
         self._settings = settings
         self._python = python
-        self._surroundings = surroundings
+        self._here = surroundings or Surroundings()
         self._state = state_file(os.environ, home=Path.home()) if state is None else state
+        self._last: HostTopology | None = None
 
     def look(self) -> Mapping[str, Any]:
         """Return the snapshot with measured figures in it, what was measured, and what is odd."""
-        host = host_topology(self._settings, surroundings=self._surroundings)
-        try:
-            measured, problem = load_measurement(self._state), None
-        except NotMeasured as error:
-            measured, problem = None, str(error)
+        host, refusal = _look(self._settings, self._here)
+        if refusal is not None and _has_gpus(host):
+            notes = (*host.driver.notes, f"stages do not go to GPUs: {refusal}")
+            host = replace(host, driver=replace(host.driver, notes=notes))
+        measured, problem = _measured(self._state)
         return {
             "topology": msgspec.json.decode(to_json(with_measured(host, measured))),
             "measured_unix_s": None if measured is None else measured.measured_unix_s,
@@ -118,6 +140,17 @@ class Hardware:
             "problem": problem,
             "python": self._python,
         }
+
+    @property
+    def may_change(self) -> bool:
+        """Whether it is worth looking again: not where no driver was found."""
+        quiet = (DriverState.NOT_ASKED, DriverState.NO_LIBRARY)
+        return self._last is None or self._last.driver.state not in quiet
+
+    def news(self) -> tuple[TopologyChange, ...]:
+        """Look, and return what is different from the time before; nothing the first time."""
+        before, (self._last, _) = self._last, _look(self._settings, self._here)
+        return () if before is None else changes(before, self._last)
 
     def keep(self, text: bytes) -> str:
         """Keep a measurement that somebody made; return the file. Raises ``NotMeasured``."""
@@ -148,7 +181,3 @@ def _no_gpus(host: HostTopology) -> str:
     unfit = [f"{gpu.uuid}: {gpu.health.sentence or gpu.health.state.value}" for gpu in host.gpus]
     reasons = [host.driver.sentence, *host.driver.unreadable, *host.driver.notes, *unfit]
     return "no GPU can take work: " + "; ".join(reason for reason in reasons if reason)
-
-
-def _with_note(host: HostTopology, note: str) -> DriverStatus:
-    return replace(host.driver, notes=(*host.driver.notes, note))

@@ -39,6 +39,7 @@ from planner.replica_steps import ReplicaLimits
 
 DRAIN_DEADLINE_S: Final = 30.0
 _WATCH_PERIOD_S: Final = 1.0
+_HARDWARE_PERIOD_S: Final = 15.0
 _STATES: Final = {
     SupervisorState.STARTING: ServiceState.STARTING,
     SupervisorState.READY: ServiceState.READY,
@@ -149,6 +150,7 @@ class Service:
         app = admin_app(status=status, refactorings=self._refactorings, events=self.events, hardware=hardware)
         await stack.enter_async_context(serving_admin(app, self._admin_socket))
         stack.callback(self.events.close)
+        self._run_beside(stack, self._watch_hardware(hardware), name="hardware-watch")
         self._run_beside(stack, status.sample_forever(), name="status-sampler")
 
     async def _start_engine(self, stack: AsyncExitStack, model: Model) -> tuple[Supervisor, TextService]:
@@ -203,6 +205,15 @@ class Service:
             await asyncio.sleep(_WATCH_PERIOD_S)
         log_events.engine_failed(reason=text.failure)
         self.failed.set()
+
+    async def _watch_hardware(self, hardware: Hardware) -> None:
+        """Tell of GPUs that come, leave or get worse; ends where there is no driver to ask."""
+        while hardware.may_change:
+            for change in await asyncio.to_thread(hardware.news):
+                self.events.publish(
+                    EventKind.DEVICES, change.sentence, change=change.kind.value, device=change.device_id
+                )
+            await asyncio.sleep(_HARDWARE_PERIOD_S)
 
     def _run_beside(self, stack: AsyncExitStack, work: Coroutine[None, None, None], *, name: str) -> None:
         stack.push_async_callback(_end, asyncio.create_task(work, name=name))

