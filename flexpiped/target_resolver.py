@@ -95,7 +95,7 @@ class PlannerResolver:
         self, stages: int | Auto, *, current: Pipeline | None, devices: Sequence[Device] | None = None
     ) -> Pipeline:
         """Plan on any devices, or on these in this order."""
-        from planner.solver import plan  # loads OR-Tools, which takes a moment: in the thread that plans
+        from planner.even_pipeline import plan  # loads OR-Tools, which takes a moment: in the thread that plans
 
         request = PlanRequest(
             graph=self._graph,

@@ -1,6 +1,6 @@
 """Cutting a model into stages: bytes of a stage, the most even cuts, and why a number of stages cannot fit.
 
-The cuts here know nothing of devices, so what they reach is a bound for ``planner.solver``, which does.
+The cuts here know nothing of devices, so what they reach is a bound for ``planner.even_pipeline``, which does.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the planner is asked and what it answers. Plain values: the solver that fills them is ``planner.solver``."""
+"""What the planner is asked and what it answers. Plain values, filled by ``planner.even_pipeline``."""
 
 from dataclasses import dataclass
 

@@ -8,10 +8,10 @@ import pytest
 
 from planner.candidates import candidates, kept_bytes, layer_bytes
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlanTimeout
+from planner.even_pipeline import plan
 from planner.layout import Pipeline, Stage, pipeline_of
 from planner.partition import stage_costs, unevenness
 from planner.plan import PlanRequest
-from planner.solver import plan
 from tests.support.graphs import SMALL_GPT2, graph_of, weighted_graph
 from topology.device import Device, DeviceKind, cpu_devices
 from topology.units import GIB, MIB
