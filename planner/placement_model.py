@@ -40,9 +40,7 @@ class PlacementModel:
         self.count = len(problem.pieces)
         self.stages: tuple[PlacedStage, ...] = ()  # of the best solution so far
         self.model = Model()
-        self.takes = {
-            place: [self.model.new_bool_var("") for _ in found] for place, found in self.segments.items()
-        }
+        self.takes = {place: [self.model.new_bool_var("") for _ in found] for place, found in self.segments.items()}
         self.levels = {place: self._levels(place) for place in self.segments}
         # enters[place, hub][p]: the stage on the place begins with piece p and is entered from the hub
         self.enters: dict[tuple[int, Hub], dict[int, Variable]] = {}
@@ -144,7 +142,9 @@ class PlacementModel:
         self.bottleneck = self.model.new_int_var(0, self.limit_ns, "bottleneck")
         self.busy = {}
         for place, found in self.segments.items():
-            hops = [(entry, hop) for hop, hub in self.levels[place] for entry in self.enters.get((place, hub), {}).values()]
+            hops = [
+                (entry, hop) for hop, hub in self.levels[place] for entry in self.enters.get((place, hub), {}).values()
+            ]
             terms = [*self.takes[place], *(entry for entry, _ in hops)]
             times = [segment.time_ns for segment in found] + [hop for _, hop in hops]
             self.busy[place] = Linear.weighted_sum(terms, times)

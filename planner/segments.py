@@ -41,7 +41,8 @@ class SegmentCosts:
     def kv_tokens(self, place: int, first: int, end: int) -> int:
         """Return as ``placement.stage_kv_tokens`` does."""
         room = self.problem.places[place].room_bytes
-        if self.problem.places[place].held or self.problem.tied_bytes:
+        whole = end - first == len(self.problem.pieces)
+        if self.problem.places[place].held or (whole and self.problem.tied_bytes):
             return stage_kv_tokens(self.problem, PlacedStage(place=place, first=first, end=end))
         left, rate = room - self.weights[end] + self.weights[first], self.kv_rates[end] - self.kv_rates[first]
         if left < 0:

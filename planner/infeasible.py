@@ -1,0 +1,55 @@
+"""Why no placement can exist, in a sentence with numbers."""
+
+from planner.placement_problem import PlacementProblem
+from topology.units import format_bytes, format_bytes_apart
+
+
+def why_impossible(problem: PlacementProblem) -> str | None:
+    """Return why there is no placement, as far as that is plain without a search. None is no promise."""
+    devices = {device for place in problem.places for device in place.device_ids}
+    limit = min(len(problem.pieces), len(devices))
+    if problem.num_stages > limit:
+        pieces = f"{len(problem.pieces)} pieces" if len(problem.pieces) != 1 else "1 piece"
+        have = "1 device is" if len(devices) == 1 else f"{len(devices)} devices are"
+        stages = "1 stage" if problem.num_stages == 1 else f"{problem.num_stages} stages"
+        return f"{stages} were asked for; the model has {pieces} and {have} free, so at most {limit}"
+    rooms = sorted((max(0, place.room_bytes + sum(place.held.values())) for place in problem.places), reverse=True)
+    needed, offered = _needed(problem), sum(rooms[: problem.num_stages])
+    if needed > offered:
+        need, have = format_bytes_apart(needed, offered)
+        return f"needs {need}{_with_kv(problem)}, the largest set of {_devices(problem.num_stages)} offers {have}"
+    largest = max(_piece_bytes(problem, index) for index in range(len(problem.pieces)))
+    if largest > rooms[0]:
+        need, have = format_bytes_apart(largest, rooms[0])
+        return f"the largest piece needs {need}{_with_kv(problem)}, the roomiest device offers {have}"
+    return None
+
+
+def why_no_way(problem: PlacementProblem) -> str:
+    """Return the numbers behind a proof that no choice of cuts and places fits."""
+    rooms = [max(0, place.room_bytes) for place in problem.places]
+    stages = "1 stage" if problem.num_stages == 1 else f"{problem.num_stages} stages"
+    limit = problem.latency_limit_ns
+    slow = "" if limit is None else f" within {limit / 1e6:.6g} ms a step"
+    return (
+        f"no way to place {stages} of {format_bytes(_needed(problem))} together{_with_kv(problem)} fits{slow}: "
+        f"{len(rooms)} places offer {format_bytes(sum(rooms))}, the largest {format_bytes(max(rooms))}"
+    )
+
+
+def _needed(problem: PlacementProblem) -> int:
+    tied = problem.tied_bytes if problem.num_stages == 1 else 0
+    return sum(_piece_bytes(problem, index) for index in range(len(problem.pieces))) - tied
+
+
+def _piece_bytes(problem: PlacementProblem, index: int) -> int:
+    piece = problem.pieces[index]
+    return piece.weight_bytes + problem.min_kv_tokens * piece.kv_bytes_per_token
+
+
+def _with_kv(problem: PlacementProblem) -> str:
+    return f" with KV cache for {problem.min_kv_tokens} tokens" if problem.min_kv_tokens else ""
+
+
+def _devices(count: int) -> str:
+    return "free devices (1)" if count == 1 else f"{count} free devices"

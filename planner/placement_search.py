@@ -1,0 +1,243 @@
+"""Looks for a pipeline within given limits, and proves where it can that there is none.
+
+The question "is there a pipeline whose stages take at most this long and hold at least this much KV cache" is asked
+many times, for limits that close in on the best. An answer is stages, a proof that there are none (a bound on priced
+paths, or a search that ended), or neither.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.placement import PlacedStage, score
+from planner.placement_problem import PlacementProblem
+from planner.priced_paths import EPSILON, PricedPaths, Values
+from planner.reach import Floats, Ints, Kinds, Reach, memory_reach
+from planner.segments import Segment, SegmentCosts
+from planner.split import best_split
+
+_ASCENT_STEPS = 40
+_LOOK_NODES = 400  # of a search tree, before it is given up
+_SPARE_TRIES = 40  # places tried to fill up a pipeline of too few stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What each stage has to keep."""
+
+    bottleneck_ns: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """The answer for some limits: stages, or a proof that there are none, or neither."""
+
+    stages: tuple[PlacedStage, ...] | None = None
+    impossible: bool = False
+
+
+class PlacementSearch:
+    """Answers such questions for one problem. Prices that proved something are where the next question begins."""
+
+    def __init__(self, problem: PlacementProblem, *, out_of_time: Callable[[], bool]) -> None:
+        self.problem = problem
+        self.costs = SegmentCosts(problem)
+        self.kinds = Kinds(problem)
+        self.paths = PricedPaths(self.kinds)
+        self.prices: Floats = np.zeros(self.paths.num_prices)
+        self.out_of_time = out_of_time
+        self._memory: dict[int, Ints] = {}
+
+    def reach(self, limits: Limits) -> Reach:
+        """Return how far each kind of place reaches within limits."""
+        memory = self._memory.get(limits.kv_tokens)
+        if memory is None:
+            memory = memory_reach(self.kinds, self.costs, kv_tokens=limits.kv_tokens)
+            if len(self._memory) > 64:
+                self._memory.clear()
+            self._memory[limits.kv_tokens] = memory
+        return Reach(self.kinds, self.costs, bottleneck_ns=limits.bottleneck_ns, memory=memory)
+
+    def is_impossible(self, limits: Limits, *, steps: int = _ASCENT_STEPS) -> bool:
+        """Say whether it is proven that no pipeline keeps ``limits``; prices are improved by so many steps."""
+        return self._bound(self.reach(limits), steps=steps).total > self.problem.num_stages + EPSILON
+
+    def look(self, limits: Limits, *, steps: int = _ASCENT_STEPS, nodes: int = _LOOK_NODES) -> Look:
+        """Look for a pipeline within ``limits``.
+
+        1. A bound above the number of stages is a proof that there is none.
+        2. A search along cheap paths finds one, or ends, which is a proof as well, or is given up.
+        3. A pipeline of too few stages is filled up with places to spare; where that fails nothing is said.
+        """
+        reach = self.reach(limits)
+        values = self._bound(reach, steps=steps)
+        if values.total > self.problem.num_stages + EPSILON:  # 1
+            return Look(impossible=True)
+        descent = _Descent(self, limits, reach, values, nodes=nodes)
+        if not descent.run():  # 2
+            return Look(impossible=descent.ended)
+        stages = self._filled_up(descent.chosen, limits)  # 3
+        latency = self.problem.latency_limit_ns
+        if stages is None or (latency is not None and score(self.problem, stages).latency_ns > latency):
+            return Look()
+        return Look(stages=stages)
+
+    def segments(self, limits: Limits) -> dict[int, list[Segment]]:
+        """Return what each place may carry in a pipeline within ``limits``: all that no bound rules out."""
+        reach = self.reach(limits)
+        values, arrivals = self._bound(reach, steps=0), self.paths.arrivals(reach, self.prices)
+        stage = self.paths.stage_prices(self.prices)
+        entry_of = {self.paths.rows[row]: entry for entry, row in enumerate(self.paths.entry_row)}
+        most = self.problem.num_stages + EPSILON + values.fixed
+        found: dict[int, list[Segment]] = {}
+        for place, kind in enumerate(self.kinds.of_place):
+            entry = entry_of[self.kinds.class_of_host[self.problem.places[place].host], kind]
+            price, after = stage[self.paths.entry_row[entry]], values.after[self.paths.entry_state[entry]]
+            if (arrivals[:-1] + price > most).all():
+                continue
+            runs = self.costs.of(place, bottleneck_ns=limits.bottleneck_ns, kv_tokens=limits.kv_tokens)
+            found[place] = [run for run in runs if arrivals[run.first] + price + after[run.end] <= most]
+        return found
+
+    def _bound(self, reach: Reach, *, steps: int) -> Values:
+        above = self.problem.num_stages
+        values = self.paths.values(reach, self.prices)
+        if values.total > above + EPSILON or steps == 0:
+            return values
+        self.prices, values = self.paths.ascend(reach, self.prices, above=above, steps=steps)
+        return values
+
+    def _filled_up(self, chosen: list[int], limits: Limits) -> tuple[PlacedStage, ...] | None:
+        """Return stages on the chosen places, and on more of them where the pipeline is shorter than wanted."""
+        while len(chosen) < self.problem.num_stages:
+            longer = next((order for order in self._longer(chosen) if self._split(order, limits)), None)
+            if longer is None:
+                return None
+            chosen = longer
+        return self._split(chosen, limits)
+
+    def _longer(self, chosen: list[int]) -> Iterator[list[int]]:
+        used = {device for place in chosen for device in self.problem.places[place].device_ids}
+        spare: dict[tuple[str, int], int] = {}
+        for place, kind in enumerate(self.kinds.of_place):
+            if used.isdisjoint(self.problem.places[place].device_ids):
+                home = self.problem.places[place].host
+                near = any(self.problem.places[other].host == home for other in chosen)
+                spare.setdefault((home if near else "", kind), place)
+        roomiest = sorted(spare.values(), key=lambda place: -self.problem.places[place].room_bytes)
+        for place in roomiest[:_SPARE_TRIES]:
+            for at in reversed(range(len(chosen) + 1)):
+                yield [*chosen[:at], place, *chosen[at:]]
+
+    def _split(self, order: list[int], limits: Limits) -> tuple[PlacedStage, ...] | None:
+        if len(order) > len(self.problem.pieces):
+            return None
+        return best_split(self.costs, order, kv_tokens=limits.kv_tokens, limit_ns=limits.bottleneck_ns)
+
+
+class _Descent:
+    """A depth-first search for a pipeline of at most the wanted number of stages, cheapest continuation first."""
+
+    def __init__(self, search: PlacementSearch, limits: Limits, reach: Reach, values: Values, *, nodes: int) -> None:
+        self.search, self.limits, self.reach, self.values = search, limits, reach, values
+        self.problem, self.paths, self.kinds = search.problem, search.paths, search.kinds
+        self.stage = self.paths.stage_prices(search.prices)
+        self.most = self.problem.num_stages + EPSILON + values.fixed
+        self.count = len(self.problem.pieces)
+        self.nodes = nodes
+        self.ended = True  # no branch was given up
+        self.chosen: list[int] = []
+        self.used: set[str] = set()
+        self.touched: dict[str, int] = {}
+        self._seen: dict[tuple[frozenset[str], str], int] = {}
+        self._by_class_kind = self._places_by_row()
+        self.irregular = bool(self.problem.hops.pairs) or any(len(p.device_ids) > 1 for p in self.problem.places)
+
+    def run(self) -> bool:
+        """Return whether a pipeline was found; ``chosen`` has its places in order."""
+        return self._from(0, 0.0)
+
+    def _places_by_row(self) -> list[dict[str, list[int]]]:
+        """Places of each row by host."""
+        found: list[dict[str, list[int]]] = []
+        for index, kind in self.paths.rows:
+            hosts: dict[str, list[int]] = {}
+            for host in self.kinds.hosts[index].hosts[: self.problem.num_stages + 1]:
+                hosts[host] = [p for p in self.kinds.by_host[host] if self.kinds.of_place[p] == kind]
+            found.append(hosts)
+        return found
+
+    def _from(self, piece: int, price: float) -> bool:
+        if piece >= self.count:
+            return True
+        if len(self.chosen) >= self.problem.num_stages:
+            return False
+        if self.nodes <= 0 or self.search.out_of_time():
+            self.ended = False
+            return False
+        self.nodes -= 1
+        last = self.problem.places[self.chosen[-1]].host if self.chosen else ""
+        key = (frozenset(self.used), str(self.chosen[-1]) if self.irregular and self.chosen else last)
+        if self._seen.get(key, -1) >= piece:
+            return False
+        self._seen[key] = piece
+        for _, _, place, end, cost in sorted(self._continuations(piece, price)):
+            self._take(place)
+            if self._from(end, price + cost):
+                return True
+            self._give_back(place)
+        return False
+
+    def _take(self, place: int) -> None:
+        self.chosen.append(place)
+        found = self.problem.places[place]
+        self.used.update(found.device_ids)
+        self.touched[found.host] = self.touched.get(found.host, 0) + 1
+
+    def _give_back(self, place: int) -> None:
+        self.chosen.pop()
+        found = self.problem.places[place]
+        self.used.difference_update(found.device_ids)
+        self.touched[found.host] -= 1
+
+    def _continuations(self, piece: int, price: float) -> Iterator[tuple[float, int, int, int, float]]:
+        """Yield (bound, -end, place, end, price) of each stage that may come next and still lead to a pipeline."""
+        paths, after = self.paths, self.values.after
+        row, kind, state = paths.entry_row, paths.entry_kind, paths.entry_state
+        last = self.problem.places[self.chosen[-1]] if self.chosen else None
+        if last is None:
+            ends = self.reach.from_start[kind]
+        else:
+            widest = np.maximum(self.reach.network[kind, piece], self.reach.rack[kind, piece])
+            ends = np.maximum(widest, self.reach.host[kind, piece])
+        bounds = price + self.stage[row] + after[state, ends]
+        promising = np.flatnonzero((bounds <= self.most) & (ends > piece))
+        for entry in promising:
+            at = int(row[entry])
+            for place in self._candidates(at):
+                end = self._end(place, int(kind[entry]), piece, first=last is None)
+                bound = price + self.stage[at] + after[state[entry], end]
+                if end > piece and bound <= self.most:
+                    yield float(bound), -end, place, end, float(self.stage[at])
+
+    def _candidates(self, row: int) -> Iterator[int]:
+        """Yield places of a row that differ by what is used of their hosts: of untouched hosts, one will do."""
+        fresh = False
+        for host, places in self._by_class_kind[row].items():
+            touched = self.touched.get(host, 0) > 0
+            if fresh and not touched:
+                continue
+            free = [place for place in places if self.used.isdisjoint(self.problem.places[place].device_ids)]
+            yield from free if self.irregular else free[:1]
+            fresh = fresh or (not touched and bool(free) and not self.problem.hops.pairs)
+
+    def _end(self, place: int, kind: int, piece: int, *, first: bool) -> int:
+        if first:
+            return int(self.reach.from_start[kind])
+        places = self.problem.places
+        hop = self.problem.hops.between(places[self.chosen[-1]], places[place])
+        row = self.search.costs.times[places[place].speed_class]
+        by_time = int(np.searchsorted(row, row[piece] + self.limits.bottleneck_ns - hop, side="right")) - 1
+        return max(piece, min(by_time, int(self.reach.memory[kind, piece])))

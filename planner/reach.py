@@ -1,0 +1,173 @@
+"""How far each kind of place reaches: the end of the longest stage from every first piece, within limits.
+
+Places alike in speed, room and hops are one kind, and hosts alike in the kinds they have are one class of hosts: a
+cluster of thousands of devices comes down to some hundred kinds. Everything that follows works on these arrays.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.placement import KV_UNLIMITED
+from planner.placement_problem import Place, PlacementProblem
+from planner.segments import SegmentCosts
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Places that a stage cannot tell apart; ``width`` is the number of devices of each."""
+
+    speed_class: int
+    room_bytes: int
+    width: int
+    network_ns: int  # the hop into it from anywhere, from its rack, from its host; a lower bound where links differ
+    rack_ns: int
+    host_ns: int | None  # None: nothing is nearer than the rack
+    held: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostClass:
+    """Hosts alike in all their places: ``kinds`` with the number of each on one host."""
+
+    rack: str
+    kinds: tuple[tuple[int, int], ...]
+    hosts: tuple[str, ...]
+    devices: int  # on one host
+
+    def count(self, kind: int) -> int:
+        """Return the places of a kind on all hosts together."""
+        return dict(self.kinds)[kind] * len(self.hosts)
+
+
+class Kinds:
+    """The kinds of places and the classes of hosts of a problem."""
+
+    def __init__(self, problem: PlacementProblem) -> None:
+        self.problem = problem
+        self.kinds: list[Kind] = []
+        self.of_place: list[int] = []
+        numbers: dict[Kind, int] = {}
+        nearest = _nearest_pairs(problem)
+        for place in problem.places:
+            kind = _kind(problem, place, nearest.get(place.name))
+            self.of_place.append(numbers.setdefault(kind, len(numbers)))
+        self.kinds = list(numbers)
+        self.by_host: dict[str, list[int]] = {}
+        for index, place in enumerate(problem.places):
+            self.by_host.setdefault(place.host, []).append(index)
+        self.hosts = self._classes()
+        self.class_of_host = {host: index for index, found in enumerate(self.hosts) for host in found.hosts}
+
+    def _classes(self) -> list[HostClass]:
+        classes: dict[tuple[str, int, tuple[tuple[int, int], ...]], list[str]] = {}
+        racks = self.problem.hops.same_rack_ns
+        for host, places in self.by_host.items():
+            devices = len({device for place in places for device in self.problem.places[place].device_ids})
+            rack = self.problem.places[places[0]].rack
+            counts = Counter(self.of_place[place] for place in places)
+            key = (rack if rack in racks else "", devices, tuple(sorted(counts.items())))
+            classes.setdefault(key, []).append(host)
+        return [
+            HostClass(rack=rack, devices=devices, kinds=kinds, hosts=tuple(hosts))
+            for (rack, devices, kinds), hosts in classes.items()
+        ]
+
+
+def _kind(problem: PlacementProblem, place: Place, nearest: int | None) -> Kind:
+    hops = problem.hops
+    network = hops.network_ns
+    rack = hops.same_rack_ns.get(place.rack, network)
+    host = hops.same_host_ns.get(place.host)
+    if nearest is not None:
+        network, rack = min(network, nearest), min(rack, nearest)
+        host = min(rack if host is None else host, nearest)
+    return Kind(
+        speed_class=place.speed_class,
+        room_bytes=place.room_bytes + (problem.tied_bytes if problem.num_stages == 1 else 0),
+        width=len(place.device_ids),
+        network_ns=network,
+        rack_ns=min(rack, network),
+        host_ns=None if host is None or host >= min(rack, network) else host,
+        held=tuple(sorted(place.held.items())),
+    )
+
+
+def _nearest_pairs(problem: PlacementProblem) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for (_, target), ns in problem.hops.pairs.items():
+        found[target] = min(ns, found.get(target, ns))
+    return found
+
+
+class Reach:
+    """The end of the longest stage of each kind from each first piece, never less than that piece.
+
+    Rows are kinds, columns first pieces; ``entered`` is by the hop into the stage: from the network, rack or host.
+    ``from_start`` is the reach of a first stage, which nothing has to hop into.
+    """
+
+    def __init__(self, kinds: Kinds, costs: SegmentCosts, *, bottleneck_ns: int, memory: Ints) -> None:
+        self.memory = memory
+        times = [np.asarray(row, dtype=np.int64) for row in costs.times]
+        self._reached: dict[tuple[int, int], Ints] = {}
+
+        def by_time(speed_class: int, hop: int) -> Ints:
+            key = (speed_class, hop)
+            if key not in self._reached:
+                row = times[speed_class]
+                self._reached[key] = np.searchsorted(row, row + (bottleneck_ns - hop), side="right") - 1
+            return self._reached[key]
+
+        found = kinds.kinds
+        floor = np.arange(len(times[0]))
+        self.network = self._within([by_time(kind.speed_class, kind.network_ns) for kind in found], floor)
+        self.rack = self._within([by_time(kind.speed_class, kind.rack_ns) for kind in found], floor)
+        near = [kind.rack_ns if kind.host_ns is None else kind.host_ns for kind in found]
+        self.host = self._within([by_time(kind.speed_class, ns) for kind, ns in zip(found, near, strict=True)], floor)
+        self.from_start = self._within([by_time(kind.speed_class, 0) for kind in found], floor)[:, 0]
+
+    def _within(self, by_time: Sequence[Ints], floor: Ints) -> Ints:
+        return np.maximum(np.minimum(self.memory, np.stack(by_time)), floor)
+
+
+def memory_reach(kinds: Kinds, costs: SegmentCosts, *, kv_tokens: int) -> Ints:
+    """Return how far the memory of each kind reaches with KV cache for ``kv_tokens``, rows as in ``Reach``."""
+    problem = kinds.problem
+    tokens = min(kv_tokens, KV_UNLIMITED)
+    plain = [weight + tokens * rate for weight, rate in zip(costs.weights, costs.kv_rates, strict=True)]
+    sums = np.asarray(plain, dtype=np.float64) if plain[-1] >= 2**62 else np.asarray(plain, dtype=np.int64)
+    slack = 0 if sums.dtype == np.int64 else int(plain[-1] * 1e-12) + 1  # a bound, so rather too far than too short
+    rows = []
+    for kind in kinds.kinds:
+        row = sums
+        if kind.held:
+            held = dict(kind.held)
+            needs = [
+                max(0, piece.weight_bytes + tokens * piece.kv_bytes_per_token - held.get(p, 0))
+                for p, piece in enumerate(problem.pieces)
+            ]
+            row = np.concatenate([[0], np.cumsum(np.asarray(needs, dtype=sums.dtype))])
+        ends = np.searchsorted(row, row + max(-1, kind.room_bytes) + slack, side="right") - 1
+        rows.append(np.maximum(ends, np.arange(len(row))) if kind.room_bytes >= 0 else np.arange(len(row)))
+    return np.stack(rows).astype(np.int64)
+
+
+def bottleneck_candidates(kinds: Kinds, costs: SegmentCosts) -> Ints:
+    """Return all times that a stage with the hop into it may take, sorted: the optimum is one of them.
+
+    Where single links have times of their own, each of these is a hop, too.
+    """
+    hops = {0, kinds.problem.hops.network_ns, *kinds.problem.hops.pairs.values()}
+    hops |= set(kinds.problem.hops.same_host_ns.values()) | set(kinds.problem.hops.same_rack_ns.values())
+    count = len(kinds.problem.pieces)
+    upper = np.triu_indices(count + 1, 1)
+    spans = [np.asarray(row, dtype=np.int64) for row in {tuple(row) for row in costs.times}]
+    runs = np.unique(np.concatenate([row[upper[1]] - row[upper[0]] for row in spans]))
+    return np.unique(np.concatenate([runs + hop for hop in sorted(hops)]))
