@@ -19,7 +19,7 @@ def why_impossible(problem: PlacementProblem) -> str | None:
         need, have = format_bytes_apart(needed, offered)
         return f"needs {need}{_with_kv(problem)}, the largest set of {_devices(problem.num_stages)} offers {have}"
     largest = max(_piece_bytes(problem, index) for index in range(len(problem.pieces)))
-    if largest > rooms[0]:
+    if largest > rooms[0] and problem.num_stages > 1:
         need, have = format_bytes_apart(largest, rooms[0])
         return f"the largest piece needs {need}{_with_kv(problem)}, the roomiest device offers {have}"
     return None

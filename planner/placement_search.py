@@ -17,7 +17,7 @@ from planner.reach import Floats, Ints, Kinds, Reach, memory_reach
 from planner.segments import Segment, SegmentCosts
 from planner.split import best_split
 
-_ASCENT_STEPS = 40
+_WINDOW = 1.0  # stages beyond the number wanted that a pipeline may have to play a part in the prices
 _LOOK_NODES = 400  # of a search tree, before it is given up
 _SPARE_TRIES = 40  # places tried to fill up a pipeline of too few stages
 
@@ -60,34 +60,30 @@ class PlacementSearch:
             self._memory[limits.kv_tokens] = memory
         return Reach(self.kinds, self.costs, bottleneck_ns=limits.bottleneck_ns, memory=memory)
 
-    def is_impossible(self, limits: Limits, *, steps: int = _ASCENT_STEPS) -> bool:
-        """Say whether it is proven that no pipeline keeps ``limits``; prices are improved by so many steps."""
-        return self._bound(self.reach(limits), steps=steps).total > self.problem.num_stages + EPSILON
+    def is_impossible(self, limits: Limits, *, improve: bool = True) -> bool:
+        """Say whether it is proven that no pipeline keeps ``limits``."""
+        return self._bound(self.reach(limits), improve=improve).total > self.problem.num_stages + EPSILON
 
-    def look(self, limits: Limits, *, steps: int = _ASCENT_STEPS, nodes: int = _LOOK_NODES) -> Look:
+    def look(self, limits: Limits, *, improve: bool = True, nodes: int = _LOOK_NODES) -> Look:
         """Look for a pipeline within ``limits``.
 
         1. A bound above the number of stages is a proof that there is none.
         2. A search along cheap paths finds one, or ends, which is a proof as well, or is given up.
-        3. A pipeline of too few stages is filled up with places to spare; where that fails nothing is said.
+        3. A pipeline of too few stages is filled up with places to spare; where that fails the search goes on, but
+           its end proves nothing any more.
         """
         reach = self.reach(limits)
-        values = self._bound(reach, steps=steps)
+        values = self._bound(reach, improve=improve)
         if values.total > self.problem.num_stages + EPSILON:  # 1
             return Look(impossible=True)
         descent = _Descent(self, limits, reach, values, nodes=nodes)
-        if not descent.run():  # 2
-            return Look(impossible=descent.ended)
-        stages = self._filled_up(descent.chosen, limits)  # 3
-        latency = self.problem.latency_limit_ns
-        if stages is None or (latency is not None and score(self.problem, stages).latency_ns > latency):
-            return Look()
-        return Look(stages=stages)
+        stages = descent.run()  # 2
+        return Look(stages=stages, impossible=stages is None and descent.ended)
 
     def segments(self, limits: Limits) -> dict[int, list[Segment]]:
         """Return what each place may carry in a pipeline within ``limits``: all that no bound rules out."""
         reach = self.reach(limits)
-        values, arrivals = self._bound(reach, steps=0), self.paths.arrivals(reach, self.prices)
+        values, arrivals = self._bound(reach, improve=False), self.paths.arrivals(reach, self.prices)
         stage = self.paths.stage_prices(self.prices)
         entry_of = {self.paths.rows[row]: entry for entry, row in enumerate(self.paths.entry_row)}
         most = self.problem.num_stages + EPSILON + values.fixed
@@ -101,22 +97,26 @@ class PlacementSearch:
             found[place] = [run for run in runs if arrivals[run.first] + price + after[run.end] <= most]
         return found
 
-    def _bound(self, reach: Reach, *, steps: int) -> Values:
+    def _bound(self, reach: Reach, *, improve: bool) -> Values:
         above = self.problem.num_stages
         values = self.paths.values(reach, self.prices)
-        if values.total > above + EPSILON or steps == 0:
+        if values.total > above + EPSILON or not improve:
             return values
-        self.prices, values = self.paths.ascend(reach, self.prices, above=above, steps=steps)
+        self.prices, values = self.paths.improve(reach, self.prices, window=above + _WINDOW)
         return values
 
-    def _filled_up(self, chosen: list[int], limits: Limits) -> tuple[PlacedStage, ...] | None:
+    def filled_up(self, chosen: list[int], limits: Limits) -> tuple[PlacedStage, ...] | None:
         """Return stages on the chosen places, and on more of them where the pipeline is shorter than wanted."""
         while len(chosen) < self.problem.num_stages:
             longer = next((order for order in self._longer(chosen) if self._split(order, limits)), None)
             if longer is None:
                 return None
             chosen = longer
-        return self._split(chosen, limits)
+        stages = self._split(chosen, limits)
+        latency = self.problem.latency_limit_ns
+        if stages is None or (latency is not None and score(self.problem, stages).latency_ns > latency):
+            return None
+        return stages
 
     def _longer(self, chosen: list[int]) -> Iterator[list[int]]:
         used = {device for place in chosen for device in self.problem.places[place].device_ids}
@@ -148,6 +148,7 @@ class _Descent:
         self.count = len(self.problem.pieces)
         self.nodes = nodes
         self.ended = True  # no branch was given up
+        self.stages: tuple[PlacedStage, ...] | None = None
         self.chosen: list[int] = []
         self.used: set[str] = set()
         self.touched: dict[str, int] = {}
@@ -155,9 +156,10 @@ class _Descent:
         self._by_class_kind = self._places_by_row()
         self.irregular = bool(self.problem.hops.pairs) or any(len(p.device_ids) > 1 for p in self.problem.places)
 
-    def run(self) -> bool:
-        """Return whether a pipeline was found; ``chosen`` has its places in order."""
-        return self._from(0, 0.0)
+    def run(self) -> tuple[PlacedStage, ...] | None:
+        """Return the stages that were found."""
+        self._from(0, 0.0)
+        return self.stages
 
     def _places_by_row(self) -> list[dict[str, list[int]]]:
         """Places of each row by host."""
@@ -171,7 +173,9 @@ class _Descent:
 
     def _from(self, piece: int, price: float) -> bool:
         if piece >= self.count:
-            return True
+            self.stages = self.search.filled_up(self.chosen, self.limits)  # 3
+            self.ended = self.ended and self.stages is not None
+            return self.stages is not None
         if len(self.chosen) >= self.problem.num_stages:
             return False
         if self.nodes <= 0 or self.search.out_of_time():
@@ -183,9 +187,9 @@ class _Descent:
         if self._seen.get(key, -1) >= piece:
             return False
         self._seen[key] = piece
-        for _, _, place, end, cost in sorted(self._continuations(piece, price)):
+        for _, _, back, place, cost in sorted(self._continuations(piece, price)):
             self._take(place)
-            if self._from(end, price + cost):
+            if self._from(-back, price + cost):
                 return True
             self._give_back(place)
         return False
@@ -202,25 +206,30 @@ class _Descent:
         self.used.difference_update(found.device_ids)
         self.touched[found.host] -= 1
 
-    def _continuations(self, piece: int, price: float) -> Iterator[tuple[float, int, int, int, float]]:
-        """Yield (bound, -end, place, end, price) of each stage that may come next and still lead to a pipeline."""
+    def _continuations(self, piece: int, price: float) -> Iterator[tuple[float, float, int, int, float]]:
+        """Yield what may come next: (bound, less its share of the cheapest flow, less its end, place, price).
+
+        A place that could have held pieces before this one, but not this one, may be a relay: a stage that takes none,
+        until the cuts are made (``PricedPaths.values``).
+        """
         paths, after = self.paths, self.values.after
         row, kind, state = paths.entry_row, paths.entry_kind, paths.entry_state
-        last = self.problem.places[self.chosen[-1]] if self.chosen else None
-        if last is None:
+        if not self.chosen:
             ends = self.reach.from_start[kind]
+            able = ends > 0
         else:
-            widest = np.maximum(self.reach.network[kind, piece], self.reach.rack[kind, piece])
-            ends = np.maximum(widest, self.reach.host[kind, piece])
+            ends = np.maximum(self.reach.network[kind, piece], self.reach.rack[kind, piece])
+            ends = np.maximum(ends, self.reach.host[kind, piece])
+            able = (ends > piece) | (self.reach.host[kind, piece - 1] >= piece)
         bounds = price + self.stage[row] + after[state, ends]
-        promising = np.flatnonzero((bounds <= self.most) & (ends > piece))
-        for entry in promising:
+        for entry in np.flatnonzero((bounds <= self.most) & able):
             at = int(row[entry])
+            share = self.values.flow.get((piece, at), 0.0)
             for place in self._candidates(at):
-                end = self._end(place, int(kind[entry]), piece, first=last is None)
+                end = self._end(place, int(kind[entry]), piece)
                 bound = price + self.stage[at] + after[state[entry], end]
-                if end > piece and bound <= self.most:
-                    yield float(bound), -end, place, end, float(self.stage[at])
+                if bound <= self.most:
+                    yield round(float(bound), 4), -share, -end, place, float(self.stage[at])
 
     def _candidates(self, row: int) -> Iterator[int]:
         """Yield places of a row that differ by what is used of their hosts: of untouched hosts, one will do."""
@@ -233,8 +242,8 @@ class _Descent:
             yield from free if self.irregular else free[:1]
             fresh = fresh or (not touched and bool(free) and not self.problem.hops.pairs)
 
-    def _end(self, place: int, kind: int, piece: int, *, first: bool) -> int:
-        if first:
+    def _end(self, place: int, kind: int, piece: int) -> int:
+        if not self.chosen:
             return int(self.reach.from_start[kind])
         places = self.problem.places
         hop = self.problem.hops.between(places[self.chosen[-1]], places[place])

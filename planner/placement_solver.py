@@ -142,7 +142,7 @@ class _Solver:
         low = max(best.impossible, high)
         while low + 1 < best.at and not self.budget.is_spent():
             middle = (low + best.at) // 2
-            look = self.search.look(limits(ladder[middle]), steps=0)
+            look = self.search.look(limits(ladder[middle]), improve=False)
             if look.stages is not None:
                 best.stages, best.at = look.stages, reached(look.stages)
             else:
@@ -155,7 +155,7 @@ class _Solver:
         low, high = best.impossible, len(ladder) if below is None else below
         while low + 1 < high:
             middle = (low + high) // 2
-            if self.search.is_impossible(limits(ladder[middle]), steps=0):
+            if self.search.is_impossible(limits(ladder[middle]), improve=False):
                 low = middle
             else:
                 high = middle
@@ -173,7 +173,7 @@ class _Solver:
             return
         steps = [bisect_left(ladder, int(ladder[lowest] * step)) for step in _STEPS_UP] + [len(ladder) - 1]
         for at in dict.fromkeys(min(step, len(ladder) - 1) for step in steps):
-            look = self.search.look(limits(ladder[at]), steps=10)
+            look = self.search.look(limits(ladder[at]))
             if look.stages is not None:
                 best.stages, best.at = look.stages, reached(look.stages)
                 return

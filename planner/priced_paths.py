@@ -3,15 +3,16 @@
 Let each stage go as far as its place reaches, and count stages. That each device is there only once makes the problem
 hard; here a device may be used again for a price, and what the prices of all devices together come to is taken off.
 For any prices that is a lower bound on the number of stages (Lagrange), so a bound above the number that is wanted
-proves that no pipeline keeps the limits: with uneven pieces, partial memory and the links as they are. A subgradient
-ascent finds good prices; the same values then tell a search which places to try first and which never.
+proves that no pipeline keeps the limits: with uneven pieces, partial memory and the links as they are. A linear
+program finds the best prices; the same values then tell a search which places to try first and which never.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from planner.reach import Floats, Ints, Kinds, Reach
+from planner.solver import FlowArcs, cheapest_flow
 
 EPSILON = 1e-6  # what rounding may come to: a bound counts as above a whole number only beyond it
 
@@ -23,6 +24,7 @@ class Values:
     total: float  # of the whole pipeline, less what all devices together are worth: the bound
     after: Floats  # [state, piece]
     fixed: float  # what all devices together are worth
+    flow: dict[tuple[int, int], float] = field(default_factory=dict)  # share of a cheapest flow, by piece and row
 
 
 class PricedPaths:
@@ -67,6 +69,8 @@ class PricedPaths:
         columns = np.asarray(inner, dtype=np.int64).reshape(-1, 4).T
         self.inner_from, self.inner_row, self.inner_kind, self.inner_state = columns
         self.inner_states, self.inner_starts = np.unique(self.inner_from, return_index=True)
+        self.deepest = max((found.devices for found in kinds.hosts), default=1)
+        self.rack_of_entry = np.asarray(rack_of_entry)
         self.rack_entries = [np.flatnonzero(np.asarray(rack_of_entry) == rack) for rack in range(1, len(racks) + 1)]
         self.cap = np.asarray(self.caps, dtype=np.float64)
         self.members = self._members()
@@ -97,35 +101,41 @@ class PricedPaths:
             stage[rows] += price * widths
         return stage
 
-    def used(self, path: list[int]) -> Floats:
-        """Return how often a path, given as rows, uses each priced thing."""
-        counts = np.bincount(path, minlength=len(self.rows)).astype(np.float64)
-        widths = np.asarray([self.kinds.kinds[kind].width for _, kind in self.rows], dtype=np.float64)
-        return np.concatenate([counts, [float((counts * widths)[rows].sum()) for rows, _ in self.members]])
-
     def values(self, reach: Reach, prices: Floats) -> Values:
         """Return the least prices from every state and piece, by dynamic programming from the last piece."""
         stage = self.stage_prices(prices)
         count = reach.network.shape[1] - 1
         network, rack = reach.network[self.entry_kind], reach.rack[self.entry_kind]
         host = reach.host[self.inner_kind]
+        relays = self._relays(reach)
         entry_price, inner_price = stage[self.entry_row], stage[self.inner_row]
         after = np.full((self.num_states, count + 1), np.inf)
         after[:, count] = 0.0
         for piece in range(count - 1, 0, -1):
-            arrived = entry_price + after[self.entry_state, network[:, piece]]
-            after[:, piece] = arrived.min()
+            if len(self.inner_states):
+                for _ in range(self.deepest if relays[piece] else 1):  # what a relay leads to has to be known before it
+                    followed = inner_price + after[self.inner_state, host[:, piece]]
+                    after[self.inner_states, piece] = np.minimum.reduceat(followed, self.inner_starts)
+            best = (entry_price + after[self.entry_state, network[:, piece]]).min()
             if self.rack_entries:
                 arrived = entry_price + after[self.entry_state, rack[:, piece]]
-                best = np.asarray([np.inf, *(arrived[entries].min() for entries in self.rack_entries)])
-                after[:, piece] = np.minimum(after[:, piece], best[self.rack_of_state])
-            if len(self.inner_states):
-                followed = inner_price + after[self.inner_state, host[:, piece]]
-                nearest = np.minimum.reduceat(followed, self.inner_starts)
-                after[self.inner_states, piece] = np.minimum(after[self.inner_states, piece], nearest)
+                racks = np.asarray([np.inf, *(arrived[entries].min() for entries in self.rack_entries)])
+                best = min(best, (entry_price + racks[self.rack_of_entry]).min())
+                after[:, piece] = np.minimum(after[:, piece], racks[self.rack_of_state])
+            after[:, piece] = np.minimum(after[:, piece], best)
         started = entry_price + after[self.entry_state, reach.from_start[self.entry_kind]]
         fixed = float((prices * self.limits()).sum())
         return Values(total=float(started.min()) - fixed, after=after, fixed=fixed)
+
+    def _relays(self, reach: Reach) -> list[bool]:
+        """Say for each piece whether a place may serve as a relay there.
+
+        A stage before it may take less than it reaches, to leave a piece to a place that can hold that one but not
+        the next; taken as far as it reaches it leaves nothing, and what counts is that the hop from there is shorter.
+        """
+        host = reach.host
+        stuck = (host[:, 1:] == np.arange(1, host.shape[1])) & (host[:, :-1] == host[:, 1:])
+        return [False, *stuck.any(axis=0).tolist()]
 
     def arrivals(self, reach: Reach, prices: Floats) -> Floats:
         """Return the least price of stages that cover all before each piece, with the nearest hop into every stage."""
@@ -141,53 +151,73 @@ class PricedPaths:
         pushed[0] = 0.0
         return pushed
 
-    def path(self, reach: Reach, prices: Floats, values: Values) -> list[int]:
-        """Return the rows of a cheapest path."""
-        stage, after = self.stage_prices(prices), values.after
-        count = after.shape[1] - 1
-        ends = reach.from_start[self.entry_kind]
-        best = int(np.argmin(stage[self.entry_row] + after[self.entry_state, ends]))
-        rows, state, piece = [int(self.entry_row[best])], int(self.entry_state[best]), int(ends[best])
-        while piece < count:
-            options = []
-            for arcs, row, kind, to, table in self._ways(reach, state):
-                ends = table[kind[arcs], piece]
-                found = stage[row[arcs]] + after[to[arcs], ends]
-                at = int(np.argmin(found))
-                options.append((float(found[at]), int(row[arcs][at]), int(to[arcs][at]), int(ends[at])))
-            _, chosen, state, piece = min(options)
-            rows.append(chosen)
-        return rows
+    def improve(self, reach: Reach, prices: Floats, *, window: float) -> tuple[Floats, Values]:
+        """Return the prices whose bound is highest, with their values, given some that are good already.
 
-    def _ways(self, reach: Reach, state: int) -> list[tuple[Ints | slice, Ints, Ints, Ints, Ints]]:
-        entry = (self.entry_row, self.entry_kind, self.entry_state)
-        ways: list[tuple[Ints | slice, Ints, Ints, Ints, Ints]] = [(slice(None), *entry, reach.network)]
-        if rack := int(self.rack_of_state[state]):
-            ways.append((self.rack_entries[rack - 1], *entry, reach.rack))
-        first, last = np.searchsorted(self.inner_from, [state, state + 1])
-        if last > first:
-            inner = (self.inner_row, self.inner_kind, self.inner_state)
-            ways.append((slice(int(first), int(last)), *inner, reach.host))
-        return ways
-
-    def ascend(self, reach: Reach, prices: Floats, *, above: int, steps: int) -> tuple[Floats, Values]:
-        """Return prices whose bound is above ``above`` stages, or the best of so many steps, with their values.
-
-        Subgradient steps of Polyak's length, aiming half a stage above the number that is wanted.
+        They are the shadow prices of a flow from the first piece to the last, among the stages that can be part of a
+        pipeline of at most ``window`` stages by the prices given. The bound itself is computed over all stages again.
         """
-        limits = self.limits()
-        best_prices, best = prices, self.values(reach, prices)
-        values = best
-        for _ in range(steps):
-            if best.total > above + EPSILON:
-                break
-            slope = self.used(self.path(reach, prices, values)) - limits
-            slope[(prices <= 0) & (slope < 0)] = 0.0
-            length = float((slope * slope).sum())
-            if length == 0 or not np.isfinite(values.total):
-                break
-            prices = np.maximum(0.0, prices + slope * ((above + 0.5 - values.total) / length))
-            values = self.values(reach, prices)
-            if values.total > best.total:
-                best_prices, best = prices, values
-        return best_prices, best
+        values = self.values(reach, prices)
+        arcs = self._arcs(reach, prices, values, window=window)
+        found = cheapest_flow(arcs, limits=self.limits())
+        if found is None:
+            return prices, values
+        better = self.values(reach, found.prices)
+        if better.total <= values.total:
+            better, better_prices = values, prices
+        else:
+            better_prices = found.prices
+        width = reach.network.shape[1]
+        passed = np.flatnonzero((found.amounts > EPSILON) & (arcs.uses >= 0))
+        shares = {(int(arcs.tails[a]) % width, int(arcs.uses[a])): float(found.amounts[a]) for a in passed}
+        return better_prices, replace(better, flow=shares)
+
+    def _arcs(self, reach: Reach, prices: Floats, values: Values, *, window: float) -> FlowArcs:
+        """Return the stages as arcs between nodes: (state, piece) to the piece that comes next; state 0 is anywhere.
+
+        Nodes of racks come behind the states. What has arrived may forget where it is, for nothing.
+        """
+        stage, count = self.stage_prices(prices), reach.network.shape[1] - 1
+        arrivals = self.arrivals(reach, prices)
+        width, most = count + 1, window + values.fixed
+        tails, heads, rows = [], [], []
+
+        def add(tail_state: Ints, row: Ints, state: Ints, ends: Ints, first: int) -> None:
+            keep = (arrivals[first] + stage[row] + values.after[state, ends] <= most) & (ends > first)
+            tails.append(tail_state[keep] * width + first)
+            heads.append(np.where(ends[keep] == count, count, state[keep] * width + ends[keep]))
+            rows.append(row[keep])
+
+        anywhere = np.zeros_like(self.entry_row)
+        add(anywhere, self.entry_row, self.entry_state, reach.from_start[self.entry_kind], 0)
+        for piece in range(1, count):
+            add(anywhere, self.entry_row, self.entry_state, reach.network[self.entry_kind, piece], piece)
+            if self.rack_entries:
+                rack = np.where(self.rack_of_entry > 0, self.num_states + self.rack_of_entry - 1, 0)
+                add(rack, self.entry_row, self.entry_state, reach.rack[self.entry_kind, piece], piece)
+            add(self.inner_from, self.inner_row, self.inner_state, reach.host[self.inner_kind, piece], piece)
+        tail, head, row = np.concatenate(tails), np.concatenate(heads), np.concatenate(rows)
+        nodes = np.unique(head)
+        states, pieces = nodes // width, nodes % width
+        forget = nodes[states > 0]
+        near = states > 0
+        near &= self.rack_of_state[np.minimum(states, self.num_states - 1)] > 0
+        racked = nodes[near]
+        rack_nodes = (self.num_states + self.rack_of_state[states[near]] - 1) * width + pieces[near]
+        free = np.full(len(forget) + len(racked), -1)
+        return FlowArcs(
+            tails=np.concatenate([tail, forget, racked]),
+            heads=np.concatenate([head, forget % width, rack_nodes]),
+            uses=np.concatenate([row, free]),
+            consumption=[self._consumption(row) for row in range(len(self.rows))],
+            source=0,
+            sink=count,
+        )
+
+    def _consumption(self, row: int) -> list[tuple[int, float]]:
+        """Return what a stage of a row takes of each priced thing."""
+        found = [(row, 1.0)]
+        for index, (rows, _) in enumerate(self.members):
+            if row in rows:
+                found.append((len(self.rows) + index, float(self.kinds.kinds[self.rows[row][1]].width)))
+        return found

@@ -4,15 +4,21 @@ One worker and a fixed seed: a question answered in time always has the same ans
 measures its own time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from ortools.linear_solver import pywraplp
 from ortools.sat.python import cp_model
 
 Model = cp_model.CpModel
 Linear = cp_model.LinearExpr
 Variable = cp_model.IntVar
+
+_EXCESS_PRICE = 4.0  # of a limit exceeded by one, in counted arcs
 
 
 class Outcome(Enum):
@@ -66,3 +72,61 @@ def minimize(model: Model, aim: Linear | Variable, *, limit_s: float, linear: bo
         bound=bound,
         value_of=solver.value,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowArcs:
+    """A unit of flow from ``source`` to ``sink``; an arc with a use counts one and consumes what that use takes."""
+
+    tails: NDArray[np.int64]
+    heads: NDArray[np.int64]
+    uses: NDArray[np.int64]  # -1: the arc is free
+    consumption: Sequence[Sequence[tuple[int, float]]]  # by use: which limits it draws on, and how much
+    source: int
+    sink: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """The cheapest flow: how much passes each arc, and the shadow prices of the limits, none below 0."""
+
+    amounts: NDArray[np.float64]
+    prices: NDArray[np.float64]
+
+
+def cheapest_flow(arcs: FlowArcs, *, limits: NDArray[np.float64]) -> Flow | None:
+    """Return the flow with the fewest counted arcs, None where there is none.
+
+    A linear program, in GLOP. Limits may be exceeded at a price that no flow within them would pay.
+    """
+    solver: Any = pywraplp.Solver("flow", pywraplp.Solver.GLOP_LINEAR_PROGRAMMING)  # its stubs have no types
+    infinity = solver.infinity()
+    flow = {node: solver.Constraint(0.0, 0.0) for node in np.union1d(arcs.tails, arcs.heads).tolist()}
+    if arcs.source not in flow or arcs.sink not in flow:
+        return None
+    flow[arcs.source].SetBounds(1.0, 1.0)
+    flow[arcs.sink].SetBounds(-1.0, -1.0)
+    objective = solver.Objective()
+    objective.SetMinimization()
+    rows = {}
+    for limit in sorted({limit for use in set(arcs.uses.tolist()) - {-1} for limit, _ in arcs.consumption[use]}):
+        rows[limit] = solver.Constraint(-infinity, float(limits[limit]))
+        excess = solver.NumVar(0.0, infinity, "")
+        rows[limit].SetCoefficient(excess, -1.0)
+        objective.SetCoefficient(excess, _EXCESS_PRICE)
+    variables = []
+    for tail, head, use in zip(arcs.tails.tolist(), arcs.heads.tolist(), arcs.uses.tolist(), strict=True):
+        variable = solver.NumVar(0.0, infinity, "")
+        variables.append(variable)
+        flow[tail].SetCoefficient(variable, 1.0)
+        flow[head].SetCoefficient(variable, -1.0)
+        if use >= 0:
+            objective.SetCoefficient(variable, 1.0)
+            for limit, amount in arcs.consumption[use]:
+                rows[limit].SetCoefficient(variable, amount)
+    if solver.Solve() != pywraplp.Solver.OPTIMAL:
+        return None
+    prices = np.zeros(len(limits))
+    for limit, row in rows.items():
+        prices[limit] = max(0.0, -row.dual_value())
+    return Flow(amounts=np.asarray([variable.solution_value() for variable in variables]), prices=prices)
