@@ -1,34 +1,45 @@
-"""The rules of a placement, one function each, without a solver: what every plan is held against before it is used."""
+"""The rules of a placement, one function each, without a solver: what every plan is held against before it is used.
+
+That a group of devices lies inside one island is a rule, too: ``PlacementProblem`` refuses any other.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-from planner.placement import Placement, Scores
+from planner.placement import Aim, PlacedStage, Placement, Scores, bottleneck_limit_ns, kv_limit_tokens
 from planner.placement_problem import PlacementProblem
 from topology.units import format_bytes
 
+Stages = Sequence[PlacedStage]
+
 
 def check(problem: PlacementProblem, placement: Placement) -> tuple[str, ...]:
-    """Return a sentence for each rule that ``placement`` breaks; nothing where it keeps them all."""
+    """Return a sentence for each rule that ``placement`` breaks, and for each figure of it that is not so."""
+    broken = check_stages(problem, placement.stages)
+    return broken or (*_scores(problem, placement), *_proofs(placement))
+
+
+def check_stages(problem: PlacementProblem, stages: Stages) -> tuple[str, ...]:
+    """Return a sentence for each rule that ``stages`` break; nothing where they keep them all."""
     for rule in (_known_places, _contiguous):  # the other rules make sense of stages only where these hold
-        found = tuple(rule(problem, placement))
+        found = tuple(rule(problem, stages))
         if found:
             return found
-    return tuple(sentence for rule in _RULES for sentence in rule(problem, placement))
+    return tuple(sentence for rule in _RULES for sentence in rule(problem, stages))
 
 
-def _known_places(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
-    if len(placement.stages) != problem.num_stages:
-        yield f"{problem.num_stages} stages were asked for, not {len(placement.stages)}"
-    for index, stage in enumerate(placement.stages):
+def _known_places(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
+    if len(stages) != problem.num_stages:
+        yield f"{problem.num_stages} stages were asked for, not {len(stages)}"
+    for index, stage in enumerate(stages):
         if not 0 <= stage.place < len(problem.places):
             yield f"stage {index} is on place {stage.place}, of {len(problem.places)} places"
 
 
-def _contiguous(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
+def _contiguous(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
     expected = 0
-    for index, stage in enumerate(placement.stages):
+    for index, stage in enumerate(stages):
         if stage.first != expected:
             yield f"stage {index} begins at piece {stage.first}, not at piece {expected}"
         if stage.end <= stage.first:
@@ -38,9 +49,9 @@ def _contiguous(problem: PlacementProblem, placement: Placement) -> Iterator[str
         yield f"the stages end at piece {expected}, of {len(problem.pieces)}"
 
 
-def _memory(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
+def _memory(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
     """Weights, the least KV capacity, activations, workspace and headroom fit, beside what is there already."""
-    for index, stage in enumerate(placement.stages):
+    for index, stage in enumerate(stages):
         place = problem.places[stage.place]
         need = _stage_bytes(problem, stage.place, stage.first, stage.end, problem.min_kv_tokens) + place.fixed_bytes
         if need > place.free_bytes:
@@ -50,46 +61,32 @@ def _memory(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
             )
 
 
-def _one_stage_per_device(_problem: PlacementProblem, placement: Placement) -> Iterator[str]:
-    used = Counter(device for stage in placement.stages for device in _problem.places[stage.place].device_ids)
+def _one_stage_per_device(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
+    used = Counter(device for stage in stages for device in problem.places[stage.place].device_ids)
     for device, count in used.items():
         if count > 1:
             yield f"{count} stages share device {device}"
 
 
-def _groups_inside_an_island(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
-    homes: dict[str, tuple[str, str]] = {}
-    for place in problem.places:
-        if len(place.device_ids) == 1:
-            homes[place.device_ids[0]] = (place.host, place.island)
-    for index, stage in enumerate(placement.stages):
-        place = problem.places[stage.place]
-        islands = {homes.get(device, (place.host, place.island)) for device in place.device_ids}
-        if islands != {(place.host, place.island)}:
-            yield f"stage {index}: the devices of {place.name} are not all in one island"
-        if len(set(place.device_ids)) != len(place.device_ids):
-            yield f"stage {index}: {place.name} names a device twice"
-
-
-def _order(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
+def _order(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
     if not problem.fixed_order:
         return
-    chosen = [stage.place for stage in placement.stages]
+    chosen = [stage.place for stage in stages]
     if any(place >= following for place, following in pairwise(chosen)):
         yield "stages do not follow the order of the places"
     if (chosen[0], chosen[-1]) != (0, len(problem.places) - 1):
         yield "the first and the last place must carry the first and the last stage"
 
 
-def _latency(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
-    limit, latency = problem.latency_limit_ns, sum(_stage_times(problem, placement))
+def _latency(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
+    limit, latency = problem.latency_limit_ns, sum(_stage_times(problem, stages))
     if limit is not None and latency > limit:
         yield f"a step takes {latency / 1e6:.6g} ms, {limit / 1e6:.6g} ms are allowed"
 
 
 def _scores(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
     """What the plan says of itself, recomputed piece by piece."""
-    said, times = placement.scores, _stage_times(problem, placement)
+    said, times = placement.scores, _stage_times(problem, placement.stages)
     touched = {device for stage in placement.stages for device in problem.places[stage.place].device_ids}
     moved = change = 0
     for stage in placement.stages:
@@ -113,14 +110,19 @@ def _scores(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
             yield f"KV cache for {tokens} tokens {'does not fit' if fits else 'fits'}, the plan says {said.kv_tokens}"
 
 
-def _proofs(_problem: PlacementProblem, placement: Placement) -> Iterator[str]:
+def _proofs(placement: Placement) -> Iterator[str]:
+    """No aim gives away more than it may of what was found best, and none betters its bound."""
     for proof in placement.proofs:
-        if (
-            proof.proven
-            and placement.scores.of(proof.aim) != proof.value
-            and proof.aim.name not in ("BOTTLENECK", "KV_CAPACITY")
-        ):
-            yield f"{proof.aim.value} is proven to be {proof.value}, but is {placement.scores.of(proof.aim)}"
+        score, name = placement.scores.of(proof.aim), proof.aim.value
+        match proof.aim:
+            case Aim.BOTTLENECK:
+                holds = proof.bound <= score <= bottleneck_limit_ns(proof.value)
+            case Aim.KV_CAPACITY:
+                holds = kv_limit_tokens(proof.value) <= score <= proof.bound
+            case Aim.CHANGE | Aim.FRAGMENTATION | Aim.MOVED:
+                holds = proof.bound <= score <= proof.value
+        if not holds:
+            yield f"{name} is {score}: not between the bound {proof.bound} and the best found, {proof.value}"
 
 
 def _has_kv(problem: PlacementProblem) -> bool:
@@ -140,24 +142,21 @@ def _fits(problem: PlacementProblem, place: int, first: int, end: int, kv_tokens
     return _stage_bytes(problem, place, first, end, kv_tokens) <= problem.places[place].room_bytes
 
 
-def _stage_times(problem: PlacementProblem, placement: Placement) -> list[int]:
+def _stage_times(problem: PlacementProblem, stages: Stages) -> list[int]:
     """Return the nanoseconds of each stage with the hop into it."""
     times = []
-    for index, stage in enumerate(placement.stages):
+    for index, stage in enumerate(stages):
         place = problem.places[stage.place]
         hop = 0
         if index:
-            hop = problem.hops.between(problem.places[placement.stages[index - 1].place], place)
+            hop = problem.hops.between(problem.places[stages[index - 1].place], place)
         times.append(hop + sum(problem.class_ns[place.speed_class][p] for p in range(stage.first, stage.end)))
     return times
 
 
-_RULES: tuple[Callable[[PlacementProblem, Placement], Iterator[str]], ...] = (
+_RULES: tuple[Callable[[PlacementProblem, Stages], Iterator[str]], ...] = (
     _memory,
     _one_stage_per_device,
-    _groups_inside_an_island,
     _order,
     _latency,
-    _scores,
-    _proofs,
 )

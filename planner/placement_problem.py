@@ -113,6 +113,16 @@ class PlacementProblem:
             raise ValueError("names of places are distinct")
         if any(piece.weight_bytes < 0 or piece.kv_bytes_per_token < 0 for piece in self.pieces):
             raise ValueError("bytes are not negative")
+        self._refuse_torn_groups()
+
+    def _refuse_torn_groups(self) -> None:
+        """A group is of distinct devices of one island of one host."""
+        homes = {place.device_ids[0]: (place.host, place.island) for place in self.places if len(place.device_ids) == 1}
+        for place in self.places:
+            home = (place.host, place.island)
+            torn = any(homes.get(device, home) != home for device in place.device_ids)
+            if torn or len(set(place.device_ids)) != len(place.device_ids) or not place.device_ids:
+                raise ValueError(f"the devices of {place.name} are not distinct devices of one island")
 
 
 def merged(problem: PlacementProblem, cuts: Sequence[int]) -> PlacementProblem:

@@ -12,12 +12,14 @@ import numpy as np
 
 from planner.placement import PlacedStage, score
 from planner.placement_problem import PlacementProblem
-from planner.priced_paths import EPSILON, PricedPaths, Values
-from planner.reach import Floats, Ints, Kinds, Reach, memory_reach
+from planner.priced_paths import EPSILON, PricedPaths, Shares, Values
+from planner.reach import Collapse, Floats, Ints, Kinds, Reach, collapse, memory_reach
 from planner.segments import Segment, SegmentCosts
+from planner.solver import Outcome
 from planner.split import best_split
 
 _WINDOW = 1.0  # stages beyond the number wanted that a pipeline may have to play a part in the prices
+_WHOLE_S = 0.5  # for one question to CP-SAT
 _LOOK_NODES = 400  # of a search tree, before it is given up
 _SPARE_TRIES = 40  # places tried to fill up a pipeline of too few stages
 
@@ -41,13 +43,14 @@ class Look:
 class PlacementSearch:
     """Answers such questions for one problem. Prices that proved something are where the next question begins."""
 
-    def __init__(self, problem: PlacementProblem, *, out_of_time: Callable[[], bool]) -> None:
+    def __init__(self, problem: PlacementProblem, *, left_s: Callable[[], float]) -> None:
         self.problem = problem
         self.costs = SegmentCosts(problem)
         self.kinds = Kinds(problem)
-        self.paths = PricedPaths(self.kinds)
+        self.paths = PricedPaths(self.kinds.table)
         self.prices: Floats = np.zeros(self.paths.num_prices)
-        self.out_of_time = out_of_time
+        self.shares: Shares = {}  # of the last flow, which tells where to look first
+        self.left_s = left_s
         self._memory: dict[int, Ints] = {}
 
     def reach(self, limits: Limits) -> Reach:
@@ -67,18 +70,42 @@ class PlacementSearch:
     def look(self, limits: Limits, *, improve: bool = True, nodes: int = _LOOK_NODES) -> Look:
         """Look for a pipeline within ``limits``.
 
+        With the prices that are known first; where they tell nothing, with the best there are (``improve``).
+
         1. A bound above the number of stages is a proof that there is none.
         2. A search along cheap paths finds one, or ends, which is a proof as well, or is given up.
-        3. A pipeline of too few stages is filled up with places to spare; where that fails the search goes on, but
-           its end proves nothing any more.
+        3. Where neither tells, a whole path over kinds is asked for: CP-SAT finds it or proves that there is none.
+
+        A pipeline of too few stages is filled up with places to spare; where that fails the search goes on, but
+        its end proves nothing any more.
         """
         reach = self.reach(limits)
-        values = self._bound(reach, improve=improve)
-        if values.total > self.problem.num_stages + EPSILON:  # 1
-            return Look(impossible=True)
+        for better in (False, True)[: 1 + improve]:
+            values = self._bound(reach, improve=better)
+            if values.total > self.problem.num_stages + EPSILON:  # 1
+                return Look(impossible=True)
+            look = self._descend(limits, reach, values, nodes=nodes if better else nodes // 4)  # 2
+            if look.impossible or look.stages is not None:
+                return look
+        return self._whole(limits, reach, values, nodes=nodes) if improve else Look()  # 3
+
+    def _descend(self, limits: Limits, reach: Reach, values: Values, *, nodes: int) -> Look:
         descent = _Descent(self, limits, reach, values, nodes=nodes)
-        stages = descent.run()  # 2
+        stages = descent.run()
         return Look(stages=stages, impossible=stages is None and descent.ended)
+
+    def _whole(self, limits: Limits, reach: Reach, values: Values, *, nodes: int) -> Look:
+        """Ask for a whole path over kinds, which is the problem but for which hosts are one and the same."""
+        alike = self._collapsed(reach)
+        prices = alike.narrow(self.prices)
+        limit_s = min(_WHOLE_S, self.left_s())
+        outcome, shares = alike.paths.whole_path(alike.reach, prices, most=self.problem.num_stages, limit_s=limit_s)
+        if outcome is Outcome.INFEASIBLE:
+            return Look(impossible=True)
+        if not shares:
+            return Look()
+        self.shares = alike.spread(shares)
+        return self._descend(limits, reach, values, nodes=nodes)
 
     def segments(self, limits: Limits) -> dict[int, list[Segment]]:
         """Return what each place may carry in a pipeline within ``limits``: all that no bound rules out."""
@@ -102,8 +129,19 @@ class PlacementSearch:
         values = self.paths.values(reach, self.prices)
         if values.total > above + EPSILON or not improve:
             return values
-        self.prices, values = self.paths.improve(reach, self.prices, window=above + _WINDOW)
-        return values
+        alike = self._collapsed(reach)
+        start = np.zeros(alike.paths.num_prices)
+        prices, shares = alike.paths.best_prices(alike.reach, start, window=above + _WINDOW)
+        self.shares = alike.spread(shares)
+        tried = alike.widen(prices)
+        better = self.paths.values(reach, tried)
+        if better.total <= values.total:
+            return values
+        self.prices = tried
+        return better
+
+    def _collapsed(self, reach: Reach) -> "_Alike":
+        return _Alike(self.paths, collapse(self.kinds, reach))
 
     def filled_up(self, chosen: list[int], limits: Limits) -> tuple[PlacedStage, ...] | None:
         """Return stages on the chosen places, and on more of them where the pipeline is shorter than wanted."""
@@ -135,6 +173,40 @@ class PlacementSearch:
         if len(order) > len(self.problem.pieces):
             return None
         return best_split(self.costs, order, kv_tokens=limits.kv_tokens, limit_ns=limits.bottleneck_ns)
+
+
+class _Alike:
+    """The paths of a problem with what reaches equally far taken together, and the way between the two."""
+
+    def __init__(self, whole: PricedPaths, found: Collapse) -> None:
+        self.whole, self.reach = whole, found.reach
+        self.paths = PricedPaths(found.table)
+        row_of = {pair: row for row, pair in enumerate(self.paths.rows)}
+        pairs = [(found.of_class[owner], found.of_kind[kind]) for owner, kind in whole.rows]
+        groups = {owner: len(row_of) + at for at, owner in enumerate(self.paths.members)}
+        # the number of the price here for each price of the whole; -1: of no use within the limits
+        self.at = [row_of.get(pair, -1) for pair in pairs] + [
+            groups.get(found.of_class[owner], -1) for owner in whole.members
+        ]
+
+    def widen(self, prices: Floats) -> Floats:
+        """Return prices of the whole that are those of here."""
+        return np.asarray([prices[at] if at >= 0 else 0.0 for at in self.at])
+
+    def narrow(self, prices: Floats) -> Floats:
+        """Return prices of here: the lowest of those that were taken together."""
+        found = np.full(self.paths.num_prices, np.inf)
+        for at, price in zip(self.at, prices, strict=True):
+            if at >= 0:
+                found[at] = min(found[at], price)
+        return found
+
+    def spread(self, shares: Shares) -> Shares:
+        """Return shares of here as shares of the whole: each of what was taken together has them all."""
+        alike: dict[int, list[int]] = {}
+        for row, at in enumerate(self.at[: len(self.whole.rows)]):
+            alike.setdefault(at, []).append(row)
+        return {(piece, row): share for (piece, at), share in shares.items() for row in alike[at]}
 
 
 class _Descent:
@@ -173,12 +245,12 @@ class _Descent:
 
     def _from(self, piece: int, price: float) -> bool:
         if piece >= self.count:
-            self.stages = self.search.filled_up(self.chosen, self.limits)  # 3
+            self.stages = self.search.filled_up(self.chosen, self.limits)
             self.ended = self.ended and self.stages is not None
             return self.stages is not None
         if len(self.chosen) >= self.problem.num_stages:
             return False
-        if self.nodes <= 0 or self.search.out_of_time():
+        if self.nodes <= 0 or self.search.left_s() <= 0:
             self.ended = False
             return False
         self.nodes -= 1
@@ -224,7 +296,7 @@ class _Descent:
         bounds = price + self.stage[row] + after[state, ends]
         for entry in np.flatnonzero((bounds <= self.most) & able):
             at = int(row[entry])
-            share = self.values.flow.get((piece, at), 0.0)
+            share = self.search.shares.get((piece, at), 0.0)
             for place in self._candidates(at):
                 end = self._end(place, int(kind[entry]), piece)
                 bound = price + self.stage[at] + after[state[entry], end]

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from planner.checker import check_stages
 from planner.errors import NoFeasiblePlan, PlanTimeout
 from planner.infeasible import why_impossible, why_no_way
 from planner.placement import (
@@ -27,8 +28,11 @@ from planner.placement_search import Limits, PlacementSearch
 from planner.reach import bottleneck_candidates
 from planner.segments import Segment, SegmentCosts
 from planner.solver import Outcome
+from planner.split import best_split
 
 _STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a first pipeline is looked for
+_BOTTLENECK_SHARE = 0.8  # of the time that is left, for closing in on the bottleneck
+_CAPACITY_SHARE = 0.6
 _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
 
 
@@ -46,6 +50,12 @@ class Budget:
 
     def is_spent(self) -> bool:
         return self.left_s <= 0
+
+    def part(self, share: float) -> "Budget":
+        """Return a share of what is left, on the same clock."""
+        part = Budget(limit_s=self.left_s * share, clock=self._clock)
+        part.limit_s = self.limit_s
+        return part
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,22 +79,36 @@ def place(problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedSt
     """
     if refusal := why_impossible(problem):
         raise NoFeasiblePlan(refusal)
-    return _Solver(problem, budget).solve(tuple(start))
+    return _Solver(problem, budget).solve(_usable(problem, start))
+
+
+def _usable(problem: PlacementProblem, start: Sequence[PlacedStage]) -> tuple[PlacedStage, ...]:
+    """Return the stages where they keep the rules, else the best cuts for their places, else nothing."""
+    if not start or not check_stages(problem, start):
+        return tuple(start)
+    order = [stage.place for stage in start if 0 <= stage.place < len(problem.places)]
+    if len(order) != problem.num_stages or len(problem.pieces) < len(order):
+        return ()
+    again = best_split(SegmentCosts(problem), order, kv_tokens=problem.min_kv_tokens)
+    return again if again is not None and not check_stages(problem, again) else ()
 
 
 class _Solver:
     def __init__(self, problem: PlacementProblem, budget: Budget) -> None:
         self.problem, self.budget = problem, budget
-        self.search = PlacementSearch(problem, out_of_time=budget.is_spent)
+        self.search = PlacementSearch(problem, left_s=lambda: budget.left_s)
         self.costs = self.search.costs
         self.proofs: list[Proof] = []
 
     def solve(self, start: tuple[PlacedStage, ...]) -> Placement:
-        bottleneck = self._bottleneck(start)
-        self.proofs.append(bottleneck[1])
-        limit_ns = bottleneck_limit_ns(self.proofs[0].value)
-        stages, capacity = self._capacity(bottleneck[0], limit_ns)
-        self.proofs.append(capacity)
+        whole = self.budget
+        self.budget = whole.part(_BOTTLENECK_SHARE)
+        stages, bottleneck = self._bottleneck(start)
+        limit_ns = bottleneck_limit_ns(bottleneck.value)
+        self.budget = whole.part(_CAPACITY_SHARE)
+        stages, capacity = self._capacity(stages, limit_ns)
+        self.budget = whole
+        self.proofs += [bottleneck, capacity]
         stages = self._rest(stages, Limits(bottleneck_ns=limit_ns, kv_tokens=kv_limit_tokens(capacity.value)))
         return Placement(stages=stages, scores=score(self.problem, stages), proofs=tuple(self.proofs))
 
@@ -121,38 +145,37 @@ class _Solver:
     ) -> None:
         """Raise the bound and better the value by bisection, as far as bounds and search can tell.
 
-        Between what is impossible and the best found, the middle is asked. Where nothing is said, only a bound is
-        asked for below it and only a pipeline above it.
+        1. Between what is impossible and the best found, the middle is asked for. Where nothing is said of it, the
+           bound is sought below it.
+        2. Then a better pipeline is sought above the bound.
         """
         self._raise_bound(ladder, best, limits)
         if best.stages is None:
             self._first_found(ladder, best, limits, reached)
-        low, high = best.impossible, best.at  # high: nothing is known from here to best.at
-        while best.impossible + 1 < high and not self.budget.is_spent():
-            middle = (best.impossible + high) // 2
+        open_from = min(best.at, len(ladder))
+        while best.impossible + 1 < open_from and not self.budget.is_spent():  # 1
+            middle = (best.impossible + open_from) // 2
             look = self.search.look(limits(ladder[middle]))
             if look.impossible:
                 best.impossible = middle
-                self._raise_bound(ladder, best, limits, below=high)
-            elif look.stages is not None:
-                best.stages, best.at = look.stages, reached(look.stages)
-                high = min(best.at, high)
+                self._raise_bound(ladder, best, limits)
             else:
-                high = middle
-        low = max(best.impossible, high)
-        while low + 1 < best.at and not self.budget.is_spent():
-            middle = (low + best.at) // 2
-            look = self.search.look(limits(ladder[middle]), improve=False)
+                open_from = middle
+            if look.stages is not None:
+                best.stages, best.at = look.stages, reached(look.stages)
+                open_from = min(open_from, best.at)
+        low = open_from
+        while low < best.at and not self.budget.is_spent():  # 2
+            middle = (low + min(best.at, len(ladder))) // 2
+            look = self.search.look(limits(ladder[middle]))
             if look.stages is not None:
                 best.stages, best.at = look.stages, reached(look.stages)
             else:
-                low = middle
+                low = middle + 1
 
-    def _raise_bound(
-        self, ladder: Sequence[int], best: _Best, limits: Callable[[int], Limits], *, below: int | None = None
-    ) -> None:
+    def _raise_bound(self, ladder: Sequence[int], best: _Best, limits: Callable[[int], Limits]) -> None:
         """Find how far the prices that are known prove impossible: for fixed prices one bisection tells."""
-        low, high = best.impossible, len(ladder) if below is None else below
+        low, high = best.impossible, min(best.at, len(ladder))
         while low + 1 < high:
             middle = (low + high) // 2
             if self.search.is_impossible(limits(ladder[middle]), improve=False):
@@ -270,13 +293,24 @@ class _Solver:
         model = PlacementModel(self.problem, segments, bottleneck_ns=limits.bottleneck_ns)
         model.stages = stages
         model.hint(stages)
+        floors = {Aim.CHANGE: self.costs.least_change_ns(), Aim.MOVED: self.costs.least_moved_bytes()}
         for aim in (Aim.CHANGE, Aim.FRAGMENTATION, Aim.MOVED):
-            answer = model.minimize(aim, limit_s=self.budget.left_s)
-            value = score(self.problem, model.stages).of(aim)
-            bound = answer.bound if whole and answer.bound is not None else 0
-            self.proofs.append(Proof(aim=aim, value=value, bound=max(0, min(bound, value))))
-            model.keep(aim, value)
+            value, bound = score(self.problem, model.stages).of(aim), floors.get(aim, 0)
+            if value > bound:
+                answer = model.minimize(aim, limit_s=self.budget.left_s / 2)
+                value = score(self.problem, model.stages).of(aim)
+                bound = max(bound, answer.bound or 0) if whole else bound
+            if not self._same_for_all(aim):
+                model.keep(aim, value)
+            self.proofs.append(Proof(aim=aim, value=value, bound=min(bound, value)))
         return model.stages
+
+    def _same_for_all(self, aim: Aim) -> bool:
+        """Say whether all placements are alike by an aim: where nothing holds anything yet, all bytes move."""
+        places = self.problem.places
+        empty = not any(place.held for place in places)
+        same_rate = len({place.arrival_bytes_per_s for place in places}) == 1
+        return empty and (aim is Aim.MOVED or (aim is Aim.CHANGE and same_rate))
 
     def _choice(self, stages: tuple[PlacedStage, ...], limits: Limits) -> dict[int, list[Segment]]:
         """Return segments of the places at hand: those of the pipeline found, and those that hold pieces already."""
@@ -286,11 +320,3 @@ class _Solver:
             place: list(self.costs.of(place, bottleneck_ns=limits.bottleneck_ns, kv_tokens=limits.kv_tokens))
             for place in sorted(chosen)
         }
-
-
-def segment_count(costs: SegmentCosts, limits: Limits) -> int:
-    """Return how many segments there are within limits."""
-    places = range(len(costs.problem.places))
-    return sum(
-        1 for place in places for _ in costs.of(place, bottleneck_ns=limits.bottleneck_ns, kv_tokens=limits.kv_tokens)
-    )

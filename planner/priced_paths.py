@@ -7,13 +7,16 @@ proves that no pipeline keeps the limits: with uneven pieces, partial memory and
 program finds the best prices; the same values then tell a search which places to try first and which never.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from planner.reach import Floats, Ints, Kinds, Reach
-from planner.solver import FlowArcs, cheapest_flow
+from planner.reach import Floats, Ints, KindTable, Reach
+from planner.solver import FlowArcs, Outcome, cheapest_flow, whole_flow
 
+Shares = dict[tuple[int, int], float]  # of a cheapest flow, by first piece and row
+
+_WHOLE_ARCS = 6_000  # that a search for a whole path is given at most
 EPSILON = 1e-6  # what rounding may come to: a bound counts as above a whole number only beyond it
 
 
@@ -24,7 +27,6 @@ class Values:
     total: float  # of the whole pipeline, less what all devices together are worth: the bound
     after: Floats  # [state, piece]
     fixed: float  # what all devices together are worth
-    flow: dict[tuple[int, int], float] = field(default_factory=dict)  # share of a cheapest flow, by piece and row
 
 
 class PricedPaths:
@@ -35,7 +37,7 @@ class PricedPaths:
     anywhere, with no place nearer than others.
     """
 
-    def __init__(self, kinds: Kinds) -> None:
+    def __init__(self, kinds: KindTable) -> None:
         self.kinds = kinds
         self.rows: list[tuple[int, int]] = []  # host class and kind: one price each
         self.caps: list[int] = []
@@ -75,13 +77,13 @@ class PricedPaths:
         self.cap = np.asarray(self.caps, dtype=np.float64)
         self.members = self._members()
 
-    def _members(self) -> list[tuple[Ints, float]]:
-        """Rows that use the same devices: a group of devices uses as many of its host's devices as it is wide."""
-        found = []
+    def _members(self) -> dict[int, tuple[Ints, float]]:
+        """By host class, rows that use the same devices: a group uses as many of its host's devices as it is wide."""
+        found = {}
         for index, host in enumerate(self.kinds.hosts):
             rows = [row for row, (owner, _) in enumerate(self.rows) if owner == index]
             if any(self.kinds.kinds[self.rows[row][1]].width > 1 for row in rows):
-                found.append((np.asarray(rows), float(host.devices * len(host.hosts))))
+                found[index] = (np.asarray(rows), float(host.devices * len(host.hosts)))
         return found
 
     @property
@@ -91,12 +93,12 @@ class PricedPaths:
 
     def limits(self) -> Floats:
         """Return how often each priced thing is there."""
-        return np.concatenate([self.cap, [limit for _, limit in self.members]])
+        return np.concatenate([self.cap, [limit for _, limit in self.members.values()]])
 
     def stage_prices(self, prices: Floats) -> Floats:
         """Return the price of a stage by row: one, and what its devices are worth."""
         stage = 1.0 + prices[: len(self.rows)]
-        for (rows, _), price in zip(self.members, prices[len(self.rows) :], strict=True):
+        for (rows, _), price in zip(self.members.values(), prices[len(self.rows) :], strict=True):
             widths = np.asarray([self.kinds.kinds[self.rows[row][1]].width for row in rows])
             stage[rows] += price * widths
         return stage
@@ -151,26 +153,30 @@ class PricedPaths:
         pushed[0] = 0.0
         return pushed
 
-    def improve(self, reach: Reach, prices: Floats, *, window: float) -> tuple[Floats, Values]:
-        """Return the prices whose bound is highest, with their values, given some that are good already.
+    def best_prices(self, reach: Reach, prices: Floats, *, window: float) -> tuple[Floats, Shares]:
+        """Return the prices whose bound is highest, given some that are good already, and a cheapest flow.
 
         They are the shadow prices of a flow from the first piece to the last, among the stages that can be part of a
-        pipeline of at most ``window`` stages by the prices given. The bound itself is computed over all stages again.
+        pipeline of at most ``window`` stages by the prices given. Of a flow, the shares of each row by piece are told.
         """
-        values = self.values(reach, prices)
-        arcs = self._arcs(reach, prices, values, window=window)
+        arcs = self._arcs(reach, prices, self.values(reach, prices), window=window)
         found = cheapest_flow(arcs, limits=self.limits())
         if found is None:
-            return prices, values
-        better = self.values(reach, found.prices)
-        if better.total <= values.total:
-            better, better_prices = values, prices
-        else:
-            better_prices = found.prices
+            return prices, {}
+        return found.prices, self._shares(arcs, found.amounts, reach)
+
+    def whole_path(self, reach: Reach, prices: Floats, *, most: int, limit_s: float) -> tuple[Outcome, Shares]:
+        """Look for a pipeline of at most ``most`` stages that uses nothing more often than it is there."""
+        arcs = self._arcs(reach, prices, self.values(reach, prices), window=most + EPSILON)
+        if len(arcs.tails) > _WHOLE_ARCS:
+            return Outcome.UNKNOWN, {}
+        outcome, amounts = whole_flow(arcs, limits=self.limits(), most=most, limit_s=limit_s)
+        return outcome, self._shares(arcs, amounts, reach) if len(amounts) else {}
+
+    def _shares(self, arcs: FlowArcs, amounts: Floats, reach: Reach) -> Shares:
         width = reach.network.shape[1]
-        passed = np.flatnonzero((found.amounts > EPSILON) & (arcs.uses >= 0))
-        shares = {(int(arcs.tails[a]) % width, int(arcs.uses[a])): float(found.amounts[a]) for a in passed}
-        return better_prices, replace(better, flow=shares)
+        passed = np.flatnonzero((amounts > EPSILON) & (arcs.uses >= 0))
+        return {(int(arcs.tails[a]) % width, int(arcs.uses[a])): float(amounts[a]) for a in passed}
 
     def _arcs(self, reach: Reach, prices: Floats, values: Values, *, window: float) -> FlowArcs:
         """Return the stages as arcs between nodes: (state, piece) to the piece that comes next; state 0 is anywhere.
@@ -217,7 +223,7 @@ class PricedPaths:
     def _consumption(self, row: int) -> list[tuple[int, float]]:
         """Return what a stage of a row takes of each priced thing."""
         found = [(row, 1.0)]
-        for index, (rows, _) in enumerate(self.members):
+        for index, (rows, _) in enumerate(self.members.values()):
             if row in rows:
                 found.append((len(self.rows) + index, float(self.kinds.kinds[self.rows[row][1]].width)))
         return found

@@ -6,6 +6,7 @@ cluster of thousands of devices comes down to some hundred kinds. Everything tha
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,12 +47,19 @@ class HostClass:
         return dict(self.kinds)[kind] * len(self.hosts)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindTable:
+    """Kinds of places, and the classes of hosts that have them."""
+
+    kinds: Sequence[Kind]
+    hosts: Sequence[HostClass]
+
+
 class Kinds:
     """The kinds of places and the classes of hosts of a problem."""
 
     def __init__(self, problem: PlacementProblem) -> None:
         self.problem = problem
-        self.kinds: list[Kind] = []
         self.of_place: list[int] = []
         numbers: dict[Kind, int] = {}
         nearest = _nearest_pairs(problem)
@@ -64,6 +72,7 @@ class Kinds:
             self.by_host.setdefault(place.host, []).append(index)
         self.hosts = self._classes()
         self.class_of_host = {host: index for index, found in enumerate(self.hosts) for host in found.hosts}
+        self.table = KindTable(kinds=self.kinds, hosts=self.hosts)
 
     def _classes(self) -> list[HostClass]:
         classes: dict[tuple[str, int, tuple[tuple[int, int], ...]], list[str]] = {}
@@ -133,8 +142,69 @@ class Reach:
         self.host = self._within([by_time(kind.speed_class, ns) for kind, ns in zip(found, near, strict=True)], floor)
         self.from_start = self._within([by_time(kind.speed_class, 0) for kind in found], floor)[:, 0]
 
+    def of_kinds(self, kinds: Sequence[int]) -> "Reach":
+        """Return the same for some of the kinds only."""
+        some = copy(self)
+        some.memory, some.network, some.rack = self.memory[kinds], self.network[kinds], self.rack[kinds]
+        some.host, some.from_start = self.host[kinds], self.from_start[kinds]
+        return some
+
     def _within(self, by_time: Sequence[Ints], floor: Ints) -> Ints:
         return np.maximum(np.minimum(self.memory, np.stack(by_time)), floor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collapse:
+    """Kinds and classes that are alike within some limits, taken together; those of no use are left out (-1)."""
+
+    table: KindTable
+    reach: Reach
+    of_kind: tuple[int, ...]
+    of_class: tuple[int, ...]
+
+
+def collapse(kinds: Kinds, reach: Reach) -> Collapse:
+    """Take together what reaches equally far: near the best limits, memory makes no difference on most devices."""
+    pieces = np.arange(reach.network.shape[1])
+    useful = (reach.host > pieces).any(axis=1) | (reach.from_start > 0)
+    of_kind: list[int] = []
+    chosen: list[int] = []
+    numbers: dict[tuple[bytes, int, bool], int] = {}
+    for index, kind in enumerate(kinds.kinds):
+        if not useful[index]:
+            of_kind.append(-1)
+            continue
+        rows = np.concatenate([reach.network[index], reach.rack[index], reach.host[index], [reach.from_start[index]]])
+        key = (rows.tobytes(), kind.width, kind.host_ns is None)
+        if key not in numbers:
+            numbers[key] = len(chosen)
+            chosen.append(index)
+        of_kind.append(numbers[key])
+    classes: dict[tuple[str, int, tuple[tuple[int, int], ...]], list[str]] = {}
+    of_class = []
+    for host in kinds.hosts:
+        counts: Counter[int] = Counter()
+        for index, count in host.kinds:
+            counts[of_kind[index]] += count
+        alone = all(kinds.kinds[index].width == 1 for index, _ in host.kinds)
+        devices = host.devices - (counts[-1] if alone else 0)
+        del counts[-1]
+        if not counts:
+            of_class.append(-1)
+            continue
+        signature = (host.rack, devices, tuple(sorted(counts.items())))
+        of_class.append(list(classes).index(signature) if signature in classes else len(classes))
+        classes.setdefault(signature, []).extend(host.hosts)
+    hosts = [
+        HostClass(rack=rack, devices=devices, kinds=found, hosts=tuple(names))
+        for (rack, devices, found), names in classes.items()
+    ]
+    return Collapse(
+        table=KindTable(kinds=[kinds.kinds[index] for index in chosen], hosts=hosts),
+        reach=reach.of_kinds(chosen),
+        of_kind=tuple(of_kind),
+        of_class=tuple(of_class),
+    )
 
 
 def memory_reach(kinds: Kinds, costs: SegmentCosts, *, kv_tokens: int) -> Ints:

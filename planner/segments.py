@@ -92,6 +92,20 @@ class SegmentCosts:
                     moved_bytes=moved,
                 )
 
+    def least_moved_bytes(self) -> int:
+        """Return the bytes that move in any placement: those of pieces that no place holds."""
+        held = {piece for place in self.problem.places for piece in place.held}
+        pieces = enumerate(self.problem.pieces)
+        return sum(piece.weight_bytes + piece.live_kv_bytes for index, piece in pieces if index not in held)
+
+    def least_change_ns(self) -> int:
+        """Return the least that bringing those bytes costs."""
+        moved = self.least_moved_bytes()
+        fastest = max(place.arrival_bytes_per_s for place in self.problem.places)
+        empty = not any(place.held for place in self.problem.places)
+        stages = self.problem.num_stages if empty else min(1, moved)
+        return -(-moved * 1_000_000_000 // fastest) + stages * self.problem.risk_ns
+
     @cached_property
     def cheapest_hops(self) -> list[int]:
         """The nanoseconds of the cheapest hop into each place, from any place that can stand before it."""

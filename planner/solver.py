@@ -130,3 +130,30 @@ def cheapest_flow(arcs: FlowArcs, *, limits: NDArray[np.float64]) -> Flow | None
     for limit, row in rows.items():
         prices[limit] = max(0.0, -row.dual_value())
     return Flow(amounts=np.asarray([variable.solution_value() for variable in variables]), prices=prices)
+
+
+def whole_flow(
+    arcs: FlowArcs, *, limits: NDArray[np.float64], most: int, limit_s: float
+) -> tuple[Outcome, NDArray[np.float64]]:
+    """Look for a flow that takes whole arcs, at most ``most`` counted ones, within the limits."""
+    model = cp_model.CpModel()
+    takes = [model.new_bool_var("") for _ in arcs.tails]
+    balance: dict[int, list[tuple[Variable, int]]] = {}
+    draws: dict[int, list[tuple[Variable, int]]] = {}
+    for take, tail, head, use in zip(takes, arcs.tails.tolist(), arcs.heads.tolist(), arcs.uses.tolist(), strict=True):
+        balance.setdefault(tail, []).append((take, 1))
+        balance.setdefault(head, []).append((take, -1))
+        for limit, amount in arcs.consumption[use] if use >= 0 else ():
+            draws.setdefault(limit, []).append((take, round(amount)))
+    for node, terms in balance.items():
+        net = (node == arcs.source) - (node == arcs.sink)
+        model.add(Linear.weighted_sum([take for take, _ in terms], [sign for _, sign in terms]) == net)
+    for limit, terms in draws.items():
+        if sum(amount for _, amount in terms) > limits[limit]:
+            amounts = [amount for _, amount in terms]
+            model.add(Linear.weighted_sum([take for take, _ in terms], amounts) <= round(limits[limit]))
+    counted = [take for take, use in zip(takes, arcs.uses.tolist(), strict=True) if use >= 0]
+    model.add(Linear.sum(counted) <= most)
+    answer = minimize(model, Linear.sum([]), limit_s=limit_s)
+    taken = [answer.value_of(take) for take in takes] if answer.found else []
+    return answer.outcome, np.asarray(taken, dtype=np.float64)
