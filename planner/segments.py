@@ -128,13 +128,12 @@ def cheapest_hops(problem: PlacementProblem) -> list[int]:
         if place.rack in hops.same_rack_ns and not racks[place.rack] <= set(place.device_ids):
             options.append(hops.same_rack_ns[place.rack])
         best.append(min(options))
-    if hops.pairs:
-        if len(hops.pairs) >= len(places) * (len(places) - 1):  # every link has its own: the rest plays no part
-            best = [max(hops.pairs.values())] * len(places)
-        number = {place.name: index for index, place in enumerate(places)}
-        for (_, target), ns in hops.pairs.items():
-            if target in number:
-                best[number[target]] = min(best[number[target]], ns)
+    number = {place.name: index for index, place in enumerate(places)}
+    single = {link: ns for link, ns in hops.pairs.items() if link[0] in number and link[1] in number}
+    if single and len(single) >= len(places) * (len(places) - 1):  # every link is single: the rest plays no part
+        best = [max(single.values())] * len(places)
+    for (_, target), ns in single.items():
+        best[number[target]] = min(best[number[target]], ns)
     return best
 
 
