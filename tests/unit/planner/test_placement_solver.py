@@ -17,7 +17,8 @@ from topology.units import GIB
 
 QUICK = range(60)
 ALL = range(60, 660)
-# found by long runs: an end reached too greedily, a tied table counted twice, links of places that are not there, a latency limit that rules all out
+# found by long runs: an end reached too greedily, a tied table counted twice, links of places that are not there, a
+# latency limit that rules all out
 TRICKY = (364, 637, 1019, 1373, 1891, 2052)
 
 
