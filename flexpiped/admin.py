@@ -6,13 +6,14 @@ POST /rebalance         {"stages": N | "auto"}, {"layout": TEXT} or neither with
 POST /rebalance/cancel  roll back the refactoring under way
 GET  /topology          devices, links and what was measured, as they are now
 POST /topology/links    keep measured figures of links
+GET  /profile/target    what flexctl profile measures; POST /profile keeps it (``flexpiped.admin_profile``)
 GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
 
 Errors are ``{"error": {"code": ..., "message": ...}}``. What is refused moved nothing.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Final, Literal
 
@@ -66,7 +67,12 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def admin_app(
-    *, status: StatusSource, refactorings: Refactorings, events: EventLog, hardware: Hardware
+    *,
+    status: StatusSource,
+    refactorings: Refactorings,
+    events: EventLog,
+    hardware: Hardware,
+    further: Sequence[web.RouteDef] = (),
 ) -> web.Application:
     """Return the application that serves the admin API."""
     admin = _Admin(status=status, refactorings=refactorings, events=events, hardware=hardware)
@@ -81,6 +87,7 @@ def admin_app(
             web.get("/events", admin.get_events),
         ]
     )
+    app.add_routes(further)
     return app
 
 

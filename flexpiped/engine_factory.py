@@ -8,6 +8,7 @@ from typing import assert_never
 
 from engines.checkpoint import Checkpoint, find_model, read_checkpoint
 from engines.errors import UnsupportedByEngine
+from engines.native.options import NativeOptions
 from engines.protocol import Engine
 from engines.vllm.options import VllmOptions
 from engines.vllm.ranks import Ranks, rank_devices, widened
@@ -108,10 +109,15 @@ def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline, int]
 
 def _native(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
     from engines.native.adapter import NativeEngine
-    from engines.native.options import NativeOptions
 
+    options = native_options(settings, model)
+    return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
+
+
+def native_options(settings: Settings, model: Model) -> NativeOptions:
+    """Return what the native engine is told."""
     native, handover = settings.engines.native, settings.handover
-    options = NativeOptions(
+    return NativeOptions(
         model_directory=str(model.directory),
         device_ids=tuple(device.id for device in devices_of(settings)),
         device_memory_bytes=settings.devices.cpu_memory_bytes,
@@ -134,7 +140,6 @@ def _native(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engin
         slice_bytes=handover.slice_bytes,
         cache_directory="" if native.cache_dir is None else str(native.cache_dir),
     )
-    return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
 
 
 class _Vllm:

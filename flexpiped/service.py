@@ -4,6 +4,7 @@ sockets -> admin API and a port that says "starting" -> model files -> engine an
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from engines.protocol import Engine
 from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.admin import admin_app
+from flexpiped.admin_profile import profile_routes
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
@@ -147,7 +149,14 @@ class Service:
             latencies=self._metrics.latencies,
         )
         hardware = Hardware(self._settings, python=engine_python(self._settings))
-        app = admin_app(status=status, refactorings=self._refactorings, events=self.events, hardware=hardware)
+        profiles = profile_routes(self._settings, source=self.source, environment=os.environ)
+        app = admin_app(
+            status=status,
+            refactorings=self._refactorings,
+            events=self.events,
+            hardware=hardware,
+            further=profiles.routes(),
+        )
         await stack.enter_async_context(serving_admin(app, self._admin_socket))
         stack.callback(self.events.close)
         self._run_beside(stack, self._watch_hardware(hardware), name="hardware-watch")

@@ -221,6 +221,11 @@ class NativeEngine:
         reply: c.Trace = await self._call(lambda call: c.ReadTrace(call=call))
         return reply
 
+    async def stage_steps(self) -> c.StageSteps:
+        """Return what each stage computed in its last steps since the last call, and for how long."""
+        reply: c.StageSteps = await self._call(lambda call: c.ReadSteps(call=call))
+        return reply
+
     def arm_failpoint(self, name: str, action: str, *, worker: int = -1) -> None:
         """Arm a failpoint in the core, or in one worker; an empty name disarms all."""
         self._send(c.ArmCore(worker=worker, name=name, action=action))
@@ -287,7 +292,7 @@ class NativeEngine:
                 self._on_progress(report.message)
             case c.Ready() | c.StartFailed():
                 self._settle(0, report)
-            case c.Checked() | c.Cancelled() | c.Counters() | c.Stages() | c.Trace():
+            case c.Checked() | c.Cancelled() | c.Counters() | c.Stages() | c.Trace() | c.StageSteps():
                 self._settle(report.call, report)
             case c.Fatal():
                 self._last_words = report.reason

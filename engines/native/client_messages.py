@@ -72,6 +72,12 @@ class ReadTrace(ToCore, frozen=True, kw_only=True, tag=True):
     call: int
 
 
+class ReadSteps(ToCore, frozen=True, kw_only=True, tag=True):
+    """Answered by ``StageSteps``, which empties them."""
+
+    call: int
+
+
 class ArmCore(ToCore, frozen=True, kw_only=True, tag=True):
     """Arm a failpoint in the core (worker -1) or in a worker. For tests."""
 
@@ -166,6 +172,16 @@ class Trace(FromCore, frozen=True, kw_only=True, tag=True):
     dispatches_s: list[float]
 
 
+class StageSteps(FromCore, frozen=True, kw_only=True, tag=True):
+    """For each stage its last steps: tokens, sequences, context of all sequences after it, and seconds computed."""
+
+    call: int
+    tokens: list[list[int]]
+    sequences: list[list[int]]
+    context: list[list[int]]
+    busy_s: list[list[float]]
+
+
 class Fatal(FromCore, frozen=True, kw_only=True, tag=True):
     """The core's last word before it ends."""
 
@@ -182,6 +198,7 @@ ClientCommand = (
     | ReadCounters
     | ReadStages
     | ReadTrace
+    | ReadSteps
     | ArmCore
     | Shutdown
 )
@@ -197,6 +214,7 @@ CoreReport = (
     | Counters
     | Stages
     | Trace
+    | StageSteps
     | Fatal
 )
 

@@ -100,6 +100,8 @@ class CoreServer:
             case c.ReadTrace():
                 ends, epochs, dispatches = core.trace.take()
                 self._emit(c.Trace(call=command.call, ends_s=ends, epochs=epochs, dispatches_s=dispatches))
+            case c.ReadSteps():
+                self._spawn(self._tell_steps(command.call))
             case c.ArmCore():
                 self._arm(command)
             case c.StartCore() | c.Shutdown():
@@ -164,6 +166,19 @@ class CoreServer:
                 )
             )
         self._emit(c.Stages(call=call, stages=tuple(stages), worker_pids=self._pool.pids, longest_slice_s=longest))
+
+    async def _tell_steps(self, call: int) -> None:
+        core = self._core
+        steps = [await core.inquiries.steps(worker) for worker in specs_of(core.pipeline, core.worker_of)]
+        self._emit(
+            c.StageSteps(
+                call=call,
+                tokens=[each.tokens for each in steps],
+                sequences=[each.sequences for each in steps],
+                context=[each.context for each in steps],
+                busy_s=[each.busy_s for each in steps],
+            )
+        )
 
     def _arm(self, command: c.ArmCore) -> None:
         if command.worker >= 0:

@@ -216,7 +216,7 @@ class EngineCore:
         match report:
             case m.StepDone():
                 self._step_done(report)
-            case m.Stats() | m.Checksums():
+            case m.Stats() | m.Checksums() | m.Steps():
                 self.inquiries.settle(report)
             case m.Crashed():
                 self._last_words[report.worker] = report.reason

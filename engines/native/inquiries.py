@@ -19,6 +19,7 @@ class Inquiries:
         self._tickets = tickets
         self._stats: dict[tuple[int, int], asyncio.Future[m.Stats]] = {}  # by worker and ticket
         self._checksums: dict[tuple[int, int], asyncio.Future[list[int]]] = {}
+        self._steps: dict[tuple[int, int], asyncio.Future[m.Steps]] = {}
         self._busy: dict[int, tuple[float, float]] = {}
 
     def stats(self, worker: int) -> asyncio.Future[m.Stats]:
@@ -35,6 +36,13 @@ class Inquiries:
         self._pool.send(worker, m.Checksum(ticket=ticket, decoders=decoders, blocks=blocks))
         return future
 
+    def steps(self, worker: int) -> asyncio.Future[m.Steps]:
+        """Ask what the worker's stage computed lately."""
+        ticket = next(self._tickets)
+        future = self._steps[worker, ticket] = asyncio.get_running_loop().create_future()
+        self._pool.send(worker, m.ReadSteps(ticket=ticket))
+        return future
+
     async def answers_within(self, worker: int, deadline_s: float) -> bool:
         """Say whether a worker answers at all."""
         try:
@@ -43,17 +51,19 @@ class Inquiries:
             return False
         return True
 
-    def settle(self, report: m.Stats | m.Checksums) -> None:
+    def settle(self, report: m.Stats | m.Checksums | m.Steps) -> None:
         """Take in an answer; one that nobody waits for any more is dropped."""
         match report:
             case m.Stats():
                 settle(self._stats.pop((report.worker, report.ticket), None), report)
             case m.Checksums():
                 settle(self._checksums.pop((report.worker, report.ticket), None), report.values)
+            case m.Steps():
+                settle(self._steps.pop((report.worker, report.ticket), None), report)
 
     def forget(self, worker: int) -> None:
         """A worker has died: its answers will not come."""
-        for waiting in (self._stats, self._checksums):
+        for waiting in (self._stats, self._checksums, self._steps):
             for key in [key for key in waiting if key[0] == worker]:
                 waiting.pop(key).cancel()
 

@@ -126,6 +126,12 @@ class ReadStats(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     ticket: int
 
 
+class ReadSteps(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Report the last steps of the stage, and forget them."""
+
+    ticket: int
+
+
 class ArmFailpoint(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """For tests. An empty name disarms all."""
 
@@ -199,6 +205,16 @@ class Stats(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     longest_slice_s: float
 
 
+class Steps(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Answer to ``ReadSteps``: one entry for each step. ``context`` is that of all sequences, after the step."""
+
+    ticket: int
+    tokens: list[int]
+    sequences: list[int]
+    context: list[int]
+    busy_s: list[float]
+
+
 class Crashed(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """The worker cannot go on and ends; the reason is its last word."""
 
@@ -216,10 +232,11 @@ WorkerCommand = (
     | Adopt
     | Release
     | ReadStats
+    | ReadSteps
     | ArmFailpoint
     | Exit
 )
-WorkerReport = StepDone | Prepared | Failed | Copied | Checksums | Released | Stats | Crashed
+WorkerReport = StepDone | Prepared | Failed | Copied | Checksums | Released | Stats | Steps | Crashed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(WorkerCommand).decode

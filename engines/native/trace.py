@@ -1,8 +1,14 @@
-"""When steps were dispatched and ended, for benchmarks and for the commit pause. Bounded."""
+"""When steps were dispatched and ended, and what each stage computed: for profiles, benchmarks, and the commit pause.
+
+Bounded: what nobody takes is forgotten.
+"""
 
 from collections import deque
 
+import numpy as np
+
 _KEPT = 200_000
+_STAGE_STEPS_KEPT = 512
 
 
 class StepTrace:
@@ -29,3 +35,27 @@ class StepTrace:
         self._ends.clear()
         self._dispatches.clear()
         return [t for t, _ in ends], [e for _, e in ends], dispatches
+
+
+class StageTrace:
+    """What one stage computed in its last steps, and for how long. Nothing is worked out before it is asked for."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[bytes, bytes, float]] = deque(maxlen=_STAGE_STEPS_KEPT)
+
+    def computed(self, starts: bytes, counts: bytes, busy_s: float) -> None:
+        """Note a step: ``starts`` and ``counts`` of its sequences as in ``RunStep``."""
+        self._steps.append((starts, counts, busy_s))
+
+    def take(self) -> tuple[list[int], list[int], list[int], list[float]]:
+        """Return tokens, sequences, context (of all sequences, after the step) and seconds; forget them."""
+        steps, self._steps = self._steps, deque(maxlen=_STAGE_STEPS_KEPT)
+        sizes = [np.frombuffer(counts, dtype=np.int32) for _, counts, _ in steps]
+        before = [int(np.frombuffer(starts, dtype=np.int32).sum()) for starts, _, _ in steps]
+        tokens = [int(counts.sum()) for counts in sizes]
+        return (
+            tokens,
+            [len(counts) for counts in sizes],
+            [start + count for start, count in zip(before, tokens, strict=True)],
+            [busy_s for _, _, busy_s in steps],
+        )

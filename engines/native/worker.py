@@ -29,6 +29,7 @@ from engines.native.inbox import Inbox
 from engines.native.kv_memory import KVMemory
 from engines.native.shared import SharedMemory
 from engines.native.stage import HeldLayers, StageRunner
+from engines.native.trace import StageTrace
 from engines.native.weights import WeightFiles
 from engines.process import die_with_parent
 
@@ -89,6 +90,7 @@ class Worker:
         self._slices: deque[tuple[int, Callable[[], None]]] = deque()  # (handover, piece of work)
         self._load_job: _LoadJob | None = None
         self._busy_s = 0.0
+        self._trace = StageTrace()
         self._longest_slice_s = 0.0
 
     def run(self) -> None:
@@ -136,8 +138,8 @@ class Worker:
                 self._send(m.Checksums(worker=self._index, ticket=message.ticket, values=self._checksums(message)))
             case m.Adopt():
                 self._adopt(message)
-            case m.ReadStats():
-                self._send_stats(message.ticket)
+            case m.ReadStats() | m.ReadSteps():
+                self._answer(message)
             case m.ArmFailpoint():
                 self._arm(message)
             case m.Exit():
@@ -169,7 +171,9 @@ class Worker:
             )
         else:
             self._pass_on(spec.next_worker, message, hidden)
-        self._busy_s += time.perf_counter() - started
+        busy_s = time.perf_counter() - started
+        self._busy_s += busy_s
+        self._trace.computed(message.starts, message.counts, busy_s)
         if self._slices:
             self._run_slice()
 
@@ -263,6 +267,7 @@ class Worker:
         self._spec = message.spec
         self._steps.clear()
         self._hidden.clear()
+        self._trace = StageTrace()  # what came before was another stage
         torch.set_num_threads(message.threads)
 
     def _plan_release(self, handover: int) -> None:
@@ -314,6 +319,12 @@ class Worker:
             for block, valid in message.blocks
         ]
 
+    def _answer(self, question: m.ReadStats | m.ReadSteps) -> None:
+        if isinstance(question, m.ReadSteps):
+            self._send_steps(question.ticket)
+        else:
+            self._send_stats(question.ticket)
+
     def _send_stats(self, ticket: int) -> None:
         self._send(
             m.Stats(
@@ -323,6 +334,14 @@ class Worker:
                 kv_mapped_bytes=self._layers.kv_mapped_bytes(),
                 busy_s=self._busy_s,
                 longest_slice_s=self._longest_slice_s,
+            )
+        )
+
+    def _send_steps(self, ticket: int) -> None:
+        tokens, sequences, context, busy_s = self._trace.take()
+        self._send(
+            m.Steps(
+                worker=self._index, ticket=ticket, tokens=tokens, sequences=sequences, context=context, busy_s=busy_s
             )
         )
 

@@ -66,6 +66,12 @@ def _topology(client: AdminClient, screen: Screen, options: argparse.Namespace) 
     return topology(client, screen, options)
 
 
+def _profile(client: AdminClient, screen: Screen, options: argparse.Namespace) -> Exit:
+    from flexpiped.flexctl.profile_command import profile  # the other commands start without it
+
+    return profile(client, screen, options)
+
+
 def _stages(text: str) -> int | str:
     if text == "auto":
         return text
@@ -115,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     seen.add_argument("--measure", action="store_true", help="measure every pair of devices of this host, and keep it")
     seen.add_argument("--save", metavar="FILE", help="write a snapshot that the planner and this command read")
     seen.add_argument("--topology", metavar="FILE", help="show a snapshot, or a machine by name (dgx-h100)")
+
+    about = "measure what the model's layers take on this host; plans rest on it"
+    measured = known.add_parser("profile", parents=[everywhere], help=about)
+    measured.set_defaults(run=_profile)
+    measured.add_argument("--config", metavar="FILE", help="of this configuration, instead of what the daemon serves")
+    measured.add_argument("--model", metavar="DIR", help="of this model")
+    measured.add_argument("--short", action="store_true", help="a few seconds only, and less exact")
 
     happened = known.add_parser("events", parents=[everywhere], help="what happened, oldest first")
     happened.set_defaults(run=commands.events)

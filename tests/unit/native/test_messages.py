@@ -35,6 +35,7 @@ COMMANDS: list[m.WorkerCommand] = [
     m.Adopt(generation=5, spec=SPEC, threads=1),
     m.Release(handover=7),
     m.ReadStats(ticket=1),
+    m.ReadSteps(ticket=1),
     m.ArmFailpoint(name="worker.step", action="kill"),
     m.Exit(),
 ]
@@ -46,6 +47,7 @@ REPORTS: list[m.WorkerReport] = [
     m.Checksums(worker=1, ticket=9, values=[0, 2**32 - 1]),
     m.Released(worker=1, handover=7, weights_bytes=5, kv_bytes=6),
     m.Stats(worker=1, ticket=1, weights_bytes=5, kv_mapped_bytes=6, busy_s=1.25, longest_slice_s=0.004),
+    m.Steps(worker=1, ticket=1, tokens=[8], sequences=[8], context=[800], busy_s=[0.004]),
     m.Crashed(worker=1, reason="ValueError: ü"),
 ]
 
@@ -88,6 +90,7 @@ CLIENT_COMMANDS: list[c.ClientCommand] = [
     c.ReadCounters(call=2),
     c.ReadStages(call=2),
     c.ReadTrace(call=2),
+    c.ReadSteps(call=2),
     c.ArmCore(worker=-1, name="core.commit", action="raise"),
     c.Shutdown(),
 ]
@@ -103,6 +106,7 @@ CORE_REPORTS: list[c.CoreReport] = [
     c.Counters(call=2, counters=COUNTERS),
     c.Stages(call=2, stages=(STAGE,), worker_pids=(12,), longest_slice_s=0.004),
     c.Trace(call=2, ends_s=[1.5], epochs=[0], dispatches_s=[1.25]),
+    c.StageSteps(call=2, tokens=[[8]], sequences=[[8]], context=[[800]], busy_s=[[0.004]]),
     c.Fatal(reason="workers keep dying"),
 ]
 

@@ -1,0 +1,118 @@
+"""The process that measures layer times: ``python -m engines.native.layer_timing`` with one ``TimingRequest`` on stdin.
+
+It builds the engine as the core does, forks the engine's own stage workers, runs layout after layout and batch after
+batch through them, and writes a line for each to stdout.
+"""
+
+import sys
+from statistics import median
+
+import torch
+
+from engines.checkpoint import open_checkpoint
+from engines.errors import EngineError, UnsupportedByEngine
+from engines.native import timing_messages as t
+from engines.native.boot import boot
+from engines.native.options import NativeOptions
+from engines.native.timing_plan import Limits, TimedLayout, timed_batches, timed_layouts
+from engines.native.timing_rig import StageTimes, TimingRig
+from engines.process import die_with_parent, usable_cores
+from planner.errors import PlannerError
+from planner.layer_costs import Batch
+from planner.layout import Pipeline, pipeline_of
+from planner.model_families import NATIVE
+from planner.model_graph import build_model_graph
+
+
+def main() -> int:
+    """Measure, and return the exit status."""
+    request = t.decode_request(sys.stdin.buffer.readline())
+    die_with_parent(parent_pid=request.parent_pid)
+    try:
+        _measure(request)
+    except (EngineError, PlannerError, OSError) as error:
+        _say(t.TimingFailed(reason=str(error), unsupported=isinstance(error, UnsupportedByEngine | PlannerError)))
+        return 1
+    return 0
+
+
+def _measure(request: t.TimingRequest) -> None:
+    options = request.options
+    cores = options.threads or usable_cores()
+    booted = boot(options, _whole(options), epoch=0)
+    layouts = timed_layouts(device_ids=options.device_ids, num_decoders=booted.graph.num_decoders, cores=cores)
+    limits = Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=booted.limits.max_model_len,
+        kv_slots=(booted.num_blocks - 1) * options.kv_block_tokens,
+    )
+    plan = [(layout, timed_batches(limits, in_flight=layout.in_flight)) for layout in layouts]
+    rig = TimingRig(booted)
+    rig.start()
+    try:
+        _say(
+            t.TimingStarted(
+                num_points=sum(len(batches) for _, batches in plan),
+                torch_version=str(torch.__version__),
+                attention=booted.attention,
+                cores=cores,
+            )
+        )
+        _run(rig, plan, budget_s=request.budget_s)
+    finally:
+        rig.close()
+    _say(t.TimingDone())
+
+
+def _whole(options: NativeOptions) -> Pipeline:
+    """Return the pipeline of one stage, with which the engine is described; it is not what is measured."""
+    checkpoint = open_checkpoint(options.model_directory)
+    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype, engine=NATIVE)
+    return pipeline_of(device_ids=options.device_ids[:1], cuts=[], num_decoders=graph.num_decoders)
+
+
+def _run(rig: TimingRig, plan: list[tuple[TimedLayout, tuple[Batch, ...]]], *, budget_s: float) -> None:
+    done = 0
+    held: TimedLayout | None = None
+    for layout, batches in plan:
+        if held is None or (held.pipeline, held.threads) != (layout.pipeline, layout.threads):
+            rig.bring_to(layout)
+        held = layout
+        for batch in batches:
+            stages = rig.measure(batch, in_flight=layout.in_flight, budget_s=budget_s)
+            done += 1
+            observed = tuple(_observed(layout, batch, stage) for stage in stages)
+            _say(t.TimingPoint(done=done, what=_words(layout, batch), stages=observed))
+
+
+def _observed(layout: TimedLayout, batch: Batch, stage: StageTimes) -> t.StageObserved:
+    return t.StageObserved(
+        threads=layout.threads,
+        beside_others=layout.in_flight > 1,
+        num_decoders=stage.num_decoders,
+        has_embedding=stage.is_first,
+        has_head=stage.is_last,
+        tokens=batch.tokens,
+        sequences=batch.sequences,
+        context_tokens=batch.context_tokens,
+        busy_s=median(stage.busy_s),
+    )
+
+
+def _words(layout: TimedLayout, batch: Batch) -> str:
+    stages = layout.pipeline.granularity
+    where = f"{stages} stage{'s' if stages > 1 else ''}{', side by side' if layout.in_flight > 1 else ''}"
+    if batch.tokens == batch.sequences:
+        each = int(batch.context_tokens) // batch.sequences
+        return f"{where}: {batch.sequences} x 1 token of {each}"
+    return f"{where}: {batch.tokens} tokens of a prompt of {int(batch.context_tokens)}"
+
+
+def _say(report: t.TimingReport) -> None:
+    sys.stdout.buffer.write(t.encode(report) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""A profile as lines for people: progress while it is measured, then terms and how well they explain it. Pure."""
+
+from engines.native.timing_messages import TimingPoint
+from flexpiped.flexctl.text import bar, format_duration, table
+from planner.profile import Fit, Profile, Term
+
+_NANOSECONDS = 1e9
+
+
+def progress_line(point: TimingPoint, *, of: int, elapsed_s: float) -> str:
+    """Return one line: a bar, what was measured last, and how long the rest will take."""
+    left_s = elapsed_s / point.done * (of - point.done)
+    return f"{bar(point.done, of)}  {point.done}/{of}  {point.what}   {format_duration(left_s)} left"
+
+
+def profile_lines(profile: Profile) -> list[str]:
+    """Return what each term takes under each fit, and the residuals, in 80 columns."""
+    heads = ["", *(_head(fit) for fit in profile.fits)]
+    rows = [[term.value, *(_seconds(fit.seconds[term]) for fit in profile.fits)] for term in Term]
+    mean = ["mean residual", *(f"{fit.mean_residual:.1%}" for fit in profile.fits)]
+    worst = ["90 % of residuals below", *(f"{_percentile(fit, 0.9):.1%}" for fit in profile.fits)]
+    count = ["measurements", *(str(len(fit.residuals)) for fit in profile.fits)]
+    return [f"{profile.model_name}: {profile.source}", *table([heads, *rows, count, mean, worst], gap="  ")]
+
+
+def _head(fit: Fit) -> str:
+    return f"{fit.threads} thr{', beside' if fit.beside_others else ''}"
+
+
+def _seconds(value_s: float) -> str:
+    if value_s <= 0:
+        return "-"
+    if value_s < 1e-6:
+        return f"{value_s * _NANOSECONDS:.3g} ns"
+    return f"{value_s * 1e6:.3g} us" if value_s < 1e-3 else format_duration(value_s)
+
+
+def _percentile(fit: Fit, share: float) -> float:
+    ordered = sorted(map(abs, fit.residuals))
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

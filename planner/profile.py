@@ -1,0 +1,260 @@
+"""A profile: what layers of one model were measured to take, as few explained terms, and how well those explain it.
+
+A stage's time is the sum of its layers' and its own. Each is linear in what the step computes:
+
+    stage      a step (message, positions) + tokens (activations in and out)
+    embedding  tokens
+    decoder    a call (launches, weights read once) + tokens, the first few dearer than the rest + pairs attended to
+    head       a call (weights of the LM head) + rows of logits
+
+The factors are fitted to measured stages of several layouts at once, never negative, by least squares of the relative
+error, once for each number of threads, and apart for stages that compute alone and beside others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from statistics import fmean
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.errors import InvalidProfile
+from planner.layer_costs import Batch
+from planner.model_graph import Layer, LayerKind, ModelGraph
+from topology.device import Device, DeviceKind
+
+FEW_TOKENS: Final = 16  # up to here a matrix product gains much from each further row: it is bound by reading weights
+_Matrix = npt.NDArray[np.float64]
+
+
+class Term(Enum):
+    """What time is spent on; the value is its name in files and for people."""
+
+    STAGE_STEP = "stage, each step"
+    STAGE_TOKEN = "stage, each token"
+    EMBEDDING_TOKEN = "embedding, each token"
+    DECODER_CALL = "decoder, each call"
+    DECODER_FEW_TOKENS = f"decoder, each of the first {FEW_TOKENS} tokens"
+    DECODER_TOKEN = "decoder, each token"
+    DECODER_PAIR = "decoder, each pair attended"
+    HEAD_CALL = "head, each call"
+    HEAD_ROW = "head, each row of logits"
+
+
+def stage_amounts(batch: Batch) -> dict[Term, float]:
+    """Return how much of each term a stage needs beside its layers."""
+    return {Term.STAGE_STEP: 1.0, Term.STAGE_TOKEN: float(batch.tokens)}
+
+
+def layer_amounts(kind: LayerKind, batch: Batch, *, window_tokens: int | None = None) -> dict[Term, float]:
+    """Return how much of each term one layer needs."""
+    match kind:
+        case LayerKind.EMBEDDING:
+            return {Term.EMBEDDING_TOKEN: float(batch.tokens)}
+        case LayerKind.HEAD:
+            return {Term.HEAD_CALL: 1.0, Term.HEAD_ROW: float(batch.sequences)}
+        case LayerKind.DECODER:
+            return {
+                Term.DECODER_CALL: 1.0,
+                Term.DECODER_FEW_TOKENS: float(min(batch.tokens, FEW_TOKENS)),
+                Term.DECODER_TOKEN: float(batch.tokens),
+                Term.DECODER_PAIR: batch.attended(window_tokens),
+            }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One stage, one batch: the median time of its steps. ``beside_others``: other stages computed meanwhile."""
+
+    threads: int
+    beside_others: bool
+    num_decoders: int
+    has_embedding: bool
+    has_head: bool
+    batch: Batch
+    busy_s: float
+
+    def amounts(self) -> dict[Term, float]:
+        """Return how much of each term the stage's step needed."""
+        found = stage_amounts(self.batch)
+        if self.has_embedding:
+            found |= layer_amounts(LayerKind.EMBEDDING, self.batch)
+        found |= {
+            term: self.num_decoders * amount for term, amount in layer_amounts(LayerKind.DECODER, self.batch).items()
+        }
+        return found | (layer_amounts(LayerKind.HEAD, self.batch) if self.has_head else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Seconds of each term on stages of ``threads``; ``residuals`` are relative errors, one for each observation."""
+
+    threads: int
+    beside_others: bool
+    seconds: Mapping[Term, float]
+    residuals: tuple[float, ...]
+
+    @property
+    def mean_residual(self) -> float:
+        return fmean(map(abs, self.residuals))
+
+    def time_s(self, amounts: Mapping[Term, float]) -> float:
+        return sum(self.seconds[term] * amount for term, amount in amounts.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileKey:
+    """What a profile is valid for."""
+
+    model: str  # digest of what decides its times
+    dtype: str
+    engine: str
+    device_kind: DeviceKind
+    device_name: str
+    cores: int  # of all stages together
+    torch_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """The fits of one model on one kind of device. ``measured_at`` is written for people, in UTC."""
+
+    key: ProfileKey
+    model_name: str
+    measured_at: str
+    decoder_weight_bytes: int
+    fits: tuple[Fit, ...]
+
+    @property
+    def mean_residual(self) -> float:
+        return fmean(abs(each) for fit in self.fits for each in fit.residuals)
+
+    @property
+    def source(self) -> str:
+        """Return where the times come from, as a sentence."""
+        return (
+            f"measured {self.measured_at} on {self.key.device_name or self.key.device_kind.value}, {self.key.engine} "
+            f"engine, torch {self.key.torch_version} (mean residual {self.mean_residual:.1%})"
+        )
+
+    def fit_for(self, *, threads: int, beside_others: bool) -> Fit:
+        """Return the fit for stages of so many threads, else of the nearest number of threads that was measured.
+
+        Raises:
+            InvalidProfile: There is none at all.
+        """
+        if not self.fits:
+            raise InvalidProfile("the profile has no fits")
+        return min(
+            self.fits, key=lambda fit: (abs(fit.threads - threads), fit.beside_others is not beside_others, fit.threads)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredCosts:
+    """``LayerCosts`` from a profile; ``beside_others``: while other stages compute on the same host."""
+
+    profile: Profile
+    beside_others: bool = False
+
+    @property
+    def source(self) -> str:
+        return self.profile.source
+
+    def layer_s(self, layer: Layer, device: Device, batch: Batch) -> float:
+        """Raises ``InvalidProfile`` for a device of another kind, or a layer that is not the measured model's."""
+        if layer.kind is LayerKind.DECODER and layer.weight_bytes != self.profile.decoder_weight_bytes:
+            raise InvalidProfile(
+                f"the profile is of decoders of {self.profile.decoder_weight_bytes} bytes; "
+                f"{layer.name} has {layer.weight_bytes}"
+            )
+        return self._fit(device).time_s(layer_amounts(layer.kind, batch, window_tokens=layer.window_tokens))
+
+    def stage_overhead_s(self, device: Device, batch: Batch) -> float:
+        """Raises as ``layer_s``."""
+        return self._fit(device).time_s(stage_amounts(batch))
+
+    def _fit(self, device: Device) -> Fit:
+        key = self.profile.key
+        if device.kind is not key.device_kind or (device.name and device.name != key.device_name):
+            where = key.device_name or key.device_kind.value
+            raise InvalidProfile(f"the profile was measured on {where}, not on {device.name or device.id}")
+        return self.profile.fit_for(threads=device.threads or 1, beside_others=self.beside_others)
+
+
+def fit_observations(observations: Sequence[Observation]) -> tuple[Fit, ...]:
+    """Return a fit for each number of threads, alone and beside others where both were observed.
+
+    Raises:
+        InvalidProfile: There are too few observations to tell the terms apart.
+    """
+    groups: dict[tuple[int, bool], list[Observation]] = {}
+    for each in observations:
+        groups.setdefault((each.threads, each.beside_others), []).append(each)
+    if not groups:
+        raise InvalidProfile("nothing was measured")
+    return tuple(_fit(group, threads, beside) for (threads, beside), group in sorted(groups.items()))
+
+
+def _fit(group: Sequence[Observation], threads: int, beside_others: bool) -> Fit:
+    terms = list(Term)
+    if len(group) < len(terms):
+        raise InvalidProfile(f"{len(group)} measurements with {threads} threads cannot tell {len(terms)} terms apart")
+    amounts = np.array([[each.amounts().get(term, 0.0) for term in terms] for each in group])
+    times = np.array([each.busy_s for each in group])
+    seconds = non_negative_least_squares(amounts / times[:, None], np.ones(len(group)))
+    residuals = amounts @ seconds / times - 1
+    return Fit(
+        threads=threads,
+        beside_others=beside_others,
+        seconds=dict(zip(terms, seconds.tolist(), strict=True)),
+        residuals=tuple(residuals.tolist()),
+    )
+
+
+def non_negative_least_squares(matrix: _Matrix, target: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the non-negative ``x`` that minimises ``|matrix x - target|``.
+
+    Source: Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23.
+    """
+    scale = np.linalg.norm(matrix, axis=0)
+    scale[scale == 0] = 1.0
+    scaled = matrix / scale
+    count = scaled.shape[1]
+    solution, active = np.zeros(count), np.zeros(count, dtype=bool)
+    for _ in range(10 * count):
+        gradient = scaled.T @ (target - scaled @ solution)
+        gradient[active] = -np.inf
+        if active.all() or gradient.max() <= 1e-10 * max(1.0, float(np.linalg.norm(target))):
+            break
+        active[int(gradient.argmax())] = True
+        while True:
+            trial = np.zeros(count)
+            trial[active] = np.linalg.lstsq(scaled[:, active], target, rcond=None)[0]
+            negative = active & (trial <= 0)
+            if not negative.any():
+                solution = trial
+                break
+            steps = solution[negative] / np.maximum(solution[negative] - trial[negative], 1e-300)
+            solution = solution + steps.min() * (trial - solution)
+            active &= solution > 1e-15
+            solution[~active] = 0.0
+            if not active.any():
+                break
+    return np.asarray(solution / scale)
+
+
+def model_digest_fields(graph: ModelGraph) -> dict[str, object]:
+    """Return what of a model decides its times: two models alike in these share a profile."""
+    return {
+        "model_type": graph.model_type,
+        "dtype": graph.dtype,
+        "hidden_size": graph.hidden_size,
+        "vocab_size": graph.vocab_size,
+        "layers": [
+            [layer.kind.value, layer.weight_bytes, layer.kv_bytes_per_token, layer.flops_per_token]
+            for layer in graph.layers
+        ],
+    }
