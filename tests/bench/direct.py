@@ -1,16 +1,16 @@
 """The engine driven directly, without daemon and HTTP: what the other ways are compared with."""
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from engines.errors import EngineError
 from engines.native.adapter import NativeEngine
 from engines.native.options import NativeOptions
-from engines.protocol import Engine, GenerationRequest, RefactorProgress, SamplingParams
+from engines.protocol import Engine, GenerationRequest, RefactorProgress, SamplingParams, TokenChunk
 from planner.layout import Pipeline
 from tests.bench.load_messages import Load
 from tests.bench.program import DEVICES, EngineSetup
@@ -50,7 +50,7 @@ async def move(engine: Engine, target: Pipeline) -> list[RefactorProgress]:
 
 async def complete(engine: Engine, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> Load:
     """Complete all prompts at once; one time for each token."""
-    streams = [_Stream(prompt, max_tokens) for prompt in prompts]
+    streams = [_Stream(prompt, max_tokens, number) for number, prompt in enumerate(prompts)]
     started_s = time.monotonic()
     await asyncio.gather(*(stream.follow(engine) for stream in streams))
     return Load(
@@ -62,14 +62,20 @@ async def complete(engine: Engine, prompts: Sequence[Sequence[int]], *, max_toke
     )
 
 
+class Generator(Protocol):
+    """An engine, or what stands before engines."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]: ...
+
+
 class HeldStreams:
     """Streams that go on until told to stop, and that another engine can continue."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> None:
-        self._streams = [_Stream(prompt, max_tokens) for prompt in prompts]
+        self._streams = [_Stream(prompt, max_tokens, number) for number, prompt in enumerate(prompts)]
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, engine: Engine, *, warm_tokens: int) -> None:
+    async def start(self, engine: Generator, *, warm_tokens: int) -> None:
         """Begin, or go on from the tokens that are there; return when each has ``warm_tokens`` new ones."""
         wanted = [len(stream.tokens) + warm_tokens for stream in self._streams]
         self._tasks = [asyncio.create_task(stream.follow(engine)) for stream in self._streams]
@@ -109,15 +115,16 @@ class HeldStreams:
 
 
 class _Stream:
-    def __init__(self, prompt: Sequence[int], max_tokens: int) -> None:
+    def __init__(self, prompt: Sequence[int], max_tokens: int, number: int) -> None:
+        self._name = f"bench-{number}"
         self._prompt = tuple(prompt)
         self._max_tokens = max_tokens
         self.tokens: list[int] = []
         self.times_s: list[float] = []
 
-    async def follow(self, engine: Engine) -> None:
+    async def follow(self, engine: Generator) -> None:
         request = GenerationRequest(
-            request_id=f"bench-{os.getpid()}",
+            request_id=self._name,
             prompt_token_ids=self._prompt,
             generated_token_ids=tuple(self.tokens),
             sampling=SamplingParams(max_tokens=self._max_tokens, ignore_eos=True),
