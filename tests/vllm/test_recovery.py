@@ -17,13 +17,16 @@ from flexpiped.supervisor import Supervisor
 from planner.handover import HandoverPhase
 from planner.kv_route import KvPreference
 from planner.layout import Pipeline
+from planner.replica_steps import ReplicaLimits
 from tests.support.vllm import graph_of, layout, llama, options_for
 from tests.vllm.streams import Result, collect, move, run_streams, stream
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
 
 STREAMS = 32
-TOKENS, FEWER = 400, 120  # enough that all streams are under way until the last of them has been taken over
+FEWER = 120  # tokens of streams that are read to their end
+ENDLESS = 1900  # of those that are read until the handover is over, however long it takes
+PATIENT = ReplicaLimits(pace_s=60.0)
 
 
 class Made:
@@ -33,30 +36,52 @@ class Made:
         self.engines: list[VllmEngine] = []
 
     def __call__(self, pipeline: Pipeline, epoch: int) -> VllmEngine:
-        options = options_for(llama(), ranks=pipeline.granularity, kv_cache_bytes=96 << 20)
+        options = options_for(llama(), ranks=pipeline.granularity, kv_cache_bytes=256 << 20)
         self.engines.append(VllmEngine(options, pipeline, epoch=epoch, graph=graph_of(llama())))
         return self.engines[-1]
 
 
-async def through(supervisor: Supervisor, index: int, begun: asyncio.Event, max_tokens: int) -> list[int]:
-    tokens: list[int] = []
-    async with closing(supervisor.generate(stream(index, max_tokens=max_tokens))) as chunks:
-        async for chunk in chunks:
-            tokens += chunk.token_ids
-            begun.set()
-    return tokens
+class Streams:
+    """Streams through the supervisor. ``stop`` ends each at its next token."""
 
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._stopped = False
+        self._news = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.tokens: list[list[int]] = [[] for _ in range(STREAMS)]
 
-async def begin(supervisor: Supervisor, max_tokens: int) -> list["asyncio.Task[list[int]]"]:
-    """Start all streams and return when each has a token."""
-    begun = [asyncio.Event() for _ in range(STREAMS)]
-    tasks = [asyncio.create_task(through(supervisor, index, begun[index], max_tokens)) for index in range(STREAMS)]
-    await asyncio.gather(*(event.wait() for event in begun))
-    return tasks
+    async def begin(self, max_tokens: int) -> None:
+        """Start all and return when each has a token."""
+        begun = [asyncio.Event() for _ in range(STREAMS)]
+        self._tasks = [asyncio.create_task(self._read(index, max_tokens, begun[index])) for index in range(STREAMS)]
+        await asyncio.gather(*(event.wait() for event in begun))
 
+    async def _read(self, index: int, max_tokens: int, begun: asyncio.Event) -> None:
+        async with closing(self._supervisor.generate(stream(index, max_tokens=max_tokens))) as chunks:
+            async for chunk in chunks:
+                self.tokens[index] += chunk.token_ids
+                begun.set()
+                self._news.set()
+                if self._stopped:
+                    return
 
-async def assert_unchanged(tasks: list["asyncio.Task[list[int]]"], expected: Result, max_tokens: int) -> None:
-    assert await asyncio.gather(*tasks) == [tokens[:max_tokens] for tokens, _ in expected]
+    async def gain(self, count: int) -> None:
+        """Return when each has got so many tokens more."""
+        wanted = [len(tokens) + count for tokens in self.tokens]
+        while any(len(tokens) < enough for tokens, enough in zip(self.tokens, wanted, strict=True)):
+            self._news.clear()
+            await self._news.wait()
+
+    async def stop(self) -> None:
+        self._stopped = True
+        await self.end()
+
+    async def end(self) -> None:
+        await asyncio.gather(*self._tasks)
+
+    def assert_begin_of(self, expected: Result) -> None:
+        assert self.tokens == [tokens[: len(got)] for got, (tokens, _) in zip(self.tokens, expected, strict=True)]
 
 
 async def copied_by_hand(first: VllmEngine, second: VllmEngine, *, salt: int) -> list[int]:
@@ -97,29 +122,32 @@ async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None
     supervisor = Supervisor(factory=made, pipeline=layout(4))
     await supervisor.start()
     try:
-        expected = await run_streams(made.engines[0], count=STREAMS, max_tokens=TOKENS)
-        streams = []
-        runner = ReplicaRunner(supervisor, layout(3, 6), carrier=KvCarrier(preference=KvPreference.COPY))
+        moved, killed = Streams(supervisor), Streams(supervisor)
+        carrier = KvCarrier(preference=KvPreference.COPY)
         message = ""
-        async for report in runner.run():
+        async for report in ReplicaRunner(supervisor, layout(3, 6), carrier=carrier, limits=PATIENT).run():
             message = report.message
             if message == "second instance: ready":
                 await assert_control_fails(made.engines[0], made.engines[1])
                 await made.engines[1].arm_failpoint("worker.kv_open", "fail", rank=1)
-                streams = await begin(supervisor, TOKENS)
+                await moved.begin(ENDLESS)
         assert (supervisor.pipeline, len(made.engines)) == (layout(3, 6), 2)
-        how = (
-            r"the second instance serves, 32 of 32 requests taken over: 31 KV copied \([0-9.]+ MiB\), 1 computed again"
-        )
-        assert re.fullmatch(how, message), message
-        moved = await move(made.engines[1], layout(2, 6))
-        assert moved[-1].phase is HandoverPhase.DONE
-        await assert_unchanged(streams, expected, TOKENS)
+        taken = "the second instance serves, 32 of 32 requests taken over"
+        assert re.fullmatch(rf"{taken}: 31 KV copied \([0-9.]+ [KM]iB\), 1 computed again", message), message
+        assert (await move(made.engines[1], layout(2, 6)))[-1].phase is HandoverPhase.DONE
+        await moved.gain(10)
+        await moved.stop()
 
-        streams = await begin(supervisor, FEWER)
+        await killed.begin(FEWER)
         os.kill(made.engines[1].pids["core"], signal.SIGKILL)
-        await assert_unchanged(streams, expected, FEWER)
+        await killed.end()
         assert supervisor.engine is made.engines[2]
         assert supervisor.pipeline == layout(2, 6)
+
+        longest = max(FEWER, *(len(tokens) for tokens in moved.tokens))
+        undisturbed = await run_streams(made.engines[2], count=STREAMS, max_tokens=longest)
+        moved.assert_begin_of(undisturbed)
+        killed.assert_begin_of(undisturbed)
+        assert {len(tokens) for tokens in killed.tokens} == {FEWER}
     finally:
         await supervisor.close()
