@@ -2,7 +2,7 @@
 
 API server -> engine core -> worker, as real processes that only sleep; the token channel is real. ``FAKE_VLLM`` says
 what is wrong with it: ``refuse`` (ends at start with an error), ``silent`` (is never ready), ``stuck`` (answers calls,
-but gives no token), ``deaf`` (does not even answer calls once it is ready).
+but gives no token), ``deaf`` (does not even answer calls once it is ready), ``miserly`` (hands no KV cache over).
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Fake:
                 "op": "ready", "vllm_version": "0.32.0", "max_model_len": 64, "vocab_size": 100, "eos_token_ids": [1],
                 "pids": {"api": os.getpid(), "core": self.core.pid, "workers": [self.worker_pid], "helpers": []},
                 "pp_size": 1, "tp_size": 1, "refactor_refusal": "it is a fake", "num_kv_blocks": 9,
-                "kv_block_tokens": 32,
+                "kv_block_tokens": 32, "kv_form": "of a fake", "kv_refusal": "",
             }
         )  # fmt: skip
         while line := await reader.readline():
@@ -69,7 +69,7 @@ class Fake:
                     if task := self.tasks.pop(message["key"], None):
                         task.cancel()
                 case "core":
-                    send({"op": "reply", "call": message["call"], "result": self.counters()})
+                    send({"op": "reply", "call": message["call"], **self.answer(message["method"], message["args"])})
 
     async def stream(self, send: Any, key: int, known: int, count: int) -> None:
         for i in range(count):
@@ -78,6 +78,16 @@ class Fake:
             finish = "length" if i + 1 == count else None
             send({"op": "outputs", "items": [[key, [known + i], finish, [-0.5]]]})
         del self.tasks[key]
+
+    def answer(self, method: str, args: list[Any]) -> dict[str, Any]:
+        if not method.startswith("flexpiped_kv_"):
+            return {"result": self.counters()}
+        if BEHAVIOUR == "miserly":
+            return {"error": "it keeps its KV cache"}
+        if method != "flexpiped_kv_export":
+            return {"result": {}}
+        (Path(args[1]) / "layer.0").write_bytes(bytes(64))
+        return {"result": {"num_tokens": 4, "num_bytes": 64}}
 
     def counters(self) -> dict[str, int]:
         names = ("kv_blocks_used", "prompt_tokens_total", "generated_tokens_total", "preemptions_total")

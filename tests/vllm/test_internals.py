@@ -21,16 +21,62 @@ print("changed:", internals.check())
 internals.model_utils.make_layers = make_layers
 internals._missing = "cannot import name 'get_pp_group'"
 print("missing:", internals.check())
+print("connector as it is:", internals.check_connector())
+internals.VERSION = "0.99.1"
+print("connector unknown:", internals.check_connector())
+"""
+_CONNECTOR = """
+from types import SimpleNamespace as N
+from flexpiped_vllm.kv_connector import make_connector
+config = N(kv_transfer_config=None, cache_config=N(block_size=4),
+           scheduler_config=N(disable_hybrid_kv_cache_manager=False))
+connector = make_connector(config, None)
+loads = []
+connector.load = lambda *load: loads.append(load)
+connector.offer("/dev/shm/a", 10)
+request = N(kv_transfer_params={"flexpiped": "/dev/shm/a"}, num_tokens=13)
+blocks = N(get_block_ids=lambda: ([7, 8, 9, 5],))
+def asked(request, cached):
+    tokens, later = connector.get_num_new_matched_tokens(request, cached)
+    connector.update_state_after_alloc(request, blocks, tokens)
+    connector.build_connector_meta(None)
+    found, loads[:] = list(loads), []
+    return tokens, later, found
+print("nothing cached:", asked(request, 0))
+print("a block cached:", asked(request, 4))
+print("more cached:", asked(request, 12))
+print("fewer tokens known:", asked(N(**{**vars(request), "num_tokens": 7}), 0))
+print("another request:", asked(N(kv_transfer_params=None, num_tokens=13), 0))
+print("ended:", connector.request_finished_all_groups(request, ([7],)), config.kv_transfer_config)
+print("withdrawn:", connector.withdraw("/dev/shm/a"), asked(request, 0))
 """
 
 
-def test_an_unknown_vllm_is_refused_for_moves_in_place() -> None:
+def said_by(script: str) -> dict[str, str]:
+    """Run a script in vLLM's interpreter, and return what it printed after each heading."""
     environment = {"PYTHONPATH": str(PLUGIN), "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     done = subprocess.run(
-        [interpreter(), "-c", _SCRIPT], env=environment, capture_output=True, text=True, timeout=180, check=True
+        [interpreter(), "-c", script], env=environment, capture_output=True, text=True, timeout=180, check=True
     )
-    said = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
-    assert said["as it is"].strip() == ""
+    lines = [line.split(":", 1) for line in done.stdout.splitlines() if ":" in line]
+    return {heading: words.strip() for heading, words in lines}
+
+
+def test_a_request_is_loaded_as_far_as_its_kv_cache_goes() -> None:
+    said = said_by(_CONNECTOR)
+    assert said["nothing cached"] == "(10, False, [('/dev/shm/a', 0, [7, 8, 9])])"
+    assert said["a block cached"] == "(6, False, [('/dev/shm/a', 1, [8, 9])])"
+    assert said["more cached"] == "(0, False, [])"
+    assert said["fewer tokens known"] == "(6, False, [('/dev/shm/a', 0, [7, 8])])"  # the last is always computed
+    assert said["another request"] == "(0, False, [])"
+    assert said["ended"] == "(False, None) None"
+    assert said["withdrawn"] == "False (0, False, [])"
+
+
+def test_an_unknown_vllm_is_refused_for_moves_in_place() -> None:
+    said = said_by(_SCRIPT)
+    assert said["as it is"] == said["connector as it is"] == ""
+    assert "vLLM 0.99.1 is not a version that copies of KV were tested with (0.32.0)" in said["connector unknown"]
     assert "vLLM 0.99.1 is not a version that moves in place were tested with (0.32.0)" in said["unknown"]
     assert "make_layers(num_hidden_layers, layer_fn, prefix) is not what it was" in said["changed"]
     assert "0.32.0: cannot import name 'get_pp_group'" in said["missing"]

@@ -1,12 +1,13 @@
 """A request in vLLM's words."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engines.errors import InvalidRequest
 from engines.fake import FAKE_CAPABILITIES
-from engines.protocol import GenerationRequest, SamplingParams
+from engines.protocol import GenerationRequest, KvParcel, SamplingParams
 from engines.vllm.sampling import to_vllm, tokens_left
 
 PARAMS = SamplingParams(
@@ -18,6 +19,15 @@ def request(sampling: SamplingParams = PARAMS, *, generated: tuple[int, ...] = (
     return GenerationRequest(
         request_id="x", prompt_token_ids=(1, 2, 3), sampling=sampling, generated_token_ids=generated
     )
+
+
+def test_a_kv_cache_is_named_to_vllms_connector() -> None:
+    parcel = KvParcel(directory=Path("/dev/shm/x/1"), num_tokens=4, num_bytes=64)
+    wire = to_vllm(replace(request(), kv=parcel), max_tokens=20)
+    assert wire["extra_args"] == {"kv_transfer_params": {"flexpiped": "/dev/shm/x/1"}}
+    sampling = replace(PARAMS, engine_params={"extra_args": {"mine": 1}})
+    wire = to_vllm(replace(request(sampling), kv=parcel), max_tokens=20)
+    assert wire["extra_args"] == {"mine": 1, "kv_transfer_params": {"flexpiped": "/dev/shm/x/1"}}
 
 
 def test_every_field_has_its_name() -> None:
