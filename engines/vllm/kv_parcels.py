@@ -18,6 +18,14 @@ _PREFIX: Final = "flexpiped-kv-"
 _DEADLINE_S: Final = 30.0  # a step that takes longer holds everything up, not the copy
 
 
+def _room_bytes() -> int:
+    """Return what one request's KV cache may take: shared memory is memory, and half of what is free stays free."""
+    free = shutil.disk_usage(_SHM).free
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), free)
+    return min(free, available) // 2
+
+
 class VllmKvParcels:
     """What one vLLM has written or may load.
 
@@ -45,7 +53,7 @@ class VllmKvParcels:
             raise KvTransferFailed(f"{_SHM} cannot be written: {error.strerror}") from error
         parcel = KvParcel(directory=directory, num_tokens=0, num_bytes=0)
         try:
-            written = await self._call("export", name, str(directory), shutil.disk_usage(_SHM).free)
+            written = await self._call("export", name, str(directory), await asyncio.to_thread(_room_bytes))
         except BaseException:
             await self.forget(parcel)
             raise
