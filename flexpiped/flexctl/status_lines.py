@@ -109,6 +109,8 @@ def _pss(workers: list[Mapping[str, Any]]) -> str:
 def _handover(record: Mapping[str, Any], now_unix_s: float, paint: Paint) -> str:
     age = format_age(now_unix_s - record["finished_unix_s"])
     head = f"handover #{record['number']}".ljust(15)
+    if record.get("engine_after"):
+        head += f"{record['engine_before']} -> {record['engine_after']}, "
     head += f"{record['stages_before']} -> {record['stages_after']} stages, {age} ago: "
     if record["result"] != "done":
         return head + paint(record["result"], Colour.RED) + f", {record['message']}"
@@ -120,10 +122,8 @@ def handover_facts(record: Mapping[str, Any]) -> list[str]:
     facts = [plural(record["layers_moved"], "layer")]
     progress = record["progress"]
     if record.get("way") == "replica":
-        facts = ["by replica"]
-        if progress is not None:
-            facts.append(f"{plural(progress['requests_live'], 'request')} went on")
-    elif progress is not None:
+        return ["by replica", record["message"].removeprefix("the second instance serves, ")]
+    if progress is not None:
         facts.append(f"{format_bytes(progress['weights_bytes'])} weights")
         rounds = len(progress["kv_round_bytes"])
         facts.append(f"{format_bytes(progress['kv_bytes'])} KV in {plural(rounds, 'round')}")

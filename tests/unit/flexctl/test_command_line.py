@@ -212,7 +212,7 @@ async def test_more_ranks_than_are_resident_take_a_second_instance(tmp_path: Pat
         rf"done in {took}, 0 requests went on\n",
         ran.out,
     )
-    assert "handover #1    2 -> 4 stages, 0 s ago: by replica, 0 requests went on" in status.out
+    assert "handover #1    2 -> 4 stages, 0 s ago: by replica, no request to take over" in status.out
 
 
 async def test_a_second_instance_that_does_not_fit_is_refused_with_the_numbers(tmp_path: Path) -> None:

@@ -108,9 +108,14 @@ def test_missing_values_say_why() -> None:
 
 
 def test_a_replica_handover_moved_no_layer() -> None:
-    lines = status_lines(SERVING | {"last_handover": RECORD | {"way": "replica"}}, now_unix_s=1_000.0)
+    how = "8 of 8 requests taken over: 5 KV copied (41 MiB), 3 computed again"
+    by_replica = RECORD | {"way": "replica", "message": f"the second instance serves, {how}"}
+    lines = status_lines(SERVING | {"last_handover": by_replica}, now_unix_s=1_000.0)
+    assert f"handover #12   4 -> 2 stages, 0 s ago: by replica, {how}" in lines
 
-    assert "handover #12   4 -> 2 stages, 0 s ago: by replica, 8 requests went on" in lines
+    other = by_replica | {"engine_before": "native", "engine_after": "vllm"}
+    lines = status_lines(SERVING | {"last_handover": other}, now_unix_s=1_000.0)
+    assert f"handover #12   native -> vllm, 4 -> 2 stages, 0 s ago: by replica, {how}" in lines
 
 
 def test_an_aborted_handover_says_why() -> None:
