@@ -125,6 +125,7 @@ class StageStatus:
     weights_bytes: int
     kv_mapped_bytes: int
     busy: float | None
+    runs: str = ""  # "compiled" or "eager" where the engine has both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from engines.native.options import NativeOptions
 from engines.protocol import Engine
 from engines.vllm.options import VllmOptions
 from engines.vllm.ranks import Ranks, rank_devices, widened
+from engines.vllm.recompile import Recompilation
 from flexpiped import log_events
 from flexpiped.config_values import Auto
 from flexpiped.hardware import host_topology, memory_of_one
@@ -91,16 +92,25 @@ def kv_cache_bytes(settings: Settings) -> int:
     return (engines.vllm if settings.engine is EngineKind.VLLM else engines.native).kv_cache_bytes
 
 
-def engine_factory(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
+def ignore_news(_news: str) -> None:
+    """Tell nobody."""
+
+
+def engine_factory(
+    settings: Settings, model: Model, *, on_news: Callable[[str], object] = ignore_news
+) -> Callable[[Pipeline, int], Engine]:
     """Return what makes an engine, not started yet, for the pipeline and epoch to begin with.
 
     It looks for devices now, which may block, and the engines that it makes later are on those.
+
+    Args:
+        on_news: Told what operators should know of an engine that runs, one sentence each.
     """
     match settings.engine:
         case EngineKind.NATIVE:
             return _native(settings, model)
         case EngineKind.VLLM:
-            return _Vllm(settings, model)
+            return _Vllm(settings, model, on_news)
         case EngineKind.FAKE:
             return _fake(settings, model)
         case _:
@@ -145,10 +155,11 @@ def native_options(settings: Settings, model: Model) -> NativeOptions:
 class _Vllm:
     """Makes vLLM engines. Ranks stay the same over restarts, for as long as they can run the pipeline."""
 
-    def __init__(self, settings: Settings, model: Model) -> None:
+    def __init__(self, settings: Settings, model: Model, on_news: Callable[[str], object]) -> None:
         self._settings = settings
         self._model = model
         self._devices = devices_of(settings)
+        self._on_news = on_news
         self._known: list[Ranks] = []  # of all instances so far, the last first
 
     def __call__(self, pipeline: Pipeline, epoch: int) -> Engine:
@@ -168,6 +179,7 @@ class _Vllm:
             on_log=lambda line: log_events.engine_log(
                 engine="vllm", level=line.level, process=line.process, message=line.message
             ),
+            on_recompiled=self._note_recompiled,
         )
 
     def _refuse_too_small_a_cache(self) -> None:
@@ -178,6 +190,18 @@ class _Vllm:
             raise UnsupportedByEngine(
                 f"engines.vllm.kv_cache: a sequence of max_model_len {wanted} needs {needed}, offered are {offered}"
             )
+
+    def _note_recompiled(self, ended: Recompilation) -> None:
+        if ended.stall_s is None:
+            log_events.engine_stays_eager(ranks=ended.ranks, reason=ended.reason)
+        else:
+            log_events.engine_compiled_again(
+                ranks=ended.ranks,
+                after_s=ended.duration_s,
+                compile_s=ended.compile_s,
+                load_stall_s=ended.stall_s,
+            )
+        self._on_news(ended.message)
 
     def _widened(self, pipeline: Pipeline) -> Pipeline:
         devices = [device.id for device in self._devices]

@@ -3,10 +3,11 @@
 What an engine is to be told comes from its own part of the configuration, whichever engine the daemon started with.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engines.errors import UnsupportedByEngine
-from flexpiped.engine_factory import Model, devices_of, engine_factory, find_files, kv_cache_bytes
+from flexpiped.engine_factory import Model, devices_of, engine_factory, find_files, ignore_news, kv_cache_bytes
 from flexpiped.settings import EngineKind, Settings
 from flexpiped.supervisor import EngineFactory
 from flexpiped.target_resolver import PlannerResolver
@@ -26,12 +27,16 @@ class EngineOffers:
     Args:
         source: Of the model.
         model: As the configured engine has it.
+        on_news: Told what operators should know of an engine that runs, one sentence each.
     """
 
-    def __init__(self, settings: Settings, *, source: str, model: Model) -> None:
+    def __init__(
+        self, settings: Settings, *, source: str, model: Model, on_news: Callable[[str], object] = ignore_news
+    ) -> None:
         self._settings = settings
         self._source = source
-        self._made = {settings.engine: _offer(settings, model)}
+        self._on_news = on_news
+        self._made = {settings.engine: self._offer(settings, model)}
 
     def of(self, name: str) -> EngineOffer:
         """Return the engine of that name.
@@ -48,14 +53,13 @@ class EngineOffers:
         if kind is EngineKind.VLLM and self._settings.engines.vllm.python is None:
             raise UnsupportedByEngine('engine "vllm" needs engines.vllm.python: an interpreter that has vLLM')
         settings = replace(self._settings, engine=kind)
-        made = _offer(settings, find_files(settings, source=self._source))
+        made = self._offer(settings, find_files(settings, source=self._source))
         return self._made.setdefault(kind, made)
 
-
-def _offer(settings: Settings, model: Model) -> EngineOffer:
-    return EngineOffer(
-        factory=engine_factory(settings, model),
-        resolver=PlannerResolver(
-            graph=model.graph, devices=devices_of(settings), kv_cache_bytes=kv_cache_bytes(settings)
-        ),
-    )
+    def _offer(self, settings: Settings, model: Model) -> EngineOffer:
+        return EngineOffer(
+            factory=engine_factory(settings, model, on_news=self._on_news),
+            resolver=PlannerResolver(
+                graph=model.graph, devices=devices_of(settings), kv_cache_bytes=kv_cache_bytes(settings)
+            ),
+        )

@@ -15,7 +15,7 @@ from typing import Any
 
 class EventKind(Enum):
     DAEMON = "daemon"  # started, ready, reloaded, draining, stopped
-    ENGINE = "engine"  # started, died, restarted
+    ENGINE = "engine"  # started, died, restarted, compiled again after a move
     REFACTORING = "refactoring"  # asked for, progress, done, refused, aborted
     DEVICES = "devices"  # a GPU appeared, left or got worse
     MISSED = "missed"  # events that this follower can no longer get

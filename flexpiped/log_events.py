@@ -42,6 +42,21 @@ def engine_log(*, engine: str, level: str, process: str, message: str) -> None:
     _log.log(logging.getLevelNamesMapping()[level.upper()], message, engine=engine, process=process)
 
 
+def engine_compiled_again(*, ranks: Sequence[int], after_s: float, compile_s: float, load_stall_s: float) -> None:
+    """After a move. Steps ran eagerly for ``after_s`` and stood still for ``load_stall_s``."""
+    _log.info(
+        "compiled again after a move",
+        ranks=list(ranks),
+        after_s=round(after_s, 3),
+        compile_s=round(compile_s, 3),
+        load_stall_s=round(load_stall_s, 4),
+    )
+
+
+def engine_stays_eager(*, ranks: Sequence[int], reason: str) -> None:
+    _log.warning("stays eager after a move", ranks=list(ranks), reason=reason)
+
+
 def text_process_died(*, reason: str) -> None:
     _log.warning("text process died, starting it again", reason=reason)
 

@@ -181,7 +181,13 @@ class Service:
     async def _start_supervisor(self, stack: AsyncExitStack, model: Model) -> Supervisor:
         settings = self._settings
         self._progress("planning the layout")
-        offers = await asyncio.to_thread(EngineOffers, settings, source=self.source, model=model)
+        offers = await asyncio.to_thread(
+            EngineOffers,
+            settings,
+            source=self.source,
+            model=model,
+            on_news=lambda news: self.events.publish(EventKind.ENGINE, news),
+        )
         configured = offers.of(settings.engine.value)
         pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
         supervisor = Supervisor(

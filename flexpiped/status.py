@@ -150,6 +150,7 @@ def stages_to_wire(stages: Sequence[StageStatus]) -> list[dict[str, Any]]:
             "weights_bytes": stage.weights_bytes,
             "kv_mapped_bytes": stage.kv_mapped_bytes,
             "busy": stage.busy,
+            "runs": stage.runs,
             "workers": [{"pid": pid, "pss_bytes": memory_pss_bytes(pid)} for pid in stage.pids],
         }
         for stage in stages

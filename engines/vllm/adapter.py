@@ -32,6 +32,7 @@ from engines.vllm.logs import LogLine, progress_of, takes_long
 from engines.vllm.options import VllmOptions
 from engines.vllm.own_server import own_server
 from engines.vllm.ranks import Ranks, boot_counts
+from engines.vllm.recompile import Recompilation
 from engines.vllm.sampling import to_vllm, tokens_left
 from engines.vllm.server import VllmServer
 from engines.vllm.status import StageReader
@@ -46,7 +47,7 @@ _DEPARTED: Final = Departed()  # of this daemon, whose restarts and second insta
 _STARTS: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = WeakKeyDictionary()
 
 
-def _ignore(_line: LogLine) -> None:
+def _ignore(_news: object) -> None:
     pass
 
 
@@ -59,6 +60,7 @@ class VllmEngine:
     Args:
         graph: The model, for the memory of a refactoring; without it none is done.
         on_log: Told each line that vLLM writes.
+        on_recompiled: Told after a move in compiled mode how the return to compiled code ended.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class VllmEngine:
         epoch: int = 0,
         graph: ModelGraph | None = None,
         on_log: Callable[[LogLine], None] = _ignore,
+        on_recompiled: Callable[[Recompilation], None] = _ignore,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
@@ -77,6 +80,7 @@ class VllmEngine:
         self._epoch = epoch
         self._graph = graph
         self._on_log = on_log
+        self._on_recompiled = on_recompiled
         self._clock = clock
         self._on_progress: Callable[[str], None] = lambda _message: None
         self._capabilities: EngineCapabilities | None = None
@@ -236,6 +240,15 @@ class VllmEngine:
         reply: Message = await self._core("trace")
         return reply
 
+    async def recompiled(self) -> None:
+        """Return when no return to compiled code is under way."""
+        await self._ready_handovers().recompiler.wait()
+
+    async def rank_status(self, rank: int) -> Message:
+        """Return what one rank says of itself."""
+        status: Message = await self._sides[rank].call("status")
+        return status
+
     async def arm_failpoint(self, name: str, action: str, *, rank: int | None = None) -> None:
         """Arm a failpoint in the engine core, or in the worker of one rank; an empty name disarms all there."""
         assert self._channel is not None
@@ -312,6 +325,7 @@ class VllmEngine:
             refusal=info["refactor_refusal"],
             requests_live=lambda: len(self._streams),
             on_crash=self._note_death,
+            on_recompiled=self._on_recompiled,
         )
         self._parcels = VllmKvParcels(channel, run_directory=self.run_directory, name_of=self._name_in_core)
         self._capabilities = EngineCapabilities(

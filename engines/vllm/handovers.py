@@ -10,6 +10,7 @@ from engines.vllm.channel import CallFailed, Channel, ChannelClosed
 from engines.vllm.handover import MoveSpec, VllmHandover
 from engines.vllm.options import VllmOptions, num_kv_blocks
 from engines.vllm.ranks import Ranks
+from engines.vllm.recompile import Recompilation, Recompiler
 from planner.handover import HandoverLimits, HandoverPhase
 from planner.layout import Pipeline
 from planner.memory import KvBudget, check_memory
@@ -30,6 +31,7 @@ class VllmHandovers:
         refusal: Why vLLM as it runs cannot move layers; empty when it can.
         requests_live: How many requests are in flight.
         on_crash: Told when ranks may disagree about the layout in force: the engine is replaced.
+        on_recompiled: Told how each return to compiled code ended, after a move in compiled mode.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class VllmHandovers:
         refusal: str,
         requests_live: Callable[[], int],
         on_crash: Callable[[str], None],
+        on_recompiled: Callable[[Recompilation], None],
     ) -> None:
         self.pipeline = pipeline
         self.epoch = epoch
@@ -56,6 +59,9 @@ class VllmHandovers:
         self._refusal = refusal or ("" if graph is not None else "the layers of this model are not understood")
         self._requests_live = requests_live
         self._on_crash = on_crash
+        self.recompiler = Recompiler(
+            channel, side_channels, on_end=on_recompiled, on_crash=on_crash, deadline_s=options.start_deadline_s
+        )
         self._numbers = count(1)
         self._is_checking = False
         self._running: VllmHandover | None = None
@@ -115,6 +121,7 @@ class VllmHandovers:
 
     def end(self, error: EngineError) -> None:
         """The engine has died or was closed: who waits for a refactoring learns ``error``."""
+        self.recompiler.end()
         if self._task is not None and not self._task.done():
             self._task.cancel()
             self._queue.put_nowait(error)
@@ -122,11 +129,14 @@ class VllmHandovers:
     # --- inside ---
 
     async def _run(self, handover: VllmHandover, queue: asyncio.Queue[RefactorProgress | EngineError | None]) -> None:
+        await self.recompiler.stop()  # what it compiles is not wanted any more
         try:
             state = (await handover.run()).state
         finally:
             self._running = None
             self.refactorings_total += 1
+        if self._options.compile:  # also after a rollback: a move before it may have left ranks eager
+            self.recompiler.begin(self._ranks.counts_of(self.pipeline))
         aborted = state.phase is HandoverPhase.ABORTED
         queue.put_nowait(RefactoringAborted(state.reason or "rolled back") if aborted else None)
 

@@ -1,7 +1,7 @@
 """What each stage is and does, from the workers' side channels."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from engines.protocol import StageStatus
 from engines.vllm.channel import Channel, Message
@@ -37,6 +37,7 @@ class StageReader:
             weights_bytes=sum(answers[rank]["weights_bytes"] for rank in group),
             kv_mapped_bytes=sum(answers[rank]["kv_mapped_bytes"] for rank in group),
             busy=max(busy) if busy else None,
+            runs=_together([answers[rank]["runs"] for rank in group]),
         )
 
     def _busy(self, rank: int, busy_s: float) -> float | None:
@@ -46,3 +47,8 @@ class StageReader:
         if before is None or now_s <= before[0]:
             return None
         return min(1.0, max(0.0, (busy_s - before[1]) / (now_s - before[0])))
+
+
+def _together(runs: Sequence[str]) -> str:
+    """Return what a stage runs: eager until all its ranks are compiled."""
+    return "eager" if "eager" in runs else next(iter(runs), "")

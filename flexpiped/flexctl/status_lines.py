@@ -89,6 +89,9 @@ def _stage_table(status: Mapping[str, Any]) -> list[str]:
         )
         for stage in status["stages"]
     ]
+    if any(stage.get("runs") for stage in status["stages"]):
+        runs = ("runs", *(stage.get("runs") or _NOT_REPORTED for stage in status["stages"]))
+        return table([(*row, what) for row, what in zip(rows, runs, strict=True)], gap="  ")
     return table(rows, gap="  ")
 
 

@@ -92,7 +92,7 @@ class Conductor:
         return {
             "core_pid": os.getpid(),
             "worker_pids": [rank["pid"] for rank in self._ranks],
-            "helper_pids": [rank["helper_pid"] for rank in self._ranks if rank["helper_pid"]],
+            "helper_pids": [pid for rank in self._ranks for pid in rank["helper_pids"]],
             "refactor_refusal": refusals[0] if refusals else "",
             "kv_form": self.kv.form,
             "kv_refusal": self.kv.refusal,
@@ -158,8 +158,7 @@ class Conductor:
         handover = self._of(number)
         held_s = time.monotonic()
         self._failpoints.hit("core.drain")
-        for future, *_ in self._core.batch_queue or ():
-            future.result()  # kept for the step that takes the result in
+        self._drain()
         drained_s = time.monotonic()
         self._failpoints.hit("core.commit")
         blocks = handover.tracker.take(self._live())
@@ -195,6 +194,29 @@ class Conductor:
             "switch_s": time.monotonic() - drained_s,
             "remainder_blocks": len(blocks),
         }
+
+    def load_compiled(self, deadline_s: float) -> dict[str, Any]:
+        """Have the ranks that fell back to eager load their compiled code, and all use it from the same step on.
+
+        Returns ``{"crash": reason}`` when a rank did not answer.
+
+        Raises:
+            RuntimeError: A rank could not load, or a handover is under way. All stay as they are.
+        """
+        if self._handover is not None:
+            raise RuntimeError("a handover is under way")
+        self._drain()
+        started_s = time.monotonic()
+        try:
+            try:
+                answers = self._ask_all("flexpiped_load_compiled", wait_s=deadline_s)
+            except RuntimeError:
+                self._ask_all("flexpiped_use_compiled", False, wait_s=deadline_s)
+                raise
+            self._ask_all("flexpiped_use_compiled", True, wait_s=deadline_s)
+        except TimeoutError as error:
+            return {"crash": f"a rank did not load its compiled code within {deadline_s:g} s: {error}"}
+        return {"stall_s": time.monotonic() - started_s, "load_s": max(answer["load_s"] for answer in answers)}
 
     def pause(self) -> dict[str, Any]:
         """Return the commit pause: from the last result of the old epoch to the first dispatch of the new one."""
@@ -259,6 +281,11 @@ class Conductor:
 
     def _buffer_free(self, source: _Source) -> bool:
         return all(ticket % BUFFERS != source.next_ticket % BUFFERS for ticket in source.outstanding)
+
+    def _drain(self) -> None:
+        """Wait for the steps in flight; their results are kept for the step that takes them in."""
+        for future, *_ in self._core.batch_queue or ():
+            future.result()
 
     def _ask_all(self, method: str, *args: Any, wait_s: float) -> list[dict[str, Any]]:
         """Call all ranks between two steps. They never raise, which would leave answers of others in the queues."""

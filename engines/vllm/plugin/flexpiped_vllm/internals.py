@@ -4,8 +4,13 @@ Nothing outside this module imports from vllm. ``SUPPORTED`` are the versions wh
 another one vLLM is served as it is, and moves in place are refused with the version in the message.
 """
 
+import hashlib
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +26,25 @@ from vllm.v1.worker.gpu_worker import Worker as VllmGPUWorker
 
 _missing = ""
 try:  # what only moves in place need: a vLLM without it is served all the same
-    from vllm.config import set_current_vllm_config
+    from torch._dynamo.aot_compile import AOTCompiledFunction
+    from vllm import envs
+    from vllm.compilation.caching import aot_compile_hash_factors
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.compilation.decorators import _model_hash_key, _verify_source_unchanged
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper, reset_compile_wrapper
+    from vllm.config import CompilationMode, CUDAGraphMode, set_current_vllm_config
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+    from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
     from vllm.model_executor.models import utils as model_utils
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
     from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.workspace import unlock_workspace
 except ImportError as error:
     _missing = str(error)
 
@@ -50,6 +65,7 @@ _PREPARE_PARAMETERS = 5
 __all__ = [
     "SUPPORTED",
     "VERSION",
+    "CUDAGraphWrapper",
     "EngineCore",
     "EngineCoreProc",
     "EngineCoreRequestType",
@@ -63,21 +79,28 @@ __all__ = [
     "VLLMError",
     "VllmCPUWorker",
     "VllmGPUWorker",
+    "artifact_path",
     "check",
     "check_connector",
+    "choose_custom_ops",
     "create_scheduler_connector",
     "get_model_loader",
     "get_pp_group",
     "get_tp_group",
+    "has_cuda_graphs",
+    "is_compiled",
+    "load_compiled",
     "model_utils",
     "process_weights_after_loading",
     "refusal_of_config",
     "refusal_of_groups",
     "refusal_of_kv_copy",
+    "reset_compile_wrapper",
     "safetensors_files",
     "set_current_vllm_config",
     "set_default_torch_dtype",
     "torch_threads",
+    "unlock_workspace",
 ]
 
 
@@ -115,7 +138,39 @@ def _expectations() -> list[tuple[str, bool]]:
             "process_weights_after_loading(model, model_config, target_device)",
             _parameters(process_weights_after_loading) == ["model", "model_config", "target_device"],
         ),
+        *_expectations_of_compiled_mode(),
     ]
+
+
+def _expectations_of_compiled_mode() -> list[tuple[str, bool]]:
+    runner, dispatch = GPUModelRunner, CustomOp.dispatch_forward
+    return [
+        ("compilation.caching.aot_compile_hash_factors(vllm_config)", _takes(aot_compile_hash_factors, "vllm_config")),
+        ("compilation.decorators._model_hash_key(fn)", _takes(_model_hash_key, "fn")),
+        (
+            "compilation.decorators._verify_source_unchanged(source_info, vllm_config)",
+            _takes(_verify_source_unchanged, "source_info", "vllm_config"),
+        ),
+        ("compilation.wrapper.reset_compile_wrapper(model)", _takes(reset_compile_wrapper, "model")),
+        (
+            "AOTCompiledFunction.disable_guard_check",
+            callable(getattr(AOTCompiledFunction, "disable_guard_check", None)),
+        ),
+        ("torch.compiler.load_compiled_function", hasattr(torch.compiler, "load_compiled_function")),
+        ("CustomOp.dispatch_forward(compile_native)", _takes(dispatch, "self", "compile_native")),
+        ("GPUModelRunner._dummy_run(num_tokens, ...)", _parameters(runner._dummy_run)[:2] == ["self", "num_tokens"]),
+        ("GPUModelRunner.capture_model", _takes(runner.capture_model, "self")),
+        ("GPUModelRunner.preserve_serving_state", _takes(runner.preserve_serving_state, "self")),
+        ("CUDAGraphWrapper.clear_all_graphs", hasattr(CUDAGraphWrapper, "clear_all_graphs")),
+        (
+            "CudagraphDispatcher.keys_initialized",
+            "keys_initialized" in inspect.getsource(CudagraphDispatcher.dispatch),
+        ),
+    ]
+
+
+def _takes(function: Any, *names: str) -> bool:
+    return _parameters(function) == list(names)
 
 
 def check() -> str:
@@ -189,11 +244,28 @@ def refusal_of_config(config: Any) -> str:
         ("model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)", bool(config.use_v2_model_runner)),
         ("attention-free and hybrid models", bool(model.is_attention_free or model.is_hybrid)),
         ("asynchronous scheduling", bool(config.scheduler_config.async_scheduling)),
-        ("compiled mode (set engines.vllm.compile = false)", int(config.compilation_config.mode) != 0),
-        ("CUDA graphs", not model.enforce_eager),
+        *_refused_of_compiled_mode(config),
     ]
     found = [name for name, present in features if present]
     return f"moves in place are not supported with {', '.join(found)}" if found else ""
+
+
+def _refused_of_compiled_mode(config: Any) -> list[tuple[str, bool]]:
+    """What of compiled mode and CUDA graphs is not supported. On the CPU vLLM traces once, for all batch sizes."""
+    compilation = config.compilation_config
+    graphs = has_cuda_graphs(config)
+    known = (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
+    frozen = bool(compilation.inductor_compile_config.get("max_autotune"))
+    compiled = compilation.mode not in (None, CompilationMode.NONE)
+    saved = bool(envs.VLLM_USE_AOT_COMPILE) and not envs.VLLM_DISABLE_COMPILE_CACHE and compilation.backend != "eager"
+    return [
+        (f"compilation mode {compilation.mode}", compiled and compilation.mode not in known),
+        # What is compiled outside the worker reaches it through this cache.
+        ("compiled mode without vLLM's compile cache (VLLM_USE_AOT_COMPILE)", compiled and not saved),
+        ("max_autotune (it freezes weights into the code)", compiled and frozen),
+        ("breakable CUDA graphs", graphs and bool(envs.VLLM_USE_BREAKABLE_CUDAGRAPH)),
+        ("CUDA graphs of micro-batches", graphs and bool(config.parallel_config.use_ubatching)),
+    ]
 
 
 def _context_parallel(parallel: Any) -> bool:
@@ -232,3 +304,68 @@ def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[str] |
 def torch_threads(count: int) -> None:
     """Set the threads of this process; vLLM's CPU worker replaces ``torch.set_num_threads`` by a warning."""
     torch._C.set_num_threads(count)
+
+
+# --- compiled mode ---
+
+
+def has_cuda_graphs(config: Any) -> bool:
+    """Return whether steps are captured. On the CPU they are not."""
+    return config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+
+
+def is_compiled(module: Any) -> bool:
+    """Return whether vLLM compiles the forward pass of ``module``, rather than runs it eagerly."""
+    return isinstance(module, TorchCompileWithNoGuardsWrapper) and not module.do_not_compile
+
+
+@contextmanager
+def _custom_ops_of(config: Any, *, eager: bool) -> Iterator[None]:
+    chosen = config
+    if eager:  # as ``--enforce-eager`` would have it
+        chosen = copy(config)
+        chosen.compilation_config = copy(config.compilation_config)
+        chosen.compilation_config.mode, chosen.compilation_config.custom_ops = CompilationMode.NONE, ["all"]
+        for name in ("enabled_custom_ops", "disabled_custom_ops"):  # it counts them there
+            setattr(chosen.compilation_config, name, copy(getattr(config.compilation_config, name)))
+    with set_current_vllm_config(chosen, check_compile=False):
+        yield
+
+
+def choose_custom_ops(module: torch.nn.Module, config: Any, *, eager: bool) -> None:
+    """Have the custom operations in ``module`` run what vLLM runs in eager mode, or what it compiles.
+
+    In compiled mode some are wrapped in a ``torch.compile`` of their own, which would begin to trace at the first
+    eager step.
+    """
+    with _custom_ops_of(config, eager=eager):
+        for op in module.modules():
+            if isinstance(op, CustomOp):
+                op._forward_method = op.dispatch_forward(compile_native=False)
+
+
+def artifact_path(core: Any, config: Any) -> Path:
+    """Return where vLLM's compile cache has the code of a forward pass, for this rank and these variables.
+
+    ``VLLM_PP_LAYER_PARTITION`` is one of them: each layout has a place of its own. As ``support_torch_compile`` does.
+    """
+    factors = [*aot_compile_hash_factors(config), _model_hash_key(core.forward)]
+    key = hashlib.sha256(str(factors).encode()).hexdigest()
+    parallel = config.parallel_config
+    root = Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "torch_aot_compile" / key
+    return root / f"rank_{parallel.rank}_{parallel.data_parallel_index}" / "model"
+
+
+def load_compiled(path: Path, core: Any, config: Any) -> Any:
+    """Return the compiled forward pass that lies at ``path``. Nothing is traced: it takes the weights at each call.
+
+    Raises:
+        RuntimeError: The sources that it was compiled from have changed.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path.parents[1] / "inductor_cache")  # as vLLM does, where kernels lie
+    with set_current_vllm_config(config, check_compile=False), path.open("rb") as file:
+        function = torch.compiler.load_compiled_function(file, f_globals=core.forward.__globals__)
+    _verify_source_unchanged(function.source_info(), config)
+    if not config.compilation_config.dynamic_shapes_config.evaluate_guards:
+        function.disable_guard_check()
+    return function

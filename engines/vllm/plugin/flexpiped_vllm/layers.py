@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flexpiped_vllm import internals
+from flexpiped_vllm.processes import trim_heap
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ class LayerStore:
         self._config = config
         self._device = device
         self._context: dict[str, Any] = config.compilation_config.static_forward_context
-        self.made, self._core = _find(runner.get_model())
+        self.made, self.core = find_layers(runner.get_model())
         self._modules: dict[int, torch.nn.Module] = {}  # of layers held or known, by index
         self._attention: dict[int, dict[str, Any]] = {}  # attention modules by layer and name
         self._group_names = self._names_lists()
@@ -90,6 +91,23 @@ class LayerStore:
         inside = {id(p) for p in self.made.modules.parameters()}
         outside = {id(p): p for p in self._runner.get_model().parameters() if id(p) not in inside}
         return sum(p.numel() * p.element_size() for p in outside.values())
+
+    def absent(self) -> list[torch.nn.Module]:
+        """Return the skeletons: layers that are not in the forward pass."""
+        held = self.held()
+        return [module for index, module in self._modules.items() if index not in held]
+
+    def let_go(self) -> None:
+        """In a fork of this worker on the CPU: drop all weights and KV caches of layers.
+
+        Memory that the worker gives back would else stay with the fork.
+        """
+        for index in self.held():
+            self.empty(index)
+            for module in self._attention[index].values():
+                module.kv_cache = torch.empty(0)
+        self._runner.kv_caches.clear()
+        trim_heap()
 
     def attention_of(self, index: int) -> dict[str, Any]:
         """Return the attention modules of a layer by name; each has a KV cache of its own."""
@@ -150,7 +168,7 @@ class LayerStore:
 
     def set_range(self, first: int, end: int) -> None:
         """Say which layers the forward pass runs, and forget what vLLM remembers of the missing ones."""
-        self._core.start_layer, self._core.end_layer = first, end
+        self.core.start_layer, self.core.end_layer = first, end
         internals.model_utils._model_to_pp_missing_layer_names.clear()
 
     # --- inside ---
@@ -186,8 +204,8 @@ def build_layer(made: MadeLayers, index: int, config: Any, device: torch.device)
         return made.layer_fn(prefix=f"{made.prefix}.{index}")
 
 
-def _find(model: torch.nn.Module) -> tuple[MadeLayers, Any]:
-    """Return how the layers were made, and the module whose forward runs them."""
+def find_layers(model: torch.nn.Module) -> tuple[MadeLayers, Any]:
+    """Return how the layers were made, and the module whose forward runs them. Raises: CannotMove."""
     for made in _made:
         for module in model.modules():
             holds = any(child is made.modules for child in module.children())

@@ -55,6 +55,7 @@ def _extend_core(core_class: Any, process_class: Any) -> None:
         Conductor.begin,
         Conductor.round,
         Conductor.commit,
+        Conductor.load_compiled,
         Conductor.pause,
         Conductor.abandon,
         Conductor.arm,

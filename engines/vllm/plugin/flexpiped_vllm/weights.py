@@ -15,7 +15,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,19 @@ class HelperFailed(Exception):
 
 
 class WeightHelper:
-    """The worker's side: one request at a time."""
+    """The worker's side: one request at a time.
 
-    def __init__(self, model: torch.nn.Module, made: MadeLayers, config: Any) -> None:
+    Args:
+        let_go: Called in the helper: drops the weights and KV caches that the fork has inherited.
+    """
+
+    def __init__(self, model: torch.nn.Module, made: MadeLayers, config: Any, *, let_go: Callable[[], None]) -> None:
         ours, theirs = socket.socketpair()
         worker_pid = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
-            _serve(theirs, model, made, config, worker_pid=worker_pid)
+            _serve(theirs, model, made, config, let_go, worker_pid=worker_pid)
         theirs.close()
         self._socket = ours
 
@@ -93,7 +97,13 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 
 def _serve(
-    connection: socket.socket, model: torch.nn.Module, made: MadeLayers, config: Any, *, worker_pid: int
+    connection: socket.socket,
+    model: torch.nn.Module,
+    made: MadeLayers,
+    config: Any,
+    let_go: Callable[[], None],
+    *,
+    worker_pid: int,
 ) -> None:
     """Answer until the worker closes the connection or ends; never returns."""
     status = 1
@@ -103,6 +113,7 @@ def _serve(
             signal.signal(number, signal.SIG_DFL)
         os.nice(_NICE)
         internals.torch_threads(1)  # the thread pool of the worker does not exist here
+        let_go()
         while len(raw := connection.recv(_HEADER.size)) == _HEADER.size:
             _answer(connection, model, made, config, _HEADER.unpack(raw)[0])
         status = 0

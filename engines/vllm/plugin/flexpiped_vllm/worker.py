@@ -15,17 +15,20 @@ from typing import Any
 import torch
 
 from flexpiped_vllm import internals
+from flexpiped_vllm.compiled import CompiledForward
+from flexpiped_vllm.compiling import CompileFailed, CompileHelper, Model
+from flexpiped_vllm.cuda_graphs import GraphedForward
 from flexpiped_vllm.failpoints import Failpoints
 from flexpiped_vllm.kv import CacheForm
 from flexpiped_vllm.kv_rank import KvRank
-from flexpiped_vllm.layers import CannotMove, LayerStore
+from flexpiped_vllm.layers import CannotMove, LayerStore, find_layers
 from flexpiped_vllm.moving import Moving
 from flexpiped_vllm.processes import lower_this_thread, trim_heap
 from flexpiped_vllm.settings import Settings
 from flexpiped_vllm.side import Reply, SideChannel
 from flexpiped_vllm.weights import HelperFailed, WeightHelper
 
-_EXPECTED = (HelperFailed, RuntimeError, OSError, KeyError, ValueError)  # a failpoint is a RuntimeError
+_EXPECTED = (HelperFailed, CompileFailed, RuntimeError, OSError, KeyError, ValueError)  # a failpoint is a RuntimeError
 _PREPARING_NICE = 19
 _SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for long
 
@@ -48,6 +51,13 @@ class ResidentRank(KvRank):
         self._refusal = internals.check() or internals.refusal_of_config(self.vllm_config)
         self._layers: LayerStore | None = None
         self._moving: Moving | None = None
+        self._compiled: CompiledForward | None = None
+
+    def determine_available_memory(self) -> int:
+        available: int = super().determine_available_memory()  # type: ignore[misc]
+        if not self._refusal:
+            self._find_compiled()
+        return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
@@ -59,6 +69,9 @@ class ResidentRank(KvRank):
         except CannotMove as error:
             self._refusal = str(error)
             return
+        if self._compiled is not None:
+            for skeleton in self._layers.absent():
+                internals.choose_custom_ops(skeleton, self.vllm_config, eager=True)
         self._own_caches(self._layers)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -85,7 +98,7 @@ class ResidentRank(KvRank):
         layers = self._layers
         return {
             "pid": os.getpid(),
-            "helper_pid": 0 if self._moving is None else self._moving.helper_pid,
+            "helper_pids": self._helper_pids(),
             "pp_rank": internals.get_pp_group().rank_in_group,
             "tp_rank": internals.get_tp_group().rank_in_group,
             "layers": [] if layers is None else layers.held(),
@@ -118,13 +131,51 @@ class ResidentRank(KvRank):
             for work in getattr(self, "_pp_send_work", []):
                 work.wait()
             self._pp_send_work: list[Any] = []
+            self._leave_compiled()  # its code would go on with the old layers
             moving.switch(handover)
             self._epoch = epoch
             return {"epoch": epoch}
 
         return self._tried(participants, switch)
 
+    def flexpiped_load_compiled(self) -> dict[str, Any]:
+        """Load what was compiled for the layout in force, where this rank has fallen back."""
+        compiled, layers = self._compiled, self._layers
+        if compiled is None or layers is None:
+            return {"load_s": 0.0}
+        return self._answered(lambda: {"load_s": compiled.load(layers.held())})
+
+    def flexpiped_use_compiled(self, use: bool) -> dict[str, Any]:
+        """Run what all ranks have loaded, or drop it."""
+        if self._compiled is not None:
+            (self._compiled.use if use else self._compiled.drop)()
+        return {}
+
     # --- inside ---
+
+    def _find_compiled(self) -> None:
+        try:
+            _, core = find_layers(self.model_runner.get_model())
+        except CannotMove as error:
+            self._refusal = str(error)
+            return
+        self._compiled = self._compiled_forward(core)
+        if self._compiled is not None:
+            self._compiled.warm_eager()
+
+    def _compiled_forward(self, core: Any) -> CompiledForward | None:
+        if not internals.is_compiled(core):
+            return None
+        return CompiledForward(self.model_runner, core, self.vllm_config, self._failpoints)
+
+    def _leave_compiled(self) -> None:
+        if self._compiled is not None:
+            self._compiled.fall_back()
+
+    def _helper_pids(self) -> list[int]:
+        pids = [0 if self._moving is None else self._moving.helper_pid]
+        pids += [0 if self._compiled is None else self._compiled.helper_pid]
+        return [pid for pid in pids if pid]
 
     def _ready_moving(self) -> Moving:
         if self._moving is None:
@@ -135,8 +186,11 @@ class ResidentRank(KvRank):
         """Do a piece of a handover. An exception would reach vLLM as a failed worker, so it becomes an answer."""
         if internals.get_pp_group().rank_in_group not in participants:
             return {}
+        return self._answered(lambda: work(self._ready_moving()))
+
+    def _answered(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
-            return work(self._ready_moving())
+            return work()
         except _EXPECTED as error:
             return {"error": f"{type(error).__name__}: {error}"}
 
@@ -157,7 +211,11 @@ class ResidentRank(KvRank):
         settings = Settings.of_environment()
         layers = self._layers
         if layers is not None and not self._refusal:
-            helper = WeightHelper(self.model_runner.get_model(), layers.made, self.vllm_config)
+            let_go = layers.let_go if self.device.type == "cpu" else _nothing  # a fork must not touch a GPU
+            helper = WeightHelper(self.model_runner.get_model(), layers.made, self.vllm_config, let_go=let_go)
+            if self._compiled is not None and self.device.type == "cpu":
+                model = Model(runner=self.model_runner, core=layers.core, made=layers.made, config=self.vllm_config)
+                self._compiled.set_helper(CompileHelper(model, let_go=let_go))
             self._moving = Moving(
                 layers=layers,
                 helper=helper,
@@ -193,6 +251,12 @@ class ResidentRank(KvRank):
                     released = self._ready_moving().release(message["handover"])
                     trim_heap()
                     reply({"op": "reply", "call": call, "result": released})
+                case "compile":
+                    threading.Thread(target=self._compile, args=(message, reply), daemon=True).start()
+                case "stop_compiling":
+                    if self._compiled is not None:
+                        self._compiled.stop()
+                    reply({"op": "reply", "call": call, "result": {}})
                 case op:
                     reply({"op": "reply", "call": call, "error": f"unknown op {op!r}"})
         except _EXPECTED as error:
@@ -210,6 +274,17 @@ class ResidentRank(KvRank):
         except _EXPECTED as error:
             reply({"op": "reply", "call": call, "error": f"{type(error).__name__}: {error}"})
 
+    def _compile(self, message: dict[str, Any], reply: Reply) -> None:
+        """Wait for the helper, in a thread: nothing is traced here."""
+        call, compiled, layers = message["call"], self._compiled, self._layers
+        result: dict[str, Any] = {}
+        if compiled is not None and layers is not None:
+            result = self._answered(lambda: compiled.compile(held=layers.held(), counts=message["counts"]))
+        if "error" in result:
+            reply({"op": "reply", "call": call, "error": result["error"]})
+        else:
+            reply({"op": "reply", "call": call, "result": result})
+
     def _status(self) -> dict[str, Any]:
         status: dict[str, Any] = {
             "pid": os.getpid(),
@@ -220,10 +295,16 @@ class ResidentRank(KvRank):
             "weights_bytes": 0,
             "kv_mapped_bytes": 0,
             "layers": [],
+            "runs": "" if self._compiled is None else self._compiled.state,
+            "compiling_pid": 0 if self._compiled is None else self._compiled.job_pid,
         }
         if self._moving is not None:
             status |= self._moving.status()
         return status
+
+
+def _nothing() -> None:
+    pass
 
 
 class CPUWorker(ResidentRank, internals.VllmCPUWorker):  # type: ignore[misc]
@@ -231,4 +312,9 @@ class CPUWorker(ResidentRank, internals.VllmCPUWorker):  # type: ignore[misc]
 
 
 class GPUWorker(ResidentRank, internals.VllmGPUWorker):  # type: ignore[misc]
-    """A rank on a GPU. Not yet run on a GPU: see ``refusal_of_config`` for what CUDA graphs need."""
+    """A rank on a GPU. Not yet run on a GPU; what CUDA graphs need is in ``cuda_graphs``."""
+
+    def _compiled_forward(self, core: Any) -> CompiledForward | None:
+        if not internals.is_compiled(core) and not internals.has_cuda_graphs(self.vllm_config):
+            return None
+        return GraphedForward(self.model_runner, core, self.vllm_config, self._failpoints)
