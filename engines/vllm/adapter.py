@@ -80,7 +80,7 @@ class VllmEngine:
         self._epoch = epoch
         self._graph = graph
         self._on_log = on_log
-        self._on_recompiled = on_recompiled
+        self.on_recompiled = on_recompiled
         self._clock = clock
         self._on_progress: Callable[[str], None] = lambda _message: None
         self._capabilities: EngineCapabilities | None = None
@@ -325,7 +325,7 @@ class VllmEngine:
             refusal=info["refactor_refusal"],
             requests_live=lambda: len(self._streams),
             on_crash=self._note_death,
-            on_recompiled=self._on_recompiled,
+            on_recompiled=self.on_recompiled,
         )
         self._parcels = VllmKvParcels(channel, run_directory=self.run_directory, name_of=self._name_in_core)
         self._capabilities = EngineCapabilities(

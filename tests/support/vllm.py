@@ -1,7 +1,7 @@
 """Starting real vLLM for tests: where its interpreter is, and a checkpoint that its CPU kernels take."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 from engines.checkpoint import read_checkpoint
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.options import VllmOptions
+from engines.vllm.recompile import Recompilation
 from planner.layout import Pipeline, pipeline_of
 from planner.model_graph import ModelGraph, build_model_graph
 from tests.engines.install_vllm import default_directory
@@ -67,11 +68,22 @@ def layout(*cuts: int, ranks: tuple[int, ...] = (), num_decoders: int = DECODERS
     return pipeline_of(device_ids=[f"cpu:{rank}" for rank in places], cuts=cuts, num_decoders=num_decoders)
 
 
+def _ignore(_news: object) -> None:
+    pass
+
+
 @asynccontextmanager
-async def running(directory: Path, pipeline: Pipeline, *, ranks: int, **overrides: object) -> AsyncIterator[VllmEngine]:
+async def running(
+    directory: Path,
+    pipeline: Pipeline,
+    *,
+    ranks: int,
+    on_recompiled: Callable[[Recompilation], None] = _ignore,
+    **overrides: object,
+) -> AsyncIterator[VllmEngine]:
     """Start an engine and close it on the way out."""
     options = options_for(directory, ranks=ranks, **overrides)
-    engine = VllmEngine(options, pipeline, graph=graph_of(directory))
+    engine = VllmEngine(options, pipeline, graph=graph_of(directory), on_recompiled=on_recompiled)
     await engine.start(on_progress=lambda _message: None)
     try:
         yield engine

@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from engines.errors import UnsupportedByEngine
 from engines.fake import FakeEngine
 from engines.native.adapter import NativeEngine
 from engines.vllm.adapter import VllmEngine
+from engines.vllm.recompile import Recompilation
 from flexpiped.config_values import Auto
 from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files, kv_cache_bytes
 from flexpiped.handover_records import Wanted
@@ -193,3 +195,22 @@ def test_ranks_of_two_devices_stay_together(resolver: PlannerResolver) -> None:
     )
     target = resolver.resolve(Wanted(stages=2), current=Pipeline(stages=stages), resident=groups)
     assert [stage.device_ids for stage in target.stages] == [groups[0], groups[2]]
+
+
+def test_the_return_to_compiled_code_is_logged_and_told(model: Model) -> None:
+    news: list[str] = []
+    factory = engine_factory(vllm_settings(compile=True), model, on_news=news.append)
+    engine = factory(pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[4], num_decoders=8), 0)
+    again = Recompilation(compiled=True, ranks=(0, 1), duration_s=9.5, compile_s=8.0, load_s=0.05, stall_s=0.0612)
+    eager = Recompilation(compiled=False, ranks=(1,), duration_s=1.0, reason="no compiler")
+    with capture_logs() as logs:
+        engine.on_recompiled(again)
+        engine.on_recompiled(eager)
+    assert news == [again.message, eager.message]
+    assert logs == [
+        {
+            "event": "compiled again after a move", "log_level": "info", "ranks": [0, 1], "after_s": 9.5,
+            "compile_s": 8.0, "load_stall_s": 0.0612,
+        },
+        {"event": "stays eager after a move", "log_level": "warning", "ranks": [1], "reason": "no compiler"},
+    ]  # fmt: skip

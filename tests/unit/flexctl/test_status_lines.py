@@ -144,3 +144,12 @@ def test_layers_in_words() -> None:
     assert layers_text(stage(1, 3, 4), is_first=False, is_last=False) == "3"
     assert layers_text(stage(0, 0, 0), is_first=True, is_last=False) == "embedding"
     assert layers_text(stage(1, 4, 4), is_first=False, is_last=False) == "none"
+
+
+def test_what_a_stage_runs_is_shown_where_the_engine_has_both() -> None:
+    stages = [stage(0, 0, 4) | {"runs": "compiled"}, stage(1, 4, 8) | {"runs": "eager"}]
+    lines = status_lines(SERVING | {"stages": stages}, now_unix_s=1_125.0)
+    table = [line for line in lines if line.startswith("  ") and ("runs" in line or "cpu:" in line)]
+    assert [line.split()[-1] for line in table] == ["runs", "compiled", "eager"]
+    plain = status_lines(SERVING, now_unix_s=1_125.0)
+    assert not any("runs" in line for line in plain)

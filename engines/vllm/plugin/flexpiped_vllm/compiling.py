@@ -232,7 +232,12 @@ def _share_kernels(directory: Path) -> None:
     """Give a layout the kernels that the C++ compiler has built at start: most are those of any layer."""
     known = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     if known != directory:
-        shutil.copytree(known, directory, copy_function=os.link, dirs_exist_ok=True)
+        shutil.copytree(known, directory, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    with suppress(FileExistsError):  # ranks share the directory of a layout
+        os.link(source, target)
 
 
 def _place(model: Model, held: list[int]) -> None:
