@@ -192,7 +192,7 @@ class ResidentRank(KvRank):
         try:
             return work()
         except _EXPECTED as error:
-            return {"error": f"{type(error).__name__}: {error}"}
+            return {"error": _words(error)}
 
     def _own_caches(self, layers: LayerStore) -> None:
         """Give each layer a KV cache of its own, and let vLLM's one buffer go."""
@@ -260,7 +260,7 @@ class ResidentRank(KvRank):
                 case op:
                     reply({"op": "reply", "call": call, "error": f"unknown op {op!r}"})
         except _EXPECTED as error:
-            reply({"op": "reply", "call": call, "error": f"{type(error).__name__}: {error}"})
+            reply({"op": "reply", "call": call, "error": _words(error)})
 
     def _prepare(self, message: dict[str, Any], reply: Reply) -> None:
         lower_this_thread(_PREPARING_NICE)
@@ -272,7 +272,7 @@ class ResidentRank(KvRank):
                     reply({"op": "progress", "call": call, "weights_bytes": weights_bytes})
             reply({"op": "reply", "call": call, "result": {}})
         except _EXPECTED as error:
-            reply({"op": "reply", "call": call, "error": f"{type(error).__name__}: {error}"})
+            reply({"op": "reply", "call": call, "error": _words(error)})
 
     def _compile(self, message: dict[str, Any], reply: Reply) -> None:
         """Wait for the helper, in a thread: nothing is traced here."""
@@ -305,6 +305,11 @@ class ResidentRank(KvRank):
 
 def _nothing() -> None:
     pass
+
+
+def _words(error: Exception) -> str:
+    """Return an error in words: those that are ours need no name."""
+    return str(error) if isinstance(error, CompileFailed) else f"{type(error).__name__}: {error}"
 
 
 class CPUWorker(ResidentRank, internals.VllmCPUWorker):  # type: ignore[misc]
