@@ -163,8 +163,8 @@ class Recompiler:
         done: list[Compiled] = []
         try:
             for rank in ranks:  # one at a time: all at once would cost the streams more
-                answer = await self._sides[rank].call("compile", counts=counts)
-                done.append(Compiled(compile_s=answer["compile_s"], load_s=answer["load_s"]))
+                if answer := await self._sides[rank].call("compile", counts=counts):
+                    done.append(Compiled(compile_s=answer["compile_s"], load_s=answer["load_s"]))
         except asyncio.CancelledError:
             await asyncio.shield(self._stop_helpers())
             raise

@@ -32,7 +32,8 @@ class CompiledForward:
         self._config = config
         self._failpoints = failpoints
         self._helper: CompileHelper | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over the next three: a job that was stopped must not leave anything
+        self._wanted = 0  # number of the compilation that may bring an artifact
         self._job: CompileJob | None = None
         self._artifact: Path | None = None  # of the layout in force
         self._loaded: Any = None  # not in use yet
@@ -67,7 +68,13 @@ class CompiledForward:
 
     # --- beside the steps ---
 
-    def compile(self, *, held: list[int], counts: list[int]) -> dict[str, Any]:
+    def ticket(self) -> int:
+        """Return what ``compile`` takes. Those given before are worth nothing from now on."""
+        with self._lock:
+            self._wanted += 1
+            return self._wanted
+
+    def compile(self, ticket: int, *, held: list[int], counts: list[int]) -> dict[str, Any]:
         """Have the layout in force compiled in the helper, and wait for it.
 
         Nothing is done where its code is in use, or where there is none: a rank without layers passes on what it gets.
@@ -80,21 +87,31 @@ class CompiledForward:
         self._failpoints.hit("worker.compile")
         if self._helper is None:
             raise CompileFailed("this worker has no helper that compiles")
-        job = self._helper.start(held=held, counts=counts)
-        with self._lock:
-            self._job = job
-        try:
-            done = job.wait()
-        finally:
-            with self._lock:
-                self._job = None
-        self._artifact = Path(done["artifact"])
+        done = self._done(self._helper.start(held=held, counts=counts), ticket)
         if self._failpoints.hit("worker.slow_load"):
             done["load_s"] = _SLOW_S
         return done
 
+    def _done(self, job: CompileJob, ticket: int) -> dict[str, Any]:
+        with self._lock:
+            if ticket != self._wanted:
+                job.kill()  # stopped before it began
+            self._job = job
+        try:
+            done = job.wait()
+            with self._lock:
+                if ticket != self._wanted:
+                    raise CompileFailed("it is not wanted any more")
+                self._artifact = Path(done["artifact"])
+        finally:
+            with self._lock:
+                if self._job is job:
+                    self._job = None
+        return done
+
     def stop(self) -> None:
-        """End what the helper is compiling."""
+        """End what the helper is compiling, or is about to."""
+        self.ticket()
         with self._lock:
             if self._job is not None:
                 self._job.kill()
@@ -104,7 +121,10 @@ class CompiledForward:
     def fall_back(self) -> None:
         """Run eagerly from the next step on: a flag, nothing is built."""
         self._core.do_not_compile = True
-        self._core.aot_compiled_fn = self._loaded = self._artifact = None
+        self._core.aot_compiled_fn = self._loaded = None
+        with self._lock:
+            self._artifact = None
+            self._wanted += 1  # what is compiled now is for the old layout
 
     def load(self, held: list[int]) -> float:
         """Load what the helper has compiled; return the seconds it took. It is not used yet.

@@ -169,7 +169,8 @@ def _compiled(model: Model, held: list[int], counts: list[int]) -> dict[str, Any
     made = _in_a_child(lambda: _compile(model, held, path))
     if "error" in made:
         return made
-    return made | _in_a_child(lambda: _load(model, path)) | {"artifact": str(path)}
+    loaded = _in_a_child(lambda: _load(model, path))
+    return loaded if "error" in loaded else made | loaded | {"artifact": str(path)}
 
 
 def _in_a_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class GraphedForward(CompiledForward):
         if internals.is_compiled(self._core):
             super().warm_eager()
 
-    def compile(self, *, held: list[int], counts: list[int]) -> dict[str, Any]:  # noqa: ARG002
+    def compile(self, ticket: int, *, held: list[int], counts: list[int]) -> dict[str, Any]:  # noqa: ARG002
         """Return what capturing again will cost: what it took at start, for the same batch sizes."""
         if self.state == COMPILED or not held:
             return {}
@@ -50,10 +50,13 @@ class GraphedForward(CompiledForward):
     def fall_back(self) -> None:
         """Run eagerly and without graphs from the next step on."""
         torch.accelerator.synchronize()  # a step's tokens may still be on their way on a side stream
-        self._runner.cudagraph_dispatcher.keys_initialized = False  # it answers: no graph, no padding
-        internals.CUDAGraphWrapper.clear_all_graphs()
+        self._release()
         super().fall_back()
         self._state = EAGER
+
+    def _release(self) -> None:
+        self._runner.cudagraph_dispatcher.keys_initialized = False  # it answers: no graph, no padding
+        internals.CUDAGraphWrapper.clear_all_graphs()
 
     def load(self, held: list[int]) -> float:
         """Capture whole steps of the new layout. Requests keep their block tables; dummy runs write no KV."""
@@ -63,13 +66,17 @@ class GraphedForward(CompiledForward):
         runner = self._runner
         runner.cudagraph_dispatcher.keys_initialized = True
         internals.unlock_workspace()  # capture_model locks it again
-        with (
-            internals.set_current_vllm_config(self._config, check_compile=False),
-            runner.preserve_serving_state(),
-            torch.inference_mode(),
-        ):
-            runner.capture_model()
-        torch.accelerator.synchronize()
+        try:
+            with (
+                internals.set_current_vllm_config(self._config, check_compile=False),
+                runner.preserve_serving_state(),
+                torch.inference_mode(),
+            ):
+                runner.capture_model()
+            torch.accelerator.synchronize()
+        except BaseException:
+            self._release()  # else steps would look for graphs that are not there
+            raise
         self._state = _CAPTURED
         return time.perf_counter() - started_s
 

@@ -252,7 +252,8 @@ class ResidentRank(KvRank):
                     trim_heap()
                     reply({"op": "reply", "call": call, "result": released})
                 case "compile":
-                    threading.Thread(target=self._compile, args=(message, reply), daemon=True).start()
+                    ticket = 0 if self._compiled is None else self._compiled.ticket()
+                    threading.Thread(target=self._compile, args=(message, ticket, reply), daemon=True).start()
                 case "stop_compiling":
                     if self._compiled is not None:
                         self._compiled.stop()
@@ -274,12 +275,12 @@ class ResidentRank(KvRank):
         except _EXPECTED as error:
             reply({"op": "reply", "call": call, "error": _words(error)})
 
-    def _compile(self, message: dict[str, Any], reply: Reply) -> None:
+    def _compile(self, message: dict[str, Any], ticket: int, reply: Reply) -> None:
         """Wait for the helper, in a thread: nothing is traced here."""
         call, compiled, layers = message["call"], self._compiled, self._layers
         result: dict[str, Any] = {}
         if compiled is not None and layers is not None:
-            result = self._answered(lambda: compiled.compile(held=layers.held(), counts=message["counts"]))
+            result = self._answered(lambda: compiled.compile(ticket, held=layers.held(), counts=message["counts"]))
         if "error" in result:
             reply({"op": "reply", "call": call, "error": result["error"]})
         else:
