@@ -160,15 +160,12 @@ class Recompiler:
         return tuple(rank for rank, answer in answers.items() if answer["runs"] == "eager" and answer["layers"])
 
     async def _compile(self, ranks: Sequence[int], counts: list[int]) -> list[Compiled]:
-        done: list[Compiled] = []
-        try:
-            for rank in ranks:  # one at a time: all at once would cost the streams more
-                if answer := await self._sides[rank].call("compile", counts=counts):
-                    done.append(Compiled(compile_s=answer["compile_s"], load_s=answer["load_s"]))
+        try:  # one at a time: all at once would cost the streams more
+            answers = [await self._sides[rank].call("compile", counts=counts) for rank in ranks]
         except asyncio.CancelledError:
             await asyncio.shield(self._stop_helpers())
             raise
-        return done
+        return [Compiled(compile_s=one["compile_s"], load_s=one["load_s"]) for one in answers if one]
 
     async def _stop_helpers(self) -> None:
         try:
