@@ -45,6 +45,7 @@ class PipelineTimes:
         max_sequences: That the engine runs at once.
         max_step_tokens: That the engine computes in one step of a micro-batch; longer prompts run in chunks.
         micro_batches: In flight at once; 0: one for each stage.
+        stages_beside: Likewise while other stages compute on the same host; empty: as alone.
         stages_at_once: How many stages can compute at the same time; fewer than all where CPU devices share cores.
         step_overhead_s: Between the last stage's result and the next dispatch of the same micro-batch.
     """
@@ -55,12 +56,15 @@ class PipelineTimes:
     max_sequences: int
     max_step_tokens: int
     micro_batches: int = 0
+    stages_beside: tuple[StageTime, ...] = ()
     stages_at_once: int | None = None
     step_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.stages or len(self.hops) != len(self.stages) - 1:
             raise ValueError(f"{len(self.stages)} stages cannot have {len(self.hops)} hops")
+        if len(self.stages_beside) not in (0, len(self.stages)):
+            raise ValueError(f"{len(self.stages)} stages cannot have {len(self.stages_beside)} times beside others")
         if min(self.max_sequences, self.max_step_tokens) < 1 or self.micro_batches < 0 or self.stages_at_once == 0:
             raise ValueError("limits of a pipeline must be positive")
 
@@ -189,7 +193,8 @@ class Pipeline:
         batch = Batch(tokens=chunk, sequences=1, context_tokens=max(chunk, (self._prompt + chunk) / 2))
         stages = [stage(batch) for stage in times.stages]
         slowest = self._slowest_of(stages)
-        self._prefill_slowest_s = self._chunks * slowest
+        beside = [stage(batch) for stage in times.stages_beside] or stages
+        self._prefill_slowest_s = self._chunks * self._slowest_of(beside)
         passing = sum(stages) + sum(hop(chunk) for hop in times.hops) + times.step_overhead_s
         self._prefill_s = passing + (self._chunks - 1) * slowest
 
@@ -199,7 +204,7 @@ class Pipeline:
         groups = min(times.micro_batches or len(times.stages), sequences)
         group = ceil(sequences / groups)
         batch = decode_batch(sequences=group, context_tokens=self._prompt + self._output / 2)
-        stages = [stage(batch) for stage in times.stages]
+        stages = [stage(batch) for stage in (times.stages_beside if groups > 1 else ()) or times.stages]
         slowest = self._slowest_of(stages)
         passing = sum(stages) + sum(hop(group) for hop in times.hops) + times.step_overhead_s
         return max(passing, groups * slowest), slowest

@@ -7,14 +7,17 @@ Source: Williams, Waterman, Patterson, Roofline, CACM 52(4), 2009. Real kernels 
 below are round figures of GEMM and copy benchmarks, and the launches those of a decoder without graph capture.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from planner.errors import InvalidProfile
 from planner.layer_costs import Batch
 from planner.model_graph import Layer, LayerKind
 from topology.device import Device, DeviceKind
+from topology.gpu_specs import spec_of
 
+F = TypeVar("F")
 BANDWIDTH_REACHED = 0.8  # of the published figure
 FLOPS_REACHED = 0.6
 LAUNCHES = {LayerKind.EMBEDDING: 2, LayerKind.DECODER: 14, LayerKind.HEAD: 4}  # kernels a layer
@@ -39,10 +42,10 @@ class DeviceFigures(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
-    """Implements ``LayerCosts``. ``figures_of`` answers for every device that is asked about."""
+    """Implements ``LayerCosts``; ``roofline_for`` makes one that can answer for given devices."""
 
     dtype: str
-    figures_of: Callable[[Device], DeviceFigures]
+    figures_of: Callable[[Device], DeviceFigures | None] = spec_of
     figures_named: str = "the devices' published bandwidth and FLOPs"
 
     @property
@@ -53,8 +56,8 @@ class Roofline:
         )
 
     def layer_s(self, layer: Layer, device: Device, batch: Batch) -> float:
-        """Return the larger of memory time and arithmetic time, and the launches."""
-        figures = self.figures_of(device)
+        """Return the larger of memory time and arithmetic time, and the launches. Raises ``InvalidProfile``."""
+        figures = _required(self.figures_of(device), device)
         rows = batch.sequences if layer.kind is LayerKind.HEAD else batch.tokens
         attended = batch.attended(layer.window_tokens)
         flops = rows * layer.flops_per_token + attended * layer.attention_flops_per_context_token
@@ -69,3 +72,27 @@ class Roofline:
 
     def stage_overhead_s(self, device: Device, batch: Batch) -> float:  # noqa: ARG002
         return STAGE_OVERHEAD_S[device.kind]
+
+
+def roofline_for(devices: Iterable[Device], *, dtype: str) -> Roofline:
+    """Return a roofline for ``devices``, whose source says which figures it rests on and which of them are guesses.
+
+    Raises:
+        InvalidProfile: Nothing is known of a device; the message names it.
+    """
+    published: dict[str, None] = {}
+    guessed: dict[str, None] = {}
+    for device in devices:
+        figures = _required(spec_of(device), device)
+        (guessed if figures.is_estimate else published)[figures.name] = None
+    parts = [f"published bandwidth and FLOPs of {', '.join(published)}"] if published else []
+    parts += [f"guessed bandwidth and FLOPs of {', '.join(guessed)}"] if guessed else []
+    return Roofline(dtype=dtype, figures_named=" and ".join(parts) or "no devices")
+
+
+def _required(figures: F | None, device: Device) -> F:
+    if figures is None:
+        raise InvalidProfile(
+            f"no bandwidth and FLOPs are known of {device.name or device.id}: measure with flexctl profile"
+        )
+    return figures

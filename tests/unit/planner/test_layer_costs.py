@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.errors import InvalidProfile
 from planner.layer_costs import Batch, all_reduce_s, decode_batch, layer_classes, prefill_batch, shard, stage_s
 from planner.model_graph import Experts
-from planner.roofline import BANDWIDTH_REACHED, FLOPS_REACHED, LAUNCH_S, LAUNCHES, Roofline
+from planner.roofline import BANDWIDTH_REACHED, FLOPS_REACHED, LAUNCH_S, LAUNCHES, Roofline, roofline_for
 from tests.support.graphs import graph_of
 from topology.device import Device, DeviceKind
 
@@ -69,6 +70,19 @@ def test_the_head_computes_one_position_a_sequence_and_the_embedding_reads_rows(
 
 def test_the_source_says_that_nothing_was_measured() -> None:
     assert ROOFLINE.source.startswith("not measured: roofline estimate for float16 from the devices' published")
+
+
+def test_a_roofline_rests_on_what_is_known_of_the_devices() -> None:
+    h100 = replace(GPU, name="NVIDIA H100 80GB HBM3")
+    cpu = Device(id="cpu:0", kind=DeviceKind.CPU, memory_total_bytes=1 << 30, threads=2)
+    mixed = roofline_for([h100, h100, cpu], dtype="bfloat16")
+    assert "published bandwidth and FLOPs of H100 80GB HBM3 and guessed bandwidth and FLOPs of " in mixed.source
+    decoder, batch = graph_of(LLAMA_2_7B, dtype="F16").decoders[0], decode_batch(sequences=1, context_tokens=1)
+    assert mixed.layer_s(decoder, cpu, batch) > 20 * mixed.layer_s(decoder, h100, batch)
+    with pytest.raises(InvalidProfile, match="no bandwidth and FLOPs are known of Some GPU: measure"):
+        roofline_for([replace(GPU, name="Some GPU")], dtype="bfloat16")
+    with pytest.raises(InvalidProfile, match="known of GPU-1"):
+        mixed.layer_s(decoder, GPU, batch)
 
 
 def test_a_stage_is_its_layers_and_what_it_takes_besides() -> None:

@@ -55,6 +55,16 @@ def test_stages_that_share_cores_are_no_faster_than_the_cores() -> None:
     assert predict(shared, CALM).capacity_per_s < 0.5 * predict(times(8, hop_s=0.0), CALM).capacity_per_s
 
 
+def test_stages_that_disturb_each_other_do_so_once_several_micro_batches_run() -> None:
+    apart = times(2, hop_s=0.0, kv_tokens=64 * 200)
+    disturbed = replace(apart, stages_beside=(stage(0.08, 0.0),) * 2)
+    one = replace(CALM, output_tokens_mean=2, rate_per_s=1e-6)
+    assert predict(disturbed, one).tpot_s == pytest.approx(predict(apart, one).tpot_s)
+    assert predict(disturbed, CALM).capacity_per_s == pytest.approx(predict(apart, CALM).capacity_per_s / 2)
+    with pytest.raises(ValueError, match="2 stages cannot have 1 times beside others"):
+        replace(apart, stages_beside=(stage(0.08, 0.0),))
+
+
 def test_a_long_prompt_runs_in_chunks_that_overlap_in_the_pipeline() -> None:
     long = replace(CALM, prompt_tokens_mean=2048, output_tokens_mean=1)
     one = predict(times(1, call_s=0, token_s=1e-3), long)
