@@ -5,9 +5,7 @@ Measuring itself is ``engines.native.timing``; fitting is ``planner.profile``.
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from planner.profile import Observation, Profile, ProfileKey, fit_observations, 
 from planner.profile_file import parse_profile, profile_to_json
 from topology.device import DeviceKind
 from topology.measured import state_file
+from topology.state_files import replace_file
 
 _FOLDER: Final = "profiles"
 _NOT_IN_A_NAME: Final = re.compile(r"[^A-Za-z0-9.]+")
@@ -142,12 +141,7 @@ class ProfileStore:
         path = self.folder / _file_name(profile)
         text = json.dumps(profile_to_json(profile), indent=1) + "\n"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.folder, prefix=".profile-", delete=False) as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(path)
+            replace_file(path, text)
         except OSError as error:
             raise InvalidProfile(f"{path}: cannot be kept: {error.strerror}") from None
         return path

@@ -1,8 +1,6 @@
 """Measured figures of links: kept in the state directory, and put in place of published ones at the next discovery."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import msgspec
 
 from topology.errors import NotMeasured
 from topology.link import Link
+from topology.state_files import replace_file
 from topology.topology import HostTopology, PairKey, pair_key
 
 FILE_NAME: Final = "links.json"
@@ -105,12 +104,7 @@ def save_measurement(path: Path, measurement: Measurement) -> None:
     """Keep a measurement; a reader finds the old file or the new one, never half. Raises ``NotMeasured``."""
     text = json.dumps(msgspec.to_builtins(measurement), indent=1) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".links-", delete=False) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(path)
+        replace_file(path, text)
     except OSError as error:
         raise NotMeasured(f"{path}: cannot be kept: {error.strerror}") from None
 
