@@ -4,7 +4,8 @@ A stage's time is the sum of its layers' and its own. Each is linear in what the
 
     stage      a step (message, positions) + tokens (activations in and out)
     embedding  tokens
-    decoder    a call (launches, weights read once) + tokens, the first few dearer than the rest + pairs attended to
+    decoder    a call (launches, weights read once) + tokens (the first few and the next ones apart: a product of few
+               rows is bound by reading weights, of many by arithmetic) + context read + pairs attended to
     head       a call (weights of the LM head) + rows of logits
 
 The factors are fitted to measured stages of several layouts at once, never negative, by least squares of the relative
@@ -25,7 +26,8 @@ from planner.layer_costs import Batch
 from planner.model_graph import Layer, LayerKind, ModelGraph
 from topology.device import Device, DeviceKind
 
-FEW_TOKENS: Final = 16  # up to here a matrix product gains much from each further row: it is bound by reading weights
+FEW_TOKENS: Final = 8  # up to here a product of matrices is near one with a vector
+SOME_TOKENS: Final = 64  # from here on it is bound by arithmetic
 _Matrix = npt.NDArray[np.float64]
 
 
@@ -37,7 +39,9 @@ class Term(Enum):
     EMBEDDING_TOKEN = "embedding, each token"
     DECODER_CALL = "decoder, each call"
     DECODER_FEW_TOKENS = f"decoder, each of the first {FEW_TOKENS} tokens"
-    DECODER_TOKEN = "decoder, each token"
+    DECODER_SOME_TOKENS = f"decoder, each token up to {SOME_TOKENS}"
+    DECODER_MANY_TOKENS = "decoder, each token beyond"
+    DECODER_CONTEXT = "decoder, each token of context read"
     DECODER_PAIR = "decoder, each pair attended"
     HEAD_CALL = "head, each call"
     HEAD_ROW = "head, each row of logits"
@@ -59,7 +63,9 @@ def layer_amounts(kind: LayerKind, batch: Batch, *, window_tokens: int | None = 
             return {
                 Term.DECODER_CALL: 1.0,
                 Term.DECODER_FEW_TOKENS: float(min(batch.tokens, FEW_TOKENS)),
-                Term.DECODER_TOKEN: float(batch.tokens),
+                Term.DECODER_SOME_TOKENS: float(min(max(0, batch.tokens - FEW_TOKENS), SOME_TOKENS - FEW_TOKENS)),
+                Term.DECODER_MANY_TOKENS: float(max(0, batch.tokens - SOME_TOKENS)),
+                Term.DECODER_CONTEXT: batch.cached(window_tokens),
                 Term.DECODER_PAIR: batch.attended(window_tokens),
             }
 
