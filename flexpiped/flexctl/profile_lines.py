@@ -1,10 +1,16 @@
 """A profile as lines for people: progress while it is measured, then terms and how well they explain it. Pure."""
 
+from collections.abc import Sequence
+from textwrap import wrap
+from typing import Final
+
 from engines.native.timing_messages import TimingPoint
 from flexpiped.flexctl.text import bar, format_duration, table
 from planner.profile import Fit, Profile, Term
 
-_NANOSECONDS = 1e9
+WIDTH: Final = 80
+_FITS_A_TABLE: Final = 3
+_NANOSECONDS: Final = 1e9
 
 
 def progress_line(point: TimingPoint, *, of: int, elapsed_s: float) -> str:
@@ -15,16 +21,24 @@ def progress_line(point: TimingPoint, *, of: int, elapsed_s: float) -> str:
 
 def profile_lines(profile: Profile) -> list[str]:
     """Return what each term takes under each fit, and the residuals, in 80 columns."""
-    heads = ["", *(_head(fit) for fit in profile.fits)]
-    rows = [[term.value, *(_seconds(fit.seconds[term]) for fit in profile.fits)] for term in Term]
-    mean = ["mean residual", *(f"{fit.mean_residual:.1%}" for fit in profile.fits)]
-    worst = ["90 % of residuals below", *(f"{_percentile(fit, 0.9):.1%}" for fit in profile.fits)]
-    count = ["measurements", *(str(len(fit.residuals)) for fit in profile.fits)]
-    return [f"{profile.model_name}: {profile.source}", *table([heads, *rows, count, mean, worst], gap="  ")]
+    lines = wrap(f"{profile.model_name}: {profile.source}", width=WIDTH, subsequent_indent="  ")
+    for first in range(0, len(profile.fits), _FITS_A_TABLE):
+        lines += _table(profile.fits[first : first + _FITS_A_TABLE])
+    beside = any(fit.beside_others for fit in profile.fits)
+    return [*lines, "  * while other stages compute on the same host"] if beside else lines
+
+
+def _table(fits: Sequence[Fit]) -> list[str]:
+    heads = ["", *(_head(fit) for fit in fits)]
+    rows = [[term.value, *(_seconds(fit.seconds[term]) for fit in fits)] for term in Term]
+    count = ["measurements", *(str(len(fit.residuals)) for fit in fits)]
+    mean = ["mean residual", *(f"{fit.mean_residual:.1%}" for fit in fits)]
+    most = ["90 % of residuals below", *(f"{_percentile(fit, 0.9):.1%}" for fit in fits)]
+    return table([heads, *rows, count, mean, most], gap="  ")
 
 
 def _head(fit: Fit) -> str:
-    return f"{fit.threads} thr{', beside' if fit.beside_others else ''}"
+    return f"{fit.threads} {'thread' if fit.threads == 1 else 'threads'}{'*' if fit.beside_others else ''}"
 
 
 def _seconds(value_s: float) -> str:

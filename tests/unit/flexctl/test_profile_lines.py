@@ -17,9 +17,18 @@ def test_progress_says_what_and_how_long() -> None:
 def test_terms_and_residuals_fit_a_terminal() -> None:
     lines = profile_lines(profile_of(*observed(), *observed(beside=True), *observed(threads=2)))
     assert lines[0].startswith("small-llama: measured 2026-01-02 03:04 UTC on Some CPU")
-    assert all(len(line) <= 80 for line in lines[1:])
+    assert all(len(line) <= 80 for line in lines)
+    assert any(line.split() == ["1", "thread", "1", "thread*", "2", "threads"] for line in lines)
+    assert lines[-1] == "  * while other stages compute on the same host"
     assert any(line.split() == ["decoder,", "each", "call", "300", "us", "300", "us", "300", "us"] for line in lines)
     assert any("mean residual" in line and line.count("0.0%") == 3 for line in lines)
+
+
+def test_many_fits_stand_in_several_tables() -> None:
+    many = [each for threads in range(1, 8) for each in observed(threads=threads)]
+    lines = profile_lines(profile_of(*many))
+    assert all(len(line) <= 80 for line in lines)
+    assert sum("mean residual" in line for line in lines) == 4  # three tables, and the source
 
 
 def test_other_commands_import_neither_numpy_nor_the_planner() -> None:
