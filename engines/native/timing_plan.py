@@ -18,7 +18,12 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    kv_slots: int  # token slots of the KV cache
+    kv_blocks: int  # that sequences may have
+    kv_block_tokens: int
+
+    def deepest(self, lanes: int) -> int:
+        """Return how many tokens each of ``lanes`` sequences may have in KV blocks of its own."""
+        return min(self.max_model_len, self.kv_blocks // lanes * self.kv_block_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +59,12 @@ def timed_layouts(*, device_ids: tuple[str, ...], num_decoders: int, cores: int)
 
 def timed_batches(limits: Limits, *, in_flight: int) -> tuple[Batch, ...]:
     """Return decoding steps over sequences and contexts, and steps over prompts and later pieces of prompts."""
-    slots = limits.kv_slots // in_flight
-    longest = min(limits.max_model_len, slots)
+    longest = limits.deepest(in_flight)
     found: list[Batch] = []
     for sequences in _SEQUENCES:
         if sequences * in_flight > limits.max_num_seqs or sequences > limits.max_num_batched_tokens:
             break
-        deepest = min(longest, slots // sequences)
+        deepest = limits.deepest(sequences * in_flight)
         contexts = {min(_SHORT_CONTEXT, deepest), max(1, deepest // 4), deepest} if deepest else set()
         found += [decode_batch(sequences=sequences, context_tokens=context) for context in sorted(contexts)]
     pieces = [tokens for tokens in _PROMPTS if tokens <= min(longest, limits.max_num_batched_tokens)]

@@ -40,22 +40,26 @@ def test_layouts_cover_what_an_engine_may_run(devices: int, decoders: int, cores
     seqs=st.integers(1, 256),
     tokens=st.integers(16, 4096),
     length=st.integers(16, 32768),
-    slots=st.integers(64, 100_000),
+    blocks=st.integers(8, 10_000),
+    size=st.sampled_from([1, 16, 100]),
     in_flight=st.integers(1, 8),
 )
 def test_batches_stay_within_what_the_engine_takes(
-    seqs: int, tokens: int, length: int, slots: int, in_flight: int
+    seqs: int, tokens: int, length: int, blocks: int, size: int, in_flight: int
 ) -> None:
-    limits = Limits(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length, kv_slots=slots)
+    limits = Limits(
+        max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length, kv_blocks=blocks, kv_block_tokens=size
+    )
     for batch in timed_batches(limits, in_flight=in_flight):
         assert batch.tokens <= tokens
         assert batch.sequences * in_flight <= seqs or batch.tokens > batch.sequences
         assert batch.context_tokens / batch.sequences <= length
-        assert batch.context_tokens * in_flight <= slots
+        each = -(-int(batch.context_tokens) // batch.sequences // size)
+        assert each * batch.sequences * in_flight <= blocks
 
 
 def test_the_grid_has_decoding_prompts_and_later_pieces() -> None:
-    limits = Limits(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, kv_slots=8192)
+    limits = Limits(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=4096, kv_blocks=512, kv_block_tokens=16)
     batches = timed_batches(limits, in_flight=2)
     assert {batch.sequences for batch in batches if batch.tokens == batch.sequences} == {1, 2, 4, 8, 16, 32}
     whole = [batch.tokens for batch in batches if batch.context_tokens == batch.tokens > batch.sequences]
@@ -65,5 +69,5 @@ def test_the_grid_has_decoding_prompts_and_later_pieces() -> None:
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_a_small_kv_cache_still_gives_enough_to_fit(in_flight: int) -> None:
-    limits = Limits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, kv_slots=256)
+    limits = Limits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, kv_blocks=16, kv_block_tokens=16)
     assert len(timed_batches(limits, in_flight=in_flight)) >= len(Term)
