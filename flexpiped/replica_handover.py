@@ -185,10 +185,11 @@ class ReplicaRunner:
             return
         carried = await self._carrier.carry(flight.request_id, num_tokens=flight.num_tokens, first=first, second=second)
         try:
-            self._tell(await self._move(flight, carried))
+            taken = await self._move(flight, carried)
         finally:
             flight.kv = None
             await self._carrier.drop(carried, first=first, second=second)
+        self._tell(taken)
 
     def _stay(self, flight: Flight, second: Engine) -> None:
         """Let one request end where it is."""
