@@ -143,8 +143,9 @@ async def _whole(supervisor: Supervisor, options: argparse.Namespace, raw: dict[
         ended_s = time.monotonic()
         gaps = [largest_gap(each, began_s, ended_s) for each in streams.take()]
         await streams.stop()
-        say(f"{preference.value}: {message}")
-        rows.append([preference.value, ms(calm), ms(median(gaps)), ms(max(gaps)), message.partition("taken over: ")[2]])
+        row = [preference.value, ms(calm), ms(median(gaps)), ms(max(gaps)), message.partition("taken over: ")[2]]
+        say(", ".join(row))
+        rows.append(row)
         raw[f"handover_{preference.value}"] = {"calm_s": calm, "gaps_s": gaps, "message": message}
     head = ["handover.kv", "gap before ms", "gap in the handover ms", "largest ms", "how"]
     table(f"whole handovers under {options.streams} streams of 512 tokens and more, medians over streams", head, rows)
