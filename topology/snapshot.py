@@ -49,6 +49,9 @@ class _Host:
     links: tuple[_Wire, ...] = ()
 
 
+_SAME_IN_BOTH: Final = tuple(each.name for each in fields(_Host) if each.name != "links")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Network:
     within_rack: Link
@@ -106,16 +109,7 @@ def read_snapshot(path: Path) -> HostTopology | ClusterTopology:
 
 
 def _host(host: HostTopology) -> _Host:
-    return _Host(
-        host_id=host.host_id,
-        title=host.title,
-        rack=host.rack,
-        sources=host.sources,
-        driver=host.driver,
-        devices=host.devices,
-        gpus=host.gpus,
-        links=_wires(host.links),
-    )
+    return _Host(**{name: getattr(host, name) for name in _SAME_IN_BOTH}, links=_wires(host.links))
 
 
 def _wires(links: Mapping[PairKey, Link]) -> tuple[_Wire, ...]:
@@ -124,16 +118,7 @@ def _wires(links: Mapping[PairKey, Link]) -> tuple[_Wire, ...]:
 
 def _topology(host: _Host, file: str) -> HostTopology:
     try:
-        return HostTopology(
-            host_id=host.host_id,
-            title=host.title,
-            rack=host.rack,
-            sources=host.sources,
-            driver=host.driver,
-            devices=host.devices,
-            gpus=host.gpus,
-            links=_links(host.links),
-        )
+        return HostTopology(**{name: getattr(host, name) for name in _SAME_IN_BOTH}, links=_links(host.links))
     except ValueError as error:
         raise BadSnapshot(f"{file}: {error}") from None
 

@@ -96,8 +96,11 @@ def _measured(client: AdminClient, screen: Screen, options: Namespace, view: _Vi
     if not isinstance(view.topology, HostTopology):
         raise NotMeasured("only the devices of one host can be measured")
     what = plan(view.topology)
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
     found = measure(view.topology, what, python=view.python, screen=screen)
     notes = list(what.notes)
+    if load > cores / 2:
+        notes.append(f"this machine is busy (load {load:.1f} on {cores} cores): an idle one gives higher figures")
     if view.is_daemon:
         kept = _give_to_daemon(client, found)
         notes.append("measured while the daemon runs: what it computes meanwhile is in the figures")
