@@ -2,11 +2,15 @@
 
 A replica is a line of stages that work on micro-batches. Sequences are batched continuously: ``n`` of them decode in
 ``micro_batches`` groups, one token each in a cycle. A cycle lasts as long as a group takes through all stages, or as
-the slowest stage (or all cores, where stages share them) works on all groups, whichever is more. Prompts run in the
-same stages: while they take a share ``u`` of the slowest one, a cycle lasts ``1 / (1 - u)`` as long.
+the slowest stage (or all cores, where stages share them) works on all groups, whichever is more. Prompts join these
+steps, so they cost what they add to one: while that is a share ``u`` of the slowest stage, a cycle lasts
+``1 / (1 - u)`` as long.
 
-How many sequences are inside follows from Little's law: ``n = rate * steps per request * cycle(n)``. At most as many as
-KV cache and engine allow; the rate at which that many are inside is the capacity. Waiting: ``planner.queueing``.
+How many sequences are inside follows from Little's law: ``n = rate * steps per request * cycle``. A token sees more of
+them than there are in the mean, because most tokens are made when many are inside: ``n + z - 1``, with ``z`` their
+variance over their mean (``queueing.peakedness``). At most as many are inside as KV cache and engine allow; the rate at
+which that many are is the capacity. Waiting: ``planner.queueing``. A simulation in ``tests/unit/planner`` is what all
+this is compared with.
 
 Pure arithmetic on times asked for at a dozen batch sizes; well under a millisecond beside what those cost.
 """
@@ -24,6 +28,7 @@ from planner.workload import Slo, Workload
 
 _NEARLY = 0.98  # of the capacity: admission control that turns the rest away keeps it there
 _RATES_TRIED = 16
+_SHORTEST_S = 1e-9  # of a request: times of nothing would be served without bound
 NO_TARGETS = Slo()
 CVS_TRIED = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
@@ -164,7 +169,7 @@ class Pipeline:
         capacity = self._capacity_per_s
         load = rate / capacity if capacity else inf
         served = min(rate, capacity)
-        batch, tpot = self._settled(min(rate, _NEARLY * capacity) if load >= 1 else rate)
+        batch, tpot = self._settled(min(rate, _NEARLY * capacity) if load >= 1 else rate, own.cv)
         if load >= 1:
             batch, tpot = self.max_batch, self._tpot(self.max_batch, capacity)
         pool, tandem, plain = self._first_token(rate, own)
@@ -194,7 +199,9 @@ class Pipeline:
         stages = [stage(batch) for stage in times.stages]
         slowest = self._slowest_of(stages)
         beside = [stage(batch) for stage in times.stages_beside] or stages
-        self._prefill_slowest_s = self._chunks * self._slowest_of(beside)
+        token = decode_batch(sequences=1, context_tokens=self._prompt + self._output / 2)
+        alone = self._slowest_of([stage(token) for stage in times.stages_beside or times.stages])
+        self._joining_s = self._chunks * max(0.0, self._slowest_of(beside) - alone)  # what a prompt adds to steps
         passing = sum(stages) + sum(hop(chunk) for hop in times.hops) + times.step_overhead_s
         self._prefill_s = passing + (self._chunks - 1) * slowest
 
@@ -216,10 +223,9 @@ class Pipeline:
     def _find_capacity(self) -> float:
         """Return the highest rate, over the batch sizes, at which decoding and prompts together fill all time."""
         work = (
-            self._steps * cycle / size + self._prefill_slowest_s
-            for size, cycle in zip(self._sizes, self._cycles, strict=True)
+            self._steps * cycle / size + self._joining_s for size, cycle in zip(self._sizes, self._cycles, strict=True)
         )
-        return 1 / min(work)
+        return 1 / max(min(work), self._joining_s, _SHORTEST_S)
 
     # --- at a rate ---
 
@@ -235,44 +241,47 @@ class Pipeline:
         return table[right - 1] + share * (table[right] - table[right - 1])
 
     def _tpot(self, batch: float, rate_per_s: float) -> float:
-        free = 1 - rate_per_s * self._prefill_slowest_s
+        free = 1 - rate_per_s * self._joining_s
         return self._at(self._cycles, batch) / free if free > 0 else inf
 
-    def _settled(self, rate_per_s: float) -> tuple[float, float]:
-        """Return sequences that decode at once and their time per token: ``n = rate * steps * tpot(n)``."""
-        free = 1 - rate_per_s * self._prefill_slowest_s
+    def _settled(self, rate_per_s: float, arrival_cv: float) -> tuple[float, float]:
+        """Return sequences that decode at once and their time per token: ``n = rate * steps * tpot(n + z - 1)``."""
+        free = 1 - rate_per_s * self._joining_s
         if free <= 0:
             return float(self.max_batch), inf
-        pull = rate_per_s * self._steps / free  # the larger of: n where it lies on a segment of the table, its ends
+        more = max(0.0, queueing.peakedness(arrival_cv) - 1)
+        pull = rate_per_s * self._steps / free
         below, cycle_below = 0.0, self._cycles[0]
         for size, cycle in zip(self._sizes, self._cycles, strict=True):
-            if pull * cycle <= size:
+            if pull * cycle <= size - more:  # seen by a token: where the line through this part of the table is met
                 slope = (cycle - cycle_below) / (size - below)
-                batch = pull * (cycle_below - slope * below) / (1 - pull * slope)
-                return batch, self._at(self._cycles, batch) / free
+                seen = (more + pull * (cycle_below - slope * below)) / (1 - pull * slope)
+                return min(seen - more, float(self.max_batch)), self._at(self._cycles, seen) / free
             below, cycle_below = float(size), cycle
-        return float(self.max_batch), self._cycles[-1] / free
+        return min(float(self.max_batch), pull * self._cycles[-1]), self._cycles[-1] / free
 
     def _first_token(self, rate_per_s: float, workload: Workload) -> tuple[queueing.Wait, queueing.Wait, float]:
         """Return the waits for a place and for the stages, and the seconds to the first token without either."""
         capacity = self._capacity_per_s
-        batch, _ = self._settled(min(rate_per_s, _NEARLY * capacity))
-        beside = min(1.0, batch) * self._at(self._slowest, batch)  # decoding that shares a prompt's steps
-        slowest = self._prefill_slowest_s + self._chunks * beside
+        batch, _ = self._settled(min(rate_per_s, _NEARLY * capacity), workload.cv)
+        step = self._at(self._slowest, batch)
+        beside = step - self._slowest[0]  # decoding that shares a prompt's steps
         pool = queueing.pool_wait(
             load=rate_per_s / capacity if capacity else inf,
+            inside=batch,
             slots=max(1, self.max_batch),
             capacity_per_s=capacity,
             arrival_cv=workload.cv,
             service_cv=workload.output_tokens_cv,
         )
         tandem = queueing.tandem_wait(
-            rate_per_s=rate_per_s,
-            slowest_s=min(slowest, 1 / capacity) if capacity else slowest,
+            rate_per_s=min(rate_per_s, _NEARLY * capacity),
+            slowest_s=self._joining_s,
             arrival_cv=workload.cv,
             service_cv=workload.prompt_tokens_cv,
         )
-        return pool, tandem, self._prefill_s + (self._chunks + 0.5) * beside  # half a step is under way in the mean
+        under_way = min(1.0, batch) * step / 2
+        return pool, tandem, self._prefill_s + self._chunks * beside + under_way
 
     def _goodput(self, most_per_s: float, workload: Workload, slo: Slo) -> tuple[float, float]:
         """Return the most requests a second within the targets over the rates that could be let in, and their share."""
@@ -291,7 +300,7 @@ class Pipeline:
             pool, tandem, plain = self._first_token(rate_per_s, workload)
             share *= queueing.both_within(pool, tandem, slo.ttft_s - plain)
         if slo.tpot_s is not None:
-            batch, _ = self._settled(rate_per_s)
+            batch, _ = self._settled(rate_per_s, workload.cv)
             limit = self._largest_within(slo.tpot_s, rate_per_s)
             if limit < self.max_batch:
                 share *= queueing.crowd_within(mean=batch, limit=limit, arrival_cv=workload.cv) if limit else 0.0
@@ -301,7 +310,7 @@ class Pipeline:
         """Return the most sequences that may decode at once at ``tpot_s``; 0 if not even one."""
         if self._tpot(1, rate_per_s) > tpot_s:
             return 0.0
-        cycle = tpot_s * (1 - rate_per_s * self._prefill_slowest_s)
+        cycle = tpot_s * (1 - rate_per_s * self._joining_s)
         right = bisect_right(self._cycles, cycle)
         if right == len(self._sizes):
             return float(self.max_batch)

@@ -7,10 +7,12 @@ What is used here keeps its structure and its meaning:
 
 - the pool: ``slots`` sequences can be in the KV cache at once; who finds none free waits, as in a G/G/c queue. The
   wait is Allen and Cunneen's ``(CVa^2 + CVs^2) / 2`` times that of M/M/c, with Sakasegawa's
-  ``rho^(sqrt(2 (c + 1)) - 1)`` for Erlang's C (exact for c = 1). Bursts fill the pool more often than that says: the
-  chance to wait is at least that of a normal distribution of the sequences inside, as wide as an unlimited pool would
-  have (``peakedness``);
+  ``rho^(sqrt(2 (c + 1)) - 1)`` for Erlang's C (exact for c = 1), rho being the share of slots taken. Bursts fill the
+  pool more often than that says: the chance to wait is at least that of a normal distribution of the sequences inside,
+  as wide as an unlimited pool would have (``peakedness``);
 - the tandem: prompts queue at the slowest stage only, as a G/G/1 queue (Kingman); behind it they are spaced already.
+  Kingman's formula is one of heavy traffic. In light traffic a request of a burst still waits for the others of its
+  own burst, ``peakedness - 1`` of them in the mean.
 
 Assumptions: arrivals are independent of each other given their CV; steady state, so a load above capacity waits for
 ever; the requests of one replica are a random share of all (``thinned_cv``).
@@ -44,14 +46,20 @@ class Wait:
         return 1.0 - self.chance * (exp(-limit_s / self.mean_if_any_s) if self.mean_if_any_s < inf else 1.0)
 
 
-def pool_wait(*, load: float, slots: int, capacity_per_s: float, arrival_cv: float, service_cv: float) -> Wait:
-    """Return the wait for one of ``slots``. ``load`` is arrivals over ``capacity_per_s``, what all slots serve."""
+def pool_wait(
+    *, load: float, inside: float, slots: int, capacity_per_s: float, arrival_cv: float, service_cv: float
+) -> Wait:
+    """Return the wait for one of ``slots``.
+
+    Args:
+        load: Arrivals over ``capacity_per_s``, which is what all slots together serve.
+        inside: Slots taken in the mean. Less than ``load`` of them, as each is served faster while there are few.
+    """
     if load >= 1 or capacity_per_s <= 0:
         return Wait(chance=1.0, mean_if_any_s=inf)
-    inside = load * slots
     spread = sqrt(inside * peakedness(arrival_cv))
     crowded = 1 - _normal_below((slots - inside) / spread) if spread else 0.0
-    chance = max(load ** (sqrt(2 * (slots + 1)) - 1), crowded) if load else 0.0
+    chance = max((inside / slots) ** (sqrt(2 * (slots + 1)) - 1), crowded) if inside else 0.0
     variability = (arrival_cv**2 + service_cv**2) / 2
     return Wait(chance=chance, mean_if_any_s=variability / (capacity_per_s * (1 - load)))
 
@@ -61,7 +69,10 @@ def tandem_wait(*, rate_per_s: float, slowest_s: float, arrival_cv: float, servi
     load = rate_per_s * slowest_s
     if load >= 1:
         return Wait(chance=1.0, mean_if_any_s=inf)
-    return Wait(chance=load, mean_if_any_s=slowest_s * (arrival_cv**2 + service_cv**2) / 2 / (1 - load))
+    others = max(0.0, peakedness(arrival_cv) - 1)  # of its own burst
+    chance = max(load, others / (1 + others))
+    mean_s = load * slowest_s * (arrival_cv**2 + service_cv**2) / 2 / (1 - load) + others * slowest_s
+    return Wait(chance=chance, mean_if_any_s=mean_s / chance if chance else 0.0)
 
 
 def both_within(first: Wait, second: Wait, limit_s: float) -> float:

@@ -43,10 +43,10 @@ def test_one_request_in_an_idle_pipeline_takes_what_its_steps_take() -> None:
 
 
 def test_capacity_is_where_the_slowest_stage_has_no_time_left() -> None:
-    """64 sequences in 4 micro-batches: a cycle lasts 4 * 20 ms plus hops, and every prompt costs 20 ms besides."""
-    four = predict(times(4, hop_s=0.0, kv_tokens=64 * 200), CALM)
+    """64 sequences in 4 micro-batches of 16: a cycle lasts 4 * 36 ms, and a prompt adds 120 ms less one token's 21."""
+    four = predict(times(4, token_s=0.004, hop_s=0.0, kv_tokens=64 * 200), CALM)
     assert four.max_batch == 64
-    assert four.capacity_per_s == pytest.approx(1 / (99 * 0.08 / 64 + 0.02))
+    assert four.capacity_per_s == pytest.approx(1 / (99 * 0.144 / 64 + 0.099))
     assert four.capacity_tokens_per_s == pytest.approx(100 * four.capacity_per_s)
 
 

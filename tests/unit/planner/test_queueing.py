@@ -11,7 +11,7 @@ from planner.queueing import both_within, crowd_within, pool_wait, tandem_wait, 
 
 def test_one_place_with_poisson_arrivals_is_the_exact_queue() -> None:
     """M/M/1: the mean wait is rho / (mu - lambda)."""
-    wait = pool_wait(load=0.5, slots=1, capacity_per_s=2.0, arrival_cv=1.0, service_cv=1.0)
+    wait = pool_wait(load=0.5, inside=0.5, slots=1, capacity_per_s=2.0, arrival_cv=1.0, service_cv=1.0)
     assert wait.chance >= 0.5
     tandem = tandem_wait(rate_per_s=1.0, slowest_s=0.5, arrival_cv=1.0, service_cv=1.0)
     assert tandem.mean_s == pytest.approx(0.5 / (2 - 1))
@@ -27,14 +27,14 @@ def test_constant_service_halves_the_wait() -> None:
 
 @pytest.mark.parametrize("slots", [1, 4, 64])
 def test_many_places_at_little_load_wait_less(slots: int) -> None:
-    busy = pool_wait(load=0.9, slots=slots, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0)
-    calm = pool_wait(load=0.3, slots=slots, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0)
+    busy = pool_wait(load=0.9, inside=0.9 * slots, slots=slots, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0)
+    calm = pool_wait(load=0.3, inside=0.3 * slots, slots=slots, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0)
     assert calm.mean_s < busy.mean_s
 
 
 def test_a_load_above_capacity_waits_for_ever() -> None:
     for wait in (
-        pool_wait(load=1.0, slots=8, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0),
+        pool_wait(load=1.0, inside=8, slots=8, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0),
         tandem_wait(rate_per_s=2.0, slowest_s=0.5, arrival_cv=1.0, service_cv=1.0),
     ):
         assert wait.mean_s == inf
@@ -44,7 +44,7 @@ def test_a_load_above_capacity_waits_for_ever() -> None:
 @given(load=st.floats(0.0, 0.99), slots=st.integers(1, 1024), cv=st.floats(0.0, 8.0), more=st.floats(0.0, 2.0))
 def test_bursts_never_help(load: float, slots: int, cv: float, more: float) -> None:
     calm, bursty = (
-        pool_wait(load=load, slots=slots, capacity_per_s=3.0, arrival_cv=each, service_cv=1.0)
+        pool_wait(load=load, inside=load * slots, slots=slots, capacity_per_s=3.0, arrival_cv=each, service_cv=1.0)
         for each in (cv, cv + more)
     )
     assert 0 <= calm.chance <= 1
