@@ -10,6 +10,7 @@ import pytest
 
 from planner.model_graph import build_model_graph
 from planner.profile_file import parse_profile
+from tests.support.daemon import started
 from tests.support.native import even, llama, request, running
 from tests.support.published_models import OPT_66B
 
@@ -56,6 +57,18 @@ def test_a_model_that_the_native_engine_does_not_run_is_refused(tmp_path: Path) 
     done = flexctl("profile", "--model", str(tmp_path), state=tmp_path)
     assert done.returncode == 4
     assert "model_type 'opt' is not supported by the native engine" in done.stderr
+
+
+@pytest.mark.long
+async def test_a_running_daemon_says_what_to_measure_and_keeps_it(tmp_path: Path) -> None:
+    small = '[devices]\ncpu_count = 2\n[engines.native]\nthreads = 1\nkv_cache = "1 MiB"\nmax_num_seqs = 8\n'
+    async with started(tmp_path, ready=True, engine="native", more=small) as daemon:
+        code, out, err = await daemon.flexctl("profile", "--short")
+        assert code == 0, err
+        assert out.startswith("the daemon serves meanwhile: measuring competes with it")
+        (kept,) = (tmp_path / "state" / "profiles").glob("*.json")
+        assert out.splitlines()[-1] == f"kept in {kept}"
+        assert parse_profile(kept.read_bytes()).key.engine == "native"
 
 
 async def test_the_engine_tells_what_each_stage_computed() -> None:

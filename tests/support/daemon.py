@@ -92,7 +92,7 @@ async def started(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         notified.bind(address)
         notified.setblocking(False)
-        process = await spawn(config, NOTIFY_SOCKET=address)
+        process = await spawn(config, NOTIFY_SOCKET=address, STATE_DIRECTORY=str(folder / "state"))
         daemon = Daemon(process=process, config=config, admin=folder / "admin.sock", notified=notified)
         try:
             await daemon.notification("READY=1" if ready else "STATUS=")
