@@ -19,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import ceil, inf, log
+from math import ceil, inf
 from typing import Protocol
 
 from planner import queueing
@@ -176,7 +176,7 @@ class Pipeline:
         goodput, attainment = self._goodput(min(rate, _NEARLY * capacity), own, slo)
         return Prediction(
             ttft_s=plain + pool.mean_s + tandem.mean_s,
-            ttft_p99_s=plain + _percentile_s(pool, tandem, 0.99),
+            ttft_p99_s=plain + queueing.both_percentile_s(pool, tandem, 0.99),
             tpot_s=tpot,
             batch=batch,
             max_batch=self.max_batch,
@@ -316,12 +316,3 @@ class Pipeline:
             return float(self.max_batch)
         low, high = self._cycles[right - 1], self._cycles[right]
         return self._sizes[right - 1] + (cycle - low) / (high - low) * (self._sizes[right] - self._sizes[right - 1])
-
-
-def _percentile_s(first: queueing.Wait, second: queueing.Wait, share: float) -> float:
-    """Return the wait that ``share`` of the requests do not exceed; the two waits drawn together as one."""
-    chance = 1 - (1 - first.chance) * (1 - second.chance)
-    if chance <= 1 - share:
-        return 0.0
-    mean = (first.mean_s + second.mean_s) / chance
-    return mean * log(chance / (1 - share))

@@ -23,7 +23,7 @@ blocking, AT&T Bell Lab. Tech. J. 63, 1984.
 """
 
 from dataclasses import dataclass
-from math import erf, exp, inf, sqrt
+from math import erf, exp, inf, log, sqrt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +83,15 @@ def both_within(first: Wait, second: Wait, limit_s: float) -> float:
     chance = 1 - (1 - first.chance) * (1 - second.chance)
     total = first.mean_s + second.mean_s
     return Wait(chance=chance, mean_if_any_s=total / chance if chance else 0.0).chance_within(limit_s)
+
+
+def both_percentile_s(first: Wait, second: Wait, share: float) -> float:
+    """Return the wait that ``share`` of the requests do not exceed; the two waits drawn together as one."""
+    chance = 1 - (1 - first.chance) * (1 - second.chance)
+    if chance <= 1 - share:
+        return 0.0
+    mean = (first.mean_s + second.mean_s) / chance
+    return mean * log(chance / (1 - share))
 
 
 def peakedness(arrival_cv: float) -> float:

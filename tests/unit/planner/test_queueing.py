@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.queueing import both_within, crowd_within, pool_wait, tandem_wait, thinned_cv
+from planner.queueing import both_percentile_s, both_within, crowd_within, pool_wait, tandem_wait, thinned_cv
 
 
 def test_one_place_with_poisson_arrivals_is_the_exact_queue() -> None:
@@ -62,3 +62,12 @@ def test_replicas_spread_bursts() -> None:
     assert thinned_cv(1.0, replicas=9) == 1.0
     assert thinned_cv(5.0, replicas=8) == 2.0
     assert thinned_cv(0.0, replicas=2) == pytest.approx(0.5**0.5)
+
+
+def test_percentiles_of_two_waits_are_those_of_the_chance_to_wait_no_longer() -> None:
+    pool = pool_wait(load=0.9, inside=50, slots=64, capacity_per_s=10.0, arrival_cv=2.0, service_cv=1.0)
+    tandem = tandem_wait(rate_per_s=1.0, slowest_s=0.5, arrival_cv=2.0, service_cv=1.0)
+    p99_s = both_percentile_s(pool, tandem, 0.99)
+    assert both_within(pool, tandem, p99_s) == pytest.approx(0.99)
+    calm = tandem_wait(rate_per_s=0.001, slowest_s=0.5, arrival_cv=1.0, service_cv=1.0)
+    assert both_percentile_s(calm, calm, 0.99) == 0
