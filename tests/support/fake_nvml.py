@@ -3,9 +3,8 @@
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from topology.snapshot import from_json
 from topology.topology import HostTopology
@@ -28,15 +27,18 @@ print(to_json(host))
 """
 
 
-@cache
+_BUILT: dict[str, TemporaryDirectory[str]] = {}  # removed when the interpreter exits
+
+
 def library(define: str = "") -> Path:
     """Return the folder with a stand-in, built on first use. ``define``: OLD_DRIVER or ANCIENT_DRIVER."""
-    folder = Path(mkdtemp(prefix="fake-nvml-"))
-    flags = [f"-D{define}"] if define else []
-    target = folder / "libnvidia-ml.so.1"
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run([*command, *flags, "-o", target, _SOURCE], check=True)
-    return folder
+    if define not in _BUILT:
+        _BUILT[define] = TemporaryDirectory(prefix="fake-nvml-")
+        target = Path(_BUILT[define].name, "libnvidia-ml.so.1")
+        flags = [f"-D{define}"] if define else []
+        command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
+        subprocess.run([*command, *flags, "-o", target, _SOURCE], check=True)
+    return Path(_BUILT[define].name)
 
 
 def discovered(
