@@ -125,8 +125,10 @@ def stage_kv_tokens(problem: PlacementProblem, stage: PlacedStage) -> int:
         return -1
     if need(KV_UNLIMITED) <= room:
         return KV_UNLIMITED
-    if not any(held for _, held in pieces):
-        return (room - need(0)) // sum(piece.kv_bytes_per_token for piece, _ in pieces)
+    surplus = sum(held - piece.weight_bytes for piece, held in pieces)
+    tokens = (room + surplus) // sum(piece.kv_bytes_per_token for piece, _ in pieces)
+    if all(p.weight_bytes + tokens * p.kv_bytes_per_token >= held for p, held in pieces):
+        return tokens  # no piece has more than it needs, which is the rule
     return bisect_right(range(KV_UNLIMITED), room, key=need) - 1
 
 

@@ -5,6 +5,7 @@ many times, for limits that close in on the best. An answer is stages, a proof t
 paths, or a search that ended), or neither.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -320,5 +321,5 @@ class _Descent:
         places = self.problem.places
         hop = self.problem.hops.between(places[self.chosen[-1]], places[place])
         row = self.search.costs.times[places[place].speed_class]
-        by_time = int(np.searchsorted(row, row[piece] + self.limits.bottleneck_ns - hop, side="right")) - 1
+        by_time = bisect_right(row, row[piece] + self.limits.bottleneck_ns - hop) - 1
         return max(piece, min(by_time, int(self.reach.memory[kind, piece])))

@@ -31,8 +31,9 @@ from planner.solver import Outcome
 from planner.split import best_split
 
 _STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a first pipeline is looked for
-_BOTTLENECK_SHARE = 0.8  # of the time that is left, for closing in on the bottleneck
-_CAPACITY_SHARE = 0.6
+_BOTTLENECK_SHARE = 0.5  # of the time that is left, for closing in on the bottleneck
+_CAPACITY_SHARE = 0.8
+_REPAIRS = 8  # places that are tried in the place of one that went
 _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
 
 
@@ -83,14 +84,27 @@ def place(problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedSt
 
 
 def _usable(problem: PlacementProblem, start: Sequence[PlacedStage]) -> tuple[PlacedStage, ...]:
-    """Return the stages where they keep the rules, else the best cuts for their places, else nothing."""
+    """Return the stages where they keep the rules, else the best cuts for their places, or with one place replaced."""
     if not start or not check_stages(problem, start):
         return tuple(start)
-    order = [stage.place for stage in start if 0 <= stage.place < len(problem.places)]
-    if len(order) != problem.num_stages or len(problem.pieces) < len(order):
+    costs, places = SegmentCosts(problem), problem.places
+    if len(start) != problem.num_stages or any(stage.place >= len(places) for stage in start):
         return ()
-    again = best_split(SegmentCosts(problem), order, kv_tokens=problem.min_kv_tokens)
-    return again if again is not None and not check_stages(problem, again) else ()
+    order = [stage.place for stage in start]
+    orders = [order]
+    used = {device for at in order for device in places[at].device_ids}
+    spare = [at for at, found in enumerate(places) if used.isdisjoint(found.device_ids)]
+    fastest = sorted(spare, key=lambda at: (costs.times[places[at].speed_class][-1], -places[at].room_bytes))
+    for index, stage in enumerate(start):
+        if costs.kv_tokens(stage.place, stage.first, stage.end) < problem.min_kv_tokens:
+            orders += [[*order[:index], other, *order[index + 1 :]] for other in fastest[:_REPAIRS]]
+    best: tuple[PlacedStage, ...] = ()
+    limit_ns = None
+    for tried in orders:
+        found = best_split(costs, tried, kv_tokens=problem.min_kv_tokens, limit_ns=limit_ns)
+        if found is not None and not check_stages(problem, found):
+            best, limit_ns = found, score(problem, found).bottleneck_ns - 1
+    return best
 
 
 class _Solver:
@@ -116,7 +130,7 @@ class _Solver:
 
     def _bottleneck(self, start: tuple[PlacedStage, ...]) -> tuple[tuple[PlacedStage, ...], Proof]:
         tokens = self.problem.min_kv_tokens
-        ladder = [int(value) for value in bottleneck_candidates(self.search.kinds, self.costs)]
+        ladder: Sequence[int] = bottleneck_candidates(self.search.kinds, self.costs).tolist()
 
         def limits(value: int) -> Limits:
             return Limits(bottleneck_ns=value, kv_tokens=tokens)
@@ -127,7 +141,7 @@ class _Solver:
         best = _Best(stages=start or None, at=reached(start) if start else len(ladder), impossible=-1)
         if not self.problem.fixed_order:
             self._close_in(ladder, best, limits, reached)
-        if best.at > best.impossible + 1:
+        if best.at > best.impossible + 1 and not self.budget.is_spent():
             self._close_by_model(ladder, best, limits)
         if best.impossible == len(ladder) - 1:
             raise NoFeasiblePlan(why_no_way(self.problem))
@@ -176,7 +190,7 @@ class _Solver:
     def _raise_bound(self, ladder: Sequence[int], best: _Best, limits: Callable[[int], Limits]) -> None:
         """Find how far the prices that are known prove impossible: for fixed prices one bisection tells."""
         low, high = best.impossible, min(best.at, len(ladder))
-        while low + 1 < high:
+        while low + 1 < high and not self.budget.is_spent():
             middle = (low + high) // 2
             if self.search.is_impossible(limits(ladder[middle]), improve=False):
                 low = middle
@@ -195,8 +209,9 @@ class _Solver:
         if lowest >= len(ladder):
             return
         steps = [bisect_left(ladder, int(ladder[lowest] * step)) for step in _STEPS_UP] + [len(ladder) - 1]
-        for at in dict.fromkeys(min(step, len(ladder) - 1) for step in steps):
-            look = self.search.look(limits(ladder[at]))
+        rungs = list(dict.fromkeys(min(step, len(ladder) - 1) for step in steps))
+        for improve, at in [(False, at) for at in rungs] + [(True, at) for at in rungs]:
+            look = self.search.look(limits(ladder[at]), improve=improve)
             if look.stages is not None:
                 best.stages, best.at = look.stages, reached(look.stages)
                 return
@@ -250,7 +265,7 @@ class _Solver:
         best = _Best(stages=stages, at=reached(stages), impossible=-1)
         if not self.problem.fixed_order:
             self._close_in(ladder, best, limits, reached)
-        if best.at > best.impossible + 1:
+        if best.at > best.impossible + 1 and not self.budget.is_spent():
             self._capacity_by_model(ladder, best, limits)
         assert best.stages is not None
         bound = ladder[min(best.impossible + 1, best.at)]
@@ -286,6 +301,8 @@ class _Solver:
 
     def _rest(self, stages: tuple[PlacedStage, ...], limits: Limits) -> tuple[PlacedStage, ...]:
         """Settle cost of the change, fragmentation and bytes moved, in turn."""
+        if self.budget.is_spent():
+            return stages
         segments = self._segments(limits)
         whole = segments is not None
         if segments is None:

@@ -209,7 +209,6 @@ def collapse(kinds: Kinds, reach: Reach) -> Collapse:
 
 def memory_reach(kinds: Kinds, costs: SegmentCosts, *, kv_tokens: int) -> Ints:
     """Return how far the memory of each kind reaches with KV cache for ``kv_tokens``, rows as in ``Reach``."""
-    problem = kinds.problem
     tokens = min(kv_tokens, KV_UNLIMITED)
     plain = [weight + tokens * rate for weight, rate in zip(costs.weights, costs.kv_rates, strict=True)]
     sums = np.asarray(plain, dtype=np.float64) if plain[-1] >= 2**62 else np.asarray(plain, dtype=np.int64)
@@ -218,12 +217,9 @@ def memory_reach(kinds: Kinds, costs: SegmentCosts, *, kv_tokens: int) -> Ints:
     for kind in kinds.kinds:
         row = sums
         if kind.held:
-            held = dict(kind.held)
-            needs = [
-                max(0, piece.weight_bytes + tokens * piece.kv_bytes_per_token - held.get(p, 0))
-                for p, piece in enumerate(problem.pieces)
-            ]
-            row = np.concatenate([[0], np.cumsum(np.asarray(needs, dtype=sums.dtype))])
+            held = np.zeros(len(sums) - 1, dtype=sums.dtype)
+            held[[piece for piece, _ in kind.held]] = [size for _, size in kind.held]
+            row = np.concatenate([sums[:1], np.cumsum(np.maximum(0, np.diff(sums) - held))])
         ends = np.searchsorted(row, row + max(-1, kind.room_bytes) + slack, side="right") - 1
         rows.append(np.maximum(ends, np.arange(len(row))) if kind.room_bytes >= 0 else np.arange(len(row)))
     return np.stack(rows).astype(np.int64)
@@ -239,5 +235,7 @@ def bottleneck_candidates(kinds: Kinds, costs: SegmentCosts) -> Ints:
     count = len(kinds.problem.pieces)
     upper = np.triu_indices(count + 1, 1)
     spans = [np.asarray(row, dtype=np.int64) for row in {tuple(row) for row in costs.times}]
-    runs = np.unique(np.concatenate([row[upper[1]] - row[upper[0]] for row in spans]))
-    return np.unique(np.concatenate([runs + hop for hop in sorted(hops)]))
+    runs = np.concatenate([row[upper[1]] - row[upper[0]] for row in spans])
+    values: Ints = np.sort(np.concatenate([runs + hop for hop in sorted(hops)]))  # faster than unique() of numpy
+    found: Ints = values[np.concatenate([[True], values[1:] != values[:-1]])]
+    return found

@@ -32,6 +32,7 @@ class SegmentCosts:
         self.kv_rates = _sums([piece.kv_bytes_per_token for piece in problem.pieces])
         self._moving = _sums([piece.weight_bytes + piece.live_kv_bytes for piece in problem.pieces])
         self._held_moving: dict[int, list[int]] = {}
+        self._fits: dict[tuple[int, int, int], list[int]] = {}
 
     def time_ns(self, place: int, first: int, end: int) -> int:
         """Return the time of the pieces there, in nanoseconds."""
@@ -48,6 +49,19 @@ class SegmentCosts:
         if left < 0:
             return -1
         return min(left // rate, KV_UNLIMITED) if rate else KV_UNLIMITED
+
+    def fits_until(self, place: int, kv_tokens: int) -> list[int]:
+        """Return by first piece the end of the longest run that fits with KV cache for ``kv_tokens``."""
+        held = self.problem.places[place].held
+        key = (self.problem.places[place].room_bytes, kv_tokens, place if held else -1)
+        if key not in self._fits:
+            needs = [
+                max(0, piece.weight_bytes + kv_tokens * piece.kv_bytes_per_token - held.get(index, 0))
+                for index, piece in enumerate(self.problem.pieces)
+            ]
+            sums = _sums(needs)
+            self._fits[key] = [bisect_right(sums, so_far + key[0]) - 1 for so_far in sums]
+        return self._fits[key]
 
     def moved_bytes(self, place: int, first: int, end: int) -> int:
         """Return the bytes that have to come."""

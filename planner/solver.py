@@ -7,11 +7,12 @@ measures its own time.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ortools.linear_solver import pywraplp
+from ortools.linear_solver import linear_solver_pb2, pywraplp
 from ortools.sat.python import cp_model
 
 Model = cp_model.CpModel
@@ -99,37 +100,67 @@ def cheapest_flow(arcs: FlowArcs, *, limits: NDArray[np.float64]) -> Flow | None
 
     A linear program, in GLOP. Limits may be exceeded at a price that no flow within them would pay.
     """
-    solver: Any = pywraplp.Solver("flow", pywraplp.Solver.GLOP_LINEAR_PROGRAMMING)  # its stubs have no types
-    infinity = solver.infinity()
-    flow = {node: solver.Constraint(0.0, 0.0) for node in np.union1d(arcs.tails, arcs.heads).tolist()}
-    if arcs.source not in flow or arcs.sink not in flow:
+    nodes, places = np.unique(np.concatenate([arcs.tails, arcs.heads]), return_inverse=True)
+    ends = np.flatnonzero(nodes == arcs.source), np.flatnonzero(nodes == arcs.sink)
+    if not (len(ends[0]) and len(ends[1])):
         return None
-    flow[arcs.source].SetBounds(1.0, 1.0)
-    flow[arcs.sink].SetBounds(-1.0, -1.0)
-    objective = solver.Objective()
-    objective.SetMinimization()
-    rows = {}
-    for limit in sorted({limit for use in set(arcs.uses.tolist()) - {-1} for limit, _ in arcs.consumption[use]}):
-        rows[limit] = solver.Constraint(-infinity, float(limits[limit]))
-        excess = solver.NumVar(0.0, infinity, "")
-        rows[limit].SetCoefficient(excess, -1.0)
-        objective.SetCoefficient(excess, _EXCESS_PRICE)
-    variables = []
-    for tail, head, use in zip(arcs.tails.tolist(), arcs.heads.tolist(), arcs.uses.tolist(), strict=True):
-        variable = solver.NumVar(0.0, infinity, "")
-        variables.append(variable)
-        flow[tail].SetCoefficient(variable, 1.0)
-        flow[head].SetCoefficient(variable, -1.0)
-        if use >= 0:
-            objective.SetCoefficient(variable, 1.0)
-            for limit, amount in arcs.consumption[use]:
-                rows[limit].SetCoefficient(variable, amount)
+    count = len(arcs.tails)
+    drawn = [(limit, arc, amount) for arc, use in enumerate(arcs.uses.tolist()) for limit, amount in _draws(arcs, use)]
+    limited = sorted({limit for limit, _, _ in drawn})
+    number = {limit: len(nodes) + at for at, limit in enumerate(limited)}
+    rows = np.concatenate([places, [number[limit] for limit, _, _ in drawn], list(number.values())]).astype(np.int64)
+    columns = np.concatenate(
+        [np.tile(np.arange(count), 2), [arc for _, arc, _ in drawn], count + np.arange(len(number))]
+    )
+    values = np.concatenate([np.ones(count), -np.ones(count), [amount for *_, amount in drawn], -np.ones(len(number))])
+    lower, upper = np.zeros(len(nodes) + len(number)), np.zeros(len(nodes) + len(number))
+    lower[ends[0]] = upper[ends[0]] = 1.0
+    lower[ends[1]] = upper[ends[1]] = -1.0
+    lower[len(nodes) :], upper[len(nodes) :] = -np.inf, limits[limited]
+    costs = np.concatenate([(arcs.uses >= 0).astype(np.float64), np.full(len(number), _EXCESS_PRICE)])
+    answer = _linear_program(costs=costs, rows=rows, columns=columns, values=values, lower=lower, upper=upper)
+    if answer is None:
+        return None
+    amounts, duals = answer
+    prices = np.zeros(len(limits))
+    prices[limited] = np.maximum(0.0, -duals[len(nodes) :])
+    return Flow(amounts=amounts[:count], prices=prices)
+
+
+def _draws(arcs: FlowArcs, use: int) -> Sequence[tuple[int, float]]:
+    return arcs.consumption[use] if use >= 0 else ()
+
+
+def _linear_program(
+    *,
+    costs: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    values: NDArray[np.float64],
+    lower: NDArray[np.float64],
+    upper: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return the variables (0 or more each) of least cost and the duals of the rows; None without a solution."""
+    proto: Any = linear_solver_pb2.MPModelProto()
+    for cost in costs.tolist():
+        proto.variable.add(lower_bound=0.0, upper_bound=np.inf, objective_coefficient=cost)
+    order = np.argsort(rows, kind="stable")
+    starts = np.searchsorted(rows[order], np.arange(len(lower) + 1)).tolist()
+    column_list, value_list = columns[order].tolist(), values[order].tolist()
+    for row, (first, end) in enumerate(pairwise(starts)):
+        proto.constraint.add(
+            lower_bound=lower[row],
+            upper_bound=upper[row],
+            var_index=column_list[first:end],
+            coefficient=value_list[first:end],
+        )
+    solver: Any = pywraplp.Solver("flow", pywraplp.Solver.GLOP_LINEAR_PROGRAMMING)  # its stubs have no types
+    solver.LoadModelFromProto(proto)
     if solver.Solve() != pywraplp.Solver.OPTIMAL:
         return None
-    prices = np.zeros(len(limits))
-    for limit, row in rows.items():
-        prices[limit] = max(0.0, -row.dual_value())
-    return Flow(amounts=np.asarray([variable.solution_value() for variable in variables]), prices=prices)
+    response: Any = linear_solver_pb2.MPSolutionResponse()
+    solver.FillSolutionResponseProto(response)
+    return np.asarray(response.variable_value), np.asarray(response.dual_value)
 
 
 def whole_flow(
@@ -143,7 +174,7 @@ def whole_flow(
     for take, tail, head, use in zip(takes, arcs.tails.tolist(), arcs.heads.tolist(), arcs.uses.tolist(), strict=True):
         balance.setdefault(tail, []).append((take, 1))
         balance.setdefault(head, []).append((take, -1))
-        for limit, amount in arcs.consumption[use] if use >= 0 else ():
+        for limit, amount in _draws(arcs, use):
             draws.setdefault(limit, []).append((take, round(amount)))
     for node, terms in balance.items():
         net = (node == arcs.source) - (node == arcs.sink)

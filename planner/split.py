@@ -20,12 +20,13 @@ def best_split(
         hop = problem.hops.between(problem.places[order[index - 1]], problem.places[place]) if index else 0
         row = costs.times[problem.places[place].speed_class]
         left = len(order) - index - 1
+        fits = costs.fits_until(place, kv_tokens) if len(order) > 1 else None  # a whole model may hold a table once
         found: dict[int, int] = {}
         origin: dict[int, int] = {}
         for first, so_far in best.items():
             ends = range(first + 1, count - left + 1) if left else (count,)
             for end in ends:
-                if costs.kv_tokens(place, first, end) < kv_tokens:
+                if end > fits[first] if fits else costs.kv_tokens(place, first, end) < kv_tokens:
                     break
                 worst = max(so_far, row[end] - row[first] + hop)
                 if limit_ns is not None and worst > limit_ns:
