@@ -6,13 +6,12 @@ from planner.checker import check_stages
 from planner.placement import PlacedStage, Scores, score
 from planner.placement_problem import PlacementProblem
 
-_CONTEXT_TOKENS = 2048  # of a request
-_MOST_REQUESTS = 256
+CONTEXT_TOKENS = 2048  # of a request
 
 
-def throughput(scores: Scores) -> float:
-    """Return tokens per second up to a factor: requests whose KV cache fits, by the time of the slowest stage."""
-    return min(_MOST_REQUESTS, scores.kv_tokens // _CONTEXT_TOKENS) / scores.bottleneck_ns
+def throughput(scores: Scores, *, requests: int) -> float:
+    """Return tokens per second up to a factor, where ``requests`` wait: as many as fit, by the bottleneck."""
+    return min(requests, scores.kv_tokens // CONTEXT_TOKENS) / scores.bottleneck_ns
 
 
 def equal_layers(problem: PlacementProblem) -> Scores | None:

@@ -16,7 +16,7 @@ from planner.placement_solver import Budget, place
 from tests.bench.openb import at_load, data_folder, replayed
 from tests.bench.pipelines_that_fit import pipelines_that_fit
 from tests.bench.placement_instances import LLAMA_70B, MIN_KV_TOKENS, OPT_66B, partly_used_hosts, placement
-from tests.bench.placement_rivals import RIVALS, throughput
+from tests.bench.placement_rivals import CONTEXT_TOKENS, RIVALS, throughput
 from tests.bench.stats import median
 from tests.bench.tables import Bound, say, table, verdicts, write_json
 
@@ -126,19 +126,22 @@ def cluster(folder: Path, figures: dict[str, object]) -> list[Bound]:
 def rivals(count: int, figures: dict[str, object]) -> list[Bound]:
     """What people do today on the same instances: ratios to the solver's plan, medians over what fits at all."""
     rows, bounds = [], []
-    for scarce in (False, True):
-        problems = [partly_used_hosts(seed, scarce=scarce) for seed in range(count)]
+    for scarce, requests in ((False, 32), (False, 128), (True, 32), (True, 128)):
+        found = [partly_used_hosts(seed, scarce=scarce) for seed in range(count)]
+        problems = [replace(problem, min_kv_tokens=requests * CONTEXT_TOKENS) for problem in found]
         ours = [_solve(problem, limit_s=2.0)[0].scores for problem in problems]
         for name, rival in RIVALS.items():
-            found = [rival(problem) for problem in problems]
-            pairs = [(mine, theirs) for mine, theirs in zip(ours, found, strict=True) if theirs is not None]
-            slower = median(theirs.bottleneck_ns / mine.bottleneck_ns for mine, theirs in pairs)
-            smaller = median(theirs.kv_tokens / mine.kv_tokens for mine, theirs in pairs)
-            less = median(throughput(theirs) / throughput(mine) for mine, theirs in pairs)
+            theirs = [rival(replace(problem, min_kv_tokens=0)) for problem in problems]  # any KV capacity will do
+            pairs = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if other is not None]
+            slower = median(other.bottleneck_ns / mine.bottleneck_ns for mine, other in pairs)
+            smaller = median(other.kv_tokens / mine.kv_tokens for mine, other in pairs)
+            less = median(
+                throughput(other, requests=requests) / throughput(mine, requests=requests) for mine, other in pairs
+            )
             cells = [f"{ratio:.2f}x" if pairs else "-" for ratio in (slower, smaller, less)]
-            where = "few fast GPUs" if scarce else "many fast GPUs"
+            where = f"{'few' if scarce else 'many'} fast GPUs, {requests} requests"
             rows.append([f"{name}, {where}", f"{len(pairs)}/{count}", *cells])
-            bounds.append(Bound(what=f"bottleneck, {name}, {where}", value=slower, limit=1.0))
+            bounds.append(Bound(what=f"throughput, {name}, {where}", value=less, limit=1.0, at_most=True))
     table(
         "what people do today, against the solver (medians where it fits)",
         ["", "fits", "bottleneck", "smallest KV capacity", "predicted throughput"],
