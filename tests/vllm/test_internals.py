@@ -19,6 +19,19 @@ make_layers = internals.model_utils.make_layers
 internals.model_utils.make_layers = lambda count, layer_fn: None
 print("changed:", internals.check())
 internals.model_utils.make_layers = make_layers
+from types import SimpleNamespace as N
+from vllm.config import CompilationMode, CUDAGraphMode
+def refused(mode, *, backend="inductor", graphs=CUDAGraphMode.NONE, inductor={}, ubatch=False):
+    compilation = N(mode=mode, backend=backend, cudagraph_mode=graphs, inductor_compile_config=inductor)
+    config = N(compilation_config=compilation, parallel_config=N(use_ubatching=ubatch))
+    return ", ".join(name for name, present in internals._refused_of_compiled_mode(config) if present)
+once = CompilationMode.DYNAMO_TRACE_ONCE
+print("eager mode:", refused(CompilationMode.NONE, inductor={"max_autotune": True}, ubatch=True))
+print("compiled mode:", refused(once))
+print("stock:", refused(CompilationMode.STOCK_TORCH_COMPILE))
+print("no cache:", refused(once, backend="eager"))
+print("tuned:", refused(once, inductor={"max_autotune": True}))
+print("micro-batches:", refused(CompilationMode.VLLM_COMPILE, graphs=CUDAGraphMode.FULL, ubatch=True))
 internals._missing = "cannot import name 'get_pp_group'"
 print("missing:", internals.check())
 print("connector as it is:", internals.check_connector())
@@ -80,3 +93,8 @@ def test_an_unknown_vllm_is_refused_for_moves_in_place() -> None:
     assert "vLLM 0.99.1 is not a version that moves in place were tested with (0.32.0)" in said["unknown"]
     assert "make_layers(num_hidden_layers, layer_fn, prefix) is not what it was" in said["changed"]
     assert "0.32.0: cannot import name 'get_pp_group'" in said["missing"]
+    assert said["eager mode"].strip() == said["compiled mode"].strip() == ""
+    assert "compilation mode" in said["stock"]
+    assert "compiled mode without vLLM's compile cache" in said["no cache"]
+    assert "max_autotune (it freezes weights into the code)" in said["tuned"]
+    assert "CUDA graphs of micro-batches" in said["micro-batches"]

@@ -65,8 +65,8 @@ class GraphedForward(CompiledForward):
         started_s = time.perf_counter()
         runner = self._runner
         runner.cudagraph_dispatcher.keys_initialized = True
-        internals.unlock_workspace()  # capture_model locks it again
         try:
+            internals.unlock_workspace()  # capture_model locks it again
             with (
                 internals.set_current_vllm_config(self._config, check_compile=False),
                 runner.preserve_serving_state(),
