@@ -142,15 +142,18 @@ def _print(streams: int, legs: Sequence[dict[str, Any]]) -> list[Bound]:
         ["undisturbed p99 of compiled steps, ms", ms(median(leg["undisturbed_p99_s"] for leg in legs))],
         ["commit pause, ms", ms(median(leg["commit_pause_s"] or 0.0 for leg in legs))],
         ["largest gap around the first eager steps, ms", ms(median(leg["first_eager_gap_s"] for leg in legs))],
-        ["compiling in helpers, both ranks, s", f"{median(leg['compile_s'] for leg in compiled):.1f}"],
-        ["eager until compiled again, s", f"{median(leg['eager_for_s'] for leg in compiled):.1f}"],
         ["load as the helper saw it, ms of CPU", ms(median(leg["load_s"] for leg in legs))],
         ["steps stalled by the load: median, ms", ms(median(leg["stall_s"] for leg in legs))],
         ["steps stalled by the load: longest, ms", ms(max(leg["stall_s"] for leg in legs))],
         ["tokens/s compiled", f"{median(leg['compiled_per_s'] for leg in legs):.0f}"],
-        ["tokens/s eager beside a helper", f"{median(leg['meanwhile_per_s'] for leg in compiled):.0f}"],
         ["tokens/s eager", f"{legs[-1]['eager_per_s']:.0f}"],
     ]
+    if compiled:  # else all layouts lay in the cache
+        rows += [
+            ["compiling in helpers, both ranks, s", f"{median(leg['compile_s'] for leg in compiled):.1f}"],
+            ["eager until compiled again, s", f"{median(leg['eager_for_s'] for leg in compiled):.1f}"],
+            ["tokens/s eager beside a helper", f"{median(leg['meanwhile_per_s'] for leg in compiled):.0f}"],
+        ]
     table(where, ["medians over moves", "value"], rows)
     ratio = median(leg["move_gap_s"] / leg["undisturbed_p99_s"] for leg in legs)
     stall_s = max(leg["stall_s"] for leg in legs)
