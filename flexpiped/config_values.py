@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from enum import Enum
+from math import inf, isfinite
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -70,6 +71,27 @@ def seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise WrongValue(f"must be a number of seconds above 0, not {shown(value)}")
     return float(value)
+
+
+def number(minimum: float, maximum: float | None = None, *, above: bool = False) -> Reader[float]:
+    """Return a reader of numbers from ``minimum`` (or ``above`` it) to ``maximum``."""
+    least = f"above {minimum:g}" if above else f"of at least {minimum:g}"
+    allowed = f"a number {least}" if maximum is None else f"a number {least} and at most {maximum:g}"
+
+    def read(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise WrongValue(f"must be {allowed}, not {shown(value)}")
+        within = (minimum < value if above else minimum <= value) and value <= (inf if maximum is None else maximum)
+        if not within or not isfinite(value):
+            raise WrongValue(f"must be {allowed}, not {value}")
+        return float(value)
+
+    return read
+
+
+def optional_seconds(value: object) -> float | None:
+    """Read a positive number of seconds; the empty string means none."""
+    return None if value == "" else seconds(value)
 
 
 def text(value: object) -> str:

@@ -17,7 +17,9 @@ from flexpiped.config_values import (
     choice,
     integer,
     named_texts,
+    number,
     optional_path,
+    optional_seconds,
     optional_text,
     or_auto,
     seconds,
@@ -153,6 +155,31 @@ class HandoverSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSettings:
+    rate_per_s: Annotated[float, number(0, above=True)] = 1.0
+    cv: Annotated[float, number(0)] = 1.0
+    prompt_tokens_mean: Annotated[float, number(1), Named(word="prompt_tokens")] = 256.0
+    output_tokens_mean: Annotated[float, number(1), Named(word="output_tokens")] = 128.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloSettings:
+    ttft_s: Annotated[float | None, optional_seconds] = None
+    tpot_s: Annotated[float | None, optional_seconds] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSettings:
+    deadline_s: Annotated[float, seconds] = 5.0
+    headroom: Annotated[float, number(0, 0.9)] = 0.05
+    risk_s: Annotated[float, number(0)] = 0.001
+    whole_device_points: Annotated[int, integer(0)] = 400
+    whole_island_points: Annotated[int, integer(0)] = 800
+    shared_device_points: Annotated[int, integer(0)] = 100
+    shared_per_cv2: Annotated[float, number(0)] = 0.35
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a configuration file can say."""
 
@@ -173,6 +200,9 @@ class Settings:
     devices: DeviceSettings = field(default_factory=DeviceSettings)
     engines: EnginesSettings = field(default_factory=EnginesSettings)
     handover: HandoverSettings = field(default_factory=HandoverSettings)
+    workload: WorkloadSettings = field(default_factory=WorkloadSettings)
+    slo: SloSettings = field(default_factory=SloSettings)
+    planner: PlannerSettings = field(default_factory=PlannerSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

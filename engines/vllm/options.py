@@ -44,7 +44,12 @@ class VllmOptions(msgspec.Struct, frozen=True, kw_only=True):
 def num_kv_blocks(options: VllmOptions) -> int:
     """Return how many KV blocks ``kv_cache_bytes`` are, over all decoders. vLLM keeps one of them for itself."""
     block_bytes = options.num_decoders * options.kv_bytes_per_token * options.kv_block_tokens
-    return max(2, options.kv_cache_bytes // block_bytes)
+    return num_kv_blocks_of(kv_cache_bytes=options.kv_cache_bytes, block_bytes=block_bytes)
+
+
+def num_kv_blocks_of(*, kv_cache_bytes: int, block_bytes: int) -> int:
+    """Return how many KV blocks of ``block_bytes`` each, over all decoders, vLLM is told to have."""
+    return max(2, kv_cache_bytes // block_bytes)
 
 
 def threads_per_rank(options: VllmOptions, *, cores: int) -> int:

@@ -1,0 +1,62 @@
+"""``flexctl plan``: what the planner would do, asked of the daemon, or of files alone where a daemon is not concerned."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, Refused
+from flexpiped.flexctl.commands import Exit
+from flexpiped.flexctl.plan_lines import plan_lines
+from flexpiped.flexctl.terminal import Screen
+
+_FILES = ("config", "topology", "model", "workload", "engine", "replicas")  # any of them: without the daemon
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what ``flexctl plan`` takes, but the number of stages."""
+    parser.add_argument("--explain", action="store_true", help="every candidate that was considered, and why it lost")
+    files = parser.add_argument_group("without a daemon", "any of these plans from files alone, and asks no daemon")
+    files.add_argument("--topology", metavar="FILE", help="snapshot of a host or cluster, or a machine by its name")
+    files.add_argument("--model", metavar="DIR", help="directory with config.json, with or without weights")
+    files.add_argument("--workload", metavar="FILE", help="workload and targets, as JSON or TOML")
+    files.add_argument("--config", metavar="FILE", help="configuration of the daemon, for all that is not given here")
+    files.add_argument("--engine", choices=("native", "vllm"), help="the engine that is to carry it out")
+    files.add_argument("--replicas", metavar="N", type=int, help="at most so many pipelines (default 1)")
+
+
+def plan(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
+    """Show the plan for the workload, with its predictions and reasons. Nothing is moved."""
+    offline = any(getattr(options, name) for name in _FILES)
+    answer = _offline(options) if offline else client.call("POST", "/plan", {"stages": options.stages})
+    screen.write([json.dumps(answer)] if options.json else plan_lines(answer, explain=options.explain, paint=screen.paint))
+    return Exit.DONE if answer["state"] == "planned" else Exit.REFUSED
+
+
+def _offline(options: Namespace) -> dict[str, Any]:
+    """Plan in this process. What that needs is imported only now: every other command starts without it."""
+    from engines.errors import EngineError
+    from flexpiped.config_file import ConfigError
+    from flexpiped.models import NoDemoModel
+    from flexpiped.offline_plan import OfflineRequest, offline_plan
+    from planner.errors import InvalidWorkload, PlannerError
+    from topology.errors import TopologyError
+
+    if options.replicas is not None and options.replicas < 1:
+        raise BadUsage("bad_replicas", f"--replicas: at least 1, not {options.replicas}")
+    request = OfflineRequest(
+        config=options.config or "",
+        topology=options.topology or "",
+        model=options.model or "",
+        workload=options.workload or "",
+        engine=options.engine or "",
+        num_stages=options.stages if isinstance(options.stages, int) else None,
+        max_replicas=options.replicas or 1,
+    )
+    try:
+        return offline_plan(request)
+    except (ConfigError, InvalidWorkload, TopologyError, NoDemoModel) as error:
+        raise BadUsage("bad_input", str(error)) from None
+    except EngineError as error:
+        raise CtlError("bad_model", str(error)) from None
+    except PlannerError as error:
+        raise Refused("infeasible", str(error)) from None

@@ -1,0 +1,176 @@
+"""``flexctl plan``: from a plan as JSON values to lines for people, 80 columns wide. Pure functions."""
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Final
+
+from flexpiped.flexctl.text import PLAIN, Colour, Paint, format_duration, format_latency, plural, table
+from topology.units import format_bytes, format_bytes_of
+
+Json = Mapping[str, Any]
+
+_WIDTH: Final = 80
+_INDENT: Final = " " * 8
+_UUID: Final = re.compile(r"(GPU|MIG)-[0-9a-f]{8}-")
+_VERDICT_COLOURS: Final = {"chosen": Colour.GREEN, "infeasible": Colour.RED, "timeout": Colour.RED}
+
+
+def plan_lines(answer: Json, *, explain: bool, paint: Paint = PLAIN) -> list[str]:
+    """Return the answer first, then what it rests on; with ``explain`` every candidate and why it lost."""
+    lines = list(_answer_lines(answer, paint))
+    if explain:
+        lines += _candidates_lines(answer["candidates"], paint)
+    lines += _wrapped("workload", f"{_workload(answer['workload'])}; {_targets(answer['slo'])}")
+    lines += _wrapped("times", answer["times_from"])
+    return lines
+
+
+def _answer_lines(answer: Json, paint: Paint) -> Iterator[str]:
+    chosen = next((each for each in answer["candidates"] if each["verdict"] == "chosen"), None)
+    if chosen is None:
+        word = "infeasible" if answer["state"] == "infeasible" else "timeout"
+        first, *rest = textwrap.wrap(answer["reason"], _WIDTH - len(word) - 2)
+        yield f"{paint(word, Colour.RED)}: {first}"
+        yield from (f"{' ' * (len(word) + 2)}{line}" for line in rest)
+        return
+    found = chosen["found"]
+    proof = "optimal" if found["optimal"] else f"slowest stage within {found['gap'] * 100:.2g} % of the best"
+    where = f"{label(chosen)} on {_places(found)} ({proof}, {format_duration(answer['took_s'])})"
+    first, *rest = textwrap.wrap(where, _WIDTH - len(_INDENT))
+    yield f"{paint('chosen', Colour.GREEN)}  {first}"
+    yield from (_INDENT + line for line in rest)
+    yield from (_INDENT + line for line in textwrap.wrap(answer["reason"], _WIDTH - len(_INDENT)))
+    yield _INDENT + "   ".join(_predicted(found))
+    yield from _stage_lines(found)
+
+
+def label(candidate: Json) -> str:
+    """Return a candidate by its name: ``2 stages``, ``3 x 4 stages of 2 GPUs each``."""
+    text = plural(candidate["num_stages"], "stage")
+    if candidate["degree"] > 1:
+        text += f" of {candidate['degree']} devices each"
+    replicas = len(candidate["found"]["pipelines"]) if candidate["found"] else 1
+    return f"{replicas} x {text}" if replicas > 1 else text
+
+
+def _places(found: Json) -> str:
+    return "; ".join(", ".join(device_names(pipeline)) for pipeline in found["pipelines"])
+
+
+def device_names(pipeline: Sequence[Json]) -> list[str]:
+    """Return the devices of a pipeline, runs of numbered ones drawn together: ``cpu:0-3``."""
+    names = [group_name(stage["device_ids"]) for stage in pipeline]
+
+    def run(numbered: tuple[int, str]) -> tuple[str, int | str]:
+        position, name = numbered
+        head, colon, number = name.rpartition(":")
+        return (head, int(number) - position) if colon and number.isdecimal() else (name, name)
+
+    found = []
+    for _, group in groupby(enumerate(names), key=run):
+        members = [name for _, name in group]
+        last = members[-1].rpartition(":")[2]
+        found.append(members[0] if len(members) == 1 else f"{members[0]}-{last}")
+    return found
+
+
+def group_name(device_ids: Sequence[str]) -> str:
+    """Return a device group by its first device: of a UUID the part by which people tell them apart; ``.. +3``."""
+    first = device_ids[0] if not _UUID.match(device_ids[0]) else device_ids[0][:12]
+    return first if len(device_ids) == 1 else f"{first} +{len(device_ids) - 1}"
+
+
+def _predicted(found: Json) -> list[str]:
+    predicted = found["prediction"]
+    return [
+        f"TTFT {_latency(predicted['ttft_s'])}",
+        f"TPOT {_latency(predicted['tpot_s'])}",
+        f"{predicted['capacity_tokens_per_s']:,.0f} tok/s at most",
+        f"KV {found['kv_tokens']:,} tokens",
+    ]
+
+
+def _stage_lines(found: Json) -> list[str]:
+    """Return what each stage of the first pipeline holds, and what of its device it takes."""
+    rows = [("stage", "device", "decoders", "needs", "weights", "KV", "workspace")]
+    for index, (stage, memory) in enumerate(zip(found["pipelines"][0], found["memory"], strict=True)):
+        first, last = stage["first_decoder"], stage["end_decoder"] - 1
+        rows.append(
+            (
+                str(index),
+                group_name(stage["device_ids"]),
+                str(first) if first == last else f"{first}-{last}" if first < last else "none",
+                format_bytes_of(memory["needed_bytes"], memory["usable_bytes"]),
+                format_bytes(memory["weight_bytes"]),
+                format_bytes(memory["kv_bytes"]),
+                format_bytes(memory["workspace_bytes"]),
+            )
+        )
+    return table(rows, indent=_INDENT, gap="  ")
+
+
+def _candidates_lines(candidates: Sequence[Json], paint: Paint) -> list[str]:
+    header = ("", "stages", "TTFT", "TPOT", "tok/s", "in time/s", "KV tokens", "best CV", "fullest")
+    rows = [header] + [_row(candidate) for candidate in candidates]
+    lines = [f"{len(candidates)} candidates"]
+    title, *drawn = table(rows, indent="", gap="  ")
+    lines.append(title)
+    for candidate, line in zip(candidates, drawn, strict=True):
+        lines.append(line)
+        if candidate["verdict"] != "chosen":
+            word = "" if candidate["verdict"] == "lost" else f"{candidate['verdict']}: "
+            painted = paint(word, _VERDICT_COLOURS[candidate["verdict"]]) if word else ""
+            first, *rest = textwrap.wrap(word + candidate["reason"], _WIDTH - len(_INDENT))
+            lines += [_INDENT + painted + first.removeprefix(word), *(_INDENT + part for part in rest)]
+    return lines
+
+
+def _row(candidate: Json) -> tuple[str, ...]:
+    mark = "*" if candidate["verdict"] == "chosen" else ""
+    found = candidate["found"]
+    if found is None:
+        return (mark, _short_label(candidate), *("-" for _ in range(7)))
+    predicted = found["prediction"]
+    fullest = max(found["memory"], key=lambda memory: memory["needed_bytes"] / max(1, memory["usable_bytes"]))
+    return (
+        mark,
+        _short_label(candidate),
+        _latency(predicted["ttft_s"]),
+        _latency(predicted["tpot_s"]),
+        f"{predicted['capacity_tokens_per_s']:,.0f}",
+        f"{predicted['goodput_per_s']:.3g}",
+        f"{found['kv_tokens']:,}",
+        "-" if found["best_cv"] is None else f"{found['best_cv']:g}",
+        f"{fullest['needed_bytes'] / max(1, fullest['usable_bytes']) * 100:.0f} %",
+    )
+
+
+def _short_label(candidate: Json) -> str:
+    text = str(candidate["num_stages"])
+    if candidate["degree"] > 1:
+        text += f" (TP {candidate['degree']})"
+    replicas = len(candidate["found"]["pipelines"]) if candidate["found"] else 1
+    return f"{replicas} x {text}" if replicas > 1 else text
+
+
+def _latency(value: float | None) -> str:
+    return "never" if value is None else format_latency(value)
+
+
+def _workload(workload: Json) -> str:
+    return (
+        f"{workload['rate_per_s']:g} requests/s, CV {workload['cv']:g}, "
+        f"{workload['prompt_tokens_mean']:g} tokens in, {workload['output_tokens_mean']:g} out"
+    )
+
+
+def _targets(slo: Json) -> str:
+    named = [f"{name} {format_latency(slo[key])}" for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")) if slo[key]]
+    return f"targets: {', '.join(named)}" if named else "no targets for TTFT and TPOT"
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    head = f"{name:<10}"
+    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))

@@ -1,0 +1,99 @@
+"""A plan without a daemon: for any topology, any model directory and any workload, from files alone."""
+
+import json
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from engines.checkpoint import CONFIG, WEIGHTS, WEIGHTS_INDEX, find_model, read_checkpoint
+from flexpiped.config_file import load_config
+from flexpiped.hardware import host_topology
+from flexpiped.models import model_source
+from flexpiped.plan_wire import answer_to_wire
+from flexpiped.planner_question import question_of
+from flexpiped.settings import EngineKind, Settings
+from planner.errors import InvalidWorkload, UnsupportedModel
+from planner.estimated_graph import estimate_model_graph
+from planner.model_graph import ModelGraph, build_model_graph
+from planner.planning import plan
+from planner.question import PlanQuestion
+from planner.roofline import Roofline, known_spec
+from planner.workload import parse_workload
+from topology.device import DeviceKind
+from topology.machines import load_topology
+
+_DEGREES: Final = (1, 2, 4, 8)  # that vLLM and SGLang are asked to take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineRequest:
+    """What is typed. Empty or None: the configuration's, or the default."""
+
+    config: str = ""
+    topology: str = ""  # a snapshot file, or a machine that comes with flexpiped
+    model: str = ""
+    workload: str = ""
+    engine: str = ""
+    num_stages: int | None = None
+    max_replicas: int = 1
+
+
+def offline_plan(request: OfflineRequest) -> dict[str, Any]:
+    """Return the plan as JSON values.
+
+    Raises:
+        ConfigError, BadSnapshot, PlannerError, EngineError: One of the files, or what is asked, cannot be used.
+    """
+    settings = load_config(Path(request.config)) if request.config else Settings()
+    if request.engine:
+        settings = replace(settings, engine=EngineKind(request.engine))
+    question = _question(settings, request)
+    began_s = time.monotonic()
+    return answer_to_wire(plan(question, clock=time.monotonic), took_s=time.monotonic() - began_s)
+
+
+def _question(settings: Settings, request: OfflineRequest) -> PlanQuestion:
+    """Return what is asked. On GPUs that are not the daemon's the KV cache takes what is left, and groups are tried."""
+    topology = load_topology(request.topology) if request.topology else host_topology(settings)
+    graph = _graph(settings, request.model or model_source(settings))
+    costs = Roofline(dtype=graph.dtype, figures_of=known_spec)
+    question = question_of(settings, graph=graph, topology=topology, costs=costs)
+    engine = question.engine
+    if any(device.kind is DeviceKind.CUDA for device in topology.devices):
+        degrees = (1,) if settings.engine is EngineKind.NATIVE else _DEGREES
+        engine = replace(engine, max_stages=len(topology.devices), degrees=degrees, kv_tokens=None)
+    if request.workload:
+        workload, slo = parse_workload(_read_table(Path(request.workload)))
+        question = replace(question, workload=workload, slo=slo)
+    return replace(question, engine=engine, num_stages=request.num_stages, max_replicas=request.max_replicas)
+
+
+def _graph(settings: Settings, source: str) -> ModelGraph:
+    """Describe a model: from its config.json alone where no weights lie beside it."""
+    directory = find_model(source, revision=settings.revision, token_file=settings.hf_token_file)
+    if not any((directory / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        return build_model_graph(_read_table(directory / CONFIG), dtype=settings.dtype.value)
+    checkpoint = read_checkpoint(directory)
+    try:
+        return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+    except UnsupportedModel:
+        return estimate_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+
+
+def _read_table(path: Path) -> Mapping[str, object]:
+    """Return the table in a JSON or TOML file.
+
+    Raises:
+        InvalidWorkload: It cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:  # JSON, TOML or UTF-8
+        raise InvalidWorkload(f"{path}: {error}") from None
+    if not isinstance(table, dict):
+        raise InvalidWorkload(f"{path}: must hold a table, not a {type(table).__name__}")
+    return table

@@ -1,0 +1,226 @@
+"""The plan: which pipelines serve a workload best on what there is, with every candidate that was looked at.
+
+    question -> candidates (number of stages, tensor-parallel degree)
+                  each: places -> placement -> more replicas while they are needed -> prediction
+             -> comparison -> answer
+
+A candidate's stages are balanced for the step that the workload asks of them (``stage_times.ReferenceStep``); what it
+then does at any batch size is for ``planner.prediction``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from planner.candidate_plan import CandidatePlan, Costs, Found, PlanAnswer, Verdict
+from planner.comparison import choose
+from planner.errors import NoFeasiblePlan, PlannerError, PlanTimeout
+from planner.layout import Pipeline
+from planner.moves import require_decoders
+from planner.placement import Placement
+from planner.placement_solver import Budget
+from planner.places import islands
+from planner.prediction import PipelineTimes, best_cvs, predict
+from planner.problem import Posed, piece_bounds, pose
+from planner.question import PlanQuestion
+from planner.stage_times import pipeline_times
+
+_ALL_UP_TO = 4  # numbers of stages that are all candidates; beyond, each is twice the one before
+_ENOUGH = 0.99  # of the arrivals served in time: no further replica is needed
+
+
+def plan(question: PlanQuestion, *, clock: Callable[[], float]) -> PlanAnswer:
+    """Return the best plan, and why each other candidate lost. Nothing is chosen where nothing fits.
+
+    ``clock`` only keeps the deadline: candidates share the time equally, and one that needs less leaves more.
+
+    Raises:
+        NoFeasiblePlan: More stages are asked for than there can be.
+        InvalidLayout: The layout in force is not one of this model.
+        InvalidProfile: There are no times for a layer or device.
+    """
+    if question.current is not None:
+        require_decoders(question.current, question.graph)
+    degrees = _degrees(question)
+    labels = [(count, degree) for count in stage_counts(question) for degree in degrees]
+    end_s = clock() + question.deadline_s
+    looked: list[_Looked] = []
+    for index, (count, degree) in enumerate(labels):
+        share_s = max(0.0, end_s - clock()) / (len(labels) - index)
+        looked.append(_look(question, count, degree, Budget(limit_s=share_s, clock=clock)))
+    return _answer(question, looked)
+
+
+def stage_counts(question: PlanQuestion) -> tuple[int, ...]:
+    """Return the numbers of stages that are candidates, fewest first.
+
+    Raises:
+        NoFeasiblePlan: The number that is asked for is not possible; the message says how many are.
+    """
+    num_pieces = len(piece_bounds(question.graph)) - 1
+    resident = question.engine.resident
+    num_places = min(len(resident) if resident else len(question.topology.devices), question.engine.max_stages)
+    limit = min(num_pieces, num_places)
+    if question.num_stages is not None:
+        if question.num_stages > limit:
+            raise NoFeasiblePlan(stage_limit_sentence(num_decoders=num_pieces, num_devices=num_places))
+        return (question.num_stages,)
+    least = min(2, len(resident)) if resident else 1
+    wanted = {*range(1, _ALL_UP_TO + 1), limit, *(2**power for power in range(limit.bit_length()))}
+    if question.current is not None:
+        wanted.add(question.current.granularity)
+    return tuple(sorted(count for count in wanted if least <= count <= limit))
+
+
+def stage_limit_sentence(*, num_decoders: int, num_devices: int) -> str:
+    """Return how many stages there can be at most, and why."""
+    limit = min(num_decoders, num_devices)
+    layers = "1 decoder layer" if num_decoders == 1 else f"{num_decoders} decoder layers"
+    devices = "1 device is" if num_devices == 1 else f"{num_devices} devices are"
+    return f"the model has {layers} and {devices} here, so at most {limit} {'stage' if limit == 1 else 'stages'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Looked:
+    plan: CandidatePlan
+    found: Found | None = None
+    times: PipelineTimes | None = None
+
+
+def _degrees(question: PlanQuestion) -> Sequence[int]:
+    """Return the engine's tensor-parallel degrees for which an island is large enough; all where none is."""
+    resident = question.engine.resident
+    if resident:
+        return (len(resident[0]),)
+    largest = max(len(island.devices) for island in islands(question.topology))
+    return tuple(degree for degree in question.engine.degrees if degree <= largest) or question.engine.degrees
+
+
+def _look(question: PlanQuestion, num_stages: int, degree: int, budget: Budget) -> _Looked:
+    """Place one candidate, as many replicas as are needed and possible, and say what it would do."""
+    label = CandidatePlan(num_stages=num_stages, degree=degree, verdict=Verdict.LOST, reason="")
+    try:
+        posed = pose(question, num_stages=num_stages, degree=degree)
+        placed = [_placed(posed, budget)]
+    except PlanTimeout as error:
+        return _Looked(plan=replace(label, verdict=Verdict.TIMEOUT, reason=str(error)))
+    except NoFeasiblePlan as error:
+        return _Looked(plan=replace(label, verdict=Verdict.INFEASIBLE, reason=str(error)))
+    kv_tokens = posed.kv_tokens(placed[0].placement)
+    times = pipeline_times(question, placed[0].pipeline, kv_tokens=kv_tokens)
+    placed += _more_replicas(question, placed[0], times, budget)
+    return _Looked(plan=label, found=_found(question, placed, times), times=times)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    """One replica: its placement, in the problem that it answers."""
+
+    posed: Posed
+    placement: Placement
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.posed.pipeline(self.placement)
+
+
+def _placed(posed: Posed, budget: Budget) -> _Placed:
+    return _Placed(posed=posed, placement=posed.solve(budget))
+
+
+def _more_replicas(question: PlanQuestion, first: _Placed, times: PipelineTimes, budget: Budget) -> Iterator[_Placed]:
+    """Yield pipelines on what the ones before leave, while the workload asks for more and there is room."""
+    posed = first.posed.without(first.pipeline.device_ids)
+    for count in range(1, question.max_replicas):
+        reached = predict(times, question.workload, question.slo, replicas=count)
+        if reached.goodput_per_s >= question.workload.rate_per_s * _ENOUGH:
+            return
+        try:
+            replica = _placed(posed, budget)
+        except PlannerError:  # no room for another one, or no time to find it
+            return
+        posed = posed.without(replica.pipeline.device_ids)
+        yield replica
+
+
+def _found(question: PlanQuestion, placed: Sequence[_Placed], times: PipelineTimes) -> Found:
+    scores = [each.placement.scores for each in placed]
+    kv_tokens = min(each.posed.kv_tokens(each.placement) for each in placed)
+    return Found(
+        pipelines=tuple(each.pipeline for each in placed),
+        prediction=predict(times, question.workload, question.slo, replicas=len(placed)),
+        kv_tokens=kv_tokens,
+        best_cv=None,
+        bottleneck_s=max(score.bottleneck_ns for score in scores) / 1e9,
+        gap=max(each.placement.gap for each in placed),
+        optimal=all(each.placement.optimal for each in placed),
+        costs=Costs(
+            change_s=sum(score.change_ns for score in scores) / 1e9,
+            fragmentation=sum(score.fragmentation for score in scores),
+            moved_bytes=sum(score.moved_bytes for score in scores),
+        ),
+        memory=placed[0].posed.memory(placed[0].placement, kv_tokens=kv_tokens),
+    )
+
+
+# --- the answer ---
+
+
+def _answer(question: PlanQuestion, looked: Sequence[_Looked]) -> PlanAnswer:
+    found = _with_best_cvs(question, looked)
+    if found:
+        choice = choose(found, question.workload)
+        plans = [
+            replace(each.plan, found=found.get(index), reason=choice.reasons.get(index, each.plan.reason))
+            for index, each in enumerate(looked)
+        ]
+        reason = _why(question, decided_by=choice.decided_by, num_possible=len(found), best=found[choice.best])
+        plans[choice.best] = replace(plans[choice.best], verdict=Verdict.CHOSEN, reason=reason)
+    else:
+        plans = [each.plan for each in looked]
+        reason = _why_nothing(plans)
+    return PlanAnswer(
+        candidates=tuple(plans),
+        reason=reason,
+        times_from=question.costs.source,
+        workload=question.workload,
+        slo=question.slo,
+    )
+
+
+def _with_best_cvs(question: PlanQuestion, looked: Sequence[_Looked]) -> Mapping[int, Found]:
+    """Return the candidates that can be, by position, with the CV at which each does best against the others."""
+    possible = [(index, each.found, each.times) for index, each in enumerate(looked) if each.found and each.times]
+    replicas = [len(found.pipelines) for _, found, _ in possible]
+    cvs = best_cvs([times for _, _, times in possible], question.workload, question.slo, replicas=replicas)
+    return {index: replace(found, best_cv=cv) for (index, found, _), cv in zip(possible, cvs, strict=True)}
+
+
+def _why(question: PlanQuestion, *, decided_by: str, num_possible: int, best: Found) -> str:
+    if question.num_stages is not None and num_possible == 1:
+        return "as many stages as were asked for"
+    if num_possible == 1:
+        return "the only candidate that fits"
+    goodput, rate = best.prediction.goodput_per_s, question.workload.rate_per_s
+    serves = f"serves {goodput:.3g} of {rate:.3g} requests/s in time"
+    return f"{serves}; best of {num_possible} candidates by {decided_by}"
+
+
+def _why_nothing(plans: Sequence[CandidatePlan]) -> str:
+    """Return the reason of the candidate with most stages: what fits least needs is what is missing in the end."""
+    late = [each for each in plans if each.verdict is Verdict.TIMEOUT]
+    last = (late or plans)[-1]
+    return last.reason
+
+
+def require_plan(answer: PlanAnswer) -> Found:
+    """Return what was chosen.
+
+    Raises:
+        NoFeasiblePlan: Proven: nothing fits; the message has the numbers.
+        PlanTimeout: Nothing was found in time for at least one candidate, and no other one fits.
+    """
+    if answer.chosen is not None and answer.chosen.found is not None:
+        return answer.chosen.found
+    if any(each.verdict is Verdict.TIMEOUT for each in answer.candidates):
+        raise PlanTimeout(answer.reason)
+    raise NoFeasiblePlan(answer.reason)

@@ -1,0 +1,179 @@
+"""From a question of the planner to a placement problem, and from its placement back to a pipeline."""
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from planner.candidate_plan import StageMemory
+from planner.errors import NoFeasiblePlan
+from planner.layer_costs import Batch
+from planner.layout import Pipeline, Stage
+from planner.model_graph import Layer, ModelGraph
+from planner.placement import Placement, stage_kv_tokens
+from planner.placement_problem import Piece, PlacementProblem
+from planner.placement_solver import Budget, place
+from planner.places import Places
+from planner.question import PlanQuestion
+from planner.stage_times import DeviceGroups, ReferenceStep, reference_step
+
+_NS = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posed:
+    """A placement problem with what is needed to read its placements."""
+
+    question: PlanQuestion
+    problem: PlacementProblem
+    degree: int
+    bounds: tuple[int, ...]  # the first decoder of each piece, and the end
+
+    def without(self, device_ids: Collection[str]) -> "Posed":
+        """Return the problem on the places that use none of these devices."""
+        used = set(device_ids)
+        left = tuple(place for place in self.problem.places if used.isdisjoint(place.device_ids))
+        return replace(self, problem=replace(self.problem, places=left))
+
+    def solve(self, budget: Budget) -> Placement:
+        """Return the best placement. Where no step can be as fast as the targets ask, the limit is left out.
+
+        Raises:
+            NoFeasiblePlan, PlanTimeout
+        """
+        if len(self.problem.places) < self.problem.num_stages:
+            count, stages = len(self.problem.places), self.problem.num_stages
+            raise NoFeasiblePlan(_too_few(count, degree=self.degree, num_stages=stages))
+        if self.problem.latency_limit_ns is not None:
+            with suppress(NoFeasiblePlan):
+                return place(self.problem, budget=budget)
+        return place(replace(self.problem, latency_limit_ns=None), budget=budget)
+
+    def pipeline(self, placement: Placement) -> Pipeline:
+        """Return the pipeline that a placement means."""
+        return Pipeline(
+            stages=tuple(
+                Stage(
+                    device_ids=self.problem.places[stage.place].device_ids,
+                    first_decoder=self.bounds[stage.first],
+                    end_decoder=self.bounds[stage.end],
+                )
+                for stage in placement.stages
+            )
+        )
+
+    def kv_tokens(self, placement: Placement) -> int:
+        """Return the KV capacity that the plan has: as configured, or of the smallest stage, as far as it is of use."""
+        engine, graph = self.question.engine, self.question.graph
+        if engine.kv_tokens is not None:
+            return engine.kv_tokens
+        of_use = engine.max_sequences * graph.max_context_tokens
+        return min(of_use, min(stage_kv_tokens(self.problem, stage) for stage in placement.stages))
+
+    def memory(self, placement: Placement, *, kv_tokens: int) -> tuple[StageMemory, ...]:
+        """Return what each stage takes on each of its devices."""
+        usable = {device.id: device.memory_usable_bytes for device in self.question.topology.devices}
+        found = []
+        for stage in placement.stages:
+            place = self.problem.places[stage.place]
+            degree = len(place.device_ids)
+            pieces = self.problem.pieces[stage.first : stage.end]
+            whole = len(pieces) == len(self.problem.pieces)
+            weights = sum(piece.weight_bytes for piece in pieces) - (self.problem.tied_bytes if whole else 0)
+            kv = kv_tokens * sum(piece.kv_bytes_per_token for piece in pieces)
+            found.append(
+                StageMemory(
+                    device_ids=place.device_ids,
+                    weight_bytes=-(-weights // degree),
+                    kv_bytes=-(-kv // degree),
+                    workspace_bytes=place.fixed_bytes // degree,
+                    usable_bytes=min(usable[device] for device in place.device_ids),
+                )
+            )
+        return tuple(found)
+
+
+def piece_bounds(graph: ModelGraph) -> tuple[int, ...]:
+    """Return the first decoder of each piece, and the number of decoders at the end."""
+    return (0, *graph.legal_cuts, graph.num_decoders)
+
+
+def pose(question: PlanQuestion, *, num_stages: int, degree: int) -> Posed:
+    """Return the problem of placing ``num_stages`` stages of tensor-parallel ``degree``.
+
+    Raises:
+        InvalidProfile: There are no times for a layer or device.
+    """
+    graph, bounds = question.graph, piece_bounds(question.graph)
+    places = Places(
+        question, num_stages=num_stages, degree=degree, bounds=bounds, fixed_bytes=_workspace_bytes(question) // degree
+    )
+    step = reference_step(question, num_stages=num_stages)
+    groups = DeviceGroups(question, num_stages=num_stages)
+    layers = [_piece_layers(graph, first, end) for first, end in pairwise(bounds)]
+    limit_s = question.slo.tpot_s
+    problem = PlacementProblem(
+        pieces=tuple(_piece(question, held) for held in layers),
+        class_ns=tuple(
+            tuple(round(_seconds(groups, held, group, step) * _NS) for held in layers)
+            for group in places.classes.values()
+        ),
+        places=places.places,
+        num_stages=num_stages,
+        hops=places.hops(tokens=step.tokens()),
+        min_kv_tokens=_least_kv_tokens(question),
+        latency_limit_ns=None if limit_s is None else round(limit_s * _NS),
+        charges=places.charges(),
+        risk_ns=round(question.risk_s * _NS) if question.current is not None else 0,
+        fixed_order=bool(question.engine.resident),
+        tied_bytes=graph.shared_bytes,
+    )
+    return Posed(question=question, problem=problem, degree=degree, bounds=bounds)
+
+
+def _too_few(found: int, *, degree: int, num_stages: int) -> str:
+    what = "device" if degree == 1 else f"group of {degree} devices in one NVLink island"
+    plural = what.replace("device", "devices", 1) if degree == 1 else what.replace("group", "groups", 1)
+    have = f"1 {what} is here" if found == 1 else f"{found or 'no'} {plural} are here"
+    return f"{have}, {num_stages} stages need one each" if num_stages > 1 else f"{have}, and one is needed"
+
+
+def _least_kv_tokens(question: PlanQuestion) -> int:
+    """Return the KV capacity without which a stage is of no use: as configured, else for one sequence at its end."""
+    configured = question.engine.kv_tokens
+    return question.sequence_tokens if configured is None else configured
+
+
+def _piece_layers(graph: ModelGraph, first: int, end: int) -> list[Layer]:
+    layers = list(graph.decoders[first:end])
+    if first == 0:
+        layers.insert(0, graph.embedding)
+    if end == graph.num_decoders:
+        layers.append(graph.head)
+    return layers
+
+
+def _piece(question: PlanQuestion, layers: list[Layer]) -> Piece:
+    """KV bytes are those per token of a sequence at its end: a window makes a layer's smaller."""
+    tokens = question.sequence_tokens
+    windows = question.engine.kv_tokens is None  # a configured capacity is reserved in full for every layer
+    kv = [-(-layer.kv_bytes(tokens) // tokens) if windows else layer.kv_bytes_per_token for layer in layers]
+    return Piece(weight_bytes=sum(layer.weight_bytes for layer in layers), kv_bytes_per_token=sum(kv))
+
+
+def _seconds(groups: DeviceGroups, layers: list[Layer], group: tuple[str, ...], step: ReferenceStep) -> float:
+    """Return what a piece costs in one step: decoding, and its share of the prompts."""
+
+    def of(batch: Batch) -> float:
+        return sum(groups.layer_s(layer, group, batch) for layer in layers)
+
+    return of(step.decode) + step.prefills_per_step * of(step.prefill)
+
+
+def _workspace_bytes(question: PlanQuestion) -> int:
+    """Return temporary values and activations of a stage at their peak: of its largest layer, at the largest step."""
+    engine, graph = question.engine, question.graph
+    inner = max(layer.workspace_bytes_per_token for layer in graph.layers[:-1]) * engine.max_step_tokens
+    head = graph.head.workspace_bytes_per_token * min(engine.max_sequences, engine.max_step_tokens)
+    passed_on = 2 * graph.embedding.activation_bytes_per_token * engine.max_step_tokens
+    return max(inner, head) + passed_on

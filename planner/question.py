@@ -1,0 +1,97 @@
+"""What ``planner.planning`` is asked: a model on devices under a workload, and what the engine can carry out."""
+
+from dataclasses import dataclass, field
+
+from planner.layer_costs import LayerCosts
+from planner.layout import Pipeline
+from planner.model_graph import ModelGraph
+from planner.workload import Slo, Workload
+from topology.cluster import ClusterTopology
+from topology.topology import HostTopology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What the engine that will run the plan can do.
+
+    Attributes:
+        degrees: Tensor-parallel degrees that it takes.
+        max_sequences: That it runs at once.
+        max_step_tokens: That it computes in one step of a micro-batch; longer prompts run in chunks.
+        micro_batches: In flight at once; 0: one for each stage.
+        kv_tokens: KV capacity that it is configured to have; None: whatever fits.
+        resident: Device groups of ranks that run already, in their order; empty: any device may carry any stage.
+    """
+
+    max_stages: int
+    degrees: tuple[int, ...] = (1,)
+    max_sequences: int = 64
+    max_step_tokens: int = 512
+    micro_batches: int = 0
+    kv_tokens: int | None = None
+    resident: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.max_stages, self.max_sequences, self.max_step_tokens, *self.degrees) < 1 or not self.degrees:
+            raise ValueError(f"impossible limits of an engine: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragmentation:
+    """Points for touching a device, compared with each other only: less is better.
+
+    Attributes:
+        whole_device: A GPU that nobody uses yet.
+        whole_island: An NVLink island of which nobody uses a device yet.
+        shared, shared_per_cv2: A device that other tenants use: ``shared * (1 + shared_per_cv2 * CV^2)``, so in calm
+            traffic a leftover is better than a whole GPU, and in bursts (CV 3 and above) it is not.
+
+    Source: FlexPipe, Eq 9, which gives no values for its gamma0 and alpha.
+    """
+
+    whole_device: int = 400
+    whole_island: int = 800
+    shared: int = 100
+    shared_per_cv2: float = 0.35
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanQuestion:
+    """A question to the planner.
+
+    Attributes:
+        num_stages: None: whatever serves the workload best.
+        current: The layout in force, whose memory is held until a handover retires it.
+        shares_current: The plan is for the same engine, which keeps what it holds already; else for an instance beside it.
+        max_replicas: How many pipelines the plan may have.
+        cores: CPU threads that all stages on a host without GPUs share; None: each device computes by itself.
+        headroom: Share of a device's usable memory that is left free.
+        risk_s: What it costs to touch a stage in a change at all, beside the seconds of its bytes.
+    """
+
+    graph: ModelGraph
+    costs: LayerCosts
+    topology: HostTopology | ClusterTopology
+    engine: EngineLimits
+    workload: Workload = field(default_factory=Workload)
+    slo: Slo = field(default_factory=Slo)
+    num_stages: int | None = None
+    current: Pipeline | None = None
+    shares_current: bool = True
+    max_replicas: int = 1
+    cores: int | None = None
+    headroom: float = 0.0
+    risk_s: float = 0.001
+    fragmentation: Fragmentation = field(default_factory=Fragmentation)
+    deadline_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.num_stages is not None and self.num_stages < 1:
+            raise ValueError(f"a pipeline has at least one stage, not {self.num_stages}")
+        if self.max_replicas < 1 or self.deadline_s <= 0 or not 0 <= self.headroom < 1 or self.risk_s < 0:
+            raise ValueError("an impossible number of replicas, deadline, headroom or risk")
+
+    @property
+    def sequence_tokens(self) -> int:
+        """A sequence at its end, in the mean."""
+        return max(1, round(self.workload.sequence_tokens_mean))

@@ -1,0 +1,118 @@
+"""``flexctl plan``: the answer first, then what it rests on; 80 columns."""
+
+from typing import Any
+
+from flexpiped.flexctl.plan_lines import device_names, group_name, plan_lines
+
+MIB = 1 << 20
+WORKLOAD = {"rate_per_s": 3.2, "cv": 1.04, "prompt_tokens_mean": 180.0, "output_tokens_mean": 96.0}
+SLO: dict[str, float | None] = {"ttft_s": 0.5, "tpot_s": None}
+UUID = "GPU-96a87751-3e8a-50b4-bdf0-e1cfd0ff750c"
+
+
+def stage(device: str, first: int, end: int) -> dict[str, Any]:
+    return {"device_ids": [device], "first_decoder": first, "end_decoder": end}
+
+
+def memory(device: str, needed: int) -> dict[str, Any]:
+    return {
+        "device_ids": [device],
+        "weight_bytes": needed // 2,
+        "kv_bytes": needed // 4,
+        "workspace_bytes": needed // 4,
+        "needed_bytes": needed,
+        "usable_bytes": 512 * MIB,
+    }
+
+
+def found(stages: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
+    prediction = {
+        "ttft_s": 0.019,
+        "tpot_s": 0.004,
+        "capacity_tokens_per_s": 430.0,
+        "goodput_per_s": 3.2,
+    }
+    return {
+        "pipelines": [stages],
+        "prediction": prediction | values.pop("prediction", {}),
+        "kv_tokens": 10240,
+        "best_cv": 1.0,
+        "gap": 0.0,
+        "optimal": True,
+        "memory": [memory(each["device_ids"][0], 40 * MIB) for each in stages],
+    } | values
+
+
+TWO = {
+    "num_stages": 2,
+    "degree": 1,
+    "verdict": "chosen",
+    "reason": "serves 3.2 of 3.2 requests/s in time; best of 2 candidates by goodput",
+    "found": found([stage("cpu:0", 0, 4), stage("cpu:1", 4, 8)]),
+}
+ONE = {
+    "num_stages": 1,
+    "degree": 1,
+    "verdict": "lost",
+    "reason": "42 % less goodput: 1.86 of 3.2 requests/s in time",
+    "found": found([stage("cpu:0", 0, 8)], prediction={"ttft_s": None, "goodput_per_s": 1.86}),
+}
+EIGHT = {
+    "num_stages": 8,
+    "degree": 1,
+    "verdict": "infeasible",
+    "reason": "needs 141 MiB with KV cache for 10240 tokens, the largest set of 8 free devices offers 96 MiB",
+    "found": None,
+}
+
+
+def answer(*candidates: dict[str, Any], state: str = "planned", reason: str = TWO["reason"]) -> dict[str, Any]:  # type: ignore[assignment]
+    return {
+        "state": state,
+        "reason": reason,
+        "times_from": "profile measured 2 h ago on this machine (mean residual 4 %)",
+        "took_s": 0.012,
+        "workload": WORKLOAD,
+        "slo": SLO,
+        "candidates": list(candidates),
+    }
+
+
+def test_the_answer_comes_first_then_what_it_rests_on() -> None:
+    assert plan_lines(answer(ONE, TWO), explain=False) == [
+        "chosen  2 stages on cpu:0-1 (optimal, 12 ms)",
+        "        serves 3.2 of 3.2 requests/s in time; best of 2 candidates by goodput",
+        "        TTFT 19 ms   TPOT 4.0 ms   430 tok/s at most   KV 10,240 tokens",
+        "        stage  device  decoders  needs          weights  KV      workspace",
+        "        0      cpu:0   0-3       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
+        "        1      cpu:1   4-7       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
+        "workload  3.2 requests/s, CV 1.04, 180 tokens in, 96 out; targets: TTFT 500 ms",
+        "times     profile measured 2 h ago on this machine (mean residual 4 %)",
+    ]
+
+
+def test_every_candidate_says_why_it_lost() -> None:
+    lines = plan_lines(answer(ONE, TWO, EIGHT), explain=True)
+    assert "   1       never  4.0 ms  430    1.86       10,240     1        8 %" in lines
+    assert "        42 % less goodput: 1.86 of 3.2 requests/s in time" in lines
+    assert "*  2       19 ms  4.0 ms  430    3.2        10,240     1        8 %" in lines
+    assert any(line.startswith("        infeasible: needs 141 MiB") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_nothing_that_fits_is_an_answer_with_its_reason() -> None:
+    lines = plan_lines(answer(EIGHT, state="infeasible", reason=EIGHT["reason"]), explain=False)  # type: ignore[arg-type]
+    assert lines[0].startswith("infeasible: needs 141 MiB with KV cache")
+    assert max(map(len, lines)) <= 80
+
+
+def test_what_is_not_proven_says_how_far_it_may_be_off() -> None:
+    open_ended = TWO | {"found": found([stage("cpu:0", 0, 8)], optimal=False, gap=0.021)}
+    assert "slowest stage within 2.1 % of the best" in " ".join(plan_lines(answer(open_ended), explain=False))
+
+
+def test_devices_are_drawn_together_and_gpus_shortened() -> None:
+    assert device_names([stage(f"cpu:{n}", n, n + 1) for n in (0, 1, 2, 5)]) == ["cpu:0-2", "cpu:5"]
+    assert device_names([stage("node7/cpu:0", 0, 1), stage("node8/cpu:1", 1, 2)]) == ["node7/cpu:0", "node8/cpu:1"]
+    assert group_name([UUID]) == "GPU-96a87751"
+    assert group_name([UUID, UUID, UUID, UUID]) == "GPU-96a87751 +3"

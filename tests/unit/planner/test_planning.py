@@ -1,0 +1,229 @@
+"""Plans: from a question to candidates, and which of them is chosen."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from planner.candidate_plan import CandidatePlan, Found, PlanAnswer, Verdict
+from planner.errors import InvalidLayout, NoFeasiblePlan, PlanTimeout
+from planner.layout import pipeline_of
+from planner.planning import plan, require_plan, stage_counts
+from planner.question import EngineLimits, Fragmentation, PlanQuestion
+from planner.workload import Slo, Workload
+from tests.support.costs import FlatCosts
+from tests.support.graphs import graph_of, weighted_graph
+from topology.device import Device, DeviceKind, cpu_devices
+from topology.link import Link, LinkKind
+from topology.topology import HostTopology, pair_key
+from topology.units import GIB, MIB
+
+GRAPH = weighted_graph([MIB] * 8, embedding=MIB, head=MIB)  # a byte of KV cache per token and decoder
+
+
+def host(count: int = 8, *, memory_bytes: int = 64 * MIB) -> HostTopology:
+    return HostTopology(host_id="h", devices=cpu_devices(count=count, memory_bytes=memory_bytes, host_id="h"))
+
+
+def question(**values: object) -> PlanQuestion:
+    asked = PlanQuestion(
+        graph=GRAPH,
+        costs=FlatCosts(),
+        topology=host(),
+        engine=EngineLimits(max_stages=8, max_sequences=16, max_step_tokens=256, kv_tokens=4096),
+        workload=Workload(rate_per_s=1.0, prompt_tokens_mean=64, output_tokens_mean=32),
+        slo=Slo(ttft_s=2.0),
+    )
+    return replace(asked, **values)  # type: ignore[arg-type]
+
+
+def answer(**values: object) -> PlanAnswer:
+    return plan(question(**values), clock=itertools.repeat(0.0).__next__)
+
+
+def chosen(**values: object) -> Found:
+    return require_plan(answer(**values))
+
+
+def by_stages(found: PlanAnswer) -> dict[int, CandidatePlan]:
+    return {each.num_stages: each for each in found.candidates}
+
+
+def test_calm_traffic_takes_as_few_devices_as_serve_it() -> None:
+    found = answer()
+    assert found.chosen is not None
+    assert found.chosen.num_stages == 1
+    assert "serves 1 of 1 requests/s in time" in found.reason
+    assert [each.num_stages for each in found.candidates] == [1, 2, 3, 4, 8]
+    assert by_stages(found)[4].reason == "takes 3 more devices and serves no better"
+
+
+def test_traffic_that_one_stage_cannot_serve_takes_more() -> None:
+    found = answer(workload=Workload(rate_per_s=60.0, prompt_tokens_mean=64, output_tokens_mean=32))
+    assert found.chosen is not None
+    assert found.chosen.num_stages > 1
+    assert "less goodput" in by_stages(found)[1].reason
+
+
+def test_stages_that_share_cores_gain_less() -> None:
+    busy = Workload(rate_per_s=60.0, prompt_tokens_mean=64, output_tokens_mean=32)
+    free = by_stages(answer(workload=busy))[8].found
+    shared = by_stages(answer(workload=busy, cores=2))[8].found
+    assert free is not None
+    assert shared is not None
+    assert shared.prediction.capacity_per_s < free.prediction.capacity_per_s / 2
+
+
+def test_a_number_of_stages_is_done_as_asked() -> None:
+    found = answer(num_stages=4)
+    assert [each.num_stages for each in found.candidates] == [4]
+    assert found.reason == "as many stages as were asked for"
+    pipeline = require_plan(found).pipelines[0]
+    assert [stage.num_decoders for stage in pipeline.stages] == [2, 2, 2, 2]
+
+
+def test_slow_devices_get_fewer_layers() -> None:
+    devices = [replace(device, name=name) for device, name in zip(host(2).devices, ("fast", "slow"), strict=True)]
+    found = chosen(
+        topology=HostTopology(host_id="h", devices=tuple(devices)),
+        costs=FlatCosts(slowness={"slow": 3.0}),
+        num_stages=2,
+        engine=EngineLimits(max_stages=2, kv_tokens=4096),
+    )
+    counts = {stage.device_ids[0]: stage.num_decoders for stage in found.pipelines[0].stages}
+    assert counts == {"cpu:0": 6, "cpu:1": 2}
+
+
+def test_memory_decides_what_can_be() -> None:
+    found = answer(topology=host(memory_bytes=7 * MIB))
+    assert by_stages(found)[1].verdict is Verdict.INFEASIBLE
+    assert "needs 10 MiB" in by_stages(found)[1].reason
+    assert found.chosen is not None
+    assert found.chosen.num_stages == 2
+
+
+def test_where_nothing_fits_the_reason_has_the_numbers() -> None:
+    found = answer(topology=host(memory_bytes=MIB))
+    assert found.chosen is None
+    with pytest.raises(NoFeasiblePlan, match=r"needs .* MiB .* offers .*"):
+        require_plan(found)
+
+
+def test_more_stages_than_there_can_be_is_an_error() -> None:
+    with pytest.raises(NoFeasiblePlan, match="at most 8 stages"):
+        answer(num_stages=9)
+    with pytest.raises(NoFeasiblePlan, match="2 devices are here, so at most 2 stages"):
+        answer(num_stages=3, topology=host(2))
+
+
+def test_a_deadline_that_has_passed_is_not_infeasible() -> None:
+    def late() -> Iterator[float]:
+        yield from itertools.count(0.0, 100.0)
+
+    found = plan(question(num_stages=3), clock=late().__next__)
+    with pytest.raises(PlanTimeout):
+        require_plan(found)
+
+
+def test_the_layout_in_force_stays_where_nothing_is_better() -> None:
+    now = pipeline_of(device_ids=["cpu:3", "cpu:5"], cuts=[4], num_decoders=8)
+    found = answer(current=now)
+    assert require_plan(found).pipelines == (now,)
+    assert require_plan(found).costs.moved_bytes == 0
+
+
+def test_a_change_moves_little() -> None:
+    now = pipeline_of(device_ids=["cpu:3", "cpu:5"], cuts=[4], num_decoders=8)
+    four = chosen(current=now, num_stages=4).pipelines[0]
+    assert {"cpu:3", "cpu:5"} <= set(four.device_ids)
+    one = chosen(current=now, num_stages=1).pipelines[0]
+    assert set(one.device_ids) <= {"cpu:3", "cpu:5"}
+
+
+def test_the_layout_in_force_must_be_one_of_the_model() -> None:
+    with pytest.raises(InvalidLayout):
+        answer(current=pipeline_of(device_ids=["cpu:0"], cuts=[], num_decoders=5))
+
+
+def test_resident_ranks_keep_their_order_and_both_ends() -> None:
+    ranks = (("cpu:4",), ("cpu:1",), ("cpu:6",), ("cpu:0",))
+    engine = EngineLimits(max_stages=4, kv_tokens=4096, resident=ranks)
+    assert stage_counts(question(engine=engine)) == (2, 3, 4)
+    three = chosen(engine=engine, num_stages=3).pipelines[0]
+    assert three.device_ids[0] == "cpu:4"
+    assert three.device_ids[-1] == "cpu:0"
+
+
+def gpus(count: int, *, islands: int, memory_bytes: int = 8 * GIB, others: tuple[int, ...] = ()) -> HostTopology:
+    """Return GPUs of which ``count / islands`` each are joined by NVLink; those of ``others`` have other tenants."""
+    devices = tuple(
+        Device(
+            id=f"GPU-{index}",
+            kind=DeviceKind.CUDA,
+            memory_total_bytes=memory_bytes,
+            memory_reserved_bytes=GIB if index in others else 0,
+            memory_others_bytes=GIB if index in others else 0,
+            host_id="h",
+        )
+        for index in range(count)
+    )
+    size = count // islands
+    links = {
+        pair_key(a.id, b.id): Link(kind=LinkKind.NVSWITCH, bandwidth_bytes_per_s=3e11, latency_s=2e-6)
+        for (i, a), (j, b) in itertools.combinations(enumerate(devices), 2)
+        if i // size == j // size
+    }
+    return HostTopology(host_id="h", devices=devices, links=links)
+
+
+def test_tensor_parallel_groups_stay_within_an_island() -> None:
+    engine = EngineLimits(max_stages=8, degrees=(2, 4, 8), kv_tokens=4096)
+    found = answer(topology=gpus(8, islands=2), engine=engine, graph=graph_of())
+    assert {each.degree for each in found.candidates} == {2, 4}
+    for each in found.candidates:
+        for pipeline in each.found.pipelines if each.found else ():
+            for stage in pipeline.stages:
+                assert len({int(device.removeprefix("GPU-")) // 4 for device in stage.device_ids}) == 1
+
+
+def test_leftovers_are_used_before_whole_gpus_but_not_in_bursts() -> None:
+    small = EngineLimits(max_stages=1, kv_tokens=4096)
+    machine = gpus(4, islands=1, others=(2,))
+    calm = chosen(topology=machine, engine=small)
+    assert calm.pipelines[0].device_ids == ("GPU-2",)
+    bursty = chosen(topology=machine, engine=small, workload=replace(question().workload, cv=4.0))
+    assert bursty.pipelines[0].device_ids != ("GPU-2",)
+    careless = chosen(topology=machine, engine=small, fragmentation=Fragmentation(whole_device=0, whole_island=0))
+    assert careless.pipelines[0].device_ids != ("GPU-2",)
+
+
+def test_more_replicas_are_added_while_traffic_asks_for_them() -> None:
+    busy = Workload(rate_per_s=40.0, prompt_tokens_mean=64, output_tokens_mean=32)
+    engine = EngineLimits(max_stages=1, max_sequences=16, kv_tokens=4096)
+    alone = chosen(workload=busy, engine=engine)
+    several = chosen(workload=busy, engine=engine, max_replicas=8)
+    assert len(alone.pipelines) == 1
+    assert len(several.pipelines) > 1
+    used = [device for pipeline in several.pipelines for device in pipeline.device_ids]
+    assert len(used) == len(set(used))
+    assert several.prediction.goodput_per_s > alone.prediction.goodput_per_s
+
+
+def test_a_kv_cache_that_is_not_fixed_takes_what_is_left() -> None:
+    fixed, free = EngineLimits(max_stages=8, kv_tokens=4096), EngineLimits(max_stages=8)
+    assert chosen(engine=fixed, num_stages=2).kv_tokens == 4096
+    found = chosen(engine=free, num_stages=2)
+    assert found.kv_tokens > 4096
+    assert max(memory.needed_bytes for memory in found.memory) <= 64 * MIB
+
+
+def test_each_candidate_has_the_cv_at_which_it_does_best() -> None:
+    found = answer(workload=Workload(rate_per_s=20.0, prompt_tokens_mean=64, output_tokens_mean=32))
+    assert all(each.found is None or each.found.best_cv is not None for each in found.candidates)
+
+
+def test_headroom_is_left_free() -> None:
+    tight = host(memory_bytes=11 * MIB)
+    assert by_stages(answer(topology=tight))[1].verdict is not Verdict.INFEASIBLE
+    assert by_stages(answer(topology=tight, headroom=0.2))[1].verdict is Verdict.INFEASIBLE
