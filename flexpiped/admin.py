@@ -15,7 +15,7 @@ Errors are ``{"error": {"code": ..., "message": ...}}``. What is refused moved n
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
 from aiohttp import ClientConnectionResetError, web
@@ -57,13 +57,27 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait: bool = False
 
     def __post_init__(self) -> None:
-        given = (self.stages is not None) + (self.layout is not None)
-        if given > 1 or (not given and self.engine is None):
-            raise ValueError('exactly one of "stages" and "layout" is needed, or "engine" alone')
+        if self.stages is not None and self.layout is not None:
+            raise ValueError('"stages" and "layout" cannot be asked for together')
 
     def wanted(self) -> Wanted:
-        stages = Auto.AUTO if self.stages == "auto" else self.stages
+        """Return what is asked for: nothing at all means what the planner finds best."""
+        asked_nothing = self.stages is None and self.layout is None and self.engine is None
+        stages = Auto.AUTO if self.stages == "auto" or asked_nothing else self.stages
         return Wanted(stages=stages, layout=self.layout, replica=self.replica, engine=self.engine)
+
+
+class PlanBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /plan``."""
+
+    stages: Annotated[int, msgspec.Meta(ge=1)] | Literal["auto"] | None = None
+
+
+class PlanSource(Protocol):
+    """Plans from what is in force now."""
+
+    async def plan(self, stages: int | Auto) -> dict[str, Any]:
+        """Return a plan as JSON values. Raises ``PlannerError``, ``EngineError``."""
 
 
 def admin_app(
@@ -72,14 +86,16 @@ def admin_app(
     refactorings: Refactorings,
     events: EventLog,
     hardware: Hardware,
+    plans: PlanSource,
     further: Sequence[web.RouteDef] = (),
 ) -> web.Application:
     """Return the application that serves the admin API."""
-    admin = _Admin(status=status, refactorings=refactorings, events=events, hardware=hardware)
+    admin = _Admin(status=status, refactorings=refactorings, events=events, hardware=hardware, plans=plans)
     app = web.Application(middlewares=[_errors_as_json], client_max_size=_LARGEST_BODY_BYTES)
     app.add_routes(
         [
             web.get("/status", admin.get_status),
+            web.post("/plan", admin.post_plan),
             web.post("/rebalance", admin.post_rebalance),
             web.post("/rebalance/cancel", admin.post_cancel),
             web.get("/topology", admin.get_topology),
@@ -93,15 +109,26 @@ def admin_app(
 
 class _Admin:
     def __init__(
-        self, *, status: StatusSource, refactorings: Refactorings, events: EventLog, hardware: Hardware
+        self,
+        *,
+        status: StatusSource,
+        refactorings: Refactorings,
+        events: EventLog,
+        hardware: Hardware,
+        plans: PlanSource,
     ) -> None:
         self._status = status
+        self._plans = plans
         self._hardware = hardware
         self._refactorings = refactorings
         self._events = events
 
     async def get_status(self, _request: web.Request) -> web.Response:
         return _json(await self._status.status())
+
+    async def post_plan(self, request: web.Request) -> web.Response:
+        body = msgspec.json.decode(await request.read() or b"{}", type=PlanBody)
+        return _json(await self._plans.plan(body.stages if isinstance(body.stages, int) else Auto.AUTO))
 
     async def post_rebalance(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read(), type=RebalanceBody)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engines.errors import UnsupportedByEngine
-from flexpiped.engine_factory import Model, devices_of, engine_factory, find_files, ignore_news, kv_cache_bytes
+from flexpiped.engine_factory import Model, engine_factory, find_files, ignore_news
+from flexpiped.planner_question import question_here
 from flexpiped.settings import EngineKind, Settings
 from flexpiped.supervisor import EngineFactory
 from flexpiped.target_resolver import PlannerResolver
@@ -59,7 +60,5 @@ class EngineOffers:
     def _offer(self, settings: Settings, model: Model) -> EngineOffer:
         return EngineOffer(
             factory=engine_factory(settings, model, on_news=self._on_news),
-            resolver=PlannerResolver(
-                graph=model.graph, devices=devices_of(settings), kv_cache_bytes=kv_cache_bytes(settings)
-            ),
+            resolver=PlannerResolver(lambda: question_here(settings, model.graph)),
         )

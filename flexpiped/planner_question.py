@@ -1,28 +1,73 @@
 """From settings to what the planner is asked: the part of the question that stays the same while the daemon runs."""
 
 import os
-from typing import assert_never
+from pathlib import Path
+from typing import Final, assert_never
 
+from engines.process import usable_cores
 from engines.vllm.options import num_kv_blocks_of
 from flexpiped.config_values import Auto
+from flexpiped.costs import Costs, costs_of
+from flexpiped.hardware import measured_topology
+from flexpiped.profiles import ProfileStore, profile_folder
 from flexpiped.settings import EngineKind, Settings
-from planner.layer_costs import LayerCosts
+from planner.errors import InvalidProfile
 from planner.model_graph import ModelGraph
 from planner.question import EngineLimits, Fragmentation, PlanQuestion
+from planner.roofline import Roofline
 from planner.workload import Slo, Workload
 from topology.cluster import ClusterTopology
 from topology.device import DeviceKind
+from topology.gpu_specs import DeviceSpec, spec_of
 from topology.topology import HostTopology
+
+# For a GPU of which nothing is known: about that of an A10. All that are unknown count as alike.
+_GUESS: Final = DeviceSpec(
+    name="unknown",
+    memory_bandwidth_bytes_per_s=600e9,
+    flops_per_s={"float32": 31e12, "bfloat16": 125e12},
+    is_estimate=True,
+)
+
+
+def question_here(settings: Settings, graph: ModelGraph) -> PlanQuestion:
+    """Return the question for the devices that are here, as they are now, with the best times that are known. Blocks.
+
+    Raises:
+        UnsupportedByEngine: GPUs are asked for, and there are none or the engine does not take them.
+    """
+    topology = measured_topology(settings)
+    costs = known_costs(settings, graph=graph, topology=topology)
+    return question_of(settings, graph=graph, topology=topology, costs=costs)
+
+
+def known_costs(settings: Settings, *, graph: ModelGraph, topology: HostTopology | ClusterTopology) -> Costs:
+    """Return times from a profile, else a roofline; a guess for a GPU of which nothing is known."""
+    folder = profile_folder(os.environ, home=Path.home())
+    try:
+        return costs_of(
+            graph,
+            topology.devices,
+            engine=settings.engine.value,
+            cores=_cores(settings),
+            store=ProfileStore(folder=folder),
+        )
+    except InvalidProfile as error:  # no reason not to serve: the plan says what it rests on
+        guessed = Roofline(
+            dtype=graph.dtype, figures_of=lambda device: spec_of(device) or _GUESS, figures_named=f"a guess, as {error}"
+        )
+        return Costs(alone=guessed, beside=guessed, note=str(error))
 
 
 def question_of(
-    settings: Settings, *, graph: ModelGraph, topology: HostTopology | ClusterTopology, costs: LayerCosts
+    settings: Settings, *, graph: ModelGraph, topology: HostTopology | ClusterTopology, costs: Costs
 ) -> PlanQuestion:
     """Return the question that ``settings`` ask: which pipeline for their workload, on an engine of their kind."""
     planner = settings.planner
     return PlanQuestion(
         graph=graph,
-        costs=costs,
+        costs=costs.alone,
+        costs_beside=costs.beside,
         topology=topology,
         engine=engine_limits(settings, graph=graph, num_devices=len(topology.devices)),
         workload=workload_of(settings),
@@ -86,4 +131,4 @@ def _cores(settings: Settings) -> int:
     threads = settings.engines.native.threads
     if settings.engine is EngineKind.VLLM:
         threads = settings.engines.vllm.threads
-    return len(os.sched_getaffinity(0)) if threads is Auto.AUTO else threads
+    return usable_cores() if threads is Auto.AUTO else threads

@@ -5,11 +5,12 @@ sockets -> admin API and a port that says "starting" -> model files -> engine an
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from engines.errors import EngineDied, RefactoringRefused
 from engines.protocol import Engine
@@ -21,6 +22,7 @@ from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
+from flexpiped.config_values import Auto
 from flexpiped.engine_factory import Model, engine_python, find_files
 from flexpiped.engine_offers import EngineOffer, EngineOffers
 from flexpiped.events import EventKind, EventLog
@@ -28,6 +30,7 @@ from flexpiped.handover_records import TargetResolver
 from flexpiped.hardware import Hardware
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.models import model_source, served_name
+from flexpiped.plan_wire import answer_to_wire
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
@@ -103,6 +106,19 @@ class Service:
         """The pipeline in force, None before there is one."""
         return None if self._supervisor is None else self._supervisor.pipeline
 
+    async def plan(self, stages: int | Auto) -> dict[str, Any]:
+        """Return what the planner would do now, with every candidate; moves nothing.
+
+        Raises:
+            PlannerError, EngineError
+        """
+        engine, resolver = self._engine(), self._offer().resolver
+        began_s = time.monotonic()
+        answer = await asyncio.to_thread(
+            resolver.answer, stages, current=engine.pipeline, resident=engine.capabilities.resident
+        )
+        return answer_to_wire(answer, took_s=time.monotonic() - began_s)
+
     async def start(self, stack: AsyncExitStack) -> None:
         """Start everything; ``stack`` ends it. Returns when requests are served.
 
@@ -155,6 +171,7 @@ class Service:
             refactorings=self._refactorings,
             events=self.events,
             hardware=hardware,
+            plans=self,
             further=profiles.routes(),
         )
         await stack.enter_async_context(serving_admin(app, self._admin_socket))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from flexpiped.config_values import Auto
 from flexpiped.handover_records import Wanted
 from planner.candidate_plan import PlanAnswer
-from planner.layer_costs import LayerCosts
 from planner.layout import Pipeline
 from planner.layout_file import parse_layout
 from planner.memory import KvBudget, MemoryCheck, check_memory
@@ -15,28 +14,22 @@ from planner.question import PlanQuestion
 
 
 class PlannerResolver:
-    """A ``TargetResolver`` for one model on a set of devices.
+    """A ``TargetResolver`` for one model on the devices that are here.
 
     Args:
-        question: What is always asked; number of stages, layout in force and resident ranks come with each call.
-        costs: Those of now, as a profile may be measured while the daemon runs; None: those of the question.
+        question: Asked anew for each plan, in the thread that plans: what is free on the devices, and what has been
+            measured, may have changed. Number of stages, layout in force and resident ranks come with each call.
     """
 
-    def __init__(
-        self,
-        question: PlanQuestion,
-        *,
-        costs: Callable[[], LayerCosts] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._question = question
-        self._costs = costs
+    def __init__(self, question: Callable[[], PlanQuestion], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ask = question
         self._clock = clock
+        self._graph = question().graph
 
     @property
     def kv_bytes_per_token(self) -> int:
         """What a token takes in the KV cache of the whole model."""
-        return self._question.graph.kv_bytes_per_token
+        return self._graph.kv_bytes_per_token
 
     def first(self, stages: int | Auto) -> Pipeline:
         """Return the pipeline to start with.
@@ -76,34 +69,36 @@ class PlannerResolver:
 
         possible = stages is Auto.AUTO or min(2, len(resident)) <= stages <= len(resident)
         in_place = not second_instance and (possible or not resident)
+        asked = self._ask()
         question = replace(
-            self._question,
-            engine=replace(self._question.engine, resident=tuple(resident) if in_place else ()),
+            asked,
+            engine=replace(asked.engine, resident=tuple(resident) if in_place else ()),
             num_stages=None if stages is Auto.AUTO else stages,
             current=current,
             shares_current=in_place,
-            costs=self._question.costs if self._costs is None else self._costs(),
         )
         return plan(question, clock=self._clock)
 
     def check_second(
         self, *, current: Pipeline, target: Pipeline, kv: KvBudget, is_another_engine: bool = False
     ) -> MemoryCheck:
-        """Say whether the devices can hold a second instance beside the first: nothing is shared between them."""
+        """Say whether the devices can hold a second instance beside the first: nothing is shared between them.
+
+        For another engine the KV cache is that of its part of the configuration, in slots of one token.
+        """
+        asked = self._ask()
+        own = KvBudget(
+            block_tokens=1, capacity_blocks=asked.engine.kv_tokens or kv.live_slots, live_blocks=kv.live_slots
+        )
         return check_memory(
-            graph=self._question.graph,
+            graph=self._graph,
             current=current,
             target=target,
-            devices=self._question.topology.devices,
+            devices=asked.topology.devices,
             kv=kv,
             second_instance=True,
-            second_kv=self._own_kv(live_slots=kv.live_slots) if is_another_engine else None,
+            second_kv=own if is_another_engine else None,
         )
-
-    def _own_kv(self, *, live_slots: int) -> KvBudget:
-        """Return the KV cache as this engine's part of the configuration has it, in slots of one token."""
-        slots = self._question.engine.kv_tokens or live_slots
-        return KvBudget(block_tokens=1, capacity_blocks=slots, live_blocks=live_slots)
 
     def _pipeline(self, answer: PlanAnswer) -> Pipeline:
         from planner.planning import require_plan

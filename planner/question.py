@@ -60,9 +60,10 @@ class PlanQuestion:
     """A question to the planner.
 
     Attributes:
+        costs_beside: Times of stages that compute beside others on their host; None: as alone.
         num_stages: None: whatever serves the workload best.
         current: The layout in force, whose memory is held until a handover retires it.
-        shares_current: The plan is for the same engine, which keeps what it holds already; else for an instance beside it.
+        shares_current: The engine in force is to change; else a second instance beside it shares nothing.
         max_replicas: How many pipelines the plan may have.
         cores: CPU threads that all stages on a host without GPUs share; None: each device computes by itself.
         headroom: Share of a device's usable memory that is left free.
@@ -73,6 +74,7 @@ class PlanQuestion:
     costs: LayerCosts
     topology: HostTopology | ClusterTopology
     engine: EngineLimits
+    costs_beside: LayerCosts | None = None
     workload: Workload = field(default_factory=Workload)
     slo: Slo = field(default_factory=Slo)
     num_stages: int | None = None

@@ -41,8 +41,9 @@ class ReferenceStep:
 class DeviceGroups:
     """Seconds of layers on device groups, and of hops between them. Of a group the slowest device counts."""
 
-    def __init__(self, question: PlanQuestion, *, num_stages: int) -> None:
+    def __init__(self, question: PlanQuestion, *, num_stages: int, beside_others: bool = False) -> None:
         self._question = question
+        self._costs = (question.costs_beside if beside_others else None) or question.costs
         self._threads = threads_per_stage(question, num_stages=num_stages)
         self._devices = {device.id: self._as_used(device) for device in question.topology.devices}
 
@@ -55,14 +56,13 @@ class DeviceGroups:
 
     def layer_s(self, layer: Layer, device_ids: Sequence[str], batch: Batch) -> float:
         """Return the seconds of a layer on a group, with the sums of its activations over the group."""
-        degree, costs = len(device_ids), self._question.costs
-        part = shard(layer, degree)
-        slowest = max(costs.layer_s(part, device, batch) for device in self.distinct(device_ids))
+        part = shard(layer, len(device_ids))
+        slowest = max(self._costs.layer_s(part, device, batch) for device in self.distinct(device_ids))
         return slowest + self._all_reduce_s(layer, device_ids, batch)
 
     def stage_s(self, classes: LayerClasses, device_ids: Sequence[str], batch: Batch) -> float:
         """Return the seconds of one step of a stage."""
-        overhead = max(self._question.costs.stage_overhead_s(device, batch) for device in self.distinct(device_ids))
+        overhead = max(self._costs.stage_overhead_s(device, batch) for device in self.distinct(device_ids))
         return overhead + sum(count * self.layer_s(layer, device_ids, batch) for layer, count in classes)
 
     def hop_s(self, from_ids: Sequence[str], to_ids: Sequence[str], tokens: float) -> float:
@@ -133,10 +133,14 @@ def pipeline_times(question: PlanQuestion, pipeline: Pipeline, *, kv_tokens: int
     """Return the times of a pipeline for ``planner.prediction``. ``kv_tokens``: the smallest over its stages."""
     engine, num_stages = question.engine, pipeline.granularity
     groups = DeviceGroups(question, num_stages=num_stages)
+    beside = DeviceGroups(question, num_stages=num_stages, beside_others=True)
     stages = pipeline.stages
     classes = [layer_classes(question.graph.stage_layers(pipeline, index)) for index in range(num_stages)]
     return PipelineTimes(
         stages=tuple(_stage_time(groups, held, stage.device_ids) for held, stage in zip(classes, stages, strict=True)),
+        stages_beside=()
+        if question.costs_beside is None
+        else tuple(_stage_time(beside, held, stage.device_ids) for held, stage in zip(classes, stages, strict=True)),
         hops=tuple(_hop_time(groups, before.device_ids, after.device_ids) for before, after in pairwise(stages)),
         kv_capacity_tokens=kv_tokens,
         max_sequences=engine.max_sequences,

@@ -15,6 +15,7 @@ from flexpiped.admin_socket import candidate_sockets
 from flexpiped.flexctl import commands
 from flexpiped.flexctl.client import AdminClient, CtlError, Refused
 from flexpiped.flexctl.commands import Exit
+from flexpiped.flexctl.plan_command import add_arguments, plan
 from flexpiped.flexctl.terminal import Screen, silence_closed_pipe
 
 _INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
@@ -22,7 +23,7 @@ _INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parsed(arguments)
+    options = _parser().parse_args(arguments, argparse.Namespace(socket=None, json=False))
     screen = Screen(sys.stdout, environment=os.environ)
     try:
         return int(options.run(AdminClient(_sockets(options.socket)), screen, options))
@@ -37,14 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.run is commands.rebalance:
             print("flexctl: the refactoring goes on; flexctl rebalance --cancel rolls it back", file=sys.stderr)
         return _INTERRUPTED
-
-
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    options = parser.parse_args(arguments, argparse.Namespace(socket=None, json=False))
-    if options.run is commands.rebalance and not any((options.stages, options.layout, options.cancel, options.engine)):
-        parser.error("rebalance: one of --stages, --layout, --engine and --cancel is needed")
-    return options
 
 
 def _report(error: CtlError, screen: Screen, *, as_json: bool) -> None:
@@ -103,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     change.set_defaults(run=commands.rebalance)
     what = change.add_mutually_exclusive_group()
-    what.add_argument("--stages", metavar="N", type=_stages, help='number of stages, or "auto"')
+    what.add_argument("--stages", metavar="N", type=_stages, help='number of stages, or "auto" (default)')
     what.add_argument("--layout", metavar="FILE", help="layout file: cuts and devices of every stage")
     what.add_argument("--cancel", action="store_true", help="roll back the refactoring under way")
     change.add_argument(
@@ -114,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     change.add_argument("--dry-run", action="store_true", help="say what would move and whether it fits; move nothing")
     change.add_argument("--wait", action="store_true", help="show the progress and return when it is done")
+
+    planned = known.add_parser(
+        "plan", parents=[everywhere], help="what would serve the workload best, and why; moves nothing"
+    )
+    planned.set_defaults(run=plan)
+    planned.add_argument("--stages", metavar="N", type=_stages, default="auto", help="only with so many stages")
+    add_arguments(planned)
 
     about = "devices, what joins them and what is free on each; also without a daemon"
     seen = known.add_parser("topology", parents=[everywhere], help=about)

@@ -1,4 +1,4 @@
-"""``flexctl plan``: what the planner would do, asked of the daemon, or of files alone where a daemon is not concerned."""
+"""``flexctl plan``: what the planner would do, asked of the daemon, or worked out from files alone."""
 
 import json
 from argparse import ArgumentParser, Namespace
@@ -28,7 +28,9 @@ def plan(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Show the plan for the workload, with its predictions and reasons. Nothing is moved."""
     offline = any(getattr(options, name) for name in _FILES)
     answer = _offline(options) if offline else client.call("POST", "/plan", {"stages": options.stages})
-    screen.write([json.dumps(answer)] if options.json else plan_lines(answer, explain=options.explain, paint=screen.paint))
+    screen.write(
+        [json.dumps(answer)] if options.json else plan_lines(answer, explain=options.explain, paint=screen.paint)
+    )
     return Exit.DONE if answer["state"] == "planned" else Exit.REFUSED
 
 

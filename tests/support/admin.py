@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from engines.errors import EngineDied
 from engines.fake import FakeEngine
 from engines.protocol import Engine
 from flexpiped.admin import admin_app
+from flexpiped.config_values import Auto
 from flexpiped.events import EventLog
 from flexpiped.hardware import Hardware
 from flexpiped.refactoring import Refactorings
@@ -21,6 +23,27 @@ from flexpiped.status import DaemonStatus, Health, Identity, Latencies, Percenti
 from flexpiped.supervisor import Supervisor
 from tests.support.layouts import EvenResolver, even_pipeline
 from topology.units import MIB
+
+
+class CannedPlans:
+    """A ``PlanSource`` that answers the same plan for any question, and keeps what was asked."""
+
+    ANSWER: ClassVar[dict[str, Any]] = {
+        "state": "infeasible",
+        "reason": "needs 141 GiB, the largest set of 2 free devices offers 96 GiB",
+        "times_from": "made up for a test",
+        "took_s": 0.01,
+        "workload": {"rate_per_s": 1.0, "cv": 1.0, "prompt_tokens_mean": 2.0, "output_tokens_mean": 3.0},
+        "slo": {"ttft_s": None, "tpot_s": None},
+        "candidates": [],
+    }
+
+    def __init__(self) -> None:
+        self.asked: list[int | Auto] = []
+
+    async def plan(self, stages: int | Auto) -> dict[str, Any]:
+        self.asked.append(stages)
+        return self.ANSWER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +135,7 @@ async def _served(
     hardware = Hardware(
         Settings(devices=DeviceSettings(cpu_count=cpu_count)), python=sys.executable, state=folder / "links.json"
     )
-    app = admin_app(status=status, refactorings=refactorings, events=events, hardware=hardware)
+    app = admin_app(status=status, refactorings=refactorings, events=events, hardware=hardware, plans=CannedPlans())
     async with serving_admin(app, folder / "admin.sock"):
         yield
         events.close()

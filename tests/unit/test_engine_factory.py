@@ -12,9 +12,11 @@ from engines.native.adapter import NativeEngine
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.recompile import Recompilation
 from flexpiped.config_values import Auto
+from flexpiped.costs import Costs
 from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files, kv_cache_bytes
 from flexpiped.handover_records import Wanted
 from flexpiped.models import demo_model_places, for_people, model_source, served_name
+from flexpiped.planner_question import question_of
 from flexpiped.settings import (
     DeviceSettings,
     DType,
@@ -28,6 +30,8 @@ from flexpiped.target_resolver import PlannerResolver
 from planner.errors import InvalidLayout, NoFeasiblePlan
 from planner.layout import Pipeline, Stage, pipeline_of
 from planner.memory import KvBudget
+from tests.support.costs import FlatCosts
+from topology.topology import HostTopology
 
 DEFAULTS = Settings()
 
@@ -39,7 +43,11 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def resolver(model: Model) -> PlannerResolver:
-    return PlannerResolver(graph=model.graph, devices=devices_of(DEFAULTS), kv_cache_bytes=64 << 20)
+    topology = HostTopology(host_id="h", devices=devices_of(DEFAULTS))
+    question = question_of(
+        DEFAULTS, graph=model.graph, topology=topology, costs=Costs(alone=FlatCosts(), beside=FlatCosts())
+    )
+    return PlannerResolver(lambda: question)
 
 
 def test_the_demo_model_lies_beside_the_package() -> None:
@@ -153,7 +161,7 @@ def test_stages_and_layout_files_become_pipelines(resolver: PlannerResolver) -> 
     assert (four.granularity, four.num_decoders) == (4, 8)
     layout = '{"stages": [{"devices": ["cpu:5"], "decoders": [0, 8]}]}'
     assert resolver.resolve(Wanted(layout=layout), current=current).device_ids == ("cpu:5",)
-    assert resolver.resolve(Wanted(stages=Auto.AUTO), current=four).granularity == 1
+    assert resolver.resolve(Wanted(stages=Auto.AUTO), current=four) == four  # nothing would serve better
 
 
 def test_what_cannot_be_is_refused_in_words(resolver: PlannerResolver) -> None:

@@ -176,7 +176,7 @@ async def test_no_daemon_is_not_reachable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("rebalance",), ("rebalance", "--stages", "0"), ("rebalance", "--stages", "2", "--cancel"), ("stats",)],
+    [(), ("rebalance", "--stages", "0"), ("rebalance", "--stages", "2", "--cancel"), ("stats",)],
 )
 async def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     ran = await flexctl(*arguments)
