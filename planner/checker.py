@@ -106,6 +106,8 @@ def _scores(problem: PlacementProblem, placement: Placement) -> Iterator[str]:
     if said != true:
         yield f"the plan says {said}, but it comes to {true}"
     for tokens, fits in ((said.kv_tokens, True), (said.kv_tokens + 1, False)):
+        if tokens > problem.useful_kv_tokens:
+            continue
         if all(_fits(problem, s.place, s.first, s.end, tokens) for s in placement.stages) != fits and _has_kv(problem):
             yield f"KV cache for {tokens} tokens {'does not fit' if fits else 'fits'}, the plan says {said.kv_tokens}"
 

@@ -7,7 +7,6 @@ from enum import Enum
 
 from planner.placement_problem import PlacementProblem
 
-KV_UNLIMITED = 1 << 40  # tokens, where nothing of a stage has a KV cache
 TOLERANCE_PERCENT = 1  # what a later aim may give away of the bottleneck, and of the KV capacity
 
 
@@ -110,8 +109,8 @@ def kv_limit_tokens(kv_tokens: int) -> int:
 def stage_kv_tokens(problem: PlacementProblem, stage: PlacedStage) -> int:
     """Return the tokens whose KV cache fits beside the weights of the stage, -1 where the weights do not fit.
 
-    A piece that is held here adds only what it needs beyond that. Pieces without KV cache hold any number:
-    ``KV_UNLIMITED``.
+    A piece that is held here adds only what it needs beyond that. What is beyond use does not count; pieces without KV
+    cache hold any number.
     """
     place = problem.places[stage.place]
     whole = stage.end - stage.first == len(problem.pieces)
@@ -123,13 +122,13 @@ def stage_kv_tokens(problem: PlacementProblem, stage: PlacedStage) -> int:
 
     if need(0) > room:
         return -1
-    if need(KV_UNLIMITED) <= room:
-        return KV_UNLIMITED
+    if need(problem.useful_kv_tokens) <= room:
+        return problem.useful_kv_tokens
     surplus = sum(held - piece.weight_bytes for piece, held in pieces)
     tokens = (room + surplus) // sum(piece.kv_bytes_per_token for piece, _ in pieces)
     if all(p.weight_bytes + tokens * p.kv_bytes_per_token >= held for p, held in pieces):
         return tokens  # no piece has more than it needs, which is the rule
-    return bisect_right(range(KV_UNLIMITED), room, key=need) - 1
+    return bisect_right(range(problem.useful_kv_tokens), room, key=need) - 1
 
 
 def score(problem: PlacementProblem, stages: Sequence[PlacedStage]) -> Scores:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+KV_UNLIMITED = 1 << 40  # tokens, where nothing of a stage has a KV cache
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
@@ -96,6 +98,7 @@ class PlacementProblem:
     num_stages: int
     hops: Hops
     min_kv_tokens: int = 0  # that each stage can hold at least
+    useful_kv_tokens: int = KV_UNLIMITED  # KV capacity beyond this is of no use, and counts as this
     latency_limit_ns: int | None = None  # on all stages and hops together
     charges: tuple[Charge, ...] = ()
     risk_ns: int = 0  # what a stage costs that has to receive anything, besides the time of its bytes
@@ -111,6 +114,8 @@ class PlacementProblem:
             raise ValueError("a place has a speed class that is not there")
         if len({place.name for place in self.places}) != len(self.places):
             raise ValueError("names of places are distinct")
+        if not 0 <= self.min_kv_tokens <= self.useful_kv_tokens <= KV_UNLIMITED:
+            raise ValueError("the KV capacity that is needed is at most that of use")
         if any(piece.weight_bytes < 0 or piece.kv_bytes_per_token < 0 for piece in self.pieces):
             raise ValueError("bytes are not negative")
         self._refuse_torn_groups()

@@ -123,7 +123,8 @@ class _Solver:
         stages, capacity = self._capacity(stages, limit_ns)
         self.budget = whole
         self.proofs += [bottleneck, capacity]
-        stages = self._rest(stages, Limits(bottleneck_ns=limit_ns, kv_tokens=kv_limit_tokens(capacity.value)))
+        tokens = max(self.problem.min_kv_tokens, kv_limit_tokens(capacity.value))
+        stages = self._rest(stages, Limits(bottleneck_ns=limit_ns, kv_tokens=tokens))
         return Placement(stages=stages, scores=score(self.problem, stages), proofs=tuple(self.proofs))
 
     # ---- bottleneck

@@ -11,7 +11,7 @@ from planner.layer_costs import Batch
 from planner.layout import Pipeline, Stage
 from planner.model_graph import Layer, ModelGraph
 from planner.placement import Placement, stage_kv_tokens
-from planner.placement_problem import Piece, PlacementProblem
+from planner.placement_problem import KV_UNLIMITED, Piece, PlacementProblem
 from planner.placement_solver import Budget, place
 from planner.places import Places
 from planner.question import PlanQuestion
@@ -64,11 +64,7 @@ class Posed:
 
     def kv_tokens(self, placement: Placement) -> int:
         """Return the KV capacity that the plan has: as configured, or of the smallest stage, as far as it is of use."""
-        engine, graph = self.question.engine, self.question.graph
-        if engine.kv_tokens is not None:
-            return engine.kv_tokens
-        of_use = engine.max_sequences * graph.max_context_tokens
-        return min(of_use, min(stage_kv_tokens(self.problem, stage) for stage in placement.stages))
+        return min(stage_kv_tokens(self.problem, stage) for stage in placement.stages)
 
     def memory(self, placement: Placement, *, kv_tokens: int) -> tuple[StageMemory, ...]:
         """Return what each stage takes on each of its devices."""
@@ -122,6 +118,7 @@ def pose(question: PlanQuestion, *, num_stages: int, degree: int) -> Posed:
         num_stages=num_stages,
         hops=places.hops(tokens=step.tokens()),
         min_kv_tokens=_least_kv_tokens(question),
+        useful_kv_tokens=_useful_kv_tokens(question),
         latency_limit_ns=None if limit_s is None else round(limit_s * _NS),
         charges=places.charges(),
         risk_ns=round(question.risk_s * _NS) if question.current is not None else 0,
@@ -142,6 +139,14 @@ def _least_kv_tokens(question: PlanQuestion) -> int:
     """Return the KV capacity without which a stage is of no use: as configured, else for one sequence at its end."""
     configured = question.engine.kv_tokens
     return question.sequence_tokens if configured is None else configured
+
+
+def _useful_kv_tokens(question: PlanQuestion) -> int:
+    """Return the KV capacity beyond which more is of no use: as configured, else for as many whole contexts as run."""
+    engine = question.engine
+    if engine.kv_tokens is not None:
+        return engine.kv_tokens
+    return min(KV_UNLIMITED, max(question.sequence_tokens, engine.max_sequences * question.graph.max_context_tokens))
 
 
 def _piece_layers(graph: ModelGraph, first: int, end: int) -> list[Layer]:

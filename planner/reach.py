@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.placement import KV_UNLIMITED
-from planner.placement_problem import Place, PlacementProblem
+from planner.placement_problem import KV_UNLIMITED, Place, PlacementProblem
 from planner.segments import SegmentCosts
 
 Ints = NDArray[np.int64]

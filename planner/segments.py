@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from planner.placement import KV_UNLIMITED, PlacedStage, stage_kv_tokens
+from planner.placement import PlacedStage, stage_kv_tokens
 from planner.placement_problem import Place, PlacementProblem
 
 
@@ -48,7 +48,7 @@ class SegmentCosts:
         left, rate = room - self.weights[end] + self.weights[first], self.kv_rates[end] - self.kv_rates[first]
         if left < 0:
             return -1
-        return min(left // rate, KV_UNLIMITED) if rate else KV_UNLIMITED
+        return min(left // rate, self.problem.useful_kv_tokens) if rate else self.problem.useful_kv_tokens
 
     def fits_until(self, place: int, kv_tokens: int) -> list[int]:
         """Return by first piece the end of the longest run that fits with KV cache for ``kv_tokens``."""

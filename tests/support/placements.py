@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import combinations, permutations
 
 from planner.placement import PlacedStage, Scores, bottleneck_limit_ns, kv_limit_tokens, score
-from planner.placement_problem import Charge, Hops, Piece, Place, PlacementProblem
+from planner.placement_problem import KV_UNLIMITED, Charge, Hops, Piece, Place, PlacementProblem
 
 
 def small_problem(seed: int) -> PlacementProblem:
@@ -27,13 +27,15 @@ def small_problem(seed: int) -> PlacementProblem:
     devices = _devices(rng, num_devices, num_pieces, num_stages, num_classes, pieces)
     places = devices + (_groups(rng, devices) if rng.random() < 0.3 else ())
     fixed_order = rng.random() < 0.15
+    min_kv_tokens = rng.choice([0, 1, 10, 20])
     return PlacementProblem(
         pieces=pieces,
         class_ns=tuple(tuple(cost * speed for cost in base) for speed in speeds),
         places=devices if fixed_order else places,
         num_stages=num_stages,
         hops=_hops(rng, places),
-        min_kv_tokens=rng.choice([0, 1, 10, 20]),
+        min_kv_tokens=min_kv_tokens,
+        useful_kv_tokens=rng.choice([KV_UNLIMITED, KV_UNLIMITED, min_kv_tokens, min_kv_tokens + 15]),
         latency_limit_ns=rng.choice([None, None, sum(base) * 20 + 500]),
         charges=_charges(rng, devices),
         risk_ns=rng.choice([0, 100]),
