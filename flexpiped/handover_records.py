@@ -45,6 +45,9 @@ class TargetResolver(Protocol):
             PlannerError: Nothing fits, or the layout is malformed; the message is for people.
         """
 
+    def broken_rules(self, target: Pipeline, *, current: Pipeline, second_instance: bool = False) -> tuple[str, ...]:
+        """Return a sentence for each rule of the planner that ``target`` breaks: asked before every handover."""
+
     def check_second(
         self, *, current: Pipeline, target: Pipeline, kv: KvBudget, is_another_engine: bool = False
     ) -> MemoryCheck:

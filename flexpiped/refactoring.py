@@ -150,9 +150,9 @@ class Refactorings:
         check = await engine.check_refactor(target)
         why = why_replica(wanted, capabilities=engine.capabilities, check=check)
         if why is None or self._replica is None:
-            return Proposal(current=current, target=target, check=check)
+            return await _by_the_rules(Proposal(current=current, target=target, check=check), resolver)
         check = await check_replica(engine, target, resolver=resolver, check=check, why=why)
-        return Proposal(current=current, target=target, check=check, way=Way.REPLICA)
+        return await _by_the_rules(Proposal(current=current, target=target, check=check, way=Way.REPLICA), resolver)
 
     async def _propose_other(self, engine: Engine, wanted: Wanted) -> Proposal:
         """Say what it would mean to put another engine in the place of this one."""
@@ -173,9 +173,10 @@ class Refactorings:
             why=f"{after} takes the place of {before}",
             is_another_engine=True,
         )
-        return Proposal(
+        proposal = Proposal(
             current=current, target=target, check=check, way=Way.REPLICA, engine_before=before, engine_after=after
         )
+        return await _by_the_rules(proposal, resolver)
 
     def _find_other(self, name: str) -> OtherEngine:
         if self._other_engine is None:
@@ -279,3 +280,14 @@ class Refactorings:
 
     def _publish(self, running: _Running, message: str, **fields: Any) -> None:
         self._events.publish(EventKind.REFACTORING, message, handover=running.number, **fields)
+
+
+async def _by_the_rules(proposal: Proposal, resolver: TargetResolver) -> Proposal:
+    """Hold what is feasible to the engine against the planner's rules too, whoever made the layout."""
+    if not proposal.check.feasible:
+        return proposal
+    second = proposal.way is Way.REPLICA
+    broken = await asyncio.to_thread(
+        resolver.broken_rules, proposal.target, current=proposal.current, second_instance=second
+    )
+    return replace(proposal, check=RefactorCheck(feasible=False, sentences=broken)) if broken else proposal

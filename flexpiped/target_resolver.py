@@ -79,6 +79,12 @@ class PlannerResolver:
         )
         return plan(question, clock=self._clock)
 
+    def broken_rules(self, target: Pipeline, *, current: Pipeline, second_instance: bool = False) -> tuple[str, ...]:
+        """Return a sentence for each rule of the planner that ``target`` breaks, whoever made it."""
+        from planner.problem import check_pipeline
+
+        return check_pipeline(replace(self._ask(), current=current, shares_current=not second_instance), target)
+
     def check_second(
         self, *, current: Pipeline, target: Pipeline, kv: KvBudget, is_another_engine: bool = False
     ) -> MemoryCheck:

@@ -6,6 +6,7 @@ PlannerError
 +-- InvalidWorkload    a workload or target that cannot be; the message names the key
 +-- InvalidProfile     a stored profile that cannot be read, or that does not cover what is asked of it
 +-- NoFeasiblePlan     proven: nothing fits; the message has the numbers
++-- BrokenPlan         a plan that breaks a rule: a bug of the solver, found before anything moved
 +-- PlanTimeout        nothing found in the time allowed; nothing proven
 +-- InvalidTransition  an event that does not belong to the phase the handover is in: a bug of its runner
 """
@@ -33,6 +34,10 @@ class InvalidProfile(PlannerError):
 
 class NoFeasiblePlan(PlannerError):
     """No layout satisfies the constraints; the message has the numbers."""
+
+
+class BrokenPlan(PlannerError):
+    """The solver's answer breaks a rule of ``planner.checker``; the message says which."""
 
 
 class PlanTimeout(PlannerError):

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from planner.candidate_plan import StageMemory
-from planner.errors import NoFeasiblePlan
+from planner.canonical import in_order
+from planner.checker import check, check_stages
+from planner.errors import BrokenPlan, NoFeasiblePlan
 from planner.layer_costs import Batch
 from planner.layout import Pipeline, Stage
 from planner.model_graph import Layer, ModelGraph
-from planner.placement import Placement, stage_kv_tokens
+from planner.placement import PlacedStage, Placement, stage_kv_tokens
 from planner.placement_problem import KV_UNLIMITED, Piece, PlacementProblem
 from planner.placement_solver import Budget, place
 from planner.places import Places
@@ -46,8 +48,16 @@ class Posed:
             raise NoFeasiblePlan(_too_few(count, degree=self.degree, num_stages=stages))
         if self.problem.latency_limit_ns is not None:
             with suppress(NoFeasiblePlan):
-                return place(self.problem, budget=budget)
-        return place(replace(self.problem, latency_limit_ns=None), budget=budget)
+                return self._placed(self.problem, budget)
+        return self._placed(replace(self.problem, latency_limit_ns=None), budget)
+
+    def _placed(self, problem: PlacementProblem, budget: Budget) -> Placement:
+        """Return the solver's placement, put in order, after the rules have been held against it."""
+        found = place(problem, budget=budget)
+        placement = replace(found, stages=in_order(problem, found.stages))
+        if broken := check(problem, placement):
+            raise BrokenPlan(f"the plan breaks a rule and is not used: {'; '.join(broken)}")
+        return placement
 
     def pipeline(self, placement: Placement) -> Pipeline:
         """Return the pipeline that a placement means."""
@@ -87,6 +97,30 @@ class Posed:
                 )
             )
         return tuple(found)
+
+
+def check_pipeline(question: PlanQuestion, pipeline: Pipeline) -> tuple[str, ...]:
+    """Return a sentence for each rule that ``pipeline`` breaks, whoever made it. Headroom may be used.
+
+    A last rank without decoders is left out: it holds no piece. The order of resident ranks is the engine's own rule.
+    """
+    stages = [stage for stage in pipeline.stages if stage.num_decoders]
+    degrees = {len(stage.device_ids) for stage in stages}
+    if len(degrees) != 1:
+        return (f"stages have {' and '.join(map(str, sorted(degrees)))} devices: all must have the same number",)
+    asked = replace(question, engine=replace(question.engine, resident=()), headroom=0.0)
+    posed = pose(asked, num_stages=len(stages), degree=degrees.pop())
+    names = {frozenset(place.device_ids): position for position, place in enumerate(posed.problem.places)}
+    starts = {decoder: piece for piece, decoder in enumerate(posed.bounds)}
+    placed: list[PlacedStage] = []
+    for index, stage in enumerate(stages):
+        place = names.get(frozenset(stage.device_ids))
+        if place is None:
+            return (f"stage {index} is on {' + '.join(stage.device_ids)}, which is no place for a stage here",)
+        if stage.first_decoder not in starts or stage.end_decoder not in starts:
+            return (f"stage {index}: a cut at decoder {stage.end_decoder} would part layers that belong together",)
+        placed.append(PlacedStage(place=place, first=starts[stage.first_decoder], end=starts[stage.end_decoder]))
+    return check_stages(replace(posed.problem, latency_limit_ns=None), placed)
 
 
 def piece_bounds(graph: ModelGraph) -> tuple[int, ...]:

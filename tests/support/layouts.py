@@ -20,8 +20,9 @@ def even_pipeline(stages: int, *, num_decoders: int = NUM_DECODERS) -> Pipeline:
 class EvenResolver:
     """Resolves a number of stages to even cuts; ``auto`` to one stage; a layout is the number of its stages in text."""
 
-    def __init__(self, *, memory_bytes: int = 64 * MIB) -> None:
+    def __init__(self, *, memory_bytes: int = 64 * MIB, rules_broken: tuple[str, ...] = ()) -> None:
         self.memory_bytes = memory_bytes
+        self.rules_broken = rules_broken
 
     def resolve(self, wanted: Wanted, *, current: Pipeline, resident: object = ()) -> Pipeline:  # noqa: ARG002
         if wanted.layout is not None and not wanted.layout.isdecimal():
@@ -30,6 +31,10 @@ class EvenResolver:
         if stages > current.num_decoders:
             raise NoFeasiblePlan(f"the model has {current.num_decoders} decoder layers, so at most as many stages")
         return even_pipeline(stages, num_decoders=current.num_decoders)
+
+    def broken_rules(self, target: Pipeline, *, current: Pipeline, second_instance: bool = False) -> tuple[str, ...]:  # noqa: ARG002
+        """Return ``rules_broken``: the rules of this test."""
+        return self.rules_broken
 
     def check_second(
         self,

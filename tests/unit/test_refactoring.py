@@ -159,3 +159,15 @@ async def test_closing_rolls_back_and_waits(refactorings: Refactorings, engine: 
 
     assert refactorings.under_way is None
     assert refactorings.history[-1].result is HandoverResult.ABORTED
+
+
+async def test_what_breaks_a_rule_of_the_planner_is_refused_though_the_engine_would_take_it() -> None:
+    engine = FakeEngine(pipeline=even_pipeline(2))
+    await engine.start(on_progress=lambda _: None)
+    resolver = EvenResolver(rules_broken=("stage 1 needs 9 MiB, cpu:1 offers 8 MiB",))
+    refactorings = Refactorings(engine=lambda: engine, resolver=lambda: resolver, events=EventLog())
+    proposal = await refactorings.propose(Wanted(stages=4))
+    assert (proposal.check.feasible, proposal.check.sentences) == (False, resolver.rules_broken)
+    with pytest.raises(RefactoringRefused, match="cpu:1 offers 8 MiB"):
+        await refactorings.start(Wanted(stages=4))
+    await engine.close()

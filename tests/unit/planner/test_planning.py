@@ -8,8 +8,9 @@ import pytest
 
 from planner.candidate_plan import CandidatePlan, Found, PlanAnswer, Verdict
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlanTimeout
-from planner.layout import pipeline_of
+from planner.layout import Pipeline, Stage, pipeline_of
 from planner.planning import plan, require_plan, stage_counts
+from planner.problem import check_pipeline
 from planner.question import EngineLimits, Fragmentation, PlanQuestion
 from planner.workload import Slo, Workload
 from tests.support.costs import FlatCosts
@@ -133,6 +134,13 @@ def test_the_layout_in_force_stays_where_nothing_is_better() -> None:
     assert require_plan(found).costs.moved_bytes == 0
 
 
+def test_of_equal_devices_the_first_are_taken_in_order() -> None:
+    assert chosen(num_stages=4).pipelines[0].device_ids == ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
+    now = pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[4], num_decoders=8)
+    four = chosen(current=now, num_stages=4).pipelines[0]
+    assert set(four.device_ids) == {"cpu:0", "cpu:1", "cpu:2", "cpu:3"}
+
+
 def test_a_change_moves_little() -> None:
     now = pipeline_of(device_ids=["cpu:3", "cpu:5"], cuts=[4], num_decoders=8)
     four = chosen(current=now, num_stages=4).pipelines[0]
@@ -227,3 +235,19 @@ def test_headroom_is_left_free() -> None:
     tight = host(memory_bytes=11 * MIB)
     assert by_stages(answer(topology=tight))[1].verdict is not Verdict.INFEASIBLE
     assert by_stages(answer(topology=tight, headroom=0.2))[1].verdict is Verdict.INFEASIBLE
+
+
+def test_any_pipeline_can_be_held_against_the_rules() -> None:
+    fine = pipeline_of(device_ids=["cpu:7", "cpu:2"], cuts=[3], num_decoders=8)
+    assert check_pipeline(question(), fine) == ()
+    [sentence] = check_pipeline(question(topology=host(memory_bytes=6 * MIB)), fine)
+    assert sentence.startswith("stage 1 needs 6.")
+    elsewhere = pipeline_of(device_ids=["cpu:99"], cuts=[], num_decoders=8)
+    assert "cpu:99, which is no place" in check_pipeline(question(), elsewhere)[0]
+    pairs = Stage(device_ids=("cpu:0", "cpu:1"), first_decoder=0, end_decoder=4)
+    alone = Stage(device_ids=("cpu:2",), first_decoder=4, end_decoder=8)
+    assert "1 and 2 devices" in check_pipeline(question(), Pipeline(stages=(pairs, alone)))[0]
+    headless = Pipeline(
+        stages=(replace(alone, first_decoder=0), replace(alone, device_ids=("cpu:0",), first_decoder=8))
+    )
+    assert check_pipeline(question(), headless) == ()
