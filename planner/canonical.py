@@ -20,8 +20,9 @@ def in_order(problem: PlacementProblem, stages: Sequence[PlacedStage]) -> tuple[
         groups[_kind(place)].append(position)
     renamed: dict[int, int] = {}
     for members in groups.values():
-        if len(problem.places[members[0]].device_ids) > 1:
-            continue  # groups share devices: no two of them are free to be swapped
+        devices = [device for member in members for device in problem.places[member].device_ids]
+        if len(set(devices)) < len(devices):
+            continue  # groups that share devices are not free to be swapped
         taken = [stage.place for stage in stages if stage.place in members]
         renamed |= dict(zip(taken, sorted(members)[: len(taken)], strict=True))
     ordered = tuple(replace(stage, place=renamed.get(stage.place, stage.place)) for stage in stages)

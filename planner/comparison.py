@@ -70,7 +70,12 @@ def _goodput_told(found: Found, best: Found, workload: Workload) -> str:
 
 
 def _kv_told(found: Found, best: Found, _workload: Workload) -> str:
-    return f"KV cache for {found.kv_tokens:,} tokens, {best.kv_tokens:,} are possible"
+    return f"KV cache for {_kv_tokens(found):,} tokens, {_kv_tokens(best):,} are possible"
+
+
+def _kv_tokens(found: Found) -> int:
+    """Return the KV capacity of all replicas together."""
+    return found.kv_tokens * len(found.pipelines)
 
 
 def _change_told(found: Found, best: Found, _workload: Workload) -> str:
@@ -106,7 +111,7 @@ def _stages_told(_found: Found, _best: Found, _workload: Workload) -> str:
 
 AIMS: Final = (
     Aim(name="goodput", loss=lambda f: -f.prediction.goodput_per_s, tolerance=TOLERANCE, told=_goodput_told),
-    Aim(name="KV capacity", loss=lambda f: -f.kv_tokens, tolerance=TOLERANCE, told=_kv_told),
+    Aim(name="KV capacity", loss=lambda f: -_kv_tokens(f), tolerance=TOLERANCE, told=_kv_told),
     Aim(name="cost of the change", loss=lambda f: f.costs.change_s, tolerance=0.0, told=_change_told),
     Aim(name="fragmentation", loss=lambda f: f.costs.fragmentation, tolerance=0.0, told=_fragmentation_told),
     Aim(name="bytes moved", loss=lambda f: f.costs.moved_bytes, tolerance=0.0, told=_moved_told),

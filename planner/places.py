@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import permutations
 
 from planner.holdings import Holding, holdings, kv_bytes, weight_bytes
 from planner.layout import Pipeline
@@ -14,8 +14,6 @@ from topology.cluster import ClusterTopology
 from topology.device import Device, DeviceKind
 from topology.link import Link
 from topology.topology import HostTopology
-
-_LARGEST_ISLAND_IN_FULL = 8  # devices of which every group is a candidate; of more, those that lie together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,13 +119,28 @@ class Places:
         """Yield device groups of one size, each within an island; those of the layout in force are among them."""
         seen: set[tuple[str, ...]] = set()
         for island in dict.fromkeys(self._islands.values()):
-            for group in _groups_of([device.id for device in island.devices], degree):
+            for group in self._groups_of(island, degree):
                 seen.add(group)
                 yield group
         current = self._question.current
         for stage in () if current is None else current.stages:
             if len(stage.device_ids) == degree and stage.device_ids not in seen:
                 yield stage.device_ids
+
+    def _groups_of(self, island: Island, degree: int) -> Iterator[tuple[str, ...]]:
+        """Yield the groups of ``degree`` devices of an island.
+
+        A group has as much memory as its fullest device allows, and the speed of its slowest, so devices that are alike
+        belong together: neighbours in the order of speed and free memory. Of devices that differ in nothing it does not
+        matter which are together, so each is in one group only.
+        """
+        keys = {device.id: (str(speed_key(device)), -self._free_bytes(device.id)) for device in island.devices}
+        ordered = sorted(keys, key=lambda device_id: keys[device_id])
+        if degree == 1:
+            ordered = list(keys)
+        step = degree if len(set(keys.values())) == 1 else 1
+        for start in range(0, len(ordered) - degree + 1, step):
+            yield tuple(ordered[start : start + degree])
 
     def _place(self, group: tuple[str, ...]) -> Place:
         island = self._islands[group[0]]
@@ -222,12 +235,3 @@ class Places:
                 ids = frozenset(device.id for device in island.devices)
                 found.append(Charge(device_ids=ids, points=points.whole_island))
         return tuple(found)
-
-
-def _groups_of(device_ids: Sequence[str], degree: int) -> Iterator[tuple[str, ...]]:
-    """Yield the groups of ``degree`` devices of an island; of a large one those of neighbours."""
-    if degree == 1 or len(device_ids) <= _LARGEST_ISLAND_IN_FULL:
-        yield from combinations(device_ids, degree)
-        return
-    for start in range(len(device_ids) - degree + 1):
-        yield tuple(device_ids[start : start + degree])

@@ -41,7 +41,8 @@ def plan(question: PlanQuestion, *, clock: Callable[[], float]) -> PlanAnswer:
     if question.current is not None:
         require_decoders(question.current, question.graph)
     degrees = _degrees(question)
-    labels = [(count, degree) for count in stage_counts(question) for degree in degrees]
+    wanted = [(count, degree) for count in stage_counts(question) for degree in degrees]
+    labels = [(count, degree) for count, degree in wanted if count * degree <= len(question.topology.devices)] or wanted
     end_s = clock() + question.deadline_s
     looked: list[_Looked] = []
     for index, (count, degree) in enumerate(labels):

@@ -43,9 +43,11 @@ class Posed:
         Raises:
             NoFeasiblePlan, PlanTimeout
         """
-        if len(self.problem.places) < self.problem.num_stages:
-            count, stages = len(self.problem.places), self.problem.num_stages
-            raise NoFeasiblePlan(_too_few(count, degree=self.degree, num_stages=stages))
+        stages, places = self.problem.num_stages, self.problem.places
+        devices = {device for place in places for device in place.device_ids}
+        apart = min(len(places), len(devices) // self.degree)  # groups that share no device
+        if apart < stages:
+            raise NoFeasiblePlan(_too_few(apart, degree=self.degree, num_stages=stages))
         if self.problem.latency_limit_ns is not None:
             with suppress(NoFeasiblePlan):
                 return self._placed(self.problem, budget)
