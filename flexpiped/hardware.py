@@ -94,17 +94,6 @@ def devices_in_words(settings: Settings) -> tuple[int, str]:
     return len(devices), f"{len(devices)} x {names.pop()}" if len(names) == 1 else f"{len(devices)} GPUs"
 
 
-def measured_topology(settings: Settings, *, state: Path | None = None) -> HostTopology:
-    """Return what this host offers now, with measured links where they have been measured. Raises as above."""
-    host = host_topology(settings)
-    try:
-        return with_measured(
-            host, load_measurement(state_file(os.environ, home=Path.home()) if state is None else state)
-        )
-    except NotMeasured:  # what cannot be read is shown by ``flexctl topology``, and no reason not to plan
-        return host
-
-
 def cpu_budget(settings: Settings) -> CpuBudget:
     """Return what each CPU device gets; the threads are its share of the cores while all of them work."""
     threads = settings.engines.native.threads

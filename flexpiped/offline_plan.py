@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from engines.checkpoint import CONFIG, WEIGHTS, WEIGHTS_INDEX, find_model, read_checkpoint
 from flexpiped.config_file import load_config
-from flexpiped.hardware import measured_topology
+from flexpiped.hardware import host_topology
 from flexpiped.models import model_source
 from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import known_costs, question_of
@@ -56,7 +56,7 @@ def offline_plan(request: OfflineRequest) -> dict[str, Any]:
 
 def _question(settings: Settings, request: OfflineRequest) -> PlanQuestion:
     """Return what is asked. On GPUs that are not the daemon's the KV cache takes what is left, and groups are tried."""
-    topology = load_topology(request.topology) if request.topology else measured_topology(settings)
+    topology = load_topology(request.topology) if request.topology else host_topology(settings)
     graph = _graph(settings, request.model or model_source(settings))
     costs = known_costs(settings, graph=graph, topology=topology)
     question = question_of(settings, graph=graph, topology=topology, costs=costs)

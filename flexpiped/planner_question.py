@@ -8,7 +8,7 @@ from engines.process import usable_cores
 from engines.vllm.options import num_kv_blocks_of
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs, costs_of
-from flexpiped.hardware import measured_topology
+from flexpiped.hardware import host_topology
 from flexpiped.profiles import ProfileStore, profile_folder
 from flexpiped.settings import EngineKind, Settings
 from planner.errors import InvalidProfile
@@ -36,7 +36,7 @@ def question_here(settings: Settings, graph: ModelGraph) -> PlanQuestion:
     Raises:
         UnsupportedByEngine: GPUs are asked for, and there are none or the engine does not take them.
     """
-    topology = measured_topology(settings)
+    topology = host_topology(settings)
     costs = known_costs(settings, graph=graph, topology=topology)
     return question_of(settings, graph=graph, topology=topology, costs=costs)
 

@@ -207,7 +207,7 @@ def test_leftovers_are_used_before_whole_gpus_but_not_in_bursts() -> None:
 
 
 def test_more_replicas_are_added_while_traffic_asks_for_them() -> None:
-    busy = Workload(rate_per_s=40.0, prompt_tokens_mean=64, output_tokens_mean=32)
+    busy = Workload(rate_per_s=150.0, prompt_tokens_mean=64, output_tokens_mean=32)
     engine = EngineLimits(max_stages=1, max_sequences=16, kv_tokens=4096)
     alone = chosen(workload=busy, engine=engine)
     several = chosen(workload=busy, engine=engine, max_replicas=8)
