@@ -47,6 +47,8 @@ def _found_to_wire(found: Found) -> dict[str, Any]:
         "best_cv": found.best_cv,
         "bottleneck_s": found.bottleneck_s,
         "gap": found.gap,
+        "nested": found.nested,
+        "nested_loss": found.nested_loss,
         "optimal": found.optimal,
         "change_s": found.costs.change_s,
         "fragmentation": found.costs.fragmentation,

@@ -74,6 +74,7 @@ def question_of(
         slo=Slo(ttft_s=settings.slo.ttft_s, tpot_s=settings.slo.tpot_s),
         cores=_cores(settings) if all(d.kind is DeviceKind.CPU for d in topology.devices) else None,
         headroom=planner.headroom,
+        nested_loss=planner.nested_loss,
         risk_s=planner.risk_s,
         fragmentation=Fragmentation(
             whole_device=planner.whole_device_points,

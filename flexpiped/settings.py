@@ -172,6 +172,7 @@ class SloSettings:
 class PlannerSettings:
     deadline_s: Annotated[float, seconds] = 5.0
     headroom: Annotated[float, number(0, 0.9)] = 0.05
+    nested_loss: Annotated[float, number(0)] = 0.05
     risk_s: Annotated[float, number(0)] = 0.001
     whole_device_points: Annotated[int, integer(0)] = 400
     whole_island_points: Annotated[int, integer(0)] = 800

@@ -49,6 +49,9 @@ class Found:
         best_cv: At which this candidate does best against the others; None: it serves nothing in time.
         gap: How far the slowest stage may be from the best there is: 0 where that is proven.
         optimal: Every aim is proven.
+        nested: The cuts are among those of all finer granularities.
+        nested_loss: How much slower the slowest stage is with nested cuts than with free ones, as a share; None where
+            there are no nested cuts for this number of stages, or none that fit.
         memory: Of the first pipeline, by stage.
     """
 
@@ -59,6 +62,8 @@ class Found:
     bottleneck_s: float
     gap: float
     optimal: bool
+    nested: bool
+    nested_loss: float | None
     costs: Costs
     memory: tuple[StageMemory, ...]
 

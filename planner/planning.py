@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from planner.candidate_plan import CandidatePlan, Costs, Found, PlanAnswer, Verdict
 from planner.comparison import choose
+from planner.cut_family import Cuts, family_counts, nested_cuts
 from planner.errors import NoFeasiblePlan, PlannerError, PlanTimeout
 from planner.layout import Pipeline
 from planner.moves import require_decoders
@@ -42,12 +43,14 @@ def plan(question: PlanQuestion, *, clock: Callable[[], float]) -> PlanAnswer:
         require_decoders(question.current, question.graph)
     degrees = _degrees(question)
     wanted = [(count, degree) for count in stage_counts(question) for degree in degrees]
+    family = _family(question)
     labels = [(count, degree) for count, degree in wanted if count * degree <= len(question.topology.devices)] or wanted
     end_s = clock() + question.deadline_s
     looked: list[_Looked] = []
     for index, (count, degree) in enumerate(labels):
         share_s = max(0.0, end_s - clock()) / (len(labels) - index)
-        looked.append(_look(question, count, degree, Budget(limit_s=share_s, clock=clock)))
+        cuts = family.get(count)
+        looked.append(_look(question, count, degree, cuts, Budget(limit_s=share_s, clock=clock)))
     return _answer(question, looked)
 
 
@@ -96,12 +99,20 @@ def _degrees(question: PlanQuestion) -> Sequence[int]:
     return tuple(degree for degree in question.engine.degrees if degree <= largest) or question.engine.degrees
 
 
-def _look(question: PlanQuestion, num_stages: int, degree: int, budget: Budget) -> _Looked:
+def _family(question: PlanQuestion) -> Mapping[int, Cuts]:
+    """Return the nested cuts by number of stages, balanced for the first device; they hold for every degree."""
+    posed = pose(replace(question, num_stages=None), num_stages=1, degree=_degrees(question)[0])
+    limit = min(len(posed.problem.pieces), question.engine.max_stages, len(question.topology.devices))
+    return nested_cuts(posed.problem.class_ns[0], family_counts(limit))
+
+
+def _look(question: PlanQuestion, num_stages: int, degree: int, cuts: Cuts | None, budget: Budget) -> _Looked:
     """Place one candidate, as many replicas as are needed and possible, and say what it would do."""
     label = CandidatePlan(num_stages=num_stages, degree=degree, verdict=Verdict.LOST, reason="")
     try:
         posed = pose(question, num_stages=num_stages, degree=degree)
-        placed = [_placed(posed, budget)]
+        chosen, nested_loss = _nested_or_free(question, posed, cuts, budget)
+        placed = [chosen]
     except PlanTimeout as error:
         return _Looked(plan=replace(label, verdict=Verdict.TIMEOUT, reason=str(error)))
     except NoFeasiblePlan as error:
@@ -109,7 +120,7 @@ def _look(question: PlanQuestion, num_stages: int, degree: int, budget: Budget) 
     kv_tokens = posed.kv_tokens(placed[0].placement)
     times = pipeline_times(question, placed[0].pipeline, kv_tokens=kv_tokens)
     placed += _more_replicas(question, placed[0], times, budget)
-    return _Looked(plan=label, found=_found(question, placed, times), times=times)
+    return _Looked(plan=label, found=_found(question, placed, times, nested_loss), times=times)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +134,35 @@ class _Placed:
     def pipeline(self) -> Pipeline:
         return self.posed.pipeline(self.placement)
 
+    @property
+    def is_nested(self) -> bool:
+        return len(self.posed.problem.pieces) == len(self.placement.stages)
+
 
 def _placed(posed: Posed, budget: Budget) -> _Placed:
     return _Placed(posed=posed, placement=posed.solve(budget))
+
+
+def _nested_or_free(
+    question: PlanQuestion, posed: Posed, cuts: Cuts | None, budget: Budget
+) -> tuple[_Placed, float | None]:
+    """Return the placement to use and what nested cuts lose against free ones; None where there are none that fit.
+
+    1. Free cuts say how good it can be.
+    2. Nested cuts are taken where they lose little,
+    3. but not where only free ones leave the layout in force as it is.
+    """
+    free = _placed(posed, budget if cuts is None else budget.part(0.6))  # 1
+    if cuts is None:
+        return free, None
+    try:
+        nested = _placed(posed.with_cuts(cuts), budget)
+    except PlannerError:  # the devices' memories ask for other cuts
+        return free, None
+    best = free.placement.scores.bottleneck_ns
+    loss = nested.placement.scores.bottleneck_ns / max(1, best) - 1
+    stays = free.placement.scores.change_ns == 0 < nested.placement.scores.change_ns  # 3
+    return (free if loss > question.nested_loss or stays else nested), max(0.0, loss)
 
 
 def _more_replicas(question: PlanQuestion, first: _Placed, times: PipelineTimes, budget: Budget) -> Iterator[_Placed]:
@@ -143,7 +180,7 @@ def _more_replicas(question: PlanQuestion, first: _Placed, times: PipelineTimes,
         yield replica
 
 
-def _found(question: PlanQuestion, placed: Sequence[_Placed], times: PipelineTimes) -> Found:
+def _found(question: PlanQuestion, placed: Sequence[_Placed], times: PipelineTimes, nested_loss: float | None) -> Found:
     scores = [each.placement.scores for each in placed]
     kv_tokens = min(each.posed.kv_tokens(each.placement) for each in placed)
     return Found(
@@ -154,6 +191,8 @@ def _found(question: PlanQuestion, placed: Sequence[_Placed], times: PipelineTim
         bottleneck_s=max(score.bottleneck_ns for score in scores) / 1e9,
         gap=max(each.placement.gap for each in placed),
         optimal=all(each.placement.optimal for each in placed),
+        nested=nested_loss is not None and placed[0].is_nested,
+        nested_loss=nested_loss,
         costs=Costs(
             change_s=sum(score.change_ns for score in scores) / 1e9,
             fragmentation=sum(score.fragmentation for score in scores),

@@ -1,6 +1,6 @@
 """From a question of the planner to a placement problem, and from its placement back to a pipeline."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,7 +13,7 @@ from planner.layer_costs import Batch
 from planner.layout import Pipeline, Stage
 from planner.model_graph import Layer, ModelGraph
 from planner.placement import PlacedStage, Placement, stage_kv_tokens
-from planner.placement_problem import KV_UNLIMITED, Piece, PlacementProblem
+from planner.placement_problem import KV_UNLIMITED, Piece, PlacementProblem, merged
 from planner.placement_solver import Budget, place
 from planner.places import Places
 from planner.question import PlanQuestion
@@ -36,6 +36,11 @@ class Posed:
         used = set(device_ids)
         left = tuple(place for place in self.problem.places if used.isdisjoint(place.device_ids))
         return replace(self, problem=replace(self.problem, places=left))
+
+    def with_cuts(self, cuts: Sequence[int]) -> "Posed":
+        """Return the problem with only these cuts left, of the model's pieces."""
+        bounds = tuple(self.bounds[cut] for cut in (0, *cuts, len(self.problem.pieces)))
+        return replace(self, problem=merged(self.problem, cuts), bounds=bounds)
 
     def solve(self, budget: Budget) -> Placement:
         """Return the best placement. Where no step can be as fast as the targets ask, the limit is left out.

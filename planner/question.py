@@ -66,6 +66,8 @@ class PlanQuestion:
         shares_current: The engine in force is to change; else a second instance beside it shares nothing.
         max_replicas: How many pipelines the plan may have.
         cores: CPU threads that all stages on a host without GPUs share; None: each device computes by itself.
+        nested_loss: How much slower the slowest stage may be, as a share, for cuts that are nested in those of finer
+            granularities; where nested cuts lose more, free ones are taken.
         headroom: Share of a device's usable memory that is left free.
         risk_s: What it costs to touch a stage in a change at all, beside the seconds of its bytes.
     """
@@ -82,6 +84,7 @@ class PlanQuestion:
     shares_current: bool = True
     max_replicas: int = 1
     cores: int | None = None
+    nested_loss: float = 0.05
     headroom: float = 0.0
     risk_s: float = 0.001
     fragmentation: Fragmentation = field(default_factory=Fragmentation)
@@ -90,8 +93,13 @@ class PlanQuestion:
     def __post_init__(self) -> None:
         if self.num_stages is not None and self.num_stages < 1:
             raise ValueError(f"a pipeline has at least one stage, not {self.num_stages}")
-        if self.max_replicas < 1 or self.deadline_s <= 0 or not 0 <= self.headroom < 1 or self.risk_s < 0:
-            raise ValueError("an impossible number of replicas, deadline, headroom or risk")
+        if (
+            self.max_replicas < 1
+            or self.deadline_s <= 0
+            or not 0 <= self.headroom < 1
+            or min(self.risk_s, self.nested_loss) < 0
+        ):
+            raise ValueError("an impossible number of replicas, deadline, headroom, loss or risk")
 
     @property
     def sequence_tokens(self) -> int:

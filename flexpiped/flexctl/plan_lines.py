@@ -43,6 +43,7 @@ def _answer_lines(answer: Json, paint: Paint) -> Iterator[str]:
     yield from (_INDENT + line for line in rest)
     yield from (_INDENT + line for line in textwrap.wrap(answer["reason"], _WIDTH - len(_INDENT)))
     yield _INDENT + "   ".join(_predicted(found))
+    yield _INDENT + _cuts(found)
     yield from _stage_lines(found)
 
 
@@ -90,6 +91,15 @@ def _predicted(found: Json) -> list[str]:
         f"{predicted['capacity_tokens_per_s']:,.0f} tok/s at most",
         f"KV {found['kv_tokens']:,} tokens",
     ]
+
+
+def _cuts(found: Json) -> str:
+    loss = found["nested_loss"]
+    if loss is None:
+        return "cuts: free; no nested ones for this number of stages"
+    if found["nested"]:
+        return f"cuts: nested in those of finer granularities, {loss * 100:.1f} % slower than free"
+    return f"cuts: free; nested ones would be {loss * 100:.1f} % slower or move more"
 
 
 def _stage_lines(found: Json) -> list[str]:

@@ -38,6 +38,8 @@ def found(stages: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
         "kv_tokens": 10240,
         "best_cv": 1.0,
         "gap": 0.0,
+        "nested": True,
+        "nested_loss": 0.004,
         "optimal": True,
         "memory": [memory(each["device_ids"][0], 40 * MIB) for each in stages],
     } | values
@@ -83,6 +85,7 @@ def test_the_answer_comes_first_then_what_it_rests_on() -> None:
         "chosen  2 stages on cpu:0-1 (optimal, 12 ms)",
         "        serves 3.2 of 3.2 requests/s in time; best of 2 candidates by goodput",
         "        TTFT 19 ms   TPOT 4.0 ms   430 tok/s at most   KV 10,240 tokens",
+        "        cuts: nested in those of finer granularities, 0.4 % slower than free",
         "        stage  device  decoders  needs          weights  KV      workspace",
         "        0      cpu:0   0-3       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
         "        1      cpu:1   4-7       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
