@@ -1,21 +1,25 @@
 """The processes of real vLLM: alone in their environment, gone with the daemon, noticed when they die or hang."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from engines.errors import EngineDied, EngineStartFailed
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.command import environment
 from engines.vllm.run_directory import sweep
-from engines.vllm.server import members_of
 from tests.contract.engine_contract import request_of
+from tests.support.daemon import Daemon, started
+from tests.support.until import until
 from tests.support.vllm import graph_of, interpreter, layout, llama, options_for, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
@@ -89,31 +93,53 @@ async def test_a_core_that_is_stopped_is_a_hang_and_is_replaced() -> None:
                 [chunk async for chunk in stream]
 
 
-def test_a_killed_daemon_leaves_no_process_and_the_next_cleans_up() -> None:
-    daemon = """
-import asyncio
-from tests.support.vllm import layout, llama, running
-async def main():
-    async with running(llama(), layout(4), ranks=2) as engine:
-        pids = engine.pids
-        print(engine.run_directory, pids["api"], pids["core"], *pids["workers"], *pids["helpers"], flush=True)
-        await asyncio.sleep(600)
-asyncio.run(main())
-"""
-    with subprocess.Popen([sys.executable, "-c", daemon], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        words = child.stdout.readline().split()
-        child.kill()
-    directory, pids = Path(words[0]), [int(word) for word in words[1:]]
-    assert len(pids) >= 4
-    shared = shared_memory(directory)
-    give_up_s = time.monotonic() + 5.0
-    while members_of(pids[0]) or any(runs(pid) for pid in pids):
-        assert time.monotonic() < give_up_s, [pid for pid in pids if runs(pid)]
-        time.sleep(0.05)
+async def test_a_user_rebalances_under_a_stream_and_a_killed_daemon_leaves_nothing(tmp_path: Path) -> None:
+    """As a new user would try it, with the demo model; and then the worst that can happen to the daemon."""
+    more = f'dtype = "float32"\n[engines.vllm]\npython = "{interpreter()}"\nkv_cache = "32 MiB"\n'
+    async with started(tmp_path, ready=True, engine="vllm", stages=3, more=more) as daemon:
+        undisturbed = await completed(daemon)
+        streaming = asyncio.create_task(completed(daemon))
+        code, out, err = await daemon.flexctl("rebalance", "--stages", "2", "--wait")
+        assert (code, "done in" in out) == (0, True), err
+        assert not streaming.done()
+        assert await streaming == undisturbed
+        assert len((await daemon.ask("/status"))["stages"]) == 2
+
+        directory, pids = run_directory_of(daemon.process.pid), descendants(daemon.process.pid)
+        assert len(pids) >= 3 + 3 + 2  # ranks, their helpers, API server and engine core
+        shared = shared_memory(directory)
+        daemon.process.kill()
+        await daemon.process.wait()
+        await until(lambda: not any(runs(pid) for pid in pids), timeout_s=5.0)
     sweep(directory.parent)
     assert not directory.exists()
     assert [path for path in shared if path.exists()] == []
+
+
+async def completed(daemon: Daemon) -> str:
+    """Return the text of a greedy stream of some length."""
+    url = (await daemon.ask("/status"))["api_url"]
+    body = {"prompt": "Once", "max_tokens": 600, "temperature": 0, "ignore_eos": True, "stream": True}
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/completions", json=body) as answer:
+        assert answer.status == 200
+        lines = [line.decode().strip().removeprefix("data: ") async for line in answer.content]
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines if line not in ("", "[DONE]"))
+
+
+def run_directory_of(daemon_pid: int) -> Path:
+    """Return the private directory of the vLLM that a daemon has started."""
+    (directory,) = (
+        owner.parent
+        for owner in Path(tempfile.gettempdir()).glob("flexpiped-vllm-*/owner")
+        if owner.read_text().split()[0] == str(daemon_pid)
+    )
+    return directory
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below one."""
+    children = [int(child) for of in Path(f"/proc/{pid}/task").glob("*/children") for child in of.read_text().split()]
+    return [below for child in children for below in (child, *descendants(child))]
 
 
 async def test_a_model_that_vllm_refuses_is_refused_in_its_words() -> None:

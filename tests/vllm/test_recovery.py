@@ -1,14 +1,13 @@
 """Streams go on token-exactly when vLLM is replaced: by a second instance, and after a death. Greedy, in fp32."""
 
 import asyncio
-import os
 import re
-import signal
 from dataclasses import replace
 
 import pytest
 
 from engines.closing import closing
+from engines.errors import EngineDied
 from engines.protocol import KvParcel
 from engines.vllm.adapter import VllmEngine
 from flexpiped.kv_carrier import KvCarrier
@@ -139,7 +138,9 @@ async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None
         await moved.stop()
 
         await killed.begin(FEWER)
-        os.kill(made.engines[1].pids["core"], signal.SIGKILL)
+        await made.engines[1].arm_failpoint("core.commit.last", "kill")  # all is copied, and no rank has switched
+        with pytest.raises(EngineDied, match="engine core"):
+            await move(made.engines[1], layout(4, 6))
         await killed.end()
         assert supervisor.engine is made.engines[2]
         assert supervisor.pipeline == layout(2, 6)
