@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from engines.vllm.command import PLUGIN
+from engines.vllm.own_server import own_server
 from tests.support.vllm import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm]
@@ -37,7 +38,14 @@ print("missing:", internals.check())
 print("connector as it is:", internals.check_connector())
 internals.VERSION = "0.99.1"
 print("connector unknown:", internals.check_connector())
+print("sampling:", *internals.SamplingParams.__struct_fields__)
 """
+# What vLLM's own server sets by itself, or lets nobody set.
+_NOBODYS = {
+    *("detokenize", "output_kind", "output_text_buffer_length", "skip_clone", "flat_logprobs"),
+    *("skip_reading_prefix_cache", "prompt_logprob_start", "prompt_logprob_token_ids", "trace_decode_token_ids"),
+    "extra_args",  # a request says vllm_xargs
+}
 _CONNECTOR = """
 from types import SimpleNamespace as N
 from flexpiped_vllm.kv_connector import make_connector
@@ -86,8 +94,12 @@ def test_a_request_is_loaded_as_far_as_its_kv_cache_goes() -> None:
     assert said["withdrawn"] == "False (0, False, [])"
 
 
-def test_an_unknown_vllm_is_refused_for_moves_in_place() -> None:
-    said = said_by(_SCRIPT)
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    return said_by(_SCRIPT)
+
+
+def test_an_unknown_vllm_is_refused_for_moves_in_place(said: dict[str, str]) -> None:
     assert said["as it is"] == said["connector as it is"] == ""
     assert "vLLM 0.99.1 is not a version that copies of KV were tested with (0.32.0)" in said["connector unknown"]
     assert "vLLM 0.99.1 is not a version that moves in place were tested with (0.32.0)" in said["unknown"]
@@ -98,3 +110,9 @@ def test_an_unknown_vllm_is_refused_for_moves_in_place() -> None:
     assert "compiled mode without vLLM's compile cache" in said["no cache"]
     assert "max_autotune (it freezes weights into the code)" in said["tuned"]
     assert "CUDA graphs of micro-batches" in said["micro-batches"]
+
+
+def test_every_sampling_parameter_can_be_asked_for(said: dict[str, str]) -> None:
+    own = own_server(())
+    fields = {name for name in said["sampling"].split() if not name.startswith("_")}
+    assert fields - own.completion_parameters == fields - own.chat_parameters == _NOBODYS
