@@ -25,6 +25,8 @@ class Pulse:
     def seen(self, *, pending: bool, steps_total: int | None, now_s: float) -> "Pulse":
         """Take in a look at the engine: is work pending, and how many steps has it done (None: it did not answer)."""
         pulse = replace(self, pending=pending)
+        if steps_total is not None and self.steps_total < 0:  # the first look: what came before it says nothing
+            return replace(pulse, steps_total=steps_total, progress_s=now_s)
         if steps_total is not None and steps_total != self.steps_total:
             return replace(pulse.progressed(now_s=now_s), steps_total=steps_total)
         if not pending or not self.pending:  # the clock runs while work is pending

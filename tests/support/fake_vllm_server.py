@@ -2,7 +2,8 @@
 
 API server -> engine core -> worker, as real processes that only sleep; the token channel is real. ``FAKE_VLLM`` says
 what is wrong with it: ``refuse`` (ends at start with an error), ``silent`` (is never ready), ``stuck`` (answers calls,
-but gives no token), ``deaf`` (does not even answer calls once it is ready), ``miserly`` (hands no KV cache over).
+but gives no token), ``deaf`` (does not even answer calls once it is ready), ``miserly`` (hands no KV cache over),
+``compiles`` (says so at a request, and takes its time).
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from typing import Any
 
 BEHAVIOUR = os.environ.get("FAKE_VLLM", "")
 DIRECTORY = Path(os.environ.get("FLEXPIPED_VLLM_DIR", "."))
+COMPILING_S = 1.5
 WORKER = "import time; time.sleep(600)"
 CORE = f"""
 import subprocess, sys
@@ -72,6 +74,9 @@ class Fake:
                     send({"op": "reply", "call": message["call"], **self.answer(message["method"], message["args"])})
 
     async def stream(self, send: Any, key: int, known: int, count: int) -> None:
+        if BEHAVIOUR == "compiles":
+            log("INFO", "Compiling a graph")
+            await asyncio.sleep(COMPILING_S)
         for i in range(count):
             await asyncio.sleep(0.001)
             self.steps += 1

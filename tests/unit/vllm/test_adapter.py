@@ -145,6 +145,13 @@ async def test_a_hang_is_a_death(tmp_path: Path, behaviour: str) -> None:
     assert_nothing_is_left(group, directory)
 
 
+async def test_a_step_that_compiles_may_take_longer(tmp_path: Path) -> None:
+    engine = fake_engine(tmp_path, behaviour="compiles", hang_deadline_s=0.5)
+    await engine.start(on_progress=silent)
+    assert await tokens_of(engine, request()) == [2, 3, 4, 5, 6]
+    await engine.close()
+
+
 async def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     engine = fake_engine(tmp_path, behaviour="refuse")
     with pytest.raises(EngineStartFailed, match="exited with status 3: ValueError: this model is not one of ours"):

@@ -40,3 +40,8 @@ def test_there_is_patience_while_it_says_that_it_loads_or_compiles() -> None:
     assert pulse.verdict(now_s=600.0) is None
     assert pulse.verdict(now_s=651.0) is not None
     assert pulse.progressed(now_s=100.0).verdict(now_s=161.0) is not None
+
+
+def test_the_first_look_is_no_step() -> None:
+    pulse = START.working_slowly(now_s=0.0).seen(pending=True, steps_total=0, now_s=1.0)
+    assert pulse.slow_work
