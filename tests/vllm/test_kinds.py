@@ -76,6 +76,8 @@ async def test_a_quantised_model_is_served(tmp_path: Path, make: Callable[[Path]
     async with serving(tmp_path, model) as daemon:
         assert len(await completion(daemon)) > 0
         assert await completion(daemon) == await completion(daemon)
+        stages = (await daemon.ask("/status"))["stages"]
+        assert all(stage["weights_bytes"] > 0 and stage["kv_mapped_bytes"] > 0 for stage in stages)
         await assert_only_a_replica_moves(daemon, feature)
 
 

@@ -293,15 +293,21 @@ class ResidentRank(KvRank):
             "tp_rank": internals.get_tp_group().rank_in_group,
             "busy_s": self._busy_s,
             "epoch": self._epoch,
-            "weights_bytes": 0,
-            "kv_mapped_bytes": 0,
-            "layers": [],
             "runs": "" if self._compiled is None else self._compiled.state,
             "compiling_pid": 0 if self._compiled is None else self._compiled.job_pid,
         }
-        if self._moving is not None:
-            status |= self._moving.status()
-        return status
+        return status | (self._holds() if self._moving is None else self._moving.status())
+
+    def _holds(self) -> dict[str, Any]:
+        """Return what a rank holds whose layers stay, as torch knows it: kernels may have packed some of it."""
+        tensors = [cache for cache in self.model_runner.kv_caches if isinstance(cache, torch.Tensor)]
+        caches = {cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in tensors}
+        parameters = self.model_runner.get_model().parameters()
+        return {
+            "layers": [],
+            "weights_bytes": sum(parameter.nbytes for parameter in parameters),
+            "kv_mapped_bytes": sum(caches.values()),
+        }
 
 
 def _nothing() -> None:
