@@ -115,8 +115,8 @@ class Process:
 
     def last_words(self, kind: type[BaseException], error: BaseException | None, where: TracebackType | None) -> None:
         """Report an error that nobody handles, then end; the traceback goes to stderr."""
-        sys.__excepthook__(kind, error or kind(), where)
-        if not isinstance(error, BrokenPipeError | ConnectionResetError):
+        if not isinstance(error, BrokenPipeError | ConnectionResetError):  # else nobody is left to tell
+            sys.__excepthook__(kind, error or kind(), where)
             self.send([LastWords(reason=f"{kind.__name__}: {error}")])
         os._exit(1)
 

@@ -9,6 +9,7 @@ from engines.errors import RefactoringAborted, RefactoringBusy, RefactoringRefus
 from engines.vllm.adapter import VllmEngine
 from planner.handover import HandoverPhase
 from tests.support.vllm import layout
+from tests.vllm.conftest import CROWDED, KV_BLOCKS
 from tests.vllm.streams import MOVES, assert_same, collect, move, on_ranks, run_streams, stream
 
 pytestmark = [
@@ -70,6 +71,11 @@ async def test_streams_wait_and_are_preempted(engine: VllmEngine) -> None:
     after = await engine.counters()
     assert most_waiting > 0
     assert after.preemptions_total > before.preemptions_total
+
+
+async def test_the_context_is_what_a_small_kv_cache_holds(engine: VllmEngine) -> None:
+    """Not the model's 2048 tokens, which would never be scheduled."""
+    assert 0 < engine.capabilities.max_model_len <= KV_BLOCKS * CROWDED["kv_block_tokens"]
 
 
 async def test_one_stream_alone_is_bit_identical(engine: VllmEngine) -> None:
