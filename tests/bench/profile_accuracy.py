@@ -45,6 +45,8 @@ class Compared:
     layout: str
     work: str
     stage: int
+    streams: int
+    batch: Batch
     measured_s: float
     predicted_s: float
     steps: int
@@ -116,6 +118,8 @@ class Comparison:
                     layout=_name(pipeline),
                     work=f"{work}: {tokens} of {sequences}",
                     stage=index,
+                    streams=streams,
+                    batch=batch,
                     measured_s=median(busy_s for _, busy_s in seen),
                     predicted_s=stage_s(costs, classes, device, batch),
                     steps=len(seen),
@@ -241,7 +245,8 @@ def _tell(found: list[Compared]) -> None:
 def _wire(each: Compared) -> dict[str, object]:
     return {
         "layout": each.layout, "work": each.work, "stage": each.stage, "steps": each.steps,
-        "measured_s": each.measured_s, "predicted_s": each.predicted_s, "error": each.error,
+        "streams": each.streams, "tokens": each.batch.tokens, "sequences": each.batch.sequences,
+        "context_tokens": each.batch.context_tokens, "measured_s": each.measured_s, "predicted_s": each.predicted_s, "error": each.error,
     }  # fmt: skip
 
 
