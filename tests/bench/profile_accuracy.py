@@ -246,7 +246,8 @@ def _wire(each: Compared) -> dict[str, object]:
     return {
         "layout": each.layout, "work": each.work, "stage": each.stage, "steps": each.steps,
         "streams": each.streams, "tokens": each.batch.tokens, "sequences": each.batch.sequences,
-        "context_tokens": each.batch.context_tokens, "measured_s": each.measured_s, "predicted_s": each.predicted_s, "error": each.error,
+        "context_tokens": each.batch.context_tokens, "measured_s": each.measured_s, "predicted_s": each.predicted_s,
+        "error": each.error,
     }  # fmt: skip
 
 
