@@ -8,8 +8,8 @@ A stage's time is the sum of its layers' and its own. Each is linear in what the
                rows is bound by reading weights, of many by arithmetic) + context read + pairs attended to
     head       a call (weights of the LM head) + rows of logits
 
-The factors are fitted to measured stages of several layouts at once, never negative, by least squares of the relative
-error, once for each number of threads, and apart for stages that compute alone and beside others.
+The factors are fitted to measured stages of several layouts at once, never negative, by the least mean relative error,
+once for each number of threads, and apart for stages that compute alone and beside others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +28,8 @@ from topology.device import Device, DeviceKind
 
 FEW_TOKENS: Final = 8  # up to here a product of matrices is near one with a vector
 SOME_TOKENS: Final = 64  # from here on it is bound by arithmetic
+_REWEIGHTED: Final = 12
+_SMALL_ERROR: Final = 0.01
 _Matrix = npt.NDArray[np.float64]
 
 
@@ -210,7 +212,7 @@ def _fit(group: Sequence[Observation], threads: int, beside_others: bool) -> Fit
         raise InvalidProfile(f"{len(group)} measurements with {threads} threads cannot tell {len(terms)} terms apart")
     amounts = np.array([[each.amounts().get(term, 0.0) for term in terms] for each in group])
     times = np.array([each.busy_s for each in group])
-    seconds = non_negative_least_squares(amounts / times[:, None], np.ones(len(group)))
+    seconds = _least_absolute(amounts / times[:, None])
     residuals = amounts @ seconds / times - 1
     return Fit(
         threads=threads,
@@ -218,6 +220,18 @@ def _fit(group: Sequence[Observation], threads: int, beside_others: bool) -> Fit
         seconds=dict(zip(terms, seconds.tolist(), strict=True)),
         residuals=tuple(residuals.tolist()),
     )
+
+
+def _least_absolute(relative: _Matrix) -> npt.NDArray[np.float64]:
+    """Return the non-negative factors with the smallest mean relative error: few disturbed measurements count little.
+
+    Least squares again and again, each row weighed by the inverse of its last error.
+    """
+    weights = np.ones(len(relative))
+    for _ in range(_REWEIGHTED):
+        found = non_negative_least_squares(relative * weights[:, None], weights)
+        weights = 1 / np.sqrt(np.maximum(np.abs(relative @ found - 1), _SMALL_ERROR))
+    return found
 
 
 def non_negative_least_squares(matrix: _Matrix, target: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -23,7 +23,7 @@ class TimingStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StageObserved(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage under one batch; ``busy_s`` is the median of its steps."""
+    """One stage under one batch; ``busy_s`` is the median of its steps, the smaller of two passes."""
 
     threads: int
     beside_others: bool
@@ -37,7 +37,7 @@ class StageObserved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TimingPoint(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One batch of one layout is done."""
+    """One batch of one layout is done once; ``stages`` is empty in the first of two passes."""
 
     done: int
     what: str  # for people
