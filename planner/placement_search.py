@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.alike import Alike
 from planner.placement import PlacedStage, score
 from planner.placement_problem import PlacementProblem
 from planner.priced_paths import EPSILON, PricedPaths, Shares, Values
-from planner.reach import Collapse, Floats, Ints, Kinds, Reach, collapse, memory_reach
+from planner.reach import Floats, Ints, Kinds, Reach, collapse, memory_reach
 from planner.segments import Segment, SegmentCosts
 from planner.solver import Outcome
 from planner.split import best_split
@@ -141,8 +142,8 @@ class PlacementSearch:
         self.prices = tried
         return better
 
-    def _collapsed(self, reach: Reach) -> "_Alike":
-        return _Alike(self.paths, collapse(self.kinds, reach))
+    def _collapsed(self, reach: Reach) -> Alike:
+        return Alike(self.paths, collapse(self.kinds, reach))
 
     def filled_up(self, chosen: list[int], limits: Limits) -> tuple[PlacedStage, ...] | None:
         """Return stages on the chosen places, and on more of them where the pipeline is shorter than wanted."""
@@ -174,40 +175,6 @@ class PlacementSearch:
         if len(order) > len(self.problem.pieces):
             return None
         return best_split(self.costs, order, kv_tokens=limits.kv_tokens, limit_ns=limits.bottleneck_ns)
-
-
-class _Alike:
-    """The paths of a problem with what reaches equally far taken together, and the way between the two."""
-
-    def __init__(self, whole: PricedPaths, found: Collapse) -> None:
-        self.whole, self.reach = whole, found.reach
-        self.paths = PricedPaths(found.table)
-        row_of = {pair: row for row, pair in enumerate(self.paths.rows)}
-        pairs = [(found.of_class[owner], found.of_kind[kind]) for owner, kind in whole.rows]
-        groups = {owner: len(row_of) + at for at, owner in enumerate(self.paths.members)}
-        # the number of the price here for each price of the whole; -1: of no use within the limits
-        self.at = [row_of.get(pair, -1) for pair in pairs] + [
-            groups.get(found.of_class[owner], -1) for owner in whole.members
-        ]
-
-    def widen(self, prices: Floats) -> Floats:
-        """Return prices of the whole that are those of here."""
-        return np.asarray([prices[at] if at >= 0 else 0.0 for at in self.at])
-
-    def narrow(self, prices: Floats) -> Floats:
-        """Return prices of here: the lowest of those that were taken together."""
-        found = np.full(self.paths.num_prices, np.inf)
-        for at, price in zip(self.at, prices, strict=True):
-            if at >= 0:
-                found[at] = min(found[at], price)
-        return found
-
-    def spread(self, shares: Shares) -> Shares:
-        """Return shares of here as shares of the whole: each of what was taken together has them all."""
-        alike: dict[int, list[int]] = {}
-        for row, at in enumerate(self.at[: len(self.whole.rows)]):
-            alike.setdefault(at, []).append(row)
-        return {(piece, row): share for (piece, at), share in shares.items() for row in alike[at]}
 
 
 class _Descent:

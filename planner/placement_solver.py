@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from planner.checker import check_stages
 from planner.errors import NoFeasiblePlan, PlanTimeout
 from planner.infeasible import why_impossible, why_no_way
 from planner.placement import (
@@ -26,14 +25,13 @@ from planner.placement_model import PlacementModel
 from planner.placement_problem import PlacementProblem
 from planner.placement_search import Limits, PlacementSearch
 from planner.reach import bottleneck_candidates
-from planner.segments import Segment, SegmentCosts
+from planner.segments import Segment
 from planner.solver import Outcome
-from planner.split import best_split
+from planner.start import usable_start
 
 _STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a first pipeline is looked for
 _BOTTLENECK_SHARE = 0.5  # of the time that is left, for closing in on the bottleneck
 _CAPACITY_SHARE = 0.8
-_REPAIRS = 8  # places that are tried in the place of one that went
 _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
 
 
@@ -80,31 +78,7 @@ def place(problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedSt
     """
     if refusal := why_impossible(problem):
         raise NoFeasiblePlan(refusal)
-    return _Solver(problem, budget).solve(_usable(problem, start))
-
-
-def _usable(problem: PlacementProblem, start: Sequence[PlacedStage]) -> tuple[PlacedStage, ...]:
-    """Return the stages where they keep the rules, else the best cuts for their places, or with one place replaced."""
-    if not start or not check_stages(problem, start):
-        return tuple(start)
-    costs, places = SegmentCosts(problem), problem.places
-    if len(start) != problem.num_stages or any(stage.place >= len(places) for stage in start):
-        return ()
-    order = [stage.place for stage in start]
-    orders = [order]
-    used = {device for at in order for device in places[at].device_ids}
-    spare = [at for at, found in enumerate(places) if used.isdisjoint(found.device_ids)]
-    fastest = sorted(spare, key=lambda at: (costs.times[places[at].speed_class][-1], -places[at].room_bytes))
-    for index, stage in enumerate(start):
-        if costs.kv_tokens(stage.place, stage.first, stage.end) < problem.min_kv_tokens:
-            orders += [[*order[:index], other, *order[index + 1 :]] for other in fastest[:_REPAIRS]]
-    best: tuple[PlacedStage, ...] = ()
-    limit_ns = None
-    for tried in orders:
-        found = best_split(costs, tried, kv_tokens=problem.min_kv_tokens, limit_ns=limit_ns)
-        if found is not None and not check_stages(problem, found):
-            best, limit_ns = found, score(problem, found).bottleneck_ns - 1
-    return best
+    return _Solver(problem, budget).solve(usable_start(problem, start))
 
 
 class _Solver:

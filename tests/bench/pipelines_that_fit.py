@@ -6,9 +6,8 @@ its weights, the KV cache of 4,096 tokens and the fixed part; what is left of th
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from pathlib import Path
 
-from tests.bench.openb import CARDS, Node, at_load
+from tests.bench.openb import CARDS, Node
 from tests.bench.placement_instances import FIXED_BYTES, ModelShape
 from topology.units import GIB
 
@@ -17,11 +16,11 @@ _GRAINS = (32, 16, 8, 4)
 _TENSOR_PARALLEL = (8, 4)
 
 
-def pipelines_that_fit(folder: Path, load: float, model: ModelShape, *, most: int) -> list[str]:
+def pipelines_that_fit(nodes: Sequence[Node], model: ModelShape, *, most: int) -> list[str]:
     """Return the numbers as cells of a table."""
     sizes = [piece.weight_bytes + _KV_TOKENS * piece.kv_bytes_per_token for piece in model.pieces()]
-    cells = [str(_by_stages(at_load(folder, load), sizes, stages=stages, most=most)) for stages in _GRAINS]
-    cells += [str(_by_whole_gpus(at_load(folder, load), sum(sizes), gpus=gpus, most=most)) for gpus in _TENSOR_PARALLEL]
+    cells = [str(_by_stages(nodes, sizes, stages=stages, most=most)) for stages in _GRAINS]
+    cells += [str(_by_whole_gpus(nodes, sum(sizes), gpus=gpus, most=most)) for gpus in _TENSOR_PARALLEL]
     return cells
 
 

@@ -154,9 +154,10 @@ def rivals(count: int, figures: dict[str, object]) -> list[Bound]:
 def fragmentation(folder: Path, figures: dict[str, object], *, most: int) -> None:
     """How many pipelines fit on openb, one after the other, by stages or by whole GPUs of one node."""
     rows = []
-    for load in (0.7, 0.9, 0.95):
+    for load in (0.5, 0.7, 0.8, 0.9, 0.95):
+        nodes = at_load(folder, load)
         for model in (OPT_66B, LLAMA_70B):
-            rows.append([f"{model.name}, {load:.0%} in use", *pipelines_that_fit(folder, load, model, most=most)])
+            rows.append([f"{model.name}, {load:.0%} in use", *pipelines_that_fit(nodes, model, most=most)])
             say(f"fragmentation: {rows[-1]}")
     head = ["", "32 stages", "16 stages", "8 stages", "4 stages", "8 whole GPUs", "4 whole GPUs"]
     table(f"pipelines that fit on openb (counted up to {most})", head, rows)
@@ -167,7 +168,7 @@ def main() -> int:
     """Run what was asked for; 1 where a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--instances", type=int, default=20)
-    parser.add_argument("--most", type=int, default=400, help="pipelines counted at most")
+    parser.add_argument("--most", type=int, default=2000, help="pipelines counted at most")
     parser.add_argument("--only", choices=["scale", "replan", "openb", "rivals", "fragmentation"])
     parser.add_argument("--short", action="store_true", help="only prove that it works")
     parser.add_argument("--json", type=Path)
