@@ -63,7 +63,7 @@ def _question(settings: Settings, request: OfflineRequest) -> PlanQuestion:
     engine = question.engine
     if any(device.kind is DeviceKind.CUDA for device in topology.devices):
         degrees = (1,) if settings.engine is EngineKind.NATIVE else _DEGREES
-        engine = replace(engine, max_stages=len(topology.devices), degrees=degrees, kv_tokens=None)
+        engine = replace(engine, max_stages=len(topology.devices), degrees=degrees, micro_batches=0, kv_tokens=None)
     if request.workload:
         workload, slo = parse_workload(_read_table(Path(request.workload)))
         question = replace(question, workload=workload, slo=slo)

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from tests.native.test_failures import alive
-from tests.support.daemon import Daemon, started
+from tests.support.daemon import Daemon, rebalanced_to_its_plan, started
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
@@ -108,6 +108,15 @@ async def test_flexctl_says_what_a_user_needs(daemon: Daemon) -> None:
     kinds = {json.loads(line)["kind"] for line in out.splitlines()}
     assert code == 0
     assert kinds
+
+
+async def test_what_is_planned_is_what_runs(daemon: Daemon) -> None:
+    assert await rebalanced_to_its_plan(daemon, "--stages", "4") == 4
+    assert await rebalanced_to_its_plan(daemon) == 4  # calm traffic is served: nothing is better than to stay
+    code, out, err = await daemon.flexctl("plan", "--explain")
+    assert code == 0, err
+    assert "best of 5 candidates" in " ".join(out.split())
+    assert await rebalanced_to_its_plan(daemon, "--stages", "2") == 2
 
 
 async def test_status_answers_fast_on_an_idle_machine(daemon: Daemon) -> None:

@@ -1,6 +1,7 @@
 """The real daemon as a process."""
 
 import asyncio
+import json
 import os
 import socket
 import sys
@@ -63,6 +64,23 @@ class Daemon:
         out, err = await process.communicate()
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()
+
+
+async def rebalanced_to_its_plan(daemon: Daemon, *arguments: str) -> int:
+    """Have a plan made and carried out, and compare it with what runs then. Return the number of stages.
+
+    ``arguments``: of ``flexctl plan`` and ``flexctl rebalance`` alike, such as ``--stages 4``; none: the best there is.
+    """
+    code, out, err = await daemon.flexctl("plan", "--json", *arguments)
+    assert code == 0, out + err
+    answer = json.loads(out)
+    [chosen] = [each for each in answer["candidates"] if each["verdict"] == "chosen"]
+    code, out, err = await daemon.flexctl("rebalance", "--wait", *arguments)
+    assert code == 0, out + err
+    planned = chosen["found"]["pipelines"][0]
+    keys = ("device_ids", "first_decoder", "end_decoder")
+    assert [{key: stage[key] for key in keys} for stage in (await daemon.ask("/status"))["stages"]] == planned
+    return len(planned)
 
 
 async def spawn(config: Path, **environment: str) -> asyncio.subprocess.Process:

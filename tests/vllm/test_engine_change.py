@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.daemon import Daemon, started
+from tests.support.daemon import Daemon, rebalanced_to_its_plan, started
 from tests.support.vllm import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
@@ -84,6 +84,10 @@ async def test_streams_do_not_notice_which_engine_serves_them(tmp_path: Path) ->
         async with client.busy(expected):
             assert re.fullmatch(TAKEN, await changed(daemon, "vllm"))
         assert (await client.complete("Once", min_p=0.1))[0] == 200
+
+        async with client.busy(expected):  # plans for vLLM's ranks are what vLLM runs then
+            assert await rebalanced_to_its_plan(daemon, "--stages", "2") == 2
+            assert await rebalanced_to_its_plan(daemon) == 2
 
         async with client.busy(expected):
             with_min_p = asyncio.create_task(client.complete("Once", min_p=0.1, max_tokens=2000))
