@@ -1,33 +1,19 @@
 """The real ``flexctl plan`` as a process: with a daemon, and from files alone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.admin import admin_stand
+from tests.support.lone_flexctl import alone
 from tests.support.published_models import LLAMA_3_70B
 from tests.unit.flexctl.test_command_line import flexctl
 
 pytestmark = pytest.mark.real_loop
 
 ROOT = Path(__file__).parents[3]
-
-
-def alone(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run flexctl where no daemon is, with a state directory of its own."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "XDG_RUNTIME_DIR": str(home / "run"),
-        "XDG_STATE_HOME": str(home / "state"),
-        "PYTHONWARNINGS": "error",
-    }
-    command = [sys.executable, "-m", "flexpiped.flexctl", "plan", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +35,14 @@ async def test_a_daemon_is_asked_and_its_no_is_an_exit_code(tmp_path: Path) -> N
 
 
 def test_no_daemon_and_no_files_is_said(tmp_path: Path) -> None:
-    ran = alone(tmp_path)
+    ran = alone(tmp_path, "plan")
     assert ran.returncode == 3
     assert "no daemon at" in ran.stderr
 
 
 def test_the_demo_model_is_planned_on_this_host_without_a_daemon(tmp_path: Path) -> None:
     (tmp_path / "workload.toml").write_text("rate_per_s = 2.0\n[slo]\nttft_s = 1.0\n", encoding="utf-8")
-    ran = alone(tmp_path, "--workload", str(tmp_path / "workload.toml"), "--explain")
+    ran = alone(tmp_path, "plan", "--workload", str(tmp_path / "workload.toml"), "--explain")
     assert (ran.returncode, ran.stderr) == (0, "")
     lines = ran.stdout.splitlines()
     assert lines[0].startswith("chosen  1 stage on cpu:0 (optimal, ")
@@ -66,7 +52,7 @@ def test_the_demo_model_is_planned_on_this_host_without_a_daemon(tmp_path: Path)
 
 
 def test_a_large_model_is_planned_on_a_machine_that_is_not_here(tmp_path: Path, llama: Path) -> None:
-    ran = alone(tmp_path, "--topology", "dgx-h100", "--model", str(llama), "--engine", "vllm", "--json")
+    ran = alone(tmp_path, "plan", "--topology", "dgx-h100", "--model", str(llama), "--engine", "vllm", "--json")
     assert ran.stderr == ""
     answer: dict[str, Any] = json.loads(ran.stdout)
     assert answer["state"] == "planned"
@@ -78,7 +64,7 @@ def test_a_large_model_is_planned_on_a_machine_that_is_not_here(tmp_path: Path, 
 
 
 def test_what_does_not_fit_says_how_much_is_missing(tmp_path: Path, llama: Path) -> None:
-    ran = alone(tmp_path, "--topology", "2xa10-workstation", "--model", str(llama))
+    ran = alone(tmp_path, "plan", "--topology", "2xa10-workstation", "--model", str(llama))
     assert ran.returncode == 4
     assert ran.stdout.startswith("infeasible: ")
     assert "GiB" in ran.stdout.splitlines()[0]
@@ -96,6 +82,6 @@ def test_what_does_not_fit_says_how_much_is_missing(tmp_path: Path, llama: Path)
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
-    ran = alone(tmp_path, *arguments)
+    ran = alone(tmp_path, "plan", *arguments)
     assert (ran.returncode, ran.stdout) == (code, "")
     assert said in ran.stderr

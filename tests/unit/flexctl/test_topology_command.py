@@ -1,7 +1,6 @@
 """The real ``flexctl topology`` as a process: with a daemon, without one, from files; measuring for real."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from flexpiped.flexctl.measuring import plan
 from tests.support.admin import admin_stand
 from tests.support.fake_nvml import discovered
+from tests.support.lone_flexctl import alone
 from tests.unit.flexctl.test_command_line import flexctl
 from topology.device import cpu_devices
 from topology.errors import NotMeasured
@@ -20,18 +20,6 @@ from topology.topology import HostTopology
 pytestmark = pytest.mark.real_loop
 
 ROOT = Path(__file__).parents[3]
-
-
-def alone(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run flexctl where no daemon is, with a state directory of its own."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "XDG_RUNTIME_DIR": str(home / "run"),
-        "XDG_STATE_HOME": str(home / "state"),
-        "PYTHONWARNINGS": "error",
-    }
-    command = [sys.executable, "-m", "flexpiped.flexctl", "topology", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 async def test_a_daemon_is_asked(tmp_path: Path) -> None:
@@ -58,7 +46,7 @@ async def test_what_is_measured_is_given_to_the_daemon(tmp_path: Path) -> None:
 
 
 def test_without_a_daemon_this_host_is_looked_at(tmp_path: Path) -> None:
-    ran = alone(tmp_path)
+    ran = alone(tmp_path, "topology")
 
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "no daemon: looked at this host with default settings" in ran.stdout.splitlines()[0]
@@ -75,9 +63,9 @@ async def test_a_daemon_that_is_named_must_be_there(tmp_path: Path) -> None:
 def test_a_snapshot_is_saved_and_shown_again(tmp_path: Path) -> None:
     file = tmp_path / "here.json"
 
-    saved = alone(tmp_path, "--save", str(file))
-    shown = alone(tmp_path, "--topology", str(file))
-    again = alone(tmp_path, "--topology", str(file), "--json")
+    saved = alone(tmp_path, "topology", "--save", str(file))
+    shown = alone(tmp_path, "topology", "--topology", str(file))
+    again = alone(tmp_path, "topology", "--topology", str(file), "--json")
 
     assert f"saved to {file}" in saved.stdout
     assert "8 CPU devices" in shown.stdout
@@ -86,7 +74,7 @@ def test_a_snapshot_is_saved_and_shown_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", machine_names())
 def test_machines_are_shown_by_name(tmp_path: Path, name: str) -> None:
-    ran = alone(tmp_path, "--topology", name)
+    ran = alone(tmp_path, "topology", "--topology", name)
 
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.startswith(name)
@@ -102,7 +90,7 @@ def test_machines_are_shown_by_name(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_what_cannot_be_is_said(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
-    ran = alone(tmp_path, *arguments)
+    ran = alone(tmp_path, "topology", *arguments)
 
     assert (ran.returncode, ran.stdout) == (code, "")
     assert ran.stderr.startswith(f"flexctl: {words}")
