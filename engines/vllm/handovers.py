@@ -195,6 +195,6 @@ def _holders(counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def _devices(options: VllmOptions) -> tuple[Device, ...]:
-    kind = DeviceKind.CPU
+    kind = DeviceKind.CUDA if options.cuda else DeviceKind.CPU
     memory = options.device_memory_bytes or _UNKNOWN_MEMORY
     return tuple(Device(id=device, kind=kind, memory_total_bytes=memory) for device in options.device_ids)
