@@ -9,6 +9,7 @@ from planner.candidate_plan import StageMemory
 from planner.canonical import in_order
 from planner.checker import check, check_stages
 from planner.errors import BrokenPlan, NoFeasiblePlan
+from planner.first_guess import first_guess
 from planner.layer_costs import Batch
 from planner.layout import Pipeline, Stage
 from planner.model_graph import Layer, ModelGraph
@@ -60,11 +61,33 @@ class Posed:
 
     def _placed(self, problem: PlacementProblem, budget: Budget) -> Placement:
         """Return the solver's placement, put in order, after the rules have been held against it."""
-        found = place(problem, budget=budget)
+        found = place(problem, budget=budget, start=first_guess(problem, self._in_force()))
         placement = replace(found, stages=in_order(problem, found.stages))
         if broken := check(problem, placement):
             raise BrokenPlan(f"the plan breaks a rule and is not used: {'; '.join(broken)}")
         return placement
+
+    def _in_force(self) -> tuple[PlacedStage, ...]:
+        """Return the stages in force as stages of this problem; nothing where their places or cuts are not in it."""
+        current = self.question.current
+        if current is None or not self.question.shares_current:
+            return ()
+        return self.placed_stages(current) or ()
+
+    def placed_stages(self, pipeline: Pipeline) -> tuple[PlacedStage, ...] | None:
+        """Return the stages of a pipeline by places and pieces; None where one of them is no place or piece here."""
+        positions = {frozenset(place.device_ids): position for position, place in enumerate(self.problem.places)}
+        starts = {decoder: piece for piece, decoder in enumerate(self.bounds)}
+        found = [
+            (positions.get(frozenset(stage.device_ids)), starts.get(stage.first_decoder), starts.get(stage.end_decoder))
+            for stage in pipeline.stages
+        ]
+        stages = [
+            PlacedStage(place=place, first=first, end=end)
+            for place, first, end in found
+            if place is not None and first is not None and end is not None
+        ]
+        return tuple(stages) if len(stages) == len(found) else None
 
     def pipeline(self, placement: Placement) -> Pipeline:
         """Return the pipeline that a placement means."""
@@ -117,16 +140,14 @@ def check_pipeline(question: PlanQuestion, pipeline: Pipeline) -> tuple[str, ...
         return (f"stages have {' and '.join(map(str, sorted(degrees)))} devices: all must have the same number",)
     asked = replace(question, engine=replace(question.engine, resident=()), headroom=0.0)
     posed = pose(asked, num_stages=len(stages), degree=degrees.pop())
-    names = {frozenset(place.device_ids): position for position, place in enumerate(posed.problem.places)}
-    starts = {decoder: piece for piece, decoder in enumerate(posed.bounds)}
-    placed: list[PlacedStage] = []
+    known = {frozenset(place.device_ids) for place in posed.problem.places}
     for index, stage in enumerate(stages):
-        place = names.get(frozenset(stage.device_ids))
-        if place is None:
+        if frozenset(stage.device_ids) not in known:
             return (f"stage {index} is on {' + '.join(stage.device_ids)}, which is no place for a stage here",)
-        if stage.first_decoder not in starts or stage.end_decoder not in starts:
+        if not {stage.first_decoder, stage.end_decoder} <= set(posed.bounds):
             return (f"stage {index}: a cut at decoder {stage.end_decoder} would part layers that belong together",)
-        placed.append(PlacedStage(place=place, first=starts[stage.first_decoder], end=starts[stage.end_decoder]))
+    placed = posed.placed_stages(replace(pipeline, stages=tuple(stages)))
+    assert placed is not None, "places and cuts have been looked at"
     return check_stages(replace(posed.problem, latency_limit_ns=None), placed)
 
 

@@ -1,7 +1,7 @@
 """Plans: from a question to candidates, and which of them is chosen."""
 
 import itertools
-from collections.abc import Iterator
+import time
 from dataclasses import replace
 
 import pytest
@@ -118,13 +118,35 @@ def test_more_stages_than_there_can_be_is_an_error() -> None:
         answer(num_stages=3, topology=host(2))
 
 
-def test_a_deadline_that_has_passed_is_not_infeasible() -> None:
-    def late() -> Iterator[float]:
-        yield from itertools.count(0.0, 100.0)
+def test_a_deadline_that_has_passed_still_has_the_first_guess_and_proves_nothing() -> None:
+    found = require_plan(plan(question(num_stages=3), clock=itertools.count(0.0, 100.0).__next__))
+    assert found.pipelines[0].granularity == 3
+    assert not found.optimal
 
-    found = plan(question(num_stages=3), clock=late().__next__)
-    with pytest.raises(PlanTimeout):
-        require_plan(found)
+
+def test_a_deadline_that_has_passed_is_not_infeasible() -> None:
+    """Only the second device takes the large decoder, which comes first: a guess in the order of the devices fails."""
+    small, large = (
+        Device(id=f"cpu:{n}", kind=DeviceKind.CPU, memory_total_bytes=size, host_id="h")
+        for n, size in enumerate((3 * MIB, 8 * MIB))
+    )
+    asked = question(
+        graph=weighted_graph([6 * MIB, MIB]),
+        topology=HostTopology(host_id="h", devices=(small, large)),
+        engine=EngineLimits(max_stages=2, kv_tokens=0),
+        num_stages=2,
+    )
+    assert require_plan(plan(asked, clock=time.monotonic)).pipelines[0].device_ids == ("cpu:1", "cpu:0")
+    with pytest.raises(PlanTimeout, match="nothing found"):
+        require_plan(plan(asked, clock=itertools.count(0.0, 100.0).__next__))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_resident_ranks_have_an_answer_though_no_time_is_left(stages: int) -> None:
+    ranks = (("cpu:4",), ("cpu:1",), ("cpu:6",), ("cpu:0",))
+    engine = EngineLimits(max_stages=4, kv_tokens=4096, resident=ranks)
+    late = plan(question(engine=engine, num_stages=stages), clock=itertools.count(0.0, 100.0).__next__)
+    assert require_plan(late).pipelines[0].granularity == stages
 
 
 def test_the_layout_in_force_stays_where_nothing_is_better() -> None:
