@@ -6,7 +6,7 @@ paths, or a search that ended), or neither.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,8 @@ from planner.solver import Outcome
 from planner.split import best_split
 
 _WINDOW = 1.0  # stages beyond the number wanted that a pipeline may have to play a part in the prices
-_WHOLE_S = 0.5  # for one question to CP-SAT
+_WHOLE_SHARE = 0.5  # of the time that is left, for one search for a whole path
+_WHOLE_LEAST_S = 0.2  # with less it tells nothing
 _LOOK_NODES = 400  # of a search tree, before it is given up
 _SPARE_TRIES = 40  # places tried to fill up a pipeline of too few stages
 
@@ -53,6 +54,7 @@ class PlacementSearch:
         self.prices: Floats = np.zeros(self.paths.num_prices)
         self.shares: Shares = {}  # of the last flow, which tells where to look first
         self.left_s = left_s
+        self.improve_s = 0.0  # the longest that better prices took so far; with less left they are not begun
         self._memory: dict[int, Ints] = {}
 
     def reach(self, limits: Limits) -> Reach:
@@ -76,7 +78,7 @@ class PlacementSearch:
 
         1. A bound above the number of stages is a proof that there is none.
         2. A search along cheap paths finds one, or ends, which is a proof as well, or is given up.
-        3. Where neither tells, a whole path over kinds is asked for: CP-SAT finds it or proves that there is none.
+        3. Where neither tells, a whole path over kinds is asked for: SCIP finds it or proves that there is none.
 
         A pipeline of too few stages is filled up with places to spare; where that fails the search goes on, but
         its end proves nothing any more.
@@ -98,9 +100,11 @@ class PlacementSearch:
 
     def _whole(self, limits: Limits, reach: Reach, values: Values, *, nodes: int) -> Look:
         """Ask for a whole path over kinds, which is the problem but for which hosts are one and the same."""
+        limit_s = self.left_s() * _WHOLE_SHARE
+        if limit_s < _WHOLE_LEAST_S:
+            return Look()
         alike = self._collapsed(reach)
         prices = alike.narrow(self.prices)
-        limit_s = min(_WHOLE_S, self.left_s())
         outcome, shares = alike.paths.whole_path(alike.reach, prices, most=self.problem.num_stages, limit_s=limit_s)
         if outcome is Outcome.INFEASIBLE:
             return Look(impossible=True)
@@ -108,6 +112,12 @@ class PlacementSearch:
             return Look()
         self.shares = alike.spread(shares)
         return self._descend(limits, reach, values, nodes=nodes)
+
+    def num_runs(self, limits: Limits, places: Sequence[int]) -> int:
+        """Return how many segments these places together may carry within limits, before bounds rule any out."""
+        reach = self.reach(limits)
+        lengths = np.maximum(reach.host, reach.network) - np.arange(reach.network.shape[1])
+        return int(lengths.sum(axis=1)[[self.kinds.of_place[place] for place in places]].sum())
 
     def segments(self, limits: Limits) -> dict[int, list[Segment]]:
         """Return what each place may carry in a pipeline within ``limits``: all that no bound rules out."""
@@ -129,7 +139,8 @@ class PlacementSearch:
     def _bound(self, reach: Reach, *, improve: bool) -> Values:
         above = self.problem.num_stages
         values = self.paths.values(reach, self.prices)
-        if values.total > above + EPSILON or not improve:
+        left_s = self.left_s()
+        if values.total > above + EPSILON or not improve or left_s < self.improve_s:
             return values
         alike = self._collapsed(reach)
         start = np.zeros(alike.paths.num_prices)
@@ -137,6 +148,7 @@ class PlacementSearch:
         self.shares = alike.spread(shares)
         tried = alike.widen(prices)
         better = self.paths.values(reach, tried)
+        self.improve_s = max(self.improve_s, left_s - self.left_s())
         if better.total <= values.total:
             return values
         self.prices = tried

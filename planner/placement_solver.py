@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from planner.errors import NoFeasiblePlan, PlanTimeout
 from planner.infeasible import why_impossible, why_no_way
+from planner.known_prices import KnownPrices, named, prices_from
 from planner.placement import (
     Aim,
     PlacedStage,
     Placement,
     Proof,
+    Scores,
     bottleneck_limit_ns,
     kv_limit_tokens,
     score,
@@ -33,6 +35,9 @@ _STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a f
 _BOTTLENECK_SHARE = 0.5  # of the time that is left, for closing in on the bottleneck
 _CAPACITY_SHARE = 0.8
 _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
+_S_PER_RUN = 4e-6  # what looking at a segment takes on any machine of today, and building its part of the model
+_S_PER_SEGMENT = 5e-5
+_NEAR_ENOUGH = 0.001  # share of the bottleneck to which known prices are asked before better ones are sought
 
 
 class Budget:
@@ -66,6 +71,15 @@ class _Best:
     impossible: int  # all up to here are proven impossible
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What an answer leaves for a question that is much the same: the prices for each of the first two aims."""
+
+    bottleneck: KnownPrices | None = None
+    capacity: KnownPrices | None = None
+    improve_s: float = 0.0  # what better prices took
+
+
 def place(problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedStage] = ()) -> Placement:
     """Return the best placement by all aims in turn.
 
@@ -76,29 +90,67 @@ def place(problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedSt
         NoFeasiblePlan: Proven: nothing fits; the message has the numbers.
         PlanTimeout: Nothing was found within the budget, and nothing proven.
     """
+    return place_knowing(problem, budget=budget, start=start, known=Known())[0]
+
+
+def place_knowing(
+    problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedStage], known: Known
+) -> tuple[Placement, Known]:
+    """Return as ``place`` does, beginning with what is known, and what is known after it."""
     if refusal := why_impossible(problem):
         raise NoFeasiblePlan(refusal)
-    return _Solver(problem, budget).solve(usable_start(problem, start))
+    solver = _Solver(problem, budget, known)
+    return solver.solve(usable_start(problem, start, solver.costs)), solver.known
 
 
 class _Solver:
-    def __init__(self, problem: PlacementProblem, budget: Budget) -> None:
-        self.problem, self.budget = problem, budget
-        self.search = PlacementSearch(problem, left_s=lambda: budget.left_s)
+    def __init__(self, problem: PlacementProblem, budget: Budget, known: Known) -> None:
+        self.problem, self.budget, self.known = problem, budget, known
+        self.search = PlacementSearch(problem, left_s=lambda: self.budget.left_s)
+        self.search.improve_s = known.improve_s
         self.costs = self.search.costs
         self.proofs: list[Proof] = []
+        self.pool: list[tuple[Scores, tuple[PlacedStage, ...]]] = []  # all that was found
+
+    def _use(self, known: KnownPrices | None) -> None:
+        if known is not None:
+            self.search.prices = prices_from(known, kinds=self.search.kinds, paths=self.search.paths)
+
+    def _named(self) -> KnownPrices:
+        return named(self.search.prices, kinds=self.search.kinds, paths=self.search.paths)
+
+    def _remember(self, stages: tuple[PlacedStage, ...]) -> Scores:
+        scores = score(self.problem, stages)
+        self.pool.append((scores, stages))
+        return scores
+
+    def _within(self, limits: Limits) -> list[tuple[Scores, tuple[PlacedStage, ...]]]:
+        return [
+            (scores, stages)
+            for scores, stages in self.pool
+            if scores.bottleneck_ns <= limits.bottleneck_ns and scores.kv_tokens >= limits.kv_tokens
+        ]
 
     def solve(self, start: tuple[PlacedStage, ...]) -> Placement:
         whole = self.budget
         self.budget = whole.part(_BOTTLENECK_SHARE)
+        self._use(self.known.bottleneck)
         stages, bottleneck = self._bottleneck(start)
+        of_bottleneck = self._named()
         limit_ns = bottleneck_limit_ns(bottleneck.value)
         self.budget = whole.part(_CAPACITY_SHARE)
-        stages, capacity = self._capacity(stages, limit_ns)
+        self._use(self.known.capacity)
+        self._remember(stages)
+        within = self._within(Limits(bottleneck_ns=limit_ns, kv_tokens=self.problem.min_kv_tokens))
+        stages, capacity = self._capacity(max(within, key=lambda found: found[0].kv_tokens)[1], limit_ns)
+        self._remember(stages)
         self.budget = whole
+        self.known = Known(bottleneck=of_bottleneck, capacity=self._named(), improve_s=self.search.improve_s)
         self.proofs += [bottleneck, capacity]
         tokens = max(self.problem.min_kv_tokens, kv_limit_tokens(capacity.value))
-        stages = self._rest(stages, Limits(bottleneck_ns=limit_ns, kv_tokens=tokens))
+        limits = Limits(bottleneck_ns=limit_ns, kv_tokens=tokens)
+        least = min(self._within(limits), key=lambda f: (f[0].change_ns, f[0].fragmentation, f[0].moved_bytes))
+        stages = self._rest(least[1], limits)
         return Placement(stages=stages, scores=score(self.problem, stages), proofs=tuple(self.proofs))
 
     # ---- bottleneck
@@ -111,7 +163,7 @@ class _Solver:
             return Limits(bottleneck_ns=value, kv_tokens=tokens)
 
         def reached(stages: Sequence[PlacedStage]) -> int:
-            return bisect_left(ladder, score(self.problem, stages).bottleneck_ns)
+            return bisect_left(ladder, self._remember(tuple(stages)).bottleneck_ns)
 
         best = _Best(stages=start or None, at=reached(start) if start else len(ladder), impossible=-1)
         if not self.problem.fixed_order:
@@ -138,9 +190,11 @@ class _Solver:
            bound is sought below it.
         2. Then a better pipeline is sought above the bound.
         """
-        self._raise_bound(ladder, best, limits)
+        self._raise_bound(ladder, best, limits, near_enough=0.0 if self.known.bottleneck is None else _NEAR_ENOUGH)
         if best.stages is None:
             self._first_found(ladder, best, limits, reached)
+        elif self.known.bottleneck is not None:
+            self._ask_known(ladder, best, limits, reached)
         open_from = min(best.at, len(ladder))
         while best.impossible + 1 < open_from and not self.budget.is_spent():  # 1
             middle = (best.impossible + open_from) // 2
@@ -162,10 +216,35 @@ class _Solver:
             else:
                 low = middle + 1
 
-    def _raise_bound(self, ladder: Sequence[int], best: _Best, limits: Callable[[int], Limits]) -> None:
+    def _ask_known(
+        self,
+        ladder: Sequence[int],
+        best: _Best,
+        limits: Callable[[int], Limits],
+        reached: Callable[[Sequence[PlacedStage]], int],
+    ) -> None:
+        """Better what was found by the prices that are known alone, which is quick, until that tells little more."""
+        low = best.impossible + 1
+        while low < best.at and not self.budget.is_spent():
+            if abs(ladder[best.at] - ladder[low]) <= _NEAR_ENOUGH * ladder[best.at]:
+                return
+            middle = (low + best.at) // 2
+            look = self.search.look(limits(ladder[middle]), improve=False)
+            if look.stages is not None:
+                best.stages, best.at = look.stages, reached(look.stages)
+            else:
+                low = middle + 1
+                best.impossible = max(best.impossible, middle if look.impossible else -1)
+
+    def _raise_bound(
+        self, ladder: Sequence[int], best: _Best, limits: Callable[[int], Limits], *, near_enough: float = 0.0
+    ) -> None:
         """Find how far the prices that are known prove impossible: for fixed prices one bisection tells."""
         low, high = best.impossible, min(best.at, len(ladder))
         while low + 1 < high and not self.budget.is_spent():
+            lowest, highest = sorted((ladder[low + 1], ladder[min(high, len(ladder) - 1)]))
+            if highest - lowest <= near_enough * highest:
+                break
             middle = (low + high) // 2
             if self.search.is_impossible(limits(ladder[middle]), improve=False):
                 low = middle
@@ -220,14 +299,17 @@ class _Solver:
                 for p in places
             }
         else:
+            if self.search.num_runs(limits, range(len(self.problem.places))) * _S_PER_RUN > self.budget.left_s:
+                return None
             found = self.search.segments(limits)
-        return found if sum(map(len, found.values())) <= _MODEL_SEGMENTS else None
+        count = sum(map(len, found.values()))
+        return found if count <= _MODEL_SEGMENTS and count * _S_PER_SEGMENT <= self.budget.left_s else None
 
     # ---- KV capacity
 
     def _capacity(self, stages: tuple[PlacedStage, ...], limit_ns: int) -> tuple[tuple[PlacedStage, ...], Proof]:
         most = max(
-            self.costs.kv_tokens(place, piece, piece + 1) for place in self._widest() for piece in self._pieces()
+            self.costs.kv_tokens(place, piece, piece + 1) for place in self._widest() for piece in self._pieces(place)
         )
         ladder = range(most, self.problem.min_kv_tokens - 1, -1)
 
@@ -235,7 +317,7 @@ class _Solver:
             return Limits(bottleneck_ns=limit_ns, kv_tokens=value)
 
         def reached(found: Sequence[PlacedStage]) -> int:
-            return most - score(self.problem, found).kv_tokens
+            return most - self._remember(tuple(found)).kv_tokens
 
         best = _Best(stages=stages, at=reached(stages), impossible=-1)
         if not self.problem.fixed_order:
@@ -256,8 +338,16 @@ class _Solver:
                 by_held[held] = place
         return list(by_held.values())
 
-    def _pieces(self) -> range:
-        return range(len(self.problem.pieces))
+    def _pieces(self, place: int) -> Sequence[int]:
+        """The pieces of which a place may have most tokens by themselves: of those not held, the least will do."""
+        pieces, held = self.problem.pieces, self.problem.places[place].held
+        plain: dict[int, int] = {}  # the lightest by KV bytes per token
+        for index, piece in enumerate(pieces):
+            if index not in held:
+                other = plain.setdefault(piece.kv_bytes_per_token, index)
+                if piece.weight_bytes < pieces[other].weight_bytes:
+                    plain[piece.kv_bytes_per_token] = index
+        return [*held, *plain.values()]
 
     def _capacity_by_model(self, ladder: range, best: _Best, limits: Callable[[int], Limits]) -> None:
         segments = self._segments(limits(ladder[best.at - 1]))
@@ -281,7 +371,14 @@ class _Solver:
         segments = self._segments(limits)
         whole = segments is not None
         if segments is None:
-            segments = self._choice(stages, limits)
+            choice = self._choice(stages)
+            settled = len(choice) == len(stages) and self._same_for_all(Aim.CHANGE) and self._same_for_all(Aim.MOVED)
+            if settled or self.search.num_runs(limits, choice) * _S_PER_SEGMENT > self.budget.left_s:
+                return stages  # the same devices in any case, or no time
+            segments = {
+                place: list(self.costs.of(place, bottleneck_ns=limits.bottleneck_ns, kv_tokens=limits.kv_tokens))
+                for place in choice
+            }
         model = PlacementModel(self.problem, segments, bottleneck_ns=limits.bottleneck_ns)
         model.stages = stages
         model.hint(stages)
@@ -304,11 +401,7 @@ class _Solver:
         same_rate = len({place.arrival_bytes_per_s for place in places}) == 1
         return empty and (aim is Aim.MOVED or (aim is Aim.CHANGE and same_rate))
 
-    def _choice(self, stages: tuple[PlacedStage, ...], limits: Limits) -> dict[int, list[Segment]]:
-        """Return segments of the places at hand: those of the pipeline found, and those that hold pieces already."""
+    def _choice(self, stages: tuple[PlacedStage, ...]) -> list[int]:
+        """Return the places at hand: those of the pipeline found, and those that hold pieces already."""
         chosen = {stage.place for stage in stages}
-        chosen |= {place for place, found in enumerate(self.problem.places) if found.held}
-        return {
-            place: list(self.costs.of(place, bottleneck_ns=limits.bottleneck_ns, kv_tokens=limits.kv_tokens))
-            for place in sorted(chosen)
-        }
+        return sorted(chosen | {place for place, found in enumerate(self.problem.places) if found.held})

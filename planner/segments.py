@@ -32,6 +32,7 @@ class SegmentCosts:
         self.kv_rates = _sums([piece.kv_bytes_per_token for piece in problem.pieces])
         self._moving = _sums([piece.weight_bytes + piece.live_kv_bytes for piece in problem.pieces])
         self._held_moving: dict[int, list[int]] = {}
+        self._adding: dict[int, list[int] | None] = {}
         self._fits: dict[tuple[int, int, int], list[int]] = {}
 
     def time_ns(self, place: int, first: int, end: int) -> int:
@@ -43,12 +44,21 @@ class SegmentCosts:
         """Return as ``placement.stage_kv_tokens`` does."""
         room = self.problem.places[place].room_bytes
         whole = end - first == len(self.problem.pieces)
-        if self.problem.places[place].held or (whole and self.problem.tied_bytes):
+        weights = self._to_add(place) if self.problem.places[place].held else self.weights
+        if weights is None or (whole and self.problem.tied_bytes):
             return stage_kv_tokens(self.problem, PlacedStage(place=place, first=first, end=end))
-        left, rate = room - self.weights[end] + self.weights[first], self.kv_rates[end] - self.kv_rates[first]
+        left, rate = room - weights[end] + weights[first], self.kv_rates[end] - self.kv_rates[first]
         if left < 0:
             return -1
         return min(left // rate, self.problem.useful_kv_tokens) if rate else self.problem.useful_kv_tokens
+
+    def _to_add(self, place: int) -> list[int] | None:
+        """Return running sums of the weights that a place does not hold yet; None where it holds KV cache, too."""
+        if place not in self._adding:
+            held = self.problem.places[place].held
+            missing = [piece.weight_bytes - held.get(index, 0) for index, piece in enumerate(self.problem.pieces)]
+            self._adding[place] = _sums(missing) if min(missing) >= 0 else None
+        return self._adding[place]
 
     def fits_until(self, place: int, kv_tokens: int) -> list[int]:
         """Return by first piece the end of the longest run that fits with KV cache for ``kv_tokens``."""

@@ -166,25 +166,48 @@ def _linear_program(
 def whole_flow(
     arcs: FlowArcs, *, limits: NDArray[np.float64], most: int, limit_s: float
 ) -> tuple[Outcome, NDArray[np.float64]]:
-    """Look for a flow that takes whole arcs, at most ``most`` counted ones, within the limits."""
-    model = cp_model.CpModel()
-    takes = [model.new_bool_var("") for _ in arcs.tails]
-    balance: dict[int, list[tuple[Variable, int]]] = {}
-    draws: dict[int, list[tuple[Variable, int]]] = {}
-    for take, tail, head, use in zip(takes, arcs.tails.tolist(), arcs.heads.tolist(), arcs.uses.tolist(), strict=True):
-        balance.setdefault(tail, []).append((take, 1))
-        balance.setdefault(head, []).append((take, -1))
+    """Look for a flow that takes whole arcs, at most ``most`` counted ones, within the limits.
+
+    With SCIP: branching on the linear program proves in tenths of a second what CP-SAT does not prove in ten.
+    """
+    solver: Any = pywraplp.Solver("whole", pywraplp.Solver.SCIP_MIXED_INTEGER_PROGRAMMING)
+    solver.SetSolverSpecificParametersAsString("misc/catchctrlc=FALSE\n")  # as for CP-SAT
+    proto: Any = linear_solver_pb2.MPModelProto()
+    balance: dict[int, list[tuple[int, float]]] = {}
+    draws: dict[int, list[tuple[int, float]]] = {}
+    for arc, (tail, head, use) in enumerate(
+        zip(arcs.tails.tolist(), arcs.heads.tolist(), arcs.uses.tolist(), strict=True)
+    ):
+        proto.variable.add(lower_bound=0.0, upper_bound=1.0, is_integer=True)
+        balance.setdefault(tail, []).append((arc, 1.0))
+        balance.setdefault(head, []).append((arc, -1.0))
         for limit, amount in _draws(arcs, use):
-            draws.setdefault(limit, []).append((take, round(amount)))
+            draws.setdefault(limit, []).append((arc, amount))
+
+    def add(terms: Sequence[tuple[int, float]], lower: float, upper: float) -> None:
+        proto.constraint.add(
+            lower_bound=lower,
+            upper_bound=upper,
+            var_index=[arc for arc, _ in terms],
+            coefficient=[amount for _, amount in terms],
+        )
+
     for node, terms in balance.items():
-        net = (node == arcs.source) - (node == arcs.sink)
-        model.add(Linear.weighted_sum([take for take, _ in terms], [sign for _, sign in terms]) == net)
+        net = float(node == arcs.source) - float(node == arcs.sink)
+        add(terms, net, net)
     for limit, terms in draws.items():
         if sum(amount for _, amount in terms) > limits[limit]:
-            amounts = [amount for _, amount in terms]
-            model.add(Linear.weighted_sum([take for take, _ in terms], amounts) <= round(limits[limit]))
-    counted = [take for take, use in zip(takes, arcs.uses.tolist(), strict=True) if use >= 0]
-    model.add(Linear.sum(counted) <= most)
-    answer = minimize(model, Linear.sum([]), limit_s=limit_s)
-    taken = [answer.value_of(take) for take in takes] if answer.found else []
-    return answer.outcome, np.asarray(taken, dtype=np.float64)
+            add(terms, -np.inf, float(limits[limit]))
+    add([(arc, 1.0) for arc, use in enumerate(arcs.uses.tolist()) if use >= 0], 0.0, float(most))
+    solver.LoadModelFromProto(proto)
+    solver.SetNumThreads(1)
+    solver.SetTimeLimit(max(1, int(limit_s * 1000)))
+    match solver.Solve():
+        case pywraplp.Solver.INFEASIBLE:
+            return Outcome.INFEASIBLE, np.zeros(0)
+        case pywraplp.Solver.OPTIMAL | pywraplp.Solver.FEASIBLE:
+            response: Any = linear_solver_pb2.MPSolutionResponse()
+            solver.FillSolutionResponseProto(response)
+            return Outcome.FEASIBLE, np.round(np.asarray(response.variable_value))
+        case _:
+            return Outcome.UNKNOWN, np.zeros(0)
