@@ -21,6 +21,8 @@ from planner.solver import Outcome
 from planner.split import best_split
 
 _WINDOW = 1.0  # stages beyond the number wanted that a pipeline may have to play a part in the prices
+_ROUNDS = 4  # of the linear program, with stages that its last prices make cheap
+_CLOSE = 0.01  # stages between a bound and the cost of the flow that it is from
 _WHOLE_SHARE = 0.5  # of the time that is left, for one search for a whole path
 _WHOLE_LEAST_S = 0.2  # with less it tells nothing
 _LOOK_NODES = 400  # of a search tree, before it is given up
@@ -139,20 +141,27 @@ class PlacementSearch:
     def _bound(self, reach: Reach, *, improve: bool) -> Values:
         above = self.problem.num_stages
         values = self.paths.values(reach, self.prices)
-        left_s = self.left_s()
-        if values.total > above + EPSILON or not improve or left_s < self.improve_s:
+        if values.total > above + EPSILON or not improve:
             return values
         alike = self._collapsed(reach)
-        start = np.zeros(alike.paths.num_prices)
-        prices, shares = alike.paths.best_prices(alike.reach, start, window=above + _WINDOW)
-        self.shares = alike.spread(shares)
-        tried = alike.widen(prices)
-        better = self.paths.values(reach, tried)
-        self.improve_s = max(self.improve_s, left_s - self.left_s())
-        if better.total <= values.total:
-            return values
-        self.prices = tried
-        return better
+        starts = [np.zeros(alike.paths.num_prices)]
+        for _ in range(_ROUNDS):
+            left_s = self.left_s()
+            if left_s < self.improve_s:
+                break
+            found = alike.paths.best_prices(alike.reach, starts, window=above + _WINDOW)
+            if found is None:
+                break
+            self.shares = alike.spread(found.shares)
+            tried = alike.widen(found.prices)
+            better = self.paths.values(reach, tried)
+            self.improve_s = max(self.improve_s, left_s - self.left_s())
+            if better.total > values.total:
+                values, self.prices = better, tried
+            if values.total > above + EPSILON or better.total > min(found.cost, above) - _CLOSE:
+                break
+            starts.append(found.prices)
+        return values
 
     def _collapsed(self, reach: Reach) -> Alike:
         return Alike(self.paths, collapse(self.kinds, reach))

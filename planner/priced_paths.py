@@ -7,6 +7,7 @@ proves that no pipeline keeps the limits: with uneven pieces, partial memory and
 program finds the best prices; the same values then tell a search which places to try first and which never.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,15 @@ class Values:
     total: float  # of the whole pipeline, less what all devices together are worth: the bound
     after: Floats  # [state, piece]
     fixed: float  # what all devices together are worth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestPrices:
+    """The prices of a cheapest flow, the shares of each row in it by piece, and what it costs."""
+
+    prices: Floats
+    shares: Shares
+    cost: float
 
 
 class PricedPaths:
@@ -57,7 +67,8 @@ class PricedPaths:
                 row, width = len(self.rows), kinds.kinds[kind].width
                 self.rows.append((index, kind))
                 self.caps.append(found.count(kind))
-                entries.append((row, kind, first_state + (width - 1 if near else 0) if near or rack else 0))
+                inside = min(width, states) - 1 if near else 0
+                entries.append((row, kind, first_state + inside if near or rack else 0))
                 rack_of_entry.append(rack)
                 if near:
                     inner += [
@@ -110,17 +121,21 @@ class PricedPaths:
         network, rack = reach.network[self.entry_kind], reach.rack[self.entry_kind]
         host = reach.host[self.inner_kind]
         relays = self._relays(reach)
-        entry_price, inner_price = stage[self.entry_row], stage[self.inner_row]
+        entry_price = stage[self.entry_row]
+        able = reach.able
+        # by piece; a relay that cannot have held any piece before is none
+        network_price = np.where(able[self.entry_kind], entry_price[:, None], np.inf)
+        inner_price = np.where(able[self.inner_kind], stage[self.inner_row][:, None], np.inf)
         after = np.full((self.num_states, count + 1), np.inf)
         after[:, count] = 0.0
         for piece in range(count - 1, 0, -1):
             if len(self.inner_states):
                 for _ in range(self.deepest if relays[piece] else 1):  # what a relay leads to has to be known before it
-                    followed = inner_price + after[self.inner_state, host[:, piece]]
+                    followed = inner_price[:, piece] + after[self.inner_state, host[:, piece]]
                     after[self.inner_states, piece] = np.minimum.reduceat(followed, self.inner_starts)
-            best = (entry_price + after[self.entry_state, network[:, piece]]).min()
+            best = (network_price[:, piece] + after[self.entry_state, network[:, piece]]).min()
             if self.rack_entries:
-                arrived = entry_price + after[self.entry_state, rack[:, piece]]
+                arrived = network_price[:, piece] + after[self.entry_state, rack[:, piece]]
                 racks = np.asarray([np.inf, *(arrived[entries].min() for entries in self.rack_entries)])
                 best = min(best, (entry_price + racks[self.rack_of_entry]).min())
                 after[:, piece] = np.minimum(after[:, piece], racks[self.rack_of_state])
@@ -153,21 +168,22 @@ class PricedPaths:
         pushed[0] = 0.0
         return pushed
 
-    def best_prices(self, reach: Reach, prices: Floats, *, window: float) -> tuple[Floats, Shares]:
-        """Return the prices whose bound is highest, given some that are good already, and a cheapest flow.
+    def best_prices(self, reach: Reach, starts: Sequence[Floats], *, window: float) -> BestPrices | None:
+        """Return the prices whose bound is highest, None where no flow gets to the last piece.
 
         They are the shadow prices of a flow from the first piece to the last, among the stages that can be part of a
-        pipeline of at most ``window`` stages by the prices given. Of a flow, the shares of each row by piece are told.
+        pipeline of at most ``window`` stages by any of the prices given. Stages left out may make the bound of these
+        prices lower than the flow costs: asked again with these prices among those given, they play their part.
         """
-        arcs = self._arcs(reach, prices, self.values(reach, prices), window=window)
+        arcs = self._arcs(reach, starts, window=window)
         found = cheapest_flow(arcs, limits=self.limits())
         if found is None:
-            return prices, {}
-        return found.prices, self._shares(arcs, found.amounts, reach)
+            return None
+        return BestPrices(prices=found.prices, shares=self._shares(arcs, found.amounts, reach), cost=found.cost)
 
     def whole_path(self, reach: Reach, prices: Floats, *, most: int, limit_s: float) -> tuple[Outcome, Shares]:
         """Look for a pipeline of at most ``most`` stages that uses nothing more often than it is there."""
-        arcs = self._arcs(reach, prices, self.values(reach, prices), window=most + EPSILON)
+        arcs = self._arcs(reach, [prices], window=most + EPSILON)
         if len(arcs.tails) > _WHOLE_ARCS:
             return Outcome.UNKNOWN, {}
         outcome, amounts = whole_flow(arcs, limits=self.limits(), most=most, limit_s=limit_s)
@@ -178,18 +194,27 @@ class PricedPaths:
         passed = np.flatnonzero((amounts > EPSILON) & (arcs.uses >= 0))
         return {(int(arcs.tails[a]) % width, int(arcs.uses[a])): float(amounts[a]) for a in passed}
 
-    def _arcs(self, reach: Reach, prices: Floats, values: Values, *, window: float) -> FlowArcs:
+    def _arcs(self, reach: Reach, starts: Sequence[Floats], *, window: float) -> FlowArcs:
         """Return the stages as arcs between nodes: (state, piece) to the piece that comes next; state 0 is anywhere.
 
-        Nodes of racks come behind the states. What has arrived may forget where it is, for nothing.
+        Nodes of racks come behind the states. What has arrived may forget where it is, for nothing. Relays, which
+        advance by no piece, are among the stages.
         """
-        stage, count = self.stage_prices(prices), reach.network.shape[1] - 1
-        arrivals = self.arrivals(reach, prices)
-        width, most = count + 1, window + values.fixed
+        count = reach.network.shape[1] - 1
+        width = count + 1
+        known = [
+            (self.arrivals(reach, prices), self.stage_prices(prices), self.values(reach, prices)) for prices in starts
+        ]
         tails, heads, rows = [], [], []
 
+        kind_of_row = np.asarray([kind for _, kind in self.rows])
+
         def add(tail_state: Ints, row: Ints, state: Ints, ends: Ints, first: int) -> None:
-            keep = (arrivals[first] + stage[row] + values.after[state, ends] <= most) & (ends > first)
+            keep = np.zeros(len(row), dtype=bool)
+            for arrivals, stage, values in known:
+                keep |= arrivals[first] + stage[row] + values.after[state, ends] <= window + values.fixed
+            relays = (state > 0) & (tail_state != state) & reach.able[kind_of_row[row], first] & (first > 0)
+            keep &= (ends > first) | relays
             tails.append(tail_state[keep] * width + first)
             heads.append(np.where(ends[keep] == count, count, state[keep] * width + ends[keep]))
             rows.append(row[keep])

@@ -39,7 +39,7 @@ class HostClass:
     rack: str
     kinds: tuple[tuple[int, int], ...]
     hosts: tuple[str, ...]
-    devices: int  # on one host
+    devices: int  # on one host that have room for a piece at all
 
     def count(self, kind: int) -> int:
         """Return the places of a kind on all hosts together."""
@@ -66,6 +66,7 @@ class Kinds:
             kind = _kind(problem, place, nearest.get(place.name))
             self.of_place.append(numbers.setdefault(kind, len(numbers)))
         self.kinds = list(numbers)
+        self.has_room = [_has_room(problem, kind) for kind in self.kinds]  # for any piece
         self.by_host: dict[str, list[int]] = {}
         for index, place in enumerate(problem.places):
             self.by_host.setdefault(place.host, []).append(index)
@@ -77,7 +78,8 @@ class Kinds:
         classes: dict[tuple[str, int, tuple[tuple[int, int], ...]], list[str]] = {}
         racks = self.problem.hops.same_rack_ns
         for host, places in self.by_host.items():
-            devices = len({device for place in places for device in self.problem.places[place].device_ids})
+            roomy = [place for place in places if self.has_room[self.of_place[place]]]
+            devices = len({device for place in roomy for device in self.problem.places[place].device_ids})
             rack = self.problem.places[places[0]].rack
             counts = Counter(self.of_place[place] for place in places)
             key = (rack if rack in racks else "", devices, tuple(sorted(counts.items())))
@@ -104,6 +106,14 @@ def _kind(problem: PlacementProblem, place: Place, nearest: int | None) -> Kind:
         rack_ns=min(rack, network),
         host_ns=None if host is None or host >= min(rack, network) else host,
         held=tuple(sorted(place.held.items())),
+    )
+
+
+def _has_room(problem: PlacementProblem, kind: Kind) -> bool:
+    held, tokens = dict(kind.held), problem.min_kv_tokens
+    return any(
+        max(0, piece.weight_bytes + tokens * piece.kv_bytes_per_token - held.get(index, 0)) <= kind.room_bytes
+        for index, piece in enumerate(problem.pieces)
     )
 
 
@@ -140,6 +150,12 @@ class Reach:
         near = [kind.rack_ns if kind.host_ns is None else kind.host_ns for kind in found]
         self.host = self._within([by_time(kind.speed_class, ns) for kind, ns in zip(found, near, strict=True)], floor)
         self.from_start = self._within([by_time(kind.speed_class, 0) for kind in found], floor)[:, 0]
+
+    @property
+    def able(self) -> NDArray[np.bool_]:
+        """Whether a kind can hold any single piece up to each piece, by the nearest hop."""
+        found: NDArray[np.bool_] = np.maximum.accumulate(self.host > np.arange(self.host.shape[1]), axis=1)
+        return found
 
     def of_kinds(self, kinds: Sequence[int]) -> "Reach":
         """Return the same for some of the kinds only."""
@@ -186,7 +202,8 @@ def collapse(kinds: Kinds, reach: Reach) -> Collapse:
         for index, count in host.kinds:
             counts[of_kind[index]] += count
         alone = all(kinds.kinds[index].width == 1 for index, _ in host.kinds)
-        devices = host.devices - (counts[-1] if alone else 0)
+        dropped = sum(count for index, count in host.kinds if of_kind[index] < 0 and kinds.has_room[index])
+        devices = host.devices - (dropped if alone else 0)
         del counts[-1]
         if not counts:
             of_class.append(-1)

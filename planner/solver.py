@@ -89,8 +89,9 @@ class FlowArcs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """The cheapest flow: how much passes each arc, and the shadow prices of the limits, none below 0."""
+    """The cheapest flow: what it costs, how much passes each arc, and the prices of the limits, none below 0."""
 
+    cost: float
     amounts: NDArray[np.float64]
     prices: NDArray[np.float64]
 
@@ -124,7 +125,7 @@ def cheapest_flow(arcs: FlowArcs, *, limits: NDArray[np.float64]) -> Flow | None
     amounts, duals = answer
     prices = np.zeros(len(limits))
     prices[limited] = np.maximum(0.0, -duals[len(nodes) :])
-    return Flow(amounts=amounts[:count], prices=prices)
+    return Flow(cost=float(costs @ amounts), amounts=amounts[:count], prices=prices)
 
 
 def _draws(arcs: FlowArcs, use: int) -> Sequence[tuple[int, float]]:
