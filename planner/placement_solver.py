@@ -33,11 +33,13 @@ from planner.start import usable_start
 
 _STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a first pipeline is looked for
 _BOTTLENECK_SHARE = 0.5  # of the time that is left, for closing in on the bottleneck
+_KNOWN_SHARE = 0.98  # the same where an earlier answer is known
 _CAPACITY_SHARE = 0.8
 _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
 _S_PER_RUN = 4e-6  # what looking at a segment takes on any machine of today, and building its part of the model
 _S_PER_SEGMENT = 5e-5
-_NEAR_ENOUGH = 0.001  # share of the bottleneck to which known prices are asked before better ones are sought
+_A_LITTLE_ABOVE = 1.02
+_NEAR_ENOUGH = 0.002  # share of the bottleneck to which known prices are asked before better ones are sought
 
 
 class Budget:
@@ -77,7 +79,7 @@ class Known:
 
     bottleneck: KnownPrices | None = None
     capacity: KnownPrices | None = None
-    improve_s: float = 0.0  # what better prices took
+    bottleneck_ns: int = 0
 
 
 def place(problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedStage] = ()) -> Placement:
@@ -107,7 +109,6 @@ class _Solver:
     def __init__(self, problem: PlacementProblem, budget: Budget, known: Known) -> None:
         self.problem, self.budget, self.known = problem, budget, known
         self.search = PlacementSearch(problem, left_s=lambda: self.budget.left_s)
-        self.search.improve_s = known.improve_s
         self.costs = self.search.costs
         self.proofs: list[Proof] = []
         self.pool: list[tuple[Scores, tuple[PlacedStage, ...]]] = []  # all that was found
@@ -133,8 +134,10 @@ class _Solver:
 
     def solve(self, start: tuple[PlacedStage, ...]) -> Placement:
         whole = self.budget
-        self.budget = whole.part(_BOTTLENECK_SHARE)
+        self.budget = whole.part(_BOTTLENECK_SHARE if self.known.bottleneck is None else _KNOWN_SHARE)
         self._use(self.known.bottleneck)
+        if self.known.bottleneck is not None and start:
+            self._sharpen(start)
         stages, bottleneck = self._bottleneck(start)
         of_bottleneck = self._named()
         limit_ns = bottleneck_limit_ns(bottleneck.value)
@@ -145,13 +148,18 @@ class _Solver:
         stages, capacity = self._capacity(max(within, key=lambda found: found[0].kv_tokens)[1], limit_ns)
         self._remember(stages)
         self.budget = whole
-        self.known = Known(bottleneck=of_bottleneck, capacity=self._named(), improve_s=self.search.improve_s)
+        self.known = Known(bottleneck=of_bottleneck, capacity=self._named(), bottleneck_ns=bottleneck.value)
         self.proofs += [bottleneck, capacity]
         tokens = max(self.problem.min_kv_tokens, kv_limit_tokens(capacity.value))
         limits = Limits(bottleneck_ns=limit_ns, kv_tokens=tokens)
         least = min(self._within(limits), key=lambda f: (f[0].change_ns, f[0].fragmentation, f[0].moved_bytes))
         stages = self._rest(least[1], limits)
         return Placement(stages=stages, scores=score(self.problem, stages), proofs=tuple(self.proofs))
+
+    def _sharpen(self, start: tuple[PlacedStage, ...]) -> None:
+        """Better the known prices a little above the old bottleneck, which is near the new one."""
+        near_ns = min(round(self.known.bottleneck_ns * _A_LITTLE_ABOVE), score(self.problem, start).bottleneck_ns)
+        self.search.sharpen(Limits(bottleneck_ns=near_ns, kv_tokens=self.problem.min_kv_tokens))
 
     # ---- bottleneck
 

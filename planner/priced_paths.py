@@ -168,15 +168,17 @@ class PricedPaths:
         pushed[0] = 0.0
         return pushed
 
-    def best_prices(self, reach: Reach, starts: Sequence[Floats], *, window: float) -> BestPrices | None:
-        """Return the prices whose bound is highest, None where no flow gets to the last piece.
+    def best_prices(
+        self, reach: Reach, starts: Sequence[Floats], *, window: float, most_arcs: int
+    ) -> BestPrices | None:
+        """Return the prices whose bound is highest, None where no flow gets to the last piece or it has too many arcs.
 
         They are the shadow prices of a flow from the first piece to the last, among the stages that can be part of a
         pipeline of at most ``window`` stages by any of the prices given. Stages left out may make the bound of these
         prices lower than the flow costs: asked again with these prices among those given, they play their part.
         """
         arcs = self._arcs(reach, starts, window=window)
-        found = cheapest_flow(arcs, limits=self.limits())
+        found = cheapest_flow(arcs, limits=self.limits()) if len(arcs.tails) <= most_arcs else None
         if found is None:
             return None
         return BestPrices(prices=found.prices, shares=self._shares(arcs, found.amounts, reach), cost=found.cost)
