@@ -1,6 +1,7 @@
 """Planning again from an earlier answer: as right as without one, and its bounds are true of the new problem."""
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -45,10 +46,9 @@ def test_a_session_finds_what_brute_force_finds(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_old_prices_give_true_bounds_with_hardly_any_time(seed: int) -> None:
     problem = small_problem(seed)
-    if brute_force(problem) is None:
-        pytest.skip("nothing fits here")
     session = Replanner()
-    session.place(problem, budget=budget())
+    with suppress(NoFeasiblePlan):
+        session.place(problem, budget=budget())
     for changed in changes(problem):
         scores = list(all_scores(changed))
         if not scores:
