@@ -3,7 +3,8 @@
 A profile is taken; then the engine serves, and what each of its stages computed is compared with what the profile says.
 
 Layouts that the profile did not see are among them. Decoding at several numbers of streams, and prompts of several
-lengths; a step's time is the stage's own (``NativeEngine.stage_steps``), the median over steps of one kind.
+lengths; a step's time is the stage's own (``NativeEngine.stage_steps``): the median over steps of one kind, the
+smallest of several rounds.
 """
 
 import asyncio
@@ -176,6 +177,7 @@ async def main() -> int:
     made.add_argument("--streams", type=whole_numbers, default=(1, 4, 16, 32), help="numbers of streams that decode")
     made.add_argument("--lengths", type=whole_numbers, default=(64, 256, 500), help="prompts, in tokens")
     made.add_argument("--tokens", type=int, default=96, help="tokens of each stream")
+    made.add_argument("--rounds", type=int, default=2, help="of the same requests on each layout")
     made.add_argument("--budget-s", type=float, default=0.15, help="time that the profile spends on each point")
     arguments = made.parse_args()
     if arguments.short:
@@ -194,12 +196,18 @@ async def main() -> int:
             if engine.pipeline != pipeline:
                 await direct.move(engine, pipeline)
             say(f"serving on {_name(pipeline)}")
-            found += [
-                each
-                async for each in serve(
-                    engine, comparison, streams=arguments.streams, lengths=arguments.lengths, tokens=arguments.tokens
-                )
-            ]
+            for _ in range(arguments.rounds):
+                found += [
+                    each
+                    async for each in serve(
+                        engine,
+                        comparison,
+                        streams=arguments.streams,
+                        lengths=arguments.lengths,
+                        tokens=arguments.tokens,
+                    )
+                ]
+    found = undisturbed(found)
     _tell(found)
     bounds = [
         Bound(
@@ -215,6 +223,16 @@ async def main() -> int:
         arguments.json, {"stages": [_wire(each) for each in found], "profile": msgspec.to_builtins(observed)}, bounds
     )
     return 0
+
+
+def undisturbed(found: list[Compared]) -> list[Compared]:
+    """Return one of each kind: the round with the smallest median, because what disturbs only adds."""
+    kept: dict[tuple[str, str, int, int], Compared] = {}
+    for each in found:
+        key = each.layout, each.work, each.streams, each.stage
+        if key not in kept or each.measured_s < kept[key].measured_s:
+            kept[key] = each
+    return list(kept.values())
 
 
 def _graph(options: NativeOptions) -> ModelGraph:
