@@ -69,5 +69,7 @@ def timed_batches(limits: Limits, *, in_flight: int) -> tuple[Batch, ...]:
         found += [decode_batch(sequences=sequences, context_tokens=context) for context in sorted(contexts)]
     pieces = [tokens for tokens in _PROMPTS if tokens <= min(longest, limits.max_num_batched_tokens)]
     found += [prefill_batch(tokens=tokens) for tokens in pieces]
-    found += [prefill_batch(tokens=tokens, context_tokens=longest) for tokens in pieces[-3:] if 2 * tokens <= longest]
+    found += [
+        prefill_batch(tokens=tokens, context_tokens=4 * tokens) for tokens in pieces[-3:] if 4 * tokens <= longest
+    ]
     return tuple(found)

@@ -23,7 +23,7 @@ from planner.layer_costs import Batch
 
 R = TypeVar("R", bound=m.WorkerReport)
 _SILENCE_S = 120.0
-_STEPS_AT_MOST = 400
+_STEPS_AT_LEAST, _STEPS_AT_MOST = 4, 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +77,9 @@ class TimingRig:
     def measure(self, batch: Batch, *, in_flight: int, budget_s: float) -> list[StageTimes]:
         """Return for each stage what it took for steps of ``batch``, ``in_flight`` of them under way at any time."""
         messages = [self._message(batch, lane) for lane in range(in_flight)]
-        first = self._run(messages, count=max(3, in_flight))
+        first = self._run(messages, count=in_flight + 1)
         typical_s = max(sum(np.median(steps.busy_s) for steps in first), 1e-6)
-        count = int(min(max(8, budget_s * in_flight / typical_s), _STEPS_AT_MOST))
+        count = int(min(max(_STEPS_AT_LEAST, budget_s * in_flight / typical_s), _STEPS_AT_MOST))
         found = self._run(messages, count=count + in_flight)
         return [
             StageTimes(

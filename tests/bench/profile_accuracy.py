@@ -189,6 +189,9 @@ async def main() -> int:
     profile, observed = await take_profile(options, graph, budget_s=arguments.budget_s)
     for line in profile_lines(profile):
         say(line)
+    write_json(
+        arguments.json, {"stages": [], "profile": msgspec.to_builtins(observed)}, []
+    )  # a start, if it ends early
     comparison = Comparison(options, graph, profile)
     found: list[Compared] = []
     async with direct.running(options, layouts()[0]) as engine:
