@@ -4,9 +4,9 @@ A stage's time is the sum of its layers' and its own. Each is linear in what the
 
     stage      a step (message, positions) + tokens (activations in and out)
     embedding  tokens
-    decoder    a call (launches, weights read once) + tokens (the first few and the next ones apart: a product of few
-               rows is bound by reading weights, of many by arithmetic) + context read + pairs attended to
-    head       a call (weights of the LM head) + rows of logits
+    decoder    a call (launches, weights read once) + more than one token (a product of matrices, no longer with a
+               vector) + tokens, the first ones and the rest apart + context read + pairs attended to
+    head       a call (weights of the LM head) + more than one row + rows of logits
 
 The factors are fitted to measured stages of several layouts at once, never negative, by the least mean relative error,
 once for each number of threads, and apart for stages that compute alone and beside others.
@@ -26,8 +26,7 @@ from planner.layer_costs import Batch
 from planner.model_graph import Layer, LayerKind, ModelGraph
 from topology.device import Device, DeviceKind
 
-FEW_TOKENS: Final = 8  # up to here a product of matrices is near one with a vector
-SOME_TOKENS: Final = 64  # from here on it is bound by arithmetic
+SOME_TOKENS: Final = 64  # up to here a product of matrices is bound by reading weights, from here on by arithmetic
 _REWEIGHTED: Final = 12
 _SMALL_ERROR: Final = 0.01
 _Matrix = npt.NDArray[np.float64]
@@ -40,12 +39,13 @@ class Term(Enum):
     STAGE_TOKEN = "stage, each token"
     EMBEDDING_TOKEN = "embedding, each token"
     DECODER_CALL = "decoder, each call"
-    DECODER_FEW_TOKENS = f"decoder, each of the first {FEW_TOKENS} tokens"
+    DECODER_SEVERAL = "decoder, more than one token"
     DECODER_SOME_TOKENS = f"decoder, each token up to {SOME_TOKENS}"
     DECODER_MANY_TOKENS = "decoder, each token beyond"
     DECODER_CONTEXT = "decoder, each token of context read"
     DECODER_PAIR = "decoder, each pair attended"
     HEAD_CALL = "head, each call"
+    HEAD_SEVERAL = "head, more than one row"
     HEAD_ROW = "head, each row of logits"
 
 
@@ -60,12 +60,13 @@ def layer_amounts(kind: LayerKind, batch: Batch, *, window_tokens: int | None = 
         case LayerKind.EMBEDDING:
             return {Term.EMBEDDING_TOKEN: float(batch.tokens)}
         case LayerKind.HEAD:
-            return {Term.HEAD_CALL: 1.0, Term.HEAD_ROW: float(batch.sequences)}
+            rows = batch.sequences
+            return {Term.HEAD_CALL: 1.0, Term.HEAD_SEVERAL: float(rows > 1), Term.HEAD_ROW: float(rows)}
         case LayerKind.DECODER:
             return {
                 Term.DECODER_CALL: 1.0,
-                Term.DECODER_FEW_TOKENS: float(min(batch.tokens, FEW_TOKENS)),
-                Term.DECODER_SOME_TOKENS: float(min(max(0, batch.tokens - FEW_TOKENS), SOME_TOKENS - FEW_TOKENS)),
+                Term.DECODER_SEVERAL: float(batch.tokens > 1),
+                Term.DECODER_SOME_TOKENS: float(min(batch.tokens, SOME_TOKENS)),
                 Term.DECODER_MANY_TOKENS: float(max(0, batch.tokens - SOME_TOKENS)),
                 Term.DECODER_CONTEXT: batch.cached(window_tokens),
                 Term.DECODER_PAIR: batch.attended(window_tokens),

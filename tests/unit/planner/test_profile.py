@@ -31,12 +31,13 @@ TRUTH = {
     Term.STAGE_TOKEN: 1e-7,
     Term.EMBEDDING_TOKEN: 2e-7,
     Term.DECODER_CALL: 3e-4,
-    Term.DECODER_FEW_TOKENS: 2e-5,
+    Term.DECODER_SEVERAL: 2e-4,
     Term.DECODER_SOME_TOKENS: 1e-5,
     Term.DECODER_MANY_TOKENS: 1.2e-5,
     Term.DECODER_CONTEXT: 5e-8,
     Term.DECODER_PAIR: 3e-8,
     Term.HEAD_CALL: 5e-4,
+    Term.HEAD_SEVERAL: 3e-4,
     Term.HEAD_ROW: 4e-5,
 }
 BATCHES = [
@@ -120,10 +121,11 @@ def test_a_stage_costs_what_the_terms_say() -> None:
     expected = (
         TRUTH[Term.STAGE_STEP]
         + 32 * (TRUTH[Term.STAGE_TOKEN] + TRUTH[Term.EMBEDDING_TOKEN])
-        + 8 * (TRUTH[Term.DECODER_CALL] + 8 * TRUTH[Term.DECODER_FEW_TOKENS] + 24 * TRUTH[Term.DECODER_SOME_TOKENS])
+        + 8 * (TRUTH[Term.DECODER_CALL] + TRUTH[Term.DECODER_SEVERAL] + 32 * TRUTH[Term.DECODER_SOME_TOKENS])
         + 8 * 400 * TRUTH[Term.DECODER_CONTEXT]
         + 8 * batch.attended() * TRUTH[Term.DECODER_PAIR]
         + TRUTH[Term.HEAD_CALL]
+        + TRUTH[Term.HEAD_SEVERAL]
         + 4 * TRUTH[Term.HEAD_ROW]
     )
     assert stage_s(costs, layer_classes(GRAPH.layers), cpu(), batch) == pytest.approx(expected, rel=1e-3)
@@ -151,7 +153,7 @@ def test_another_device_or_model_is_refused() -> None:
 def test_too_few_measurements_are_refused() -> None:
     with pytest.raises(InvalidProfile, match="nothing was measured"):
         fit_observations([])
-    with pytest.raises(InvalidProfile, match="3 measurements with 1 threads cannot tell 11 terms apart"):
+    with pytest.raises(InvalidProfile, match="3 measurements with 1 threads cannot tell 12 terms apart"):
         fit_observations(observed()[:3])
 
 
