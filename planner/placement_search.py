@@ -206,6 +206,7 @@ class _Descent:
 
     def __init__(self, search: PlacementSearch, limits: Limits, reach: Reach, values: Values, *, nodes: int) -> None:
         self.search, self.limits, self.reach, self.values = search, limits, reach, values
+        self.able = reach.able
         self.problem, self.paths, self.kinds = search.problem, search.paths, search.kinds
         self.stage = self.paths.stage_prices(search.prices)
         self.most = self.problem.num_stages + EPSILON + values.fixed
@@ -284,7 +285,7 @@ class _Descent:
         else:
             ends = np.maximum(self.reach.network[kind, piece], self.reach.rack[kind, piece])
             ends = np.maximum(ends, self.reach.host[kind, piece])
-            able = (ends > piece) | (self.reach.host[kind, piece - 1] >= piece)
+            able = (ends > piece) | self.able[kind, piece]
         bounds = price + self.stage[row] + after[state, ends]
         for entry in np.flatnonzero((bounds <= self.most) & able):
             at = int(row[entry])
