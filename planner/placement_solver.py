@@ -7,12 +7,14 @@
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from planner.budget import Budget
 from planner.errors import NoFeasiblePlan, PlanTimeout
 from planner.infeasible import why_impossible, why_no_way
 from planner.known_prices import KnownPrices, named, prices_from
+from planner.ladder import Climb, Ladder
 from planner.placement import (
     Aim,
     PlacedStage,
@@ -31,7 +33,6 @@ from planner.segments import Segment
 from planner.solver import Outcome
 from planner.start import usable_start
 
-_STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a first pipeline is looked for
 _BOTTLENECK_SHARE = 0.5  # of the time that is left, for closing in on the bottleneck
 _KNOWN_SHARE = 0.98  # the same where an earlier answer is known
 _CAPACITY_SHARE = 0.8
@@ -39,38 +40,6 @@ _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
 _S_PER_RUN = 4e-6  # what looking at a segment takes on any machine of today, and building its part of the model
 _S_PER_SEGMENT = 5e-5
 _A_LITTLE_ABOVE = 1.02
-_NEAR_ENOUGH = 0.002  # share of the bottleneck to which known prices are asked before better ones are sought
-
-
-class Budget:
-    """The time that is left, by a clock that the caller lends."""
-
-    def __init__(self, *, limit_s: float, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._end_s = clock() + limit_s
-        self.limit_s = limit_s
-
-    @property
-    def left_s(self) -> float:
-        return max(0.0, self._end_s - self._clock())
-
-    def is_spent(self) -> bool:
-        return self.left_s <= 0
-
-    def part(self, share: float) -> "Budget":
-        """Return a share of what is left, on the same clock."""
-        part = Budget(limit_s=self.left_s * share, clock=self._clock)
-        part.limit_s = self.limit_s
-        return part
-
-
-@dataclass(slots=True, kw_only=True)
-class _Best:
-    """The best value of an aim so far and the bound on it, as positions on a ladder of values, the best first."""
-
-    stages: tuple[PlacedStage, ...] | None
-    at: int  # of the best value found; the length of the ladder where there is none
-    impossible: int  # all up to here are proven impossible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,130 +142,37 @@ class _Solver:
         def reached(stages: Sequence[PlacedStage]) -> int:
             return bisect_left(ladder, self._remember(tuple(stages)).bottleneck_ns)
 
-        best = _Best(stages=start or None, at=reached(start) if start else len(ladder), impossible=-1)
-        if not self.problem.fixed_order:
-            self._close_in(ladder, best, limits, reached)
-        if best.at > best.impossible + 1 and not self.budget.is_spent():
-            self._close_by_model(ladder, best, limits)
+        best = Ladder(values=ladder, limits=limits, reached=reached)
+        if start:
+            best.note(start)
+        self._close_in(best)
+        if best.is_open and not self.budget.is_spent():
+            self._close_by_model(best)
         if best.impossible == len(ladder) - 1:
             raise NoFeasiblePlan(why_no_way(self.problem))
         if best.stages is None:
             raise PlanTimeout(f"nothing found in {self.budget.limit_s:g} s for {self.problem.num_stages} stages")
-        proof = Proof(aim=Aim.BOTTLENECK, value=ladder[best.at], bound=ladder[min(best.impossible + 1, best.at)])
-        return best.stages, proof
+        return best.stages, Proof(aim=Aim.BOTTLENECK, value=best.value, bound=best.bound)
 
-    def _close_in(
-        self,
-        ladder: Sequence[int],
-        best: _Best,
-        limits: Callable[[int], Limits],
-        reached: Callable[[Sequence[PlacedStage]], int],
-    ) -> None:
-        """Raise the bound and better the value by bisection, as far as bounds and search can tell.
+    def _close_in(self, ladder: Ladder) -> None:
+        if not self.problem.fixed_order:
+            Climb(ladder, self.search, self.budget, has_known_prices=self.known.bottleneck is not None).close_in()
 
-        1. Between what is impossible and the best found, the middle is asked for. Where nothing is said of it, the
-           bound is sought below it.
-        2. Then a better pipeline is sought above the bound.
-        """
-        self._raise_bound(ladder, best, limits, near_enough=0.0 if self.known.bottleneck is None else _NEAR_ENOUGH)
-        if best.stages is None:
-            self._first_found(ladder, best, limits, reached)
-        elif self.known.bottleneck is not None:
-            self._ask_known(ladder, best, limits, reached)
-        open_from = min(best.at, len(ladder))
-        while best.impossible + 1 < open_from and not self.budget.is_spent():  # 1
-            middle = (best.impossible + open_from) // 2
-            look = self.search.look(limits(ladder[middle]))
-            if look.impossible:
-                best.impossible = middle
-                self._raise_bound(ladder, best, limits)
-            else:
-                open_from = middle
-            if look.stages is not None:
-                best.stages, best.at = look.stages, reached(look.stages)
-                open_from = min(open_from, best.at)
-        low = open_from
-        while low < best.at and not self.budget.is_spent():  # 2
-            middle = (low + min(best.at, len(ladder))) // 2
-            look = self.search.look(limits(ladder[middle]))
-            if look.stages is not None:
-                best.stages, best.at = look.stages, reached(look.stages)
-            else:
-                low = middle + 1
-
-    def _ask_known(
-        self,
-        ladder: Sequence[int],
-        best: _Best,
-        limits: Callable[[int], Limits],
-        reached: Callable[[Sequence[PlacedStage]], int],
-    ) -> None:
-        """Better what was found by the prices that are known alone, which is quick, until that tells little more."""
-        low = best.impossible + 1
-        while low < best.at and not self.budget.is_spent():
-            if abs(ladder[best.at] - ladder[low]) <= _NEAR_ENOUGH * ladder[best.at]:
-                return
-            middle = (low + best.at) // 2
-            look = self.search.look(limits(ladder[middle]), improve=False)
-            if look.stages is not None:
-                best.stages, best.at = look.stages, reached(look.stages)
-            else:
-                low = middle + 1
-                best.impossible = max(best.impossible, middle if look.impossible else -1)
-
-    def _raise_bound(
-        self, ladder: Sequence[int], best: _Best, limits: Callable[[int], Limits], *, near_enough: float = 0.0
-    ) -> None:
-        """Find how far the prices that are known prove impossible: for fixed prices one bisection tells."""
-        low, high = best.impossible, min(best.at, len(ladder))
-        while low + 1 < high and not self.budget.is_spent():
-            lowest, highest = sorted((ladder[low + 1], ladder[min(high, len(ladder) - 1)]))
-            if highest - lowest <= near_enough * highest:
-                break
-            middle = (low + high) // 2
-            if self.search.is_impossible(limits(ladder[middle]), improve=False):
-                low = middle
-            else:
-                high = middle
-        best.impossible = max(best.impossible, low)
-
-    def _first_found(
-        self,
-        ladder: Sequence[int],
-        best: _Best,
-        limits: Callable[[int], Limits],
-        reached: Callable[[Sequence[PlacedStage]], int],
-    ) -> None:
-        lowest = best.impossible + 1
-        if lowest >= len(ladder):
-            return
-        steps = [bisect_left(ladder, int(ladder[lowest] * step)) for step in _STEPS_UP] + [len(ladder) - 1]
-        rungs = list(dict.fromkeys(min(step, len(ladder) - 1) for step in steps))
-        for improve, at in [(False, at) for at in rungs] + [(True, at) for at in rungs]:
-            look = self.search.look(limits(ladder[at]), improve=improve)
-            if look.stages is not None:
-                best.stages, best.at = look.stages, reached(look.stages)
-                return
-            if look.impossible:
-                best.impossible = max(best.impossible, at)
-            if self.budget.is_spent():
-                return
-
-    def _close_by_model(self, ladder: Sequence[int], best: _Best, limits: Callable[[int], Limits]) -> None:
+    def _close_by_model(self, best: Ladder) -> None:
         """Let the flow model find the smallest bottleneck below the best found, or prove that there is none."""
-        below = min(best.at, len(ladder)) - 1
-        segments = self._segments(limits(ladder[below]))
+        below = best.open_until - 1
+        segments = self._segments(best.limits(best.values[below]))
         if segments is None:
             return
-        model = PlacementModel(self.problem, segments, bottleneck_ns=ladder[below])
-        model.model.add(model.bottleneck >= ladder[best.impossible + 1])
+        model = PlacementModel(self.problem, segments, bottleneck_ns=best.values[below])
+        model.model.add(model.bottleneck >= best.values[best.impossible + 1])
         answer = model.minimize(Aim.BOTTLENECK, limit_s=self.budget.left_s)
         if answer.outcome is Outcome.INFEASIBLE:
             best.impossible = below
         elif answer.bound is not None:
-            best.impossible = max(best.impossible, bisect_left(ladder, answer.bound) - 1)
+            best.impossible = max(best.impossible, bisect_left(best.values, answer.bound) - 1)
         if answer.found:
-            best.stages, best.at = model.stages, bisect_left(ladder, answer.value)
+            best.stages, best.at = model.stages, bisect_left(best.values, answer.value)
 
     def _segments(self, limits: Limits) -> dict[int, list[Segment]] | None:
         """Return all that may matter within limits, None where it is more than the model can take."""
@@ -327,14 +203,13 @@ class _Solver:
         def reached(found: Sequence[PlacedStage]) -> int:
             return most - self._remember(tuple(found)).kv_tokens
 
-        best = _Best(stages=stages, at=reached(stages), impossible=-1)
-        if not self.problem.fixed_order:
-            self._close_in(ladder, best, limits, reached)
-        if best.at > best.impossible + 1 and not self.budget.is_spent():
-            self._capacity_by_model(ladder, best, limits)
+        best = Ladder(values=ladder, limits=limits, reached=reached)
+        best.note(stages)
+        self._close_in(best)
+        if best.is_open and not self.budget.is_spent():
+            self._capacity_by_model(best)
         assert best.stages is not None
-        bound = ladder[min(best.impossible + 1, best.at)]
-        return best.stages, Proof(aim=Aim.KV_CAPACITY, value=ladder[best.at], bound=bound)
+        return best.stages, Proof(aim=Aim.KV_CAPACITY, value=best.value, bound=best.bound)
 
     def _widest(self) -> list[int]:
         """The roomiest place of each kind of held pieces: what a single piece can have at most."""
@@ -357,18 +232,19 @@ class _Solver:
                     plain[piece.kv_bytes_per_token] = index
         return [*held, *plain.values()]
 
-    def _capacity_by_model(self, ladder: range, best: _Best, limits: Callable[[int], Limits]) -> None:
-        segments = self._segments(limits(ladder[best.at - 1]))
+    def _capacity_by_model(self, best: Ladder) -> None:
+        better = best.limits(best.values[best.at - 1])
+        segments = self._segments(better)
         if segments is None:
             return
-        model = PlacementModel(self.problem, segments, bottleneck_ns=limits(0).bottleneck_ns)
+        model = PlacementModel(self.problem, segments, bottleneck_ns=better.bottleneck_ns)
         answer = model.minimize(Aim.KV_CAPACITY, limit_s=self.budget.left_s)
         if answer.outcome is Outcome.INFEASIBLE:
             best.impossible = best.at - 1
         elif answer.bound is not None:
-            best.impossible = max(best.impossible, ladder[0] + answer.bound - 1)
+            best.impossible = max(best.impossible, best.values[0] + answer.bound - 1)
         if answer.found:
-            best.stages, best.at = model.stages, ladder[0] - model.scores().kv_tokens
+            best.stages, best.at = model.stages, best.values[0] - model.scores().kv_tokens
 
     # ---- the other aims
 

@@ -11,6 +11,7 @@ then does at any batch size is for ``planner.prediction``.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from planner.budget import Budget
 from planner.candidate_plan import CandidatePlan, Costs, Found, PlanAnswer, Verdict
 from planner.comparison import choose
 from planner.cut_family import Cuts, family_counts, nested_cuts
@@ -18,7 +19,6 @@ from planner.errors import NoFeasiblePlan, PlannerError, PlanTimeout
 from planner.layout import Pipeline
 from planner.moves import require_decoders
 from planner.placement import Placement
-from planner.placement_solver import Budget
 from planner.places import islands
 from planner.prediction import PipelineTimes, best_cvs, predict
 from planner.problem import Posed, piece_bounds, pose

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from planner.budget import Budget
 from planner.candidate_plan import StageMemory
 from planner.canonical import in_order
 from planner.checker import check, check_stages
@@ -15,7 +16,7 @@ from planner.layout import Pipeline, Stage
 from planner.model_graph import Layer, ModelGraph
 from planner.placement import PlacedStage, Placement, stage_kv_tokens
 from planner.placement_problem import KV_UNLIMITED, Piece, PlacementProblem, merged
-from planner.placement_solver import Budget, place
+from planner.placement_solver import place
 from planner.places import Places
 from planner.question import PlanQuestion
 from planner.stage_times import DeviceGroups, ReferenceStep, reference_step

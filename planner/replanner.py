@@ -6,9 +6,10 @@ old prices are Lagrange multipliers like any others, so one pass over the new pr
 
 from dataclasses import dataclass
 
+from planner.budget import Budget
 from planner.placement import PlacedStage, Placement
 from planner.placement_problem import PlacementProblem
-from planner.placement_solver import Budget, Known, place_knowing
+from planner.placement_solver import Known, place_knowing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from planner.budget import Budget
 from planner.checker import check
 from planner.placement import Placement
 from planner.placement_problem import PlacementProblem
-from planner.placement_solver import Budget, place
+from planner.placement_solver import place
 from planner.replanner import Replanner
 from tests.bench.openb import at_load, data_folder, replayed
 from tests.bench.pipelines_that_fit import pipelines_that_fit

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from planner.budget import Budget
 from planner.checker import check, check_stages
 from planner.errors import NoFeasiblePlan
 from planner.placement import PlacedStage, Placement
 from planner.placement_problem import Hops, Piece, Place, PlacementProblem
-from planner.placement_solver import Budget, place
+from planner.placement_solver import place
 from tests.support.placements import small_problem
 
 PROBLEM = PlacementProblem(

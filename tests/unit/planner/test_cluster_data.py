@@ -4,8 +4,9 @@ import time
 
 import pytest
 
+from planner.budget import Budget
 from planner.checker import check
-from planner.placement_solver import Budget, place
+from planner.placement_solver import place
 from tests.bench.openb import at_load, data_folder, read_nodes
 from tests.bench.placement_instances import OPT_66B, placement
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.budget import Budget
 from planner.checker import check
 from planner.errors import NoFeasiblePlan, PlanTimeout
 from planner.placement import Aim, Placement, bottleneck_limit_ns
 from planner.placement_problem import Charge, Hops, Piece, Place, PlacementProblem, merged
-from planner.placement_solver import Budget, place
+from planner.placement_solver import place
 from tests.support.placements import all_scores, brute_force, small_problem
 from topology.units import GIB
 

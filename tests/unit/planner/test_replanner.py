@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from planner.budget import Budget
 from planner.checker import check
 from planner.errors import NoFeasiblePlan
 from planner.placement import bottleneck_limit_ns
 from planner.placement_problem import PlacementProblem
-from planner.placement_solver import Budget
 from planner.replanner import Replanner
 from tests.support.placements import all_scores, brute_force, small_problem
 
