@@ -1,11 +1,11 @@
 # make run         serve the demo model on this machine (CONFIG=FILE: serve what it says)
 # make test        the gate: everything but long tests and those that need a GPU
-#                  ENGINES=native leaves out what boots vLLM, ENGINES=none what boots any real engine;
+#                  ENGINES=native leaves out what boots vLLM or SGLang, ENGINES=none what boots any real engine;
 #                  ARGS="-k name" goes to pytest
 # make test-long   what is too long for the gate
 # make check       ruff and mypy --strict
 # make format      let ruff rewrite the sources
-# make clean       remove .venv and caches here; what is in ~/.cache/flexpiped stays, vLLM for the tests too
+# make clean       remove .venv and caches here; what is in ~/.cache/flexpiped stays, the tests' engines too
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,13 +15,15 @@ CONSTRAINTS := etc/constraints.txt
 
 ENGINES ?= all
 WITHOUT_all :=
-WITHOUT_native := and not vllm
-WITHOUT_none := and not vllm and not engine
+WITHOUT_native := and not vllm and not sglang
+WITHOUT_none := and not vllm and not sglang and not engine
 ifeq ($(origin WITHOUT_$(ENGINES)),undefined)
 $(error ENGINES is all, native or none, not "$(ENGINES)")
 endif
-# Real vLLM for the CPU, in an environment of its own outside the checkout: built by the first run that needs it.
-VLLM := $(if $(filter all,$(ENGINES)),python="$$($(BIN)/python tests/engines/install_vllm.py)" && FLEXPIPED_VLLM_PYTHON="$$python")
+# Real vLLM and SGLang for the CPU, in environments of their own outside the checkout: built by the first run that needs them.
+REAL := $(if $(filter all,$(ENGINES)),vllm="$$($(BIN)/python -m tests.engines.install_vllm)" && \
+	sglang="$$($(BIN)/python -m tests.engines.install_sglang)" && \
+	FLEXPIPED_VLLM_PYTHON="$$vllm" FLEXPIPED_SGLANG_PYTHON="$$sglang")
 
 .PHONY: run test test-long check format clean
 
@@ -29,10 +31,10 @@ run: $(VENV)/run.stamp
 	@exec $(BIN)/flexpiped $(if $(CONFIG),--config "$(CONFIG)")
 
 test: $(VENV)/dev.stamp
-	@$(VLLM) $(BIN)/python -m pytest -q -m "not long and not gpu $(WITHOUT_$(ENGINES))" $(ARGS)
+	@$(REAL) $(BIN)/python -m pytest -q -m "not long and not gpu $(WITHOUT_$(ENGINES))" $(ARGS)
 
 test-long: $(VENV)/dev.stamp
-	@$(VLLM) $(BIN)/python -m pytest -q -m "long $(WITHOUT_$(ENGINES))" $(ARGS)
+	@$(REAL) $(BIN)/python -m pytest -q -m "long $(WITHOUT_$(ENGINES))" $(ARGS)
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .

@@ -5,6 +5,10 @@ from collections import Counter
 import pytest
 from hypothesis import settings
 
+from tests.engines.install_sglang import SGLANG
+from tests.engines.install_vllm import VLLM
+from tests.engines.interpreter import ensure_there
+
 # Machines that run tests are shared: how long one example takes says nothing.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
@@ -14,6 +18,7 @@ REASONS = {
     "long": "too long for the gate: make test-long",
     "gpu": "need a CUDA device",
     "vllm": "boot real vLLM: ENGINES=all",
+    "sglang": "boot real SGLang: ENGINES=all",
     "engine": "boot the native engine: ENGINES=native or all",
 }
 LEFT_OUT = pytest.StashKey[Counter[str]]()
@@ -24,20 +29,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what is cheap first, so that what is wrong shows early: no engine, the native one, vLLM."""
+    """Put what is cheap first, so that what is wrong shows early: no engine, the native one, vLLM, SGLang."""
     items.sort(key=cost)
 
 
 def cost(item: pytest.Item) -> int:
-    return next((rank for mark, rank in (("vllm", 2), ("engine", 1)) if item.get_closest_marker(mark)), 0)
+    return next(
+        (rank for mark, rank in (("sglang", 3), ("vllm", 2), ("engine", 1)) if item.get_closest_marker(mark)), 0
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip at one place what needs vLLM where there is none, so that one line says how many and why."""
+    """Skip at one place what needs an engine that is not here, so that one line says how many and why."""
     if item.get_closest_marker("vllm"):
-        from tests.support.vllm import interpreter  # the other tests do without these imports
-
-        interpreter()
+        ensure_there(VLLM)
+    if item.get_closest_marker("sglang"):
+        ensure_there(SGLANG)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

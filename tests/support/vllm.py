@@ -1,11 +1,8 @@
 """Starting real vLLM for tests: where its interpreter is, and a checkpoint that its CPU kernels take."""
 
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-
-import pytest
 
 from engines.checkpoint import read_checkpoint
 from engines.vllm.adapter import VllmEngine
@@ -13,21 +10,17 @@ from engines.vllm.options import VllmOptions
 from engines.vllm.recompile import Recompilation
 from planner.layout import Pipeline, pipeline_of
 from planner.model_graph import ModelGraph, build_model_graph
-from tests.engines.install_vllm import default_directory
+from tests.engines.install_vllm import VLLM
+from tests.engines.interpreter import ensure_there
 from tests.support import checkpoints
 from tests.support.native import CACHE
 
 DECODERS = 8
-_CACHED = default_directory() / "bin" / "python"
 
 
 def interpreter() -> str:
     """Return the interpreter that has vLLM, or skip."""
-    named = os.environ.get("FLEXPIPED_VLLM_PYTHON")
-    python = Path(named) if named else _CACHED
-    if not python.is_file():
-        pytest.skip(f"no vLLM: there is no {python}; python tests/engines/install_vllm.py builds it")
-    return str(python)
+    return ensure_there(VLLM)
 
 
 def llama() -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-INSTALLER = "tests/engines/install_vllm.py"
+INSTALLERS = ("tests.engines.install_vllm", "tests.engines.install_sglang")
+NAMED = ("FLEXPIPED_VLLM_PYTHON=", "FLEXPIPED_SGLANG_PYTHON=")
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,16 +31,17 @@ def collect(*arguments: str) -> list[str]:
     [
         ((), "not long and not gpu", True),
         (("ENGINES=all",), "not long and not gpu", True),
-        (("ENGINES=native",), "not long and not gpu and not vllm", False),
-        (("ENGINES=none",), "not long and not gpu and not vllm and not engine", False),
+        (("ENGINES=native",), "not long and not gpu and not vllm and not sglang", False),
+        (("ENGINES=none",), "not long and not gpu and not vllm and not sglang and not engine", False),
     ],
 )
-def test_make_test_builds_vllm_only_where_it_is_needed(engines: tuple[str, ...], marks: str, installs: bool) -> None:
+def test_make_test_builds_engines_only_where_they_are_needed(
+    engines: tuple[str, ...], marks: str, installs: bool
+) -> None:
     commands = make("test", "MAKEFLAGS=", *engines).stdout
 
     assert re.findall(r'-m "(.*?) ?"', commands) == [marks]
-    assert (INSTALLER in commands) is installs
-    assert ("FLEXPIPED_VLLM_PYTHON=" in commands) is installs
+    assert [word in commands for word in (*INSTALLERS, *NAMED)] == [installs] * 4
 
 
 def test_an_unknown_choice_of_engines_is_refused() -> None:
@@ -63,7 +65,7 @@ def test_cheap_tests_come_first_and_one_vllm_is_alive_at_a_time() -> None:
 
 
 def test_what_is_left_out_is_counted_with_its_reason() -> None:
-    lines = collect("-m", "not engine and not vllm", "tests/contract")
+    lines = collect("-m", "not engine and not vllm and not sglang", "tests/contract")
     told = [re.sub(r"\d+", "N", line) for line in lines if line.startswith("left out")]
 
     assert told == [

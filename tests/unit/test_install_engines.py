@@ -1,12 +1,15 @@
-"""The installer of the test environment for vLLM: once, whole or not at all, and clear about what is in the way."""
+"""The installer of environments for real engines: once, whole or not at all, and clear about what is in the way."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.engines.install_vllm import NEEDED_BYTES, CannotInstall, Ended, Installer, main
+from tests.engines.environment import CannotInstall, Ended, Installer, Recipe, main
+from tests.engines.install_sglang import SGLANG
+from tests.engines.install_vllm import VLLM
 
 OFFLINE = "WARNING: Retrying: NewConnectionError('...: Temporary failure in name resolution')\nERROR: No way"
 
@@ -45,12 +48,12 @@ class Rig:
         self.requirements.write_text("# why\ntorch==2.13.0+cpu\nvllm-cpu==0.32.0\neinops==0.8.2\n")
         self.commands = FakeCommands()
         self.said: list[str] = []
-        self.free_bytes = NEEDED_BYTES
+        self.free_bytes = VLLM.needed_bytes
 
     def ensure(self) -> Path:
         return Installer(
+            recipe=replace(VLLM, requirements=self.requirements),
             directory=self.directory,
-            requirements=self.requirements,
             run=self.commands,
             say=self.said.append,
             free_bytes=lambda _path: self.free_bytes,
@@ -198,21 +201,42 @@ def test_says_what_is_in_the_way(rig: Rig, fails_in: str, output: str, reason: s
 
 
 def test_looks_at_the_free_space_before_anything_is_written(rig: Rig) -> None:
-    rig.free_bytes = NEEDED_BYTES - 1
+    rig.free_bytes = VLLM.needed_bytes - 1
 
     with pytest.raises(CannotInstall, match=r"too little space.*XDG_CACHE_HOME"):
         rig.ensure()
     assert not rig.directory.exists()
 
 
+@pytest.mark.parametrize("recipe", [VLLM, SGLANG], ids=lambda recipe: recipe.package)
 def test_an_interpreter_that_is_named_is_taken_or_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python = tmp_path / "python"
-    monkeypatch.setenv("FLEXPIPED_VLLM_PYTHON", str(python))
+    monkeypatch.setenv(recipe.variable, str(python))
 
-    assert main([]) == 1
-    assert "make test ENGINES=native leaves out what needs vLLM" in capsys.readouterr().err
+    assert main(recipe, []) == 1
+    assert f"make test ENGINES=native leaves out what needs {recipe.name}" in capsys.readouterr().err
     python.touch()
-    assert main([]) == 0
+    assert main(recipe, []) == 0
     assert capsys.readouterr() == (f"{python}\n", "")
+
+
+def test_sglang_computes_with_torch_instead_of_its_kernels(tmp_path: Path) -> None:
+    make_environment(tmp_path)
+    [packages] = tmp_path.glob("lib/python3.*/site-packages")
+    (packages / "torchvision").mkdir()
+
+    SGLANG.finish(packages)
+
+    assert (packages / "sgl_kernel" / "__init__.py").read_bytes() == SGLANG.parts[0].read_bytes()
+    assert (packages / "torchvision" / "_meta_registrations.py").read_text() == ""
+
+
+@pytest.mark.parametrize("recipe", [VLLM, SGLANG], ids=lambda recipe: recipe.package)
+def test_every_package_of_an_engine_is_pinned_once(recipe: Recipe) -> None:
+    lines = recipe.requirements.read_text().splitlines()
+    pins = [line.partition("==") for line in lines if line and not line.startswith("#")]
+
+    assert all(name and version for name, _, version in pins)
+    assert len({name.lower().replace("_", "-") for name, _, _ in pins}) == len(pins)
