@@ -4,6 +4,7 @@ PlannerError
 +-- InvalidLayout      a layout that no engine could run
 +-- UnsupportedModel   a model that cannot be read or planned
 +-- InvalidWorkload    a workload or target that cannot be; the message names the key
++-- InvalidTrace       a trace of requests that cannot be read; the message has the line
 +-- InvalidProfile     a stored profile that cannot be read, or that does not cover what is asked of it
 +-- NoFeasiblePlan     proven: nothing fits; the message has the numbers
 +-- BrokenPlan         a plan that breaks a rule: a bug of the solver, found before anything moved
@@ -26,6 +27,10 @@ class UnsupportedModel(PlannerError):
 
 class InvalidWorkload(PlannerError):
     """What is said of the workload cannot be; the message names the key."""
+
+
+class InvalidTrace(PlannerError):
+    """A trace cannot be read, or nothing is left of it; the message says where or why."""
 
 
 class InvalidProfile(PlannerError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flexpiped import __version__
 from flexpiped.admin_socket import candidate_sockets
-from flexpiped.flexctl import commands
+from flexpiped.flexctl import bench_command, commands
 from flexpiped.flexctl.client import AdminClient, CtlError, Refused
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.plan_command import add_arguments, plan
@@ -128,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("--config", metavar="FILE", help="of this configuration, instead of what the daemon serves")
     measured.add_argument("--model", metavar="DIR", help="of this model")
     measured.add_argument("--short", action="store_true", help="a few seconds only, and less exact")
+
+    about = "send requests to any OpenAI-compatible server, and show latencies and goodput"
+    loaded = known.add_parser("bench", parents=[everywhere], help=about)
+    loaded.set_defaults(run=bench_command.bench)
+    bench_command.add_arguments(loaded)
 
     happened = known.add_parser("events", parents=[everywhere], help="what happened, oldest first")
     happened.set_defaults(run=commands.events)

@@ -1,0 +1,1 @@
+"""The load generator behind ``flexctl bench``: requests of a trace against any OpenAI-compatible URL."""

@@ -1,0 +1,115 @@
+"""``flexctl bench`` as a process, against the daemon's HTTP application with the fake engine, and against worse."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.http_app import http_app
+from tests.unit.flexctl.test_command_line import Ran, flexctl
+
+pytestmark = pytest.mark.real_loop
+FEW = ("--rate", "40", "--duration", "0.3", "--prompt", "8", "--output", "6", "--timeout", "20")
+EVENT = b'data: {"choices": [{"text": "a"}]}\n\n'
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+
+
+async def bench(url: str, *more: str) -> Ran:
+    return await flexctl("bench", "--url", url, *FEW, *more)
+
+
+@asynccontextmanager
+async def server_that_answers(*answers: bytes) -> AsyncIterator[str]:
+    """Serve on a free port; each connection gets the next of ``answers`` (the last one for ever) and is closed."""
+    left = list(answers)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            body = b'{"data": [{"id": "m"}]}'
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        else:
+            writer.write(left.pop(0) if len(left) > 1 else left[0])
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+async def test_figures_of_the_daemon(tmp_path: Path) -> None:
+    details = tmp_path / "details"
+    async with http_app() as app:
+        plain, as_json = await asyncio.gather(
+            bench(app.url, "--slo-ttft", "30", "--details", str(details)), bench(app.url, "--json", "--chat")
+        )
+
+    assert plain.code == 0, plain.err
+    assert "TTFT" in plain.out
+    assert "(100.0% within TTFT 30 s)" in plain.out
+    found = json.loads(as_json.out)
+    assert (as_json.code, found["failed"], found["failures"]) == (0, 0, {})
+    assert found["requests"] == len(details.read_text().splitlines()) > 3
+    assert found["ttft_s"]["percentiles"].keys() == {"p50", "p90", "p95", "p99", "p99_9"}
+
+
+async def test_a_trace_is_replayed(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    lines = [f"2023-11-16 18:00:0{second}.5,20,{second + 1}" for second in range(4)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    async with http_app() as app:
+        ran = await flexctl("bench", "--url", app.url, "--trace", str(trace), "--speed", "100", "--json")
+
+    assert (ran.code, json.loads(ran.out)["requests"]) == (0, 4), ran.err
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (HEAD + EVENT, "the stream broke off after 1 events"),
+        (HEAD + b"data: {nonsense\n\n", "an event that cannot be read"),
+        (b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 4\r\n\r\nbusy", "429: busy"),
+        (b"", "ServerDisconnectedError"),
+        (b"nothing of HTTP\r\n\r\n", "ClientResponseError|ClientOSError|ServerDisconnectedError"),
+    ],
+)
+async def test_a_server_that_breaks_makes_it_fail_with_the_reason(answer: bytes, reason: str) -> None:
+    async with server_that_answers(answer) as url:
+        ran = await bench(url)
+
+    assert ran.code == 1
+    assert "failed" in ran.out
+    assert any(each in ran.out for each in reason.split("|")), ran.out
+
+
+async def test_what_is_served_counts_beside_what_fails() -> None:
+    good = HEAD + EVENT * 6 + b"data: [DONE]\n\n"
+    async with server_that_answers(HEAD, good) as url:
+        found = json.loads((await bench(url, "--json")).out)
+
+    assert (found["failed"], list(found["failures"].values())) == (1, [1])
+    assert found["requests"] > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (("--url", "nonsense"), 2, "a URL such as"),
+        (("--url", "http://127.0.0.1:9/v1"), 3, "no server at http://127.0.0.1:9/v1"),
+        (("--trace", "/no/such/file"), 2, "No such file"),
+        (("--trace", __file__), 2, "neither Azure CSV"),
+        (("--trace", __file__, "--rate", "2"), 2, "without --rate"),
+        (("--rate", "-1"), 2, "a positive number"),
+        (("--socket", "/no/such/socket"), 3, "no daemon"),
+    ],
+)
+async def test_what_cannot_be_done(arguments: tuple[str, ...], code: int, reason: str) -> None:
+    ran = await flexctl("bench", *arguments)
+
+    assert (ran.code, reason in ran.err) == (code, True), ran.err
+    assert "Traceback" not in ran.err
