@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from engines.errors import UnsupportedByEngine
+from engines.served.plugin_path import plugin_path
 from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
 from topology.cuda_order import visible_environment
 
@@ -165,7 +166,7 @@ def environment(
     env = {name: value for name, value in inherited.items() if not _stays(name)}
     env |= {
         "PATH": _path(options.python, inherited.get("PATH", ""), daemon_prefix),
-        "PYTHONPATH": str(PLUGIN),
+        "PYTHONPATH": plugin_path(PLUGIN),
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "TMPDIR": str(run_dir),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engines.served.plugin_path import plugin_path
 from engines.vllm.command import PLUGIN
 from tests.support.vllm import interpreter
 
@@ -82,7 +83,7 @@ except CompileFailed as error:
 
 
 def test_graphs_of_the_old_layers_are_never_replayed() -> None:
-    environment = {"PYTHONPATH": str(PLUGIN), "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    environment = {"PYTHONPATH": plugin_path(PLUGIN), "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     done = subprocess.run(
         [interpreter(), "-c", _SCRIPT], env=environment, capture_output=True, text=True, timeout=180, check=True
     )

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from engines.served.plugin_path import plugin_path
 from engines.vllm.command import PLUGIN
 from engines.vllm.own_server import own_server
 from tests.support.vllm import interpreter
@@ -75,7 +76,7 @@ print("withdrawn:", connector.withdraw("/dev/shm/a"), asked(request, 0))
 
 def said_by(script: str) -> dict[str, str]:
     """Run a script in vLLM's interpreter, and return what it printed after each heading."""
-    environment = {"PYTHONPATH": str(PLUGIN), "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    environment = {"PYTHONPATH": plugin_path(PLUGIN), "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     done = subprocess.run(
         [interpreter(), "-c", script], env=environment, capture_output=True, text=True, timeout=180, check=True
     )

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from engines.errors import UnsupportedByEngine
+from engines.served.plugin_path import SHARED, plugin_path
 from engines.vllm.command import OWNED, PLUGIN, command_line, environment, owned_flag
 from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
 
@@ -134,7 +135,7 @@ def test_nothing_of_the_daemons_python_is_inherited(options: VllmOptions) -> Non
         LANG="C.UTF-8",
     )
     assert found["PATH"] == "/opt/vllm/bin:/usr/bin"
-    assert found["PYTHONPATH"] == str(PLUGIN)
+    assert found["PYTHONPATH"] == plugin_path(PLUGIN) == f"{PLUGIN}:{SHARED}"
     assert (found["HOME"], found["LANG"]) == ("/root", "C.UTF-8")
     assert not {"PYTHONHOME", "VIRTUAL_ENV", "NOTIFY_SOCKET", "VLLM_CPU_KVCACHE_SPACE"} & found.keys()
 

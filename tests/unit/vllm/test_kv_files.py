@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from engines.served.plugin_path import SHARED
 from engines.vllm.command import PLUGIN
 
-sys.path.append(str(PLUGIN))  # as vLLM's interpreter has it
+sys.path += [str(PLUGIN), str(SHARED)]  # as vLLM's interpreter has it
 
 from flexpiped_vllm.kv_files import KvFiles
 

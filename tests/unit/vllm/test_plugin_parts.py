@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.served.plugin_path import SHARED
 from engines.vllm.command import PLUGIN
 
-sys.path.append(str(PLUGIN))  # as vLLM's interpreter has it
+sys.path += [str(PLUGIN), str(SHARED)]  # as vLLM's interpreter has it
 
 from flexpiped_vllm.failpoints import FAIL, SKIP, FailpointHit, Failpoints
 from flexpiped_vllm.kv_tracker import KVTracker

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from flexpiped_served.processes import die_with_parent, first_to_be_killed
 
 from flexpiped_vllm import internals
 from flexpiped_vllm.layers import MadeLayers, build_layer
-from flexpiped_vllm.processes import die_with_parent, first_to_be_killed
 
 _NICE = 19
 _MESSAGE_BYTES = 1 << 16

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from flexpiped_served.processes import trim_heap
 
 from flexpiped_vllm import internals
-from flexpiped_vllm.processes import trim_heap
 
 
 @dataclass(slots=True)

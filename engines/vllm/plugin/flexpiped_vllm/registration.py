@@ -7,7 +7,8 @@ import os
 from functools import wraps
 from typing import Any
 
-from flexpiped_vllm.processes import die_with_parent
+from flexpiped_served.processes import die_with_parent
+
 from flexpiped_vllm.settings import Settings
 
 

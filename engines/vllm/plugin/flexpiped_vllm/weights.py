@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flexpiped_served.processes import die_with_parent
 
 from flexpiped_vllm import internals
 from flexpiped_vllm.layers import MadeLayers, build_layer
-from flexpiped_vllm.processes import die_with_parent
 
 _ALIGNMENT = 64
 _NICE = 19

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from flexpiped_served.processes import lower_this_thread, trim_heap
+from flexpiped_served.side import Reply, SideChannel
 
 from flexpiped_vllm import internals
 from flexpiped_vllm.compiled import CompiledForward
@@ -23,9 +25,7 @@ from flexpiped_vllm.kv import CacheForm
 from flexpiped_vllm.kv_rank import KvRank
 from flexpiped_vllm.layers import CannotMove, LayerStore, find_layers
 from flexpiped_vllm.moving import Moving
-from flexpiped_vllm.processes import lower_this_thread, trim_heap
 from flexpiped_vllm.settings import Settings
-from flexpiped_vllm.side import Reply, SideChannel
 from flexpiped_vllm.weights import HelperFailed, WeightHelper
 
 _EXPECTED = (HelperFailed, CompileFailed, RuntimeError, OSError, KeyError, ValueError)  # a failpoint is a RuntimeError

@@ -1,0 +1,1 @@
+"""What driving engines with servers of their own has in common: vLLM and SGLang."""

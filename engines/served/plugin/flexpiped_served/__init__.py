@@ -1,0 +1,1 @@
+"""What our plugins in vLLM and in SGLang share. Imports the standard library and torch only."""

@@ -1,0 +1,55 @@
+"""The entry point that SGLang calls in each of its processes before anything else of it runs.
+
+What is changed is changed in memory, in processes that a daemon started, and nowhere else: nothing is patched on disk.
+"""
+
+import os
+from functools import wraps
+from typing import Any
+
+from flexpiped_served.processes import die_with_parent
+
+from flexpiped_sglang.settings import Settings
+
+
+def register() -> None:
+    """Prepare this process. SGLang calls it once in each."""
+    if not Settings.present():
+        return
+    die_with_parent(parent_pid=os.getppid())
+    settings = Settings.of_environment()
+    _serve_on_a_socket(str(settings.directory / "http.sock"))
+    from flexpiped_sglang.seeds import draw_by_seed
+
+    draw_by_seed()
+    _extend_scheduler(settings)
+
+
+def _serve_on_a_socket(path: str) -> None:
+    """Have the API server listen on a private Unix socket, not on a port: SGLang has no option for it."""
+    import uvicorn
+
+    original = uvicorn.Config.__init__
+
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "uds": path})
+
+    uvicorn.Config.__init__ = init
+
+
+def _extend_scheduler(settings: Settings) -> None:
+    """Give each scheduler a rank of ours, from when it is ready until it ends."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from flexpiped_sglang.rank import Rank
+
+    original = Scheduler.run_event_loop
+
+    @wraps(original)
+    def run_event_loop(self: Any) -> None:
+        os.nice(max(0, settings.nice - os.nice(0)))
+        self.flexpiped = Rank(self, settings)
+        original(self)
+
+    Scheduler.run_event_loop = run_event_loop
