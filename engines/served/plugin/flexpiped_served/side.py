@@ -1,7 +1,7 @@
 """A side channel: a thread that answers the daemon over a Unix socket, beside the steps.
 
-One JSON object a line. What may wait for a step comes through the engine's own queue; what may not comes here: preparing,
-releasing, status.
+One JSON object a line. What may wait for a step comes through the engine's own queue; what may not comes here:
+preparing, releasing, status.
 """
 
 import json

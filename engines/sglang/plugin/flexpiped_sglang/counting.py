@@ -1,4 +1,4 @@
-"""What the scheduler of rank 0 has done, over all micro-batches: under pipeline parallelism SGLang's own look at one."""
+"""What the scheduler of rank 0 has done, over all micro-batches: SGLang's own figures are of one."""
 
 from functools import wraps
 from typing import Any

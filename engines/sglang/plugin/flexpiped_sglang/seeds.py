@@ -1,8 +1,8 @@
 """Sampling by the seed of each request.
 
-SGLang has it: a draw that depends on seed and position only. But only its "deterministic inference" uses it, which allows a
-few attention backends, none of them for the CPU, and turns the prefix cache off for some. A draw needs neither: with the
-seed set, a request goes on after a replay as it would have.
+SGLang has it: a draw that depends on seed and position only. But only its "deterministic inference" uses it, which
+allows a few attention backends, none of them for the CPU, and turns the prefix cache off for some. A draw needs
+neither: with the seed set, a request goes on after a replay as it would have.
 """
 
 from functools import wraps
