@@ -1,0 +1,196 @@
+"""What is known of the load, for the policy: ``LoadMonitor`` gathers, ``Observation`` is what it saw.
+
+Pure: times come in, and whoever samples (the daemon, the simulator) tells what happened. A value that is missing or
+stale is an ``Absence``, which the policy has to treat as such.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from planner.arrivals import Absence, Arrivals, ArrivalStatistics, Reading
+
+WINDOWS_S: Final = (30.0, 180.0, 1800.0)
+_MOST_REMEMBERED: Final = 2048  # requests of which lengths and times are kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSample:
+    """What the engines said at one moment, all replicas together.
+
+    Attributes:
+        kv_use: Share of the KV cache in use, of the fullest replica.
+        stage_busy: Share of the time that each stage computed; an ``Absence`` for one that does not say.
+        taken_bytes: Memory that others hold, by device.
+    """
+
+    running: int
+    waiting: int
+    kv_use: Reading
+    stage_busy: tuple[Reading, ...] = ()
+    taken_bytes: Mapping[str, Reading] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """The load as it was seen at one moment.
+
+    Attributes:
+        windows: Arrivals, the shortest window first.
+        awaiting: Requests without their first token, by the monitor's own count.
+        queue_age_s: Of the oldest request without its first token; 0 where there is none.
+        ttft_s, tpot_s: Means over the requests of the monitor's memory; ``ttft_p99_s`` likewise.
+        running, queue_length, kv_use, stage_busy, taken_bytes: As the engines said last.
+    """
+
+    windows: tuple[ArrivalStatistics, ...]
+    awaiting: int = 0
+    running: Reading = Absence.NOT_YET
+    queue_length: Reading = Absence.NOT_YET
+    queue_age_s: Reading = Absence.NOT_YET
+    prompt_tokens_mean: Reading = Absence.NOT_YET
+    output_tokens_mean: Reading = Absence.NOT_YET
+    ttft_s: Reading = Absence.NOT_YET
+    ttft_p99_s: Reading = Absence.NOT_YET
+    tpot_s: Reading = Absence.NOT_YET
+    kv_use: Reading = Absence.NOT_YET
+    stage_busy: tuple[Reading, ...] = ()
+    taken_bytes: Mapping[str, Reading] = field(default_factory=dict)
+
+    def window(self, window_s: float) -> ArrivalStatistics:
+        """Return the window whose length is nearest to ``window_s``."""
+        return min(self.windows, key=lambda each: abs(each.window_s - window_s))
+
+    @property
+    def latency_s(self) -> Reading:
+        """Mean time from arrival to the last token, from its parts."""
+        if isinstance(self.ttft_s, Absence):
+            return self.ttft_s
+        if isinstance(self.output_tokens_mean, Absence):
+            return self.output_tokens_mean
+        if self.output_tokens_mean <= 1:
+            return self.ttft_s
+        if isinstance(self.tpot_s, Absence):
+            return self.tpot_s
+        return self.ttft_s + (self.output_tokens_mean - 1) * self.tpot_s
+
+
+class _Recent:
+    """Values of the last ``window_s``, at most so many."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._values: deque[tuple[float, float]] = deque(maxlen=_MOST_REMEMBERED)
+        self._had_any = False
+
+    def add(self, at_s: float, value: float) -> None:
+        self._values.append((at_s, value))
+        self._had_any = True
+
+    def forget(self) -> None:
+        self._values.clear()
+
+    def mean(self, now_s: float) -> Reading:
+        values = self._now(now_s)
+        return sum(values) / len(values) if values else self._absence
+
+    def percentile(self, now_s: float, share: float) -> Reading:
+        values = sorted(self._now(now_s))
+        return values[min(len(values) - 1, int(share * len(values)))] if values else self._absence
+
+    @property
+    def _absence(self) -> Absence:
+        return Absence.STALE if self._had_any else Absence.NOT_YET
+
+    def _now(self, now_s: float) -> Sequence[float]:
+        while self._values and self._values[0][0] <= now_s - self._window_s:
+            self._values.popleft()
+        return [value for _at_s, value in self._values]
+
+
+class LoadMonitor:
+    """Gathers what happens, each thing told once and in the order of time.
+
+    Args:
+        windows_s: Of the arrivals.
+        memory_s: Over which lengths and latencies are averaged.
+        stale_after_s: Without a new sample for so long, what the engines said last is no longer believed.
+    """
+
+    def __init__(
+        self,
+        *,
+        began_s: float,
+        windows_s: Sequence[float] = WINDOWS_S,
+        memory_s: float = 60.0,
+        stale_after_s: float = 15.0,
+    ) -> None:
+        self._arrivals = Arrivals(windows_s, began_s=began_s)
+        self._stale_after_s = stale_after_s
+        self._waiting: dict[Hashable, float] = {}  # without a first token, oldest first
+        self._prompts, self._outputs = _Recent(max(windows_s)), _Recent(max(windows_s))
+        self._ttfts, self._tpots = _Recent(memory_s), _Recent(memory_s)
+        self._sample: tuple[float, EngineSample] | None = None
+
+    def arrived(self, request: Hashable, now_s: float, *, prompt_tokens: int | None = None) -> None:
+        """A request came; ``prompt_tokens`` may follow by ``prompt_known``."""
+        self._arrivals.add(now_s)
+        self._waiting[request] = now_s
+        if prompt_tokens is not None:
+            self.prompt_known(now_s, prompt_tokens)
+
+    def prompt_known(self, now_s: float, prompt_tokens: int) -> None:
+        """The length of one prompt."""
+        self._prompts.add(now_s, prompt_tokens)
+
+    def first_token(self, request: Hashable, now_s: float) -> None:
+        """A request got its first token. One that is not known is none of ours."""
+        came_s = self._waiting.pop(request, None)
+        if came_s is not None:
+            self._ttfts.add(now_s, now_s - came_s)
+
+    def ended(
+        self, request: Hashable, now_s: float, *, output_tokens: int | None = None, tpot_s: float | None = None
+    ) -> None:
+        """A request ended, on any path; what was not measured of it is None."""
+        self._waiting.pop(request, None)
+        if output_tokens is not None:
+            self._outputs.add(now_s, output_tokens)
+        if tpot_s is not None:
+            self._tpots.add(now_s, tpot_s)
+
+    def sampled(self, now_s: float, sample: EngineSample) -> None:
+        """The engines were asked."""
+        self._sample = (now_s, sample)
+
+    def layout_changed(self) -> None:
+        """Another layout is in force: latencies from here on are its own."""
+        self._ttfts.forget()
+        self._tpots.forget()
+
+    def observe(self, now_s: float) -> Observation:
+        """Return what is known at ``now_s``."""
+        oldest_s = next(iter(self._waiting.values()), None)
+        sample, absence = self._believed(now_s)
+        return Observation(
+            windows=self._arrivals.statistics(now_s),
+            awaiting=len(self._waiting),
+            running=absence if sample is None else float(sample.running),
+            queue_length=absence if sample is None else float(sample.waiting),
+            queue_age_s=0.0 if oldest_s is None else now_s - oldest_s,
+            prompt_tokens_mean=self._prompts.mean(now_s),
+            output_tokens_mean=self._outputs.mean(now_s),
+            ttft_s=self._ttfts.mean(now_s),
+            ttft_p99_s=self._ttfts.percentile(now_s, 0.99),
+            tpot_s=self._tpots.mean(now_s),
+            kv_use=absence if sample is None else sample.kv_use,
+            stage_busy=() if sample is None else sample.stage_busy,
+            taken_bytes={} if sample is None else sample.taken_bytes,
+        )
+
+    def _believed(self, now_s: float) -> tuple[EngineSample | None, Absence]:
+        if self._sample is None:
+            return None, Absence.NOT_YET
+        at_s, sample = self._sample
+        return (None, Absence.STALE) if now_s - at_s > self._stale_after_s else (sample, Absence.NOT_YET)

@@ -1,0 +1,141 @@
+"""One look at everything that a decision rests on, with what follows from it at once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from planner.arrivals import Absence
+from planner.granularity import Candidate, expected_latency_s, replica_rate_per_s
+from planner.load import Observation
+from planner.policy_state import Decision, PolicyConstants, PolicyState, known
+
+_OUTPUT_TOKENS = 128.0  # of a request, before one has ended
+_BY_CHANCE = 1.0  # the CV of arrivals that are too few to have one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What ``decide`` looks at.
+
+    Attributes:
+        demand_per_s: The highest rate over the windows up to ``cv_window_s``: it rises with the short ones and falls
+            with the long ones. None: not measured yet.
+        cv: Of the window ``cv_window_s``; taken as 1 where requests are too few to say, and ``cv_in_words`` says so.
+    """
+
+    state: PolicyState
+    observation: Observation
+    candidates: tuple[Candidate, ...]
+    now_s: float
+    constants: PolicyConstants
+    demand_per_s: float | None
+    cv: float
+    cv_in_words: str
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether anybody came lately, or is still here."""
+        return self.is_busy or self.observation.windows[0].arrivals > 0
+
+    @property
+    def is_busy(self) -> bool:
+        running, queue = self.observation.running, self.observation.queue_length
+        return known(running, 0.0) + known(queue, 0.0) > 0 or self.is_awaited
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a request has no first token yet."""
+        return self.observation.awaiting > 0 or known(self.observation.queue_length, 0.0) > 0
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there have been as many changes in the last minute as there may be."""
+        return len(self.state.changes_s) >= self.constants.changes_per_min
+
+    @property
+    def output_tokens(self) -> float:
+        return known(self.observation.output_tokens_mean, _OUTPUT_TOKENS)
+
+    @property
+    def capacity_per_s(self) -> float:
+        """Requests that the replicas in force serve together."""
+        return sum(self.rate_of(num_stages) for num_stages in self.state.fleet)
+
+    @property
+    def load(self) -> float:
+        """Demand over capacity; infinite where nothing serves."""
+        capacity = self.capacity_per_s
+        return (self.demand_per_s or 0.0) / capacity if capacity else float("inf")
+
+    @property
+    def numbers(self) -> Mapping[str, float | str]:
+        """What a decision rests on, for the record; what is absent says why."""
+        seen = self.observation
+        found: dict[str, float | str] = {
+            "cv": self.cv,
+            "load": self.load if self.state.fleet else "nothing serves",
+            "demand_per_s": "not measured yet" if self.demand_per_s is None else self.demand_per_s,
+            "fleet": ", ".join(map(str, self.state.fleet)),
+        }
+        for window in seen.windows:
+            found |= {f"rate_per_s_{window.window_s:g}s": _told(window.rate_per_s)}
+            found |= {f"cv_{window.window_s:g}s": _told(window.cv)}
+        for name in ("queue_length", "queue_age_s", "running", "kv_use", "ttft_s", "tpot_s"):
+            found[name] = _told(getattr(seen, name))
+        return found
+
+    def candidate(self, num_stages: int) -> Candidate | None:
+        """Return what is known of a granularity."""
+        return next((each for each in self.candidates if each.num_stages == num_stages), None)
+
+    def rate_of(self, num_stages: int) -> float:
+        """Return what one replica of a granularity serves; 0 where nothing is known of it."""
+        found = self.candidate(num_stages)
+        return 0.0 if found is None else replica_rate_per_s(found, self.constants.score)
+
+    def expected_of(self, num_stages: int) -> float | None:
+        """Return the latency that requests would have now with replicas of this granularity, as many as there are."""
+        found = self.candidate(num_stages)
+        if found is None or self.demand_per_s is None:
+            return None
+        return expected_latency_s(
+            found,
+            rate_per_s=self.demand_per_s,
+            cv=self.cv,
+            replicas=len(self.state.fleet),
+            output_tokens=self.output_tokens,
+        )
+
+    def keep(self, reason: str, **numbers: float | str) -> Decision:
+        """Return the decision to do nothing."""
+        return Decision(action=None, reason=f"keep: {reason}", at_s=self.now_s, numbers={**self.numbers, **numbers})
+
+
+def look(
+    state: PolicyState,
+    observation: Observation,
+    candidates: Sequence[Candidate],
+    now_s: float,
+    constants: PolicyConstants,
+) -> View:
+    """Return the view of a cycle."""
+    near = [each for each in observation.windows if each.window_s <= constants.cv_window_s] or observation.windows[:1]
+    rates = [each.rate_per_s for each in near if not isinstance(each.rate_per_s, Absence)]
+    window = observation.window(constants.cv_window_s)
+    if isinstance(window.cv, Absence):
+        cv, words = _BY_CHANCE, f"CV taken as {_BY_CHANCE:g} ({window.cv.value})"
+    else:
+        cv, words = window.cv, f"CV {window.cv:.2f} ({window.window_s:g} s)"
+    return View(
+        state=state,
+        observation=observation,
+        candidates=tuple(candidates),
+        now_s=now_s,
+        constants=constants,
+        demand_per_s=max(rates) if rates else None,
+        cv=cv,
+        cv_in_words=words,
+    )
+
+
+def _told(reading: float | Absence) -> float | str:
+    return reading.value if isinstance(reading, Absence) else reading

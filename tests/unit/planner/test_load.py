@@ -1,0 +1,100 @@
+"""The load monitor: windows against the definition, and values that are absent."""
+
+from statistics import mean, pstdev
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.arrivals import Absence, Arrivals, ArrivalWindow
+from planner.load import EngineSample, LoadMonitor
+
+GAPS_S = st.lists(st.floats(0.0, 20.0), min_size=0, max_size=120)
+
+
+@given(gaps_s=GAPS_S, after_s=st.floats(0.0, 40.0))
+def test_a_window_says_what_its_arrivals_say(gaps_s: list[float], after_s: float) -> None:
+    window, now_s, times_s = ArrivalWindow(30.0, began_s=0.0), 0.0, list[float]()
+    for gap_s in gaps_s:
+        now_s += gap_s
+        window.add(now_s)
+        times_s.append(now_s)
+    now_s += after_s
+    statistics = window.statistics(now_s)
+    inside = [at_s for at_s in times_s if at_s > now_s - 30]
+    between = [gap_s for index, gap_s in enumerate(gaps_s) if index and times_s[index] > now_s - 30]
+    assert statistics.arrivals == len(inside)
+    if now_s > 0:
+        assert statistics.rate_per_s == pytest.approx(len(inside) / min(30.0, now_s))
+    if len(between) >= 8 and sum(between) > 1e-3:
+        assert statistics.cv == pytest.approx(pstdev(between) / mean(between), rel=1e-3, abs=1e-3)
+    else:
+        assert len(between) >= 8 or statistics.cv is Absence.TOO_FEW
+
+
+def test_nobody_is_a_rate_of_zero_and_no_cv() -> None:
+    (statistics,) = Arrivals([180.0], began_s=0.0).statistics(60.0)
+    assert (statistics.rate_per_s, statistics.cv) == (0.0, Absence.TOO_FEW)
+
+
+def test_regular_arrivals_have_no_cv_and_no_gradient_and_more_of_them_have() -> None:
+    arrivals = Arrivals([100.0], began_s=0.0)
+    for second in range(1, 101):
+        arrivals.add(float(second))
+    (regular,) = arrivals.statistics(100.0)
+    assert regular.cv == pytest.approx(0.0, abs=1e-6)
+    assert regular.gradient_per_s2 == pytest.approx(0.0, abs=0.001)
+    for half_second in range(1, 101):
+        arrivals.add(100.0 + half_second / 2)
+    (rising,) = arrivals.statistics(150.0)
+    assert rising.gradient_per_s2 == pytest.approx((2.0 - 1.0) / 50, rel=0.1)
+
+
+def test_a_window_that_is_not_full_has_no_gradient() -> None:
+    arrivals = Arrivals([100.0], began_s=0.0)
+    arrivals.add(1.0)
+    assert arrivals.statistics(50.0)[0].gradient_per_s2 is Absence.NOT_YET
+
+
+def test_before_anything_happens_nothing_is_known() -> None:
+    seen = LoadMonitor(began_s=0.0).observe(0.0)
+    absent = (seen.ttft_s, seen.tpot_s, seen.queue_length, seen.kv_use, seen.latency_s, seen.windows[0].rate_per_s)
+    assert absent == (Absence.NOT_YET,) * 6
+
+
+def test_a_request_from_its_arrival_to_its_end() -> None:
+    monitor = LoadMonitor(began_s=0.0)
+    monitor.arrived("a", 1.0, prompt_tokens=30)
+    assert monitor.observe(3.0).queue_age_s == 2.0
+    monitor.first_token("a", 4.0)
+    monitor.ended("a", 9.0, output_tokens=11, tpot_s=0.5)
+    seen = monitor.observe(9.0)
+    assert (seen.ttft_s, seen.tpot_s, seen.prompt_tokens_mean, seen.output_tokens_mean) == (3.0, 0.5, 30, 11)
+    assert seen.queue_age_s == 0.0
+    assert seen.latency_s == 3.0 + 10 * 0.5
+
+
+def test_what_was_measured_long_ago_is_stale() -> None:
+    monitor = LoadMonitor(began_s=0.0, stale_after_s=10.0, memory_s=60.0)
+    monitor.arrived("a", 1.0)
+    monitor.first_token("a", 2.0)
+    monitor.sampled(2.0, EngineSample(running=1, waiting=2, kv_use=0.5))
+    assert monitor.observe(12.0).queue_length == 2.0
+    seen = monitor.observe(70.0)
+    assert (seen.queue_length, seen.kv_use, seen.ttft_s) == (Absence.STALE,) * 3
+
+
+def test_another_layout_forgets_the_latencies_of_the_old_one() -> None:
+    monitor = LoadMonitor(began_s=0.0)
+    monitor.arrived("a", 1.0)
+    monitor.first_token("a", 2.0)
+    monitor.layout_changed()
+    assert monitor.observe(2.0).ttft_s is Absence.STALE
+
+
+def test_a_request_that_never_ends_well_leaves_nothing_behind() -> None:
+    monitor = LoadMonitor(began_s=0.0)
+    monitor.arrived("a", 1.0)
+    monitor.ended("a", 2.0)
+    seen = monitor.observe(3.0)
+    assert (seen.queue_age_s, seen.output_tokens_mean) == (0.0, Absence.NOT_YET)

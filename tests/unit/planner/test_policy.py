@@ -1,0 +1,302 @@
+"""The policy through virtual time: what it changes, what keeps it, and that it never flaps."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.arrivals import Absence
+from planner.granularity import ScoreConstants, instances, scores
+from planner.load import EngineSample, LoadMonitor
+from planner.policy import changed_by_others, decide, initial_state, settle
+from planner.policy_state import Action, Ending, PolicyConstants, Verb
+from planner.scaling import ScaleConstants, host_affinity, serves_in_time, wanted_instances
+from tests.unit.planner.policies import FOUR, THREE, TWO, Run, candidate, square_wave
+
+CONSTANTS = PolicyConstants()
+
+
+def steady(rate_per_s: float, until_s: float) -> Iterator[float]:
+    now_s = 0.0
+    while now_s < until_s:
+        now_s += 1 / rate_per_s
+        yield now_s
+
+
+def bursts(rate_per_s: float, until_s: float, *, size: int) -> Iterator[float]:
+    """Yield ``size`` arrivals at once, so many times that the mean rate is kept: a CV of about sqrt(2 size - 1)."""
+    now_s = 0.0
+    while now_s < until_s:
+        now_s += size / rate_per_s
+        for index in range(size):
+            yield now_s + index * 1e-3
+
+
+# --- equations ---
+
+
+def test_calm_traffic_scores_few_stages_and_bursts_score_many() -> None:
+    best = [max(zip(scores(THREE, cv=cv, constants=ScoreConstants()), (2, 4, 8), strict=True))[1] for cv in (0.5, 3, 7)]
+    assert best == [2, 4, 8]
+
+
+def test_score_is_the_papers_with_numbers() -> None:
+    one = candidate(1, throughput_per_s=5.0, latency_s=0.1, best_cv=1.0)
+    two = candidate(2, throughput_per_s=10.0, latency_s=0.2, best_cv=1.0)
+    assert scores((one, two), cv=1.0, constants=ScoreConstants(alpha=0.5)) == (0.75, 0.75)
+    away = scores((one, two), cv=5.0, constants=ScoreConstants(alpha=0.5, sigma=4.0))
+    assert away == pytest.approx((0.75 / 2.718281828, 0.75 / 2.718281828))
+
+
+def test_shared_devices_cost_more_in_bursts() -> None:
+    shared = replace(TWO, devices=2, shared_devices=2)
+    for cv, least in ((0.5, 0.0), (6.0, 0.1)):
+        free, taken = (scores((each,), cv=cv, constants=ScoreConstants())[0] for each in (TWO, shared))
+        assert free - taken > least
+
+
+def test_what_never_serves_in_time_scores_nothing() -> None:
+    assert scores((TWO, replace(FOUR, best_cv=None)), cv=3.0, constants=ScoreConstants())[1] == 0.0
+
+
+def test_instances_serve_the_rate() -> None:
+    assert [instances(TWO, rate_per_s=r, load_limit=1.0, constants=ScoreConstants()) for r in (0, 10, 10.1, 35)] == [
+        1,
+        1,
+        2,
+        4,
+    ]
+
+
+def test_scale_by_the_queue_goes_from_three_tenths_to_all() -> None:
+    most = [wanted_instances(most=100, cv=1.0, queue_length=q, constants=ScaleConstants()) for q in (0, 16, 64, 640)]
+    assert most[0] == 30
+    assert most == sorted(most)
+    assert most[-1] == most[-2] == 90
+
+
+def test_a_scale_up_must_serve_what_waits() -> None:
+    constants = ScaleConstants()
+    given_s = {"queue_length": 100.0, "deadline_s": 30.0, "constants": constants}
+    assert serves_in_time(rates_per_s=[4.0], start_s=5.0, **given_s)  # type: ignore[arg-type]
+    assert not serves_in_time(rates_per_s=[4.0], start_s=5.1, **given_s)  # type: ignore[arg-type]
+    assert serves_in_time(rates_per_s=[], start_s=99, queue_length=0, deadline_s=1, constants=constants)
+
+
+def test_hosts_that_held_the_model_lately_come_first() -> None:
+    constants = ScaleConstants()
+    now, lately, never = (host_affinity(held_ago_s=s, free_devices=2, constants=constants) for s in (0, 300, None))
+    assert now == pytest.approx(3.0)
+    assert lately == pytest.approx(2.5, abs=0.01)
+    assert never == 2.0
+
+
+# --- what changes ---
+
+
+def test_calm_traffic_changes_nothing() -> None:
+    run = Run(CONSTANTS)
+    run.through(steady(2.0, 1200), until_s=1200)
+    assert run.actions == []
+    assert run.decisions[-1].reason == "keep: CV 0.00 (180 s), load 20%; 2 stages score best"
+
+
+def test_bursts_make_the_pipeline_finer_and_calm_makes_it_coarse_again() -> None:
+    run = Run(CONSTANTS)
+    calm = list(steady(2.0, 300))
+    burst = [300 + at_s for at_s in bursts(4.0, 600, size=16)]
+    after = [910 + at_s for at_s in steady(2.0, 900)]
+    state = run.through([*calm, *burst, *after], until_s=1800)
+    first = run.actions[0][1]
+    assert (first.verb, first.num_stages > 2) == (Verb.CHANGE, True)
+    assert state.main == 2
+    assert len(run.actions) <= 4
+
+
+def test_overload_changes_at_once_to_what_serves_more() -> None:
+    run = Run(CONSTANTS)
+    run.through([*steady(2.0, 100), *(100 + at_s for at_s in steady(12.0, 200))], until_s=300)
+    at_s, action = run.actions[0]
+    assert (action.verb, action.from_stages, action.num_stages) == (Verb.CHANGE, 2, 4)
+    assert 100 < at_s <= 140
+    assert "serve 80% more" in next(each.reason for each in run.decisions if each.action)
+
+
+def test_a_gain_below_the_least_is_refused_with_its_number() -> None:
+    close = candidate(4, throughput_per_s=10.5, latency_s=0.2, best_cv=0.5)
+    run = Run(CONSTANTS, candidates=(TWO, close))
+    run.through(steady(2.0, 600), until_s=600)
+    assert run.actions == []
+    assert run.decisions[-1].reason.endswith("4 stages would gain 2%, below the 15% that a change must bring")
+
+
+def test_a_change_that_costs_more_than_it_gains_is_not_made() -> None:
+    dear = replace(candidate(4, throughput_per_s=20.0, latency_s=0.19, best_cv=0.5), change_s=60.0)
+    run = Run(CONSTANTS, candidates=(TWO, dear))
+    run.through(steady(2.0, 600), until_s=600)
+    assert run.actions == []
+    assert "and the change costs" in run.decisions[-1].reason
+
+
+def test_one_action_at_a_time() -> None:
+    run = Run(CONSTANTS, action_s=300.0)
+    run.through(steady(12.0, 240), until_s=240)
+    assert len(run.actions) == 1
+    assert run.decisions[-1].reason.startswith("keep: 2 -> 4 stages is under way since")
+
+
+def test_what_failed_is_not_tried_again_for_a_while() -> None:
+    run = Run(CONSTANTS, candidates=(TWO, FOUR), ending=Ending.FAILED)
+    run.through(steady(12.0, 600), until_s=600)
+    assert len(run.actions) == 1
+    busy = Run(CONSTANTS, candidates=(TWO, FOUR), ending=Ending.BUSY)
+    busy.through(steady(12.0, 120), until_s=120)
+    assert len(busy.actions) > 1
+
+
+# --- the guard ---
+
+
+def test_a_change_that_does_worse_than_predicted_is_undone_and_barred() -> None:
+    run = Run(CONSTANTS, candidates=(TWO, FOUR), latency_s=lambda stages: 0.2 if stages == 2 else 3.0)
+    state = run.through(bursts(4.0, 700, size=16), until_s=600)
+    assert [action.verb for _at_s, action in run.actions] == [Verb.CHANGE, Verb.UNDO]
+    assert state.main == 2
+    assert state.barred[0].num_stages == 4
+    undone = next(each for each in run.decisions if each.verb is Verb.UNDO)
+    assert "3e+03 ms a request with 4 stages" in undone.reason
+    assert undone.numbers["measured_s"] == pytest.approx(3.0)
+
+
+def test_a_change_that_does_as_predicted_stays() -> None:
+    run = Run(CONSTANTS, candidates=(TWO, FOUR), latency_s=lambda stages: 0.5 if stages == 2 else 0.3)
+    state = run.through(bursts(4.0, 700, size=16), until_s=600)
+    assert [action.verb for _at_s, action in run.actions] == [Verb.CHANGE]
+    assert state.watch is None
+    assert any("4 stages pay: 300 ms a request" in each.reason for each in run.decisions)
+
+
+def test_each_undo_bars_for_twice_as_long() -> None:
+    state = initial_state([2], now_s=0.0)
+    for times in (1, 2, 3):
+        undo = Action(verb=Verb.UNDO, num_stages=2, from_stages=4)
+        state = settle(replace(state, under_way=undo), now_s=0.0, fleet=[2], ending=Ending.DONE, constants=CONSTANTS)
+        assert state.barred[0].until_s == CONSTANTS.bar_s * 2 ** (times - 1)
+
+
+def test_an_operator_changes_what_is_judged() -> None:
+    run = Run(CONSTANTS, candidates=(TWO, FOUR))
+    state = changed_by_others(run.through(bursts(4.0, 100, size=16), until_s=90), now_s=90.0, fleet=[8])
+    assert (state.fleet, state.watch, state.since_s) == ((8,), None, 90.0)
+
+
+# --- what is missing ---
+
+
+def test_nothing_measured_yet_keeps() -> None:
+    monitor = LoadMonitor(began_s=0.0)
+    _state, decision = decide(initial_state([2], now_s=0.0), monitor.observe(0.0), THREE, 0.0, CONSTANTS)
+    assert decision.reason == "keep: the engine's queue is not measured yet"
+
+
+def test_a_stale_queue_keeps_even_under_overload() -> None:
+    monitor = LoadMonitor(began_s=0.0)
+    monitor.sampled(0.0, EngineSample(running=1, waiting=9, kv_use=0.1))
+    for index, at_s in enumerate(steady(30.0, 60)):
+        monitor.arrived(index, at_s)
+    _state, decision = decide(initial_state([2], now_s=0.0), monitor.observe(60.0), THREE, 60.0, CONSTANTS)
+    assert decision.reason == "keep: the engine's queue is not measured for a while"
+    assert decision.numbers["queue_length"] == Absence.STALE.value
+
+
+def test_no_candidates_and_an_unknown_layout_keep() -> None:
+    monitor = LoadMonitor(began_s=0.0)
+    monitor.sampled(9.0, EngineSample(running=0, waiting=0, kv_use=0.1))
+    seen = monitor.observe(10.0)
+    assert decide(initial_state([2], now_s=0), seen, (), 10.0, CONSTANTS)[1].reason.startswith("keep: no granularity")
+    odd = decide(initial_state([5], now_s=0), seen, THREE, 10.0, CONSTANTS)[1]
+    assert odd.reason == "keep: nothing is known of 5 stages, which serve now"
+
+
+def test_too_few_requests_have_no_cv_and_the_reason_says_what_is_taken() -> None:
+    run = Run(CONSTANTS)
+    run.through([10.0, 100.0, 200.0], until_s=240)
+    assert run.actions == []
+    assert "CV taken as 1 (too few requests to say)" in run.decisions[-1].reason
+
+
+# --- replicas ---
+
+MANY = replace(CONSTANTS, min_replicas=0, max_replicas=8)
+FLEET = tuple(replace(each, most_replicas=8, start_s=start) for each, start in zip(THREE, (8.0, 4.0, 2.0), strict=True))
+
+
+def test_overload_adds_replicas_and_a_lasting_surplus_removes_them_one_by_one() -> None:
+    run = Run(MANY, candidates=(FLEET[0],))
+    waves = [*steady(5.0, 100), *(100 + s for s in steady(30.0, 300)), *(400 + s for s in steady(5.0, 2600))]
+    state = run.through(waves, until_s=3000)
+    assert run.actions[0][1].verb is Verb.ADD
+    assert any(len(each.numbers["fleet"].split(",")) >= 4 for each in run.decisions)  # type: ignore[union-attr]
+    assert state.fleet == (2,)
+    removed = [at_s for at_s, action in run.actions if action.verb is Verb.REMOVE]
+    assert removed[0] >= 400 + MANY.reclaim_s
+
+
+def test_sleep_at_zero_traffic_and_wake_at_the_first_request() -> None:
+    run = Run(MANY, candidates=FLEET)
+    run.through([*steady(2.0, 100), 1000.0], until_s=1100)
+    verbs = [(at_s, action.verb, action.num_stages) for at_s, action in run.actions]
+    assert verbs[0][1] is Verb.REMOVE
+    assert verbs[0][0] >= 100 + MANY.idle_s
+    assert verbs[1] == (1000.0, Verb.ADD, 8)  # what starts soonest
+    assert any(each.reason == "keep: asleep: no request waits" for each in run.decisions)
+
+
+def test_a_queue_that_coarse_replicas_would_serve_too_late_gets_fine_ones() -> None:
+    slow, quick = replace(FLEET[0], start_s=60.0), replace(FLEET[2], start_s=2.0)
+    run = Run(MANY, candidates=(slow, quick), queue=64)
+    run.through(steady(8.0, 60), until_s=20)
+    _at_s, action = run.actions[0]
+    assert (action.verb, action.num_stages) == (Verb.ADD, 8)
+
+
+# --- it never flaps ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    low=st.floats(0.2, 20.0),
+    high=st.floats(0.2, 26.0),
+    period_s=st.floats(10.0, 600.0),
+    size=st.sampled_from([1, 1, 4, 16]),
+    dwell_s=st.sampled_from([5.0, 60.0]),
+    honest=st.booleans(),
+)
+def test_square_waves_never_make_more_than_two_changes_a_minute(
+    low: float, high: float, period_s: float, size: int, dwell_s: float, honest: bool
+) -> None:
+    """Also with dwell and confirmation far shorter than the defaults, and where nothing does what was predicted."""
+    hasty = replace(CONSTANTS, dwell_s=dwell_s, cool_down_s=1.0, confirm_s=0.0, guard_s=5.0, max_replicas=3)
+    latency = None if honest else lambda stages: 0.2 * stages
+    waves = square_wave(low_per_s=low, high_per_s=high, period_s=period_s, until_s=600)
+    arrivals = (at_s + index * 1e-3 for at_s in waves for index in range(size))
+    run = Run(hasty, candidates=tuple(replace(each, most_replicas=3) for each in THREE), latency_s=latency)
+    run.through(sorted(arrivals), until_s=600, interval_s=2.5)
+    assert run.most_in_a_minute <= 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("threshold", [7.5, 9.0, 13.5, 16.2, 18.0])
+def test_waves_around_each_threshold_of_load_hardly_change_anything(seed: int, threshold: float) -> None:
+    random = Random(seed)
+    share, period_s = random.uniform(0.01, 0.2), random.uniform(10.0, 400.0)
+    waves = square_wave(
+        low_per_s=threshold * (1 - share), high_per_s=threshold * (1 + share), period_s=period_s, until_s=1200
+    )
+    run = Run(CONSTANTS)
+    run.through(waves, until_s=1200)
+    assert run.most_in_a_minute <= 2
+    assert len(run.actions) <= 1200 / CONSTANTS.dwell_s
