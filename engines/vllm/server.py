@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from engines.errors import EngineStartFailed
-from engines.vllm.freed import HostMemory, ProcessId, identify, until_free
+from engines.vllm.freed import HostMemory, ProcessId, identify, still_runs, until_free
 from engines.vllm.logs import LastWords, LogLine, parse_line
 from engines.vllm.run_directory import make_run_directory, note_shared_memory, remove_run_directory
 
@@ -42,6 +42,7 @@ class VllmServer:
         self._last_words = LastWords()
         self._ending = False
         self.processes: set[ProcessId] = set()  # all that were seen; complete once it was killed or closed
+        self._watched: list[tuple[ProcessId, str]] = []  # with names in words; who takes others along comes first
         self._closed: asyncio.Task[None] | None = None
 
     @property
@@ -77,9 +78,14 @@ class VllmServer:
         self._tasks = [self._log_task, watch]
 
     def watch(self, processes: Iterable[tuple[int, str]]) -> None:
-        """Report the death of any of these processes at once, however it ends; each has its name in words."""
+        """Report the death of any of these processes at once, however it ends; each has its name in words.
+
+        A process whose end ends others comes before them: of several that have ended, the first is named.
+        """
         for pid, name in processes:
-            self.processes |= identify([pid])
+            found = identify([pid])
+            self.processes |= found
+            self._watched += [(process, f"{name} (pid {pid})") for process in found]
             self._tasks.append(asyncio.create_task(self._watch(pid, name), name=f"vllm-watch-{pid}"))
         self.note_shared_memory()
 
@@ -142,7 +148,8 @@ class VllmServer:
 
     async def _watch(self, pid: int, name: str) -> None:
         await process_ended(pid)
-        self._die(f"{name} (pid {pid}) has ended")
+        ended = (words for process, words in self._watched if not still_runs(process))
+        self._die(f"{next(ended, f'{name} (pid {pid})')} has ended")
 
     async def _watch_api_server(self, process: asyncio.subprocess.Process) -> None:
         # Not by wait(): that waits for the end of the log, too, which the other processes hold open.

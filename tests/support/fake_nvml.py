@@ -1,4 +1,4 @@
-"""Discovery in a process of its own, whose libnvidia-ml.so.1 is a stand-in built from ``fake_nvml.c``."""
+"""Programs in a process of their own, whose libnvidia-ml.so.1 is a stand-in built from ``fake_nvml.c``."""
 
 import os
 import subprocess
@@ -55,16 +55,20 @@ def discovered(
     Args:
         variables: What the stand-in is told: ``count=16`` is ``FAKE_NVML_COUNT``. Capitals are taken as they are.
     """
+    arguments = [str(sysfs), ",".join(map(str, own_pids)), str(repeat)]
+    written = run_program(_PROGRAM, *arguments, define=define, with_library=with_library, **variables)
+    first, _, rest = written.partition("\n")
+    host = from_json(rest)
+    assert isinstance(host, HostTopology)
+    return host, float(first)
+
+
+def run_program(program: str, *arguments: str, define: str = "", with_library: bool = True, **variables: object) -> str:
+    """Return what a Python program writes where the driver's library is the stand-in; arguments as ``discovered``."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(_ROOT)}
     if with_library:
         environment["LD_LIBRARY_PATH"] = str(library(define))
     for name, value in variables.items():
         environment[name if name.isupper() else f"FAKE_NVML_{name.upper()}"] = str(value)
-    arguments = [str(sysfs), ",".join(map(str, own_pids)), str(repeat)]
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, *arguments], env=environment, check=True, capture_output=True, text=True
-    )
-    first, _, rest = done.stdout.partition("\n")
-    host = from_json(rest)
-    assert isinstance(host, HostTopology)
-    return host, float(first)
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
