@@ -25,7 +25,7 @@ from vllm.v1.worker.workspace import init_workspace_manager
 from flexpiped_vllm import internals
 from flexpiped_vllm.compiling import CompileFailed
 from flexpiped_vllm.cuda_graphs import GraphedForward
-from flexpiped_vllm.failpoints import Failpoints
+from flexpiped_served.failpoints import Failpoints
 
 init_workspace_manager(torch.device("cpu"))
 seen = []

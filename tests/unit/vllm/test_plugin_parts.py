@@ -11,9 +11,9 @@ from engines.vllm.command import PLUGIN
 
 sys.path += [str(PLUGIN), str(SHARED)]  # as vLLM's interpreter has it
 
-from flexpiped_vllm.failpoints import FAIL, SKIP, FailpointHit, Failpoints
+from flexpiped_served.failpoints import FAIL, SKIP, FailpointHit, Failpoints
+from flexpiped_served.pieces import pieces_of
 from flexpiped_vllm.kv_tracker import KVTracker
-from flexpiped_vllm.pieces import pieces_of
 
 BLOCK = 16
 

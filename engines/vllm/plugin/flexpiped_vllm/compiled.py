@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flexpiped_served.failpoints import Failpoints
+
 from flexpiped_vllm import internals
 from flexpiped_vllm.compiling import CompileFailed, CompileHelper, CompileJob
-from flexpiped_vllm.failpoints import Failpoints
 
 COMPILED, EAGER = "compiled", "eager"
 _SLOW_S = 3600.0  # of an armed failpoint

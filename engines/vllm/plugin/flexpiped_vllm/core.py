@@ -14,14 +14,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.moving import BUFFERS
+from flexpiped_served.pieces import Piece, pieces_of
+from flexpiped_served.staging import bind_datagram
+
 from flexpiped_vllm import internals
-from flexpiped_vllm.failpoints import Failpoints
 from flexpiped_vllm.kv_tracker import KVTracker
 from flexpiped_vllm.kv_transfers import KvTransfers
-from flexpiped_vllm.moving import BUFFERS
-from flexpiped_vllm.pieces import Piece, pieces_of
 from flexpiped_vllm.settings import Settings
-from flexpiped_vllm.staging import bind_datagram
 
 _NO_REPLY = -1000  # no rank has this number, so none answers
 _TRACE_LENGTH = 200_000

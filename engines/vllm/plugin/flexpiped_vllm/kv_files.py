@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from flexpiped_vllm.kv import BlockView
+from flexpiped_served.kv import BlockView
 
 
 class KvFiles:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flexpiped_served.failpoints import Failpoints
 
 from flexpiped_vllm import internals
-from flexpiped_vllm.failpoints import Failpoints
 from flexpiped_vllm.kv_files import KvFiles
 from flexpiped_vllm.settings import Settings
 

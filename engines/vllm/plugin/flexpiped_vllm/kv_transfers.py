@@ -14,9 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from flexpiped_served.staging import bind_datagram
+
 from flexpiped_vllm import internals
 from flexpiped_vllm.kv_rank import ANSWERS
-from flexpiped_vllm.staging import bind_datagram
 
 _NO_REPLY = -1000  # no rank has this number, so none answers through vLLM's queue
 _PIECES_UNDER_WAY = 4

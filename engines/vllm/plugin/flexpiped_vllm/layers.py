@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from flexpiped_served.kv import CacheForm
 from flexpiped_served.processes import trim_heap
 
 from flexpiped_vllm import internals
@@ -74,7 +75,9 @@ class LayerStore:
         for index in self.held():
             self._modules[index] = self.made.modules[index]
             self._attention[index] = self._registered(index)
-        self._sibling = next(iter(self._attention[next(iter(self.held()))].values()))
+        first = self.held()[0]
+        self._sibling = next(iter(self._attention[first].values()))
+        self._forms = {name: CacheForm.of(cache) for name, cache in self.caches_of(first).items()}
         self.num_layers = len(self.made.modules)
         for index in range(self.num_layers):
             if index not in self._modules:
@@ -104,8 +107,7 @@ class LayerStore:
         """
         for index in self.held():
             self.empty(index)
-            for module in self._attention[index].values():
-                module.kv_cache = torch.empty(0)
+            self.drop_caches(index)
         self._runner.kv_caches.clear()
         trim_heap()
 
@@ -113,7 +115,22 @@ class LayerStore:
         """Return the attention modules of a layer by name; each has a KV cache of its own."""
         return self._attention[index]
 
+    def bytes_of(self, index: int) -> int:
+        return self.made.bytes_of[index]
+
     # --- for a handover's other threads: nothing here is seen by the forward pass ---
+
+    def caches_of(self, index: int) -> dict[str, torch.Tensor]:
+        return {self._part(index, name): module.kv_cache for name, module in self._attention[index].items()}
+
+    def new_caches(self, index: int) -> dict[str, torch.Tensor]:
+        return {
+            self._part(index, name): self._forms[self._part(index, name)].allocate() for name in self._attention[index]
+        }
+
+    def drop_caches(self, index: int) -> None:
+        for module in self._attention[index].values():
+            module.kv_cache = torch.empty(0)
 
     def fill(self, index: int, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
         """Give a layer outside the forward pass its weights; yields between pieces of work."""
@@ -147,9 +164,10 @@ class LayerStore:
         """Make a filled layer part of the forward pass, with the KV caches of its attention modules."""
         self.made.modules[index] = self._modules[index]
         for name, module in self._attention[index].items():
+            cache = caches[self._part(index, name)]
             self._context[name] = module
-            module.bind_kv_cache(caches[name])
-            self._runner.kv_caches.append(caches[name])
+            module.bind_kv_cache(cache)
+            self._runner.kv_caches.append(cache)
             for names in self._group_names:
                 if name not in names:
                     names.append(name)
@@ -172,6 +190,10 @@ class LayerStore:
         internals.model_utils._model_to_pp_missing_layer_names.clear()
 
     # --- inside ---
+
+    def _part(self, index: int, name: str) -> str:
+        """Return the name of an attention module within its layer."""
+        return name.removeprefix(f"{self.made.prefix}.{index}.")
 
     def _names_lists(self) -> list[list[str]]:
         """Return the lists of layer names that steps read: of the KV cache group and its attention groups."""

@@ -10,23 +10,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.kv import CacheForm
+from flexpiped_served.moving import Moving
 from flexpiped_served.processes import lower_this_thread, trim_heap
 from flexpiped_served.side import Reply, SideChannel
+from flexpiped_served.weights import HelperFailed, WeightHelper
 
 from flexpiped_vllm import internals
 from flexpiped_vllm.compiled import CompiledForward
 from flexpiped_vllm.compiling import CompileFailed, CompileHelper, Model
 from flexpiped_vllm.cuda_graphs import GraphedForward
-from flexpiped_vllm.failpoints import Failpoints
-from flexpiped_vllm.kv import CacheForm
 from flexpiped_vllm.kv_rank import KvRank
 from flexpiped_vllm.layers import CannotMove, LayerStore, find_layers
-from flexpiped_vllm.moving import Moving
+from flexpiped_vllm.loading import load_layer
 from flexpiped_vllm.settings import Settings
-from flexpiped_vllm.weights import HelperFailed, WeightHelper
 
 _EXPECTED = (HelperFailed, CompileFailed, RuntimeError, OSError, KeyError, ValueError)  # a failpoint is a RuntimeError
 _PREPARING_NICE = 19
@@ -112,7 +114,8 @@ class ResidentRank(KvRank):
     def flexpiped_copy_out(self, handover: int, ticket: int, layers: list[int], blocks: list[int]) -> None:
         """Send KV blocks of some layers, if this rank holds them. Nobody waits: the receiver acknowledges."""
         if self._moving is not None:
-            self._moving.copy_out(handover, ticket, layers, blocks)
+            core = str(Settings.of_environment().directory / "core.dgram")
+            self._moving.copy_out(handover, ticket, layers, blocks, reply_to=core)
 
     def flexpiped_commit_copy(
         self, handover: int, participants: list[int], blocks: list[int], deadline_s: float
@@ -212,7 +215,8 @@ class ResidentRank(KvRank):
         layers = self._layers
         if layers is not None and not self._refusal:
             let_go = layers.let_go if self.device.type == "cpu" else _nothing  # a fork must not touch a GPU
-            helper = WeightHelper(self.model_runner.get_model(), layers.made, self.vllm_config, let_go=let_go)
+            load = partial(load_layer, self.model_runner.get_model(), layers.made, self.vllm_config)
+            helper = WeightHelper(load, let_go=let_go)
             if self._compiled is not None and self.device.type == "cpu":
                 model = Model(runner=self.model_runner, core=layers.core, made=layers.made, config=self.vllm_config)
                 self._compiled.set_helper(CompileHelper(model, let_go=let_go))

@@ -9,19 +9,56 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from flexpiped_vllm.failpoints import Failpoints
-from flexpiped_vllm.kv import BlockView, CacheForm
-from flexpiped_vllm.layers import LayerStore
-from flexpiped_vllm.pieces import Piece, pieces_of
-from flexpiped_vllm.staging import Notice, Receiver, Staging, bind_datagram
-from flexpiped_vllm.weights import WeightHelper
+from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.kv import BlockView
+from flexpiped_served.pieces import Piece, pieces_of
+from flexpiped_served.staging import Notice, Receiver, Staging, bind_datagram
+from flexpiped_served.weights import WeightHelper
 
 BUFFERS = 4
 _RECEIVE_BYTES = 1 << 16
+
+
+class Layers(Protocol):
+    """The layers of a worker, as its engine keeps them. Each KV cache of a layer has a name, the same in all layers."""
+
+    @property
+    def other_bytes(self) -> int:
+        """Weights beside the layers: embedding, norm and head where this rank has them."""
+
+    def held(self) -> list[int]:
+        """Return the indexes of the layers in the forward pass."""
+
+    def bytes_of(self, index: int) -> int:
+        """Return the bytes of a layer's weights, held or not."""
+
+    def caches_of(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the KV caches of a layer that is held, or was until it was taken out."""
+
+    def new_caches(self, index: int) -> dict[str, torch.Tensor]:
+        """Allocate KV caches for a layer. Nothing uses them yet."""
+
+    def drop_caches(self, index: int) -> None:
+        """Let go of the KV caches of a layer outside the forward pass."""
+
+    def fill(self, index: int, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Give a layer outside the forward pass its weights; yields between pieces of work."""
+
+    def empty(self, index: int) -> int:
+        """Take the weights of a layer outside the forward pass away; return their bytes."""
+
+    def put_in(self, index: int, caches: dict[str, torch.Tensor]) -> None:
+        """Make a filled layer part of the forward pass, between two steps."""
+
+    def take_out(self, index: int) -> None:
+        """Take a layer out of the forward pass, between two steps. What it holds stays until it is dropped."""
+
+    def set_range(self, first: int, end: int) -> None:
+        """Say which layers the forward pass runs, after all were put in and taken out."""
 
 
 class _Handover:
@@ -44,7 +81,7 @@ class Moving:
     def __init__(
         self,
         *,
-        layers: LayerStore,
+        layers: Layers,
         helper: WeightHelper,
         failpoints: Failpoints,
         directory: Path,
@@ -64,12 +101,8 @@ class Moving:
         self._group_rank = group_rank
         self._num_blocks = num_blocks
         self._rank = rank
-        first = layers.held()[0]
-        self._forms = {  # every layer has KV caches of these forms
-            name.removeprefix(f"{layers.made.prefix}.{first}."): CacheForm.of(module.kv_cache)
-            for name, module in layers.attention_of(first).items()
-        }
-        self.block_bytes = sum(form.num_bytes // num_blocks for form in self._forms.values())
+        caches = layers.caches_of(layers.held()[0])  # every layer has KV caches of these forms
+        self.block_bytes = sum(BlockView(cache, num_blocks).block_bytes for cache in caches.values())
         self.buffer_bytes = max(slice_bytes, self.block_bytes)
         self._staging = Staging(count=BUFFERS, size=self.buffer_bytes)
         self._answers = bind_datagram(directory / f"ack-{rank}.dgram")
@@ -94,8 +127,8 @@ class Moving:
             for _ in self._layers.fill(index, tensors):
                 if handover.cancelled:
                     return
-            handover.caches[index] = {name: self._new_cache(index, name) for name in self._layers.attention_of(index)}
-            done_bytes += self._layers.made.bytes_of[index]
+            handover.caches[index] = self._layers.new_caches(index)
+            done_bytes += self._layers.bytes_of(index)
             yield done_bytes
         self._failpoints.hit("worker.prepared")
 
@@ -110,8 +143,7 @@ class Moving:
         for index in handover.lost if handover.switched else handover.gained:
             weights_bytes += self._layers.empty(index)
             kv_bytes += self.block_bytes * self._num_blocks
-            for module in self._layers.attention_of(index).values():
-                module.kv_cache = torch.empty(0)
+            self._layers.drop_caches(index)
         handover.caches.clear()
         self._handover = None
         return {"weights_bytes": weights_bytes, "kv_bytes": kv_bytes}
@@ -121,29 +153,29 @@ class Moving:
         held = self._layers.held()
         return {
             "layers": held,
-            "weights_bytes": self._layers.other_bytes + sum(self._layers.made.bytes_of[i] for i in held),
+            "weights_bytes": self._layers.other_bytes + sum(self._layers.bytes_of(i) for i in held),
             "kv_mapped_bytes": self.block_bytes * self._num_blocks * len(held),
         }
 
-    def _new_cache(self, index: int, name: str) -> torch.Tensor:
-        return self._forms[name.removeprefix(f"{self._layers.made.prefix}.{index}.")].allocate()
-
     # --- between two steps ---
 
-    def copy_out(self, number: int, ticket: int, layers: list[int], blocks: list[int]) -> None:
-        """Write one piece into buffer ``ticket % BUFFERS`` and tell the destination; the core gets the answer."""
+    def targets(self, number: int) -> dict[int, int]:
+        """Return the destination of each layer that leaves this rank."""
+        return self._of(number).target_of
+
+    def copy_out(self, number: int, ticket: int, layers: list[int], blocks: list[int], *, reply_to: str) -> None:
+        """Write one piece into buffer ``ticket % BUFFERS`` and tell the destination; ``reply_to`` gets the answer."""
         handover = self._handover
         if handover is None or handover.number != number or not layers or layers[0] not in handover.target_of:
             return
-        core = str(self._directory / "core.dgram")
         reason = ""
         try:
             if not self._failpoints.hit("worker.copy_out"):  # a control leaves the copy out
-                self._send(handover, ticket, layers, blocks, reply_to=core)
+                self._send(handover, ticket, layers, blocks, reply_to=reply_to)
                 return  # the destination answers
         except (RuntimeError, OSError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-        self._answers.sendto(json.dumps([number, self._rank, ticket, reason]).encode(), core)
+        self._answers.sendto(json.dumps([number, self._rank, ticket, reason]).encode(), reply_to)
 
     def commit_copy(self, number: int, blocks: list[int], deadline_s: float) -> dict[str, Any]:
         """Send the remainder of all lost layers and wait until the destinations have it."""
@@ -203,7 +235,7 @@ class Moving:
     def _caches(self, handover: _Handover, index: int) -> list[torch.Tensor]:
         if index in handover.caches:
             return list(handover.caches[index].values())
-        return [module.kv_cache for module in self._layers.attention_of(index).values()]
+        return list(self._layers.caches_of(index).values())
 
     def _send(self, handover: _Handover, ticket: int, layers: list[int], blocks: list[int], *, reply_to: str) -> int:
         buffer = ticket % BUFFERS

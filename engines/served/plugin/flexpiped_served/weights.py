@@ -1,7 +1,7 @@
 """A helper process that reads the weights of a layer, so that no Python of it runs beside the steps.
 
-It is forked from the worker once, before requests are served: it knows the model, its configuration and its place in
-the tensor-parallel group, and has its own interpreter. It builds a layer, has the model's own ``load_weights`` fill it,
+It is forked from the process that runs steps once, before requests are served: it knows the model, its configuration
+and its place in the tensor-parallel group, and has its own interpreter. It has the engine's own code fill a layer,
 straight into shared memory, and hands that over. It never touches a GPU.
 """
 
@@ -15,15 +15,13 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from flexpiped_served.processes import die_with_parent
 
-from flexpiped_vllm import internals
-from flexpiped_vllm.layers import MadeLayers, build_layer
+from flexpiped_served.processes import die_with_parent
 
 _ALIGNMENT = 64
 _NICE = 19
@@ -34,6 +32,8 @@ _TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
 }  # fmt: skip
 
+Manifest = list[tuple[str, int, list[int], str]]  # of each parameter: name, where it begins, shape, type
+
 
 class HelperFailed(Exception):
     """The helper could not load a layer; the message says why."""
@@ -43,16 +43,17 @@ class WeightHelper:
     """The worker's side: one request at a time.
 
     Args:
+        load: Called in the helper with a layer: returns shared memory with its weights, and what lies where in it.
         let_go: Called in the helper: drops the weights and KV caches that the fork has inherited.
     """
 
-    def __init__(self, model: torch.nn.Module, made: MadeLayers, config: Any, *, let_go: Callable[[], None]) -> None:
+    def __init__(self, load: Callable[[int], tuple[int, Manifest]], *, let_go: Callable[[], None]) -> None:
         ours, theirs = socket.socketpair()
         worker_pid = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
-            _serve(theirs, model, made, config, let_go, worker_pid=worker_pid)
+            _serve(theirs, load, let_go, worker_pid=worker_pid)
         theirs.close()
         self._socket = ours
 
@@ -98,9 +99,7 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 def _serve(
     connection: socket.socket,
-    model: torch.nn.Module,
-    made: MadeLayers,
-    config: Any,
+    load: Callable[[int], tuple[int, Manifest]],
     let_go: Callable[[], None],
     *,
     worker_pid: int,
@@ -112,20 +111,20 @@ def _serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         os.nice(_NICE)
-        internals.torch_threads(1)  # the thread pool of the worker does not exist here
+        torch._C.set_num_threads(1)  # the worker's thread pool does not exist here; vLLM replaces torch's function
         let_go()
         while len(raw := connection.recv(_HEADER.size)) == _HEADER.size:
-            _answer(connection, model, made, config, _HEADER.unpack(raw)[0])
+            _answer(connection, load, _HEADER.unpack(raw)[0])
         status = 0
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
-def _answer(connection: socket.socket, model: torch.nn.Module, made: MadeLayers, config: Any, index: int) -> None:
+def _answer(connection: socket.socket, load: Callable[[int], tuple[int, Manifest]], index: int) -> None:
     fds: list[int] = []
     try:
-        fd, tensors = _load_layer(model, made, config, index)
+        fd, tensors = load(index)
         fds.append(fd)
         manifest: dict[str, Any] = {"tensors": tensors}
     except Exception as error:  # noqa: BLE001  whatever a model's own loading raises is told to the worker
@@ -141,49 +140,27 @@ def _answer(connection: socket.socket, model: torch.nn.Module, made: MadeLayers,
         os.close(fd)
 
 
-def _load_layer(
-    model: torch.nn.Module, made: MadeLayers, config: Any, index: int
-) -> tuple[int, list[tuple[str, int, list[int], str]]]:
-    """Build and fill layer ``index``; return the shared memory and where each parameter lies in it."""
-    context = config.compilation_config.static_forward_context
-    context.clear()  # else the name would be taken
-    layer = build_layer(made, index, config, torch.device("cpu"))
-    fd = os.memfd_create(f"flexpiped-layer-{index}")
-    tensors, end = [], 0
-    for name, parameter in layer.named_parameters():
+def lay_out(parameters: Mapping[str, tuple[torch.Size, torch.dtype]]) -> tuple[int, Manifest, dict[str, torch.Tensor]]:
+    """Return shared memory for parameters of these shapes and types, what lies where, and tensors in it."""
+    tensors: Manifest = []
+    end = 0
+    for name, (shape, dtype) in parameters.items():
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + parameter.numel() * parameter.element_size()
-        tensors.append((name, start, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")))
+        end = start + shape.numel() * dtype.itemsize
+        tensors.append((name, start, list(shape), str(dtype).removeprefix("torch.")))
+    fd = os.memfd_create("flexpiped-layer")
     os.ftruncate(fd, max(1, end))
     pages = mmap.mmap(fd, max(1, end))
-    named = dict(layer.named_parameters())
-    for name, start, shape, _ in tensors:
-        named[name].data = _view(pages, start, shape, named[name].dtype)
-    kept, made.modules[index] = made.modules[index], layer
-    internals.model_utils._model_to_pp_missing_layer_names.clear()
-    try:
-        with internals.set_current_vllm_config(config, check_compile=False):
-            model.load_weights(_weights_of(model, made, config, index))
-    finally:
-        made.modules[index] = kept
-    return fd, tensors
+    views = {name: _view(pages, start, shape, parameters[name][1]) for name, start, shape, _ in tensors}
+    return fd, tensors, views
 
 
-def _weights_of(model: Any, made: MadeLayers, config: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the checkpoint's tensors of one layer, as vLLM's loader names them."""
-    wanted = re.compile(rf"(^|\.){re.escape(made.prefix.rpartition('.')[2])}\.{index}\.")
-    loader = internals.get_model_loader(config.load_config)
-    files = internals.safetensors_files(loader, config.model_config, model)
-    if files is None:  # another format: read all, keep what is wanted
-        for name, tensor in loader.get_all_weights(config.model_config, model):
-            if wanted.search(name):
-                yield name, tensor
-        return
-    for file in files:
-        yield from _read_file(Path(file), wanted)
+def layer_pattern(prefix: str, index: int) -> re.Pattern[str]:
+    """Return what the names of a layer's tensors match; ``prefix`` is that of all layers, as ``model.layers``."""
+    return re.compile(rf"(^|\.){re.escape(prefix.rpartition('.')[2])}\.{index}\.")
 
 
-def _read_file(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_file(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the wanted tensors of a safetensors file, mapped: 8 bytes of length, a JSON header, then the data."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))

@@ -1,0 +1,44 @@
+"""In the helper process: builds a layer as vLLM would, and has the model's own ``load_weights`` fill it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from flexpiped_served.weights import Manifest, lay_out, layer_pattern, read_file
+
+from flexpiped_vllm import internals
+from flexpiped_vllm.layers import MadeLayers, build_layer
+
+
+def load_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: int) -> tuple[int, Manifest]:
+    """Build and fill layer ``index``; return the shared memory and where each parameter lies in it."""
+    context = config.compilation_config.static_forward_context
+    context.clear()  # else the name would be taken
+    layer = build_layer(made, index, config, torch.device("cpu"))
+    named = dict(layer.named_parameters())
+    fd, manifest, views = lay_out({name: (parameter.shape, parameter.dtype) for name, parameter in named.items()})
+    for name, view in views.items():
+        named[name].data = view
+    kept, made.modules[index] = made.modules[index], layer
+    internals.model_utils._model_to_pp_missing_layer_names.clear()
+    try:
+        with internals.set_current_vllm_config(config, check_compile=False):
+            model.load_weights(_weights_of(model, made, config, index))
+    finally:
+        made.modules[index] = kept
+    return fd, manifest
+
+
+def _weights_of(model: Any, made: MadeLayers, config: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the checkpoint's tensors of one layer, as vLLM's loader names them."""
+    wanted = layer_pattern(made.prefix, index)
+    loader = internals.get_model_loader(config.load_config)
+    files = internals.safetensors_files(loader, config.model_config, model)
+    if files is None:  # another format: read all, keep what is wanted
+        for name, tensor in loader.get_all_weights(config.model_config, model):
+            if wanted.search(name):
+                yield name, tensor
+        return
+    for file in files:
+        yield from read_file(Path(file), wanted)
