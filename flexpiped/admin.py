@@ -7,6 +7,7 @@ POST /rebalance/cancel  roll back the refactoring under way
 GET  /topology          devices, links and what was measured, as they are now
 POST /topology/links    keep measured figures of links
 GET  /profile/target    what flexctl profile measures; POST /profile keeps it (``flexpiped.admin_profile``)
+GET  /history           what was and what is intended, from the journal (``flexpiped.admin_history``)
 GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
 
 Errors are ``{"error": {"code": ..., "message": ...}}``. What is refused moved nothing.
@@ -25,7 +26,7 @@ from flexpiped.config_values import Auto
 from flexpiped.events import Event, EventLog
 from flexpiped.handover_records import Proposal, Wanted, proposal_to_wire
 from flexpiped.hardware import Hardware
-from flexpiped.refactoring import Refactorings, Started
+from flexpiped.refactoring import Refactorings, Started, nothing_to_settle
 from flexpiped.status import StatusSource
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlannerError, PlanTimeout
 from topology.errors import NotMeasured
@@ -88,9 +89,12 @@ def admin_app(
     hardware: Hardware,
     plans: PlanSource,
     further: Sequence[web.RouteDef] = (),
+    settled: Callable[[], Awaitable[None]] = nothing_to_settle,
 ) -> web.Application:
-    """Return the application that serves the admin API."""
-    admin = _Admin(status=status, refactorings=refactorings, events=events, hardware=hardware, plans=plans)
+    """Return the application that serves the admin API. ``settled`` is waited for before an end is told."""
+    admin = _Admin(
+        status=status, refactorings=refactorings, events=events, hardware=hardware, plans=plans, settled=settled
+    )
     app = web.Application(middlewares=[_errors_as_json], client_max_size=_LARGEST_BODY_BYTES)
     app.add_routes(
         [
@@ -116,7 +120,9 @@ class _Admin:
         events: EventLog,
         hardware: Hardware,
         plans: PlanSource,
+        settled: Callable[[], Awaitable[None]],
     ) -> None:
+        self._settled = settled
         self._status = status
         self._plans = plans
         self._hardware = hardware
@@ -169,6 +175,8 @@ class _Admin:
         """Yield the events of one refactoring, the last of which has its record."""
         async for event in self._events.follow(since=started.since):
             if event.fields.get("handover") == started.number:
+                if event.fields["state"] == "ended":
+                    await self._settled()
                 yield event
                 if event.fields["state"] == "ended":
                     return

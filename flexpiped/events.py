@@ -43,11 +43,22 @@ class Event:
 
 
 class EventLog:
-    """The last ``capacity`` events. Used on one event loop only."""
+    """The last ``capacity`` events. Used on one event loop only.
 
-    def __init__(self, *, capacity: int = 1000, wall_clock: Callable[[], float] = time.time) -> None:
+    Args:
+        on_publish: Told each event before any follower; it must not wait.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 1000,
+        wall_clock: Callable[[], float] = time.time,
+        on_publish: Callable[[Event], object] = lambda _event: None,
+    ) -> None:
         self._ring: deque[Event] = deque(maxlen=capacity)
         self._wall_clock = wall_clock
+        self._on_publish = on_publish
         self._last_sequence = 0
         self._published = asyncio.Event()
         self._closed = False
@@ -64,6 +75,7 @@ class EventLog:
             sequence=self._last_sequence, time_unix_s=self._wall_clock(), kind=kind, message=message, fields=fields
         )
         self._ring.append(event)
+        self._on_publish(event)
         self._published.set()
         self._published = asyncio.Event()
         return event

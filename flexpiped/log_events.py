@@ -73,6 +73,19 @@ def config_rejected(*, file: str, problems: Sequence[str]) -> None:
     _log.error("configuration rejected, the old one stays in force", file=file, problems=list(problems))
 
 
+def journal_failed(*, reason: str) -> None:
+    """History is incomplete from here on, and a restart may not know the last layout; requests are served as before."""
+    _log.error("journal failed", reason=reason)
+
+
+def layout_restored(*, engine: str, stages: int, reason: str) -> None:
+    _log.info("last layout restored", engine=engine, stages=stages, reason=reason)
+
+
+def layout_not_restored(*, reason: str) -> None:
+    _log.warning("last layout not restored", reason=reason)
+
+
 def refactoring_started(*, number: int, stages: str) -> None:
     _log.info("refactoring started", number=number, stages=stages)
 

@@ -46,6 +46,10 @@ HISTORY = 50
 UNCHANGED: Final = RefactorCheck(feasible=True, sentences=("this layout is in force already",))
 
 
+async def nothing_to_settle() -> None:
+    """For whom nothing is kept on disk."""
+
+
 class ReplicaHandover(Protocol):
     """A replica handover that has not begun; it reports and fails as ``Engine.refactor`` does."""
 
@@ -94,6 +98,7 @@ class Refactorings:
         engine, resolver: Those of now; they raise ``EngineError`` while there is none.
         replica: Makes a replica handover to a pipeline; None where no second instance can be had.
         other_engine: Finds an engine by its name, or raises ``UnsupportedByEngine``; it may block.
+        settled: Returns when what was published is on disk: a refactoring that has been promised is not forgotten.
     """
 
     def __init__(
@@ -104,10 +109,12 @@ class Refactorings:
         events: EventLog,
         replica: Callable[[Pipeline], ReplicaHandover] | None = None,
         other_engine: Callable[[str], OtherEngine] | None = None,
+        settled: Callable[[], Awaitable[None]] = nothing_to_settle,
         monotonic_clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
+        self._settled = settled
         self._resolver = resolver
         self._events = events
         self._replica = replica
@@ -204,7 +211,9 @@ class Refactorings:
             return proposal
         if not proposal.check.feasible:
             raise RefactoringRefused("; ".join(proposal.check.sentences))
-        return self._begin(proposal)
+        started = self._begin(proposal)
+        await self._settled()
+        return started
 
     async def cancel(self) -> bool:
         """Roll back the refactoring under way; False when there is none or it is past its commit point."""

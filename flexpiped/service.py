@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from engines.errors import EngineDied, RefactoringRefused
+import flexpiped
+from engines.errors import EngineDied, EngineError, RefactoringRefused
 from engines.protocol import Engine
 from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.admin import admin_app
+from flexpiped.admin_history import history_routes
 from flexpiped.admin_profile import profile_routes
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
@@ -25,14 +27,17 @@ from flexpiped.api.metrics import Metrics
 from flexpiped.config_values import Auto
 from flexpiped.engine_factory import Model, engine_python, find_files
 from flexpiped.engine_offers import EngineOffer, EngineOffers
-from flexpiped.events import EventKind, EventLog
+from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.handover_records import TargetResolver
 from flexpiped.hardware import Hardware
+from flexpiped.intent import IntentKeeper, basis_of
+from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.models import model_source, served_name
 from flexpiped.plan_wire import answer_to_wire
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_handover import ReplicaRunner
+from flexpiped.restore import Beginning, restored
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
 from flexpiped.settings import Settings
 from flexpiped.starting_app import starting_app
@@ -67,7 +72,7 @@ class Service:
         self._on_progress = on_progress
         self.source = model_source(settings)
         self.name = served_name(settings, self.source)
-        self.events = EventLog()
+        self.events = EventLog(on_publish=self._keep)
         self.failed = asyncio.Event()  # the engine is gone for good
         self.api_url = ""
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
@@ -78,7 +83,12 @@ class Service:
             events=self.events,
             replica=lambda target: self._replica(target, self._offer()),
             other_engine=self._other_engine,
+            settled=lambda: self._journal.settled(),
         )
+        self._journal: Journal = journal_of(
+            settings.journal, environment=os.environ, instance=str(admin_socket), on_failure=log_events.journal_failed
+        )
+        self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force, intent=None)
         self._supervisor: Supervisor | None = None
         self._offers: EngineOffers | None = None
         self._text: TextService | None = None
@@ -128,6 +138,7 @@ class Service:
         listener = listen_tcp(self._settings.http.host, self._settings.http.port)
         stack.callback(listener.close)
         self.api_url = f"{url_of(listener)}/v1"
+        await self._open_journal(stack)
         gate = await stack.enter_async_context(AsyncExitStack())
         await gate.enter_async_context(serving(starting_app(lambda: self.health), listener.dup(), shutdown_s=1.0))
         await self._open_admin(stack)
@@ -150,6 +161,17 @@ class Service:
         self._run_beside(stack, self._watch_text(text), name="text-watch")
         stack.callback(self._begin_drain)
         self._phase, self._text = ServiceState.READY, text
+        self._journal.got_ready()
+
+    async def _open_journal(self, stack: AsyncExitStack) -> None:
+        """Open it; where that cannot be, the daemon serves without, and says so."""
+        stack.push_async_callback(asyncio.to_thread, self._journal.close)
+        try:
+            await asyncio.to_thread(self._journal.open)
+        except JournalError as error:
+            log_events.journal_failed(reason=str(error))
+            self.events.publish(EventKind.DAEMON, f"journal failed: {error}")
+        self.events.publish(EventKind.DAEMON, f"starting flexpiped {flexpiped.__version__} with {self.source}")
 
     async def _open_admin(self, stack: AsyncExitStack) -> None:
         status = DaemonStatus(
@@ -172,7 +194,8 @@ class Service:
             events=self.events,
             hardware=hardware,
             plans=self,
-            further=profiles.routes(),
+            further=(*profiles.routes(), *history_routes(self._journal)),
+            settled=self._journal.settled,
         )
         await stack.enter_async_context(serving_admin(app, self._admin_socket))
         stack.callback(self.events.close)
@@ -205,20 +228,78 @@ class Service:
             model=model,
             on_news=lambda news: self.events.publish(EventKind.ENGINE, news),
         )
+        self._offers = offers
+        last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
+        if last is not None:
+            try:
+                return await self._supervise(stack, last)
+            except EngineError as error:
+                await asyncio.to_thread(self._journal.forget_intent)
+                self._not_restored(f"the engine did not start with it: {error}")
         configured = offers.of(settings.engine.value)
         pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
+        return await self._supervise(
+            stack,
+            Beginning(offer=configured, engine=settings.engine.value, pipeline=pipeline, reason="as configured"),
+        )
+
+    async def _last_layout(self, offers: EngineOffers, *, num_decoders: int) -> Beginning | None:
+        """Return what was last asked for, None where there is nothing or it cannot be; the reason is told."""
+        if not self._settings.journal.restore or self._journal.failure:
+            return None
+        try:
+            stored = await asyncio.to_thread(self._journal.stored)
+        except JournalError as error:
+            self._not_restored(str(error))
+            return None
+        if stored is None:
+            return None
+        beginning, against = await asyncio.to_thread(
+            restored, stored, offers, basis=basis_of(self._settings), num_decoders=num_decoders
+        )
+        if beginning is None:
+            await asyncio.to_thread(self._journal.forget_intent)
+            self._not_restored(against)
+            return None
+        self._intents.intent = stored.intent
+        await asyncio.to_thread(self._journal.begin_start)
+        stages = beginning.pipeline.granularity
+        log_events.layout_restored(engine=beginning.engine, stages=stages, reason=beginning.reason)
+        self.events.publish(EventKind.DAEMON, f"last layout restored: {stages} stages, {beginning.reason}")
+        return beginning
+
+    def _not_restored(self, reason: str) -> None:
+        self._intents.intent = None
+        log_events.layout_not_restored(reason=reason)
+        self.events.publish(EventKind.DAEMON, f"last layout not restored: {reason}")
+
+    async def _supervise(self, stack: AsyncExitStack, beginning: Beginning) -> Supervisor:
+        """Start an engine, to be started again whenever it dies.
+
+        Raises:
+            EngineError: It did not start.
+        """
         supervisor = Supervisor(
-            factory=configured.factory,
-            pipeline=pipeline,
+            factory=beginning.offer.factory,
+            pipeline=beginning.pipeline,
             on_change=self._on_supervision,
             on_progress=self._progress,
         )
         stack.push_async_callback(supervisor.close)
         stack.push_async_callback(self._refactorings.close)
-        self._offers, self._supervisor = offers, supervisor
+        self._supervisor = supervisor
         self._progress("starting the engine")
         await supervisor.start()
         return supervisor
+
+    def _keep(self, event: Event) -> None:
+        """Have the journal keep what happens; progress is only for those who watch."""
+        if event.fields.get("state") != "progress":
+            self._journal.record(event, self._intents.after(event))
+
+    def _in_force(self) -> tuple[str, Pipeline] | None:
+        """Return engine and pipeline of now; while an engine is started again, those with which it will be."""
+        return None if self._supervisor is None else (self.engine_name, self._supervisor.pipeline)
 
     def _on_supervision(self, supervision: Supervision) -> None:
         self.events.publish(EventKind.ENGINE, supervision.reason, state=supervision.state.value)

@@ -98,6 +98,13 @@ class LogSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JournalSettings:
+    file: Annotated[Path | None, optional_path] = None
+    keep_days: Annotated[float, number(0, above=True)] = 90.0
+    restore: Annotated[bool, boolean] = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSettings:
     kind: Annotated[DevicesKind, choice(DevicesKind)] = DevicesKind.AUTO
     cpu_count: Annotated[int, integer(1, 256)] = 8
@@ -198,6 +205,7 @@ class Settings:
     admin: AdminSettings = field(default_factory=AdminSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    journal: JournalSettings = field(default_factory=JournalSettings)
     devices: DeviceSettings = field(default_factory=DeviceSettings)
     engines: EnginesSettings = field(default_factory=EnginesSettings)
     handover: HandoverSettings = field(default_factory=HandoverSettings)

@@ -79,8 +79,14 @@ class PlannerResolver:
         )
         return plan(question, clock=self._clock)
 
-    def broken_rules(self, target: Pipeline, *, current: Pipeline, second_instance: bool = False) -> tuple[str, ...]:
-        """Return a sentence for each rule of the planner that ``target`` breaks, whoever made it."""
+    def broken_rules(
+        self, target: Pipeline, *, current: Pipeline | None, second_instance: bool = False
+    ) -> tuple[str, ...]:
+        """Return a sentence for each rule of the planner that ``target`` breaks, whoever made it.
+
+        Raises:
+            InvalidLayout: ``target`` is not a layout of this model.
+        """
         from planner.problem import check_pipeline
 
         return check_pipeline(replace(self._ask(), current=current, shares_current=not second_instance), target)

@@ -134,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     loaded.set_defaults(run=bench_command.bench)
     bench_command.add_arguments(loaded)
 
+    about = "what happened, over restarts of the daemon too, and with which layout a restart begins"
+    was = known.add_parser("history", parents=[everywhere], help=about)
+    was.set_defaults(run=commands.history)
+    was.add_argument("--limit", metavar="N", type=int, default=50, help="the last N events (default 50)")
+    was.add_argument("--kind", metavar="KIND", action="append", default=[], help="only these: refactoring, engine, ...")
+
     happened = known.add_parser("events", parents=[everywhere], help="what happened, oldest first")
     happened.set_defaults(run=commands.events)
     happened.add_argument("--follow", action="store_true", help="go on with what happens")

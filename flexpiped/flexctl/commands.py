@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, NotReachable, Refused
 from flexpiped.flexctl.rebalance_lines import (
@@ -78,6 +79,27 @@ def events(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
             screen.write([event_line(event)])
             shown = event["message"]
     return Exit.DONE
+
+
+def history(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
+    """Show what happened before, over restarts of the daemon, and what should be running."""
+    kinds = "".join(f"&kind={quote(kind)}" for kind in options.kind)
+    answer = client.call("GET", f"/history?limit={options.limit}{kinds}")
+    if options.json:
+        screen.write([json.dumps(answer)])
+        return Exit.DONE
+    screen.write([event_line(event) for event in answer["events"]])
+    if answer["intent"] is not None:
+        screen.write([_intent_line(answer["intent"])])
+    return Exit.DONE
+
+
+def _intent_line(intent: dict[str, Any]) -> str:
+    stages = len(intent["stages"])
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(intent["since_unix_s"]))
+    return (
+        f"a restart begins with {stages} stage{'s' * (stages != 1)} of {intent['engine']} ({intent['reason']}, {when})"
+    )
 
 
 def event_line(event: dict[str, Any]) -> str:

@@ -44,12 +44,12 @@ class Daemon:
         finally:
             ended.cancel()
 
-    async def ask(self, path: str) -> Any:
-        """Return the answer of the admin API."""
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Return the answer of the admin API, to a POST where there is a body."""
         connector = aiohttp.UnixConnector(str(self.admin))
         async with (
             aiohttp.ClientSession("http://flexpiped", connector=connector) as session,
-            session.get(path) as answer,
+            session.request("GET" if body is None else "POST", path, json=body) as answer,
         ):
             return await answer.json()
 
@@ -108,6 +108,7 @@ async def started(
     """Start a daemon; ``more`` are further lines of its configuration file."""
     config, address = write_config(folder, engine=engine, stages=stages, more=more), str(folder / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        Path(address).unlink(missing_ok=True)  # of a daemon before in the same folder
         notified.bind(address)
         notified.setblocking(False)
         process = await spawn(config, NOTIFY_SOCKET=address, STATE_DIRECTORY=str(folder / "state"))

@@ -1,0 +1,48 @@
+"""The journal on the admin API: ``GET /history?limit=N&kind=KIND``, what ``flexctl history`` shows."""
+
+import asyncio
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from flexpiped.events import EventKind
+from flexpiped.intent import intent_to_wire
+from flexpiped.journal import Journal, JournalError
+
+_LARGEST_LIMIT: Final = 10_000
+_KINDS: Final = tuple(kind.value for kind in EventKind if kind is not EventKind.MISSED)
+
+
+def history_routes(journal: Journal) -> tuple[web.RouteDef, ...]:
+    """Return the routes that read ``journal``."""
+
+    async def get_history(request: web.Request) -> web.Response:
+        limit, kinds = request.query.get("limit", "50"), request.query.getall("kind", [])
+        if not limit.isdecimal() or not 1 <= int(limit) <= _LARGEST_LIMIT:
+            return _error("bad_request", f"limit must be a number from 1 to {_LARGEST_LIMIT}", status=400)
+        if unknown := [kind for kind in kinds if kind not in _KINDS]:
+            return _error("bad_request", f"no kind {unknown[0]!r}; there are {', '.join(_KINDS)}", status=400)
+
+        def read() -> dict[str, Any]:
+            stored = journal.stored()
+            return {
+                "intent": None if stored is None else intent_to_wire(stored.intent),
+                "events": journal.history(limit=int(limit), kinds=kinds),
+                "incomplete_since_start": journal.failure or None,
+            }
+
+        try:
+            return _json(await asyncio.to_thread(read))
+        except JournalError as error:
+            return _error("journal_failed", str(error), status=503)
+
+    return (web.get("/history", get_history),)
+
+
+def _json(value: object, *, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def _error(code: str, message: str, *, status: int) -> web.Response:
+    return _json({"error": {"code": code, "message": message}}, status=status)
