@@ -101,6 +101,12 @@ def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = 
     return config
 
 
+def bind_afresh(channel: socket.socket, address: str) -> None:
+    """Bind where a daemon before may have left its socket."""
+    Path(address).unlink(missing_ok=True)
+    channel.bind(address)
+
+
 @asynccontextmanager
 async def started(
     folder: Path, *, ready: bool, engine: str = "fake", stages: int = 2, more: str = ""
@@ -108,8 +114,7 @@ async def started(
     """Start a daemon; ``more`` are further lines of its configuration file."""
     config, address = write_config(folder, engine=engine, stages=stages, more=more), str(folder / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-        Path(address).unlink(missing_ok=True)  # of a daemon before in the same folder
-        notified.bind(address)
+        bind_afresh(notified, address)
         notified.setblocking(False)
         process = await spawn(config, NOTIFY_SOCKET=address, STATE_DIRECTORY=str(folder / "state"))
         daemon = Daemon(process=process, config=config, admin=folder / "admin.sock", notified=notified)
