@@ -77,6 +77,7 @@ class Replica:
         self._prompt_kv = 0  # reserved by prompts that are not through
         self._orders = 0
         self._bulk: tuple[float, float, float, float] | None = None  # began, seconds a round, rounds, tokens a round
+        self._busy_each_s = 0.0
         self._version = 0
 
     # --- what others may ask ---
@@ -178,6 +179,8 @@ class Replica:
         self._bulk = None
         passed = min(rounds, (self._clock.now_s - began_s) / each_s)
         self._progress += passed * per_round
+        self.busy_s += passed * self._busy_each_s
+        self.rounds += passed
 
     def _end_those_done(self) -> None:
         ends = self._ends
@@ -236,8 +239,7 @@ class Replica:
         for request in through:
             self._begin_decoding(request, first_s=now_s + passing_s)
         rounds = 1.0 if chunk is not NOTHING or self._prompts else self._rounds_alike(groups)
-        self.busy_s += rounds * busy_s
-        self.rounds += rounds
+        self._busy_each_s = busy_s
         self._bulk = (now_s, each_s, rounds, 1 / groups)
         self._version += 1
         version = self._version

@@ -1,0 +1,275 @@
+"""The replicas that serve, and the gateway before them: requests are routed, replicas come, change and go."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from planner.simulation.clock import Clock
+from planner.simulation.pool import DevicePool, Placed, Placing, PoolDevice
+from planner.simulation.replica import Replica, SimulatedRequest
+from planner.simulation.shape import Shape, Shapes
+from planner.simulation.step_times import StepTimes
+
+
+class MemberState(Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """One replica of the fleet. ``target``: the shape and devices that it changes to."""
+
+    replica: Replica
+    shape: Shape
+    placed: Placed
+    state: MemberState
+    target: tuple[Shape, Placed] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Reserved:
+    """Integrals over time: devices that replicas hold, and memory shares of devices; the largest number so far."""
+
+    device_s: float = 0.0
+    share_s: float = 0.0
+    most_devices: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetEvents:
+    """Whom to tell: a request's first token and end."""
+
+    on_first: Callable[[SimulatedRequest], None] = lambda _request: None
+    on_end: Callable[[SimulatedRequest], None] = lambda _request: None
+
+
+class Fleet:
+    """All replicas of the model."""
+
+    def __init__(
+        self, clock: Clock, pool: DevicePool, shapes: Shapes, events: FleetEvents, *, placing: Placing
+    ) -> None:
+        self.clock = clock
+        self.pool = pool
+        self.shapes = shapes
+        self.placing = placing
+        self.members: list[Member] = []
+        self.gateway: deque[SimulatedRequest] = deque()
+        self.reserved = Reserved()
+        self.busy_s = 0.0  # of replicas that are gone
+        self.starts_s: list[float] = []
+        self.changes = 0
+        self.evicted = 0
+        self._events = events
+        self._counted_s = 0.0
+        self._steps: dict[tuple[int, int], StepTimes] = {}
+        self._names = 0
+
+    # --- requests ---
+
+    def submit(self, request: SimulatedRequest) -> None:
+        """Send a request to the replica that would bring its first token soonest; it waits where none serves."""
+        serving = [each for each in self.members if each.state is MemberState.SERVING]
+        if not serving:
+            self.gateway.append(request)
+            return
+        if len(serving) == 1:
+            serving[0].replica.submit(request)
+            return
+        best = min(serving, key=lambda each: (each.replica.expected_wait_s(request), each.replica.live))
+        best.replica.submit(request)
+
+    # --- what a policy does ---
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Number of stages of each replica that serves."""
+        return tuple(sorted(each.shape.num_stages for each in self.members if each.state is MemberState.SERVING))
+
+    @property
+    def coming(self) -> int:
+        return sum(each.state is MemberState.STARTING for each in self.members)
+
+    def add(self, num_stages: int, *, start_s: float | None = None, done: Callable[[bool], None] | None = None) -> bool:
+        """Begin a replica; ``start_s`` None: as its shape and where its parameters are say. False: no room."""
+        shape = self.shapes[num_stages]
+        placed = self.pool.find(shape, now_s=self.clock.now_s, placing=self.placing)
+        if placed is None:
+            if done is not None:
+                done(False)
+            return False
+        self._count()
+        self.pool.take(placed)
+        self._names += 1
+        member = Member(
+            replica=self._replica(shape, placed.kv_tokens), shape=shape, placed=placed, state=MemberState.STARTING
+        )
+        self.members.append(member)
+        self._count()
+        takes_s = (shape.warm_s if placed.is_warm else shape.cold_s) if start_s is None else start_s
+        self.starts_s.append(takes_s)
+        self.clock.at(self.clock.now_s + takes_s, lambda: self._serve(member, done))
+        return True
+
+    def remove(self, num_stages: int, *, done: Callable[[bool], None] | None = None) -> bool:
+        """Drain the least busy replica of a granularity and end it. False: there is none."""
+        having = [each for each in self._changeable() if each.shape.num_stages == num_stages]
+        if not having:
+            if done is not None:
+                done(False)
+            return False
+        member = min(having, key=lambda each: each.replica.live)
+        member.state = MemberState.DRAINING
+        self._end_if_drained(member)
+        if done is not None:
+            done(True)
+        return True
+
+    def change(
+        self, from_stages: int, num_stages: int, *, free: bool = False, done: Callable[[bool], None] | None = None
+    ) -> bool:
+        """Refactor one replica while it serves; ``free``: without preparation and pause. False: it does not fit."""
+        having = [each for each in self._changeable() if each.shape.num_stages == from_stages]
+        member = min(having, key=lambda each: each.replica.live, default=None)
+        shape = self.shapes[num_stages]
+        placed = None if member is None else self._find_beside(member, shape)
+        if member is None or placed is None:
+            if done is not None:
+                done(False)
+            return False
+        member.target = (shape, placed)
+        self.changes += 1
+        takes_s = 0.0 if free else shape.prepare_s
+        self.clock.at(self.clock.now_s + takes_s, lambda: self._commit(member, 0.0 if free else shape.pause_s, done))
+        return True
+
+    def busy_total_s(self) -> float:
+        """Return the seconds that stages have computed, all together."""
+        return self.busy_s + sum(each.replica.busy_s for each in self.members)
+
+    def count_reserved(self) -> Reserved:
+        """Return what has been reserved up to now."""
+        self._count()
+        return self.reserved
+
+    def neighbours_changed(self, device: PoolDevice) -> None:
+        """Neighbours have taken or freed memory of a device: the KV cache there shrinks or grows at once.
+
+        Where not even the least KV cache is left, the replica goes, and its requests are computed again elsewhere.
+        """
+        for member in [each for each in self.members if device in each.placed.devices]:
+            placed = member.placed
+            room = min(each.free_bytes for each in placed.devices) + placed.bytes_each
+            room = min(room, *(each.total_bytes - each.others_bytes for each in placed.devices))
+            kv_tokens = member.shape.kv_tokens(room)
+            if kv_tokens < member.shape.min_kv_tokens:
+                self._evict(member)
+            elif kv_tokens != placed.kv_tokens:
+                self._count()
+                self.pool.resize(placed, member.shape, kv_tokens=kv_tokens)
+                member.replica.change(self._steps_of(member.shape, kv_tokens), pause_s=0.0)
+
+    # --- how ---
+
+    def _evict(self, member: Member) -> None:
+        self._count()
+        requests = member.replica.take_all()
+        self.pool.give_back(member.placed, now_s=self.clock.now_s)
+        self.busy_s += member.replica.busy_s
+        self.members.remove(member)
+        self.evicted += 1
+        for request in requests:
+            self.submit(request)
+
+    def _changeable(self) -> list[Member]:
+        return [each for each in self.members if each.state is MemberState.SERVING and each.target is None]
+
+    def _find_beside(self, member: Member, shape: Shape) -> Placed | None:
+        return self.pool.find(
+            shape,
+            now_s=self.clock.now_s,
+            placing=self.placing,
+            freed=member.placed.devices,
+            freed_bytes=member.placed.bytes_each,
+        )
+
+    def _replica(self, shape: Shape, kv_tokens: int) -> Replica:
+        return Replica(
+            self.clock,
+            self._steps_of(shape, kv_tokens),
+            name=f"{self._names}",
+            on_end=self._ended,
+            on_first=self._events.on_first,
+        )
+
+    def _steps_of(self, shape: Shape, kv_tokens: int) -> StepTimes:
+        key = (shape.num_stages, kv_tokens)
+        if key not in self._steps:
+            self._steps[key] = StepTimes(shape.times_with(kv_tokens))
+        return self._steps[key]
+
+    def _ended(self, request: SimulatedRequest) -> None:
+        self._events.on_end(request)
+        for member in [each for each in self.members if each.state is MemberState.DRAINING]:
+            self._end_if_drained(member)
+
+    def _serve(self, member: Member, done: Callable[[bool], None] | None) -> None:
+        if member not in self.members:  # neighbours took its memory while it started
+            if done is not None:
+                done(False)
+            return
+        member.state = MemberState.SERVING
+        while self.gateway:
+            self.submit(self.gateway.popleft())
+        if done is not None:
+            done(True)
+
+    def _commit(self, member: Member, pause_s: float, done: Callable[[bool], None] | None) -> None:
+        """Switch to the target, on devices that are looked for again: neighbours may have moved meanwhile."""
+        assert member.target is not None
+        shape, _ = member.target
+        member.target = None
+        placed = self._find_beside(member, shape) if member in self.members else None
+        if placed is None:
+            if done is not None:
+                done(False)
+            return
+        self._count()
+        self.pool.give_back(member.placed, now_s=self.clock.now_s)
+        self.pool.take(placed)
+        member.shape, member.placed = shape, placed
+        member.replica.change(self._steps_of(shape, placed.kv_tokens), pause_s=pause_s)
+        self._count()
+        if done is not None:
+            done(True)
+
+    def _end_if_drained(self, member: Member) -> None:
+        match member.state:
+            case MemberState.DRAINING if member.replica.live == 0:
+                self._count()
+                self.pool.give_back(member.placed, now_s=self.clock.now_s)
+                self.busy_s += member.replica.busy_s
+                self.members.remove(member)
+                self._count()
+            case MemberState.STARTING | MemberState.SERVING | MemberState.DRAINING:
+                pass
+            case _:
+                assert_never(member.state)
+
+    def devices_held(self) -> int:
+        return sum(len(each.placed.devices) for each in self.members)
+
+    def _count(self) -> None:
+        """Take in the time since the last call, in which nothing changed."""
+        passed_s = self.clock.now_s - self._counted_s
+        self._counted_s = self.clock.now_s
+        held = self.devices_held()
+        self.reserved.device_s += passed_s * held
+        self.reserved.share_s += passed_s * sum(
+            each.placed.bytes_each / device.total_bytes for each in self.members for device in each.placed.devices
+        )
+        self.reserved.most_devices = max(self.reserved.most_devices, held)

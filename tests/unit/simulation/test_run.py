@@ -1,0 +1,200 @@
+"""Whole simulations: no request is lost, the policy adapts, memory that neighbours take is given up in time."""
+
+from dataclasses import replace
+
+import pytest
+
+from planner.layer_costs import decode_batch, prefill_batch
+from planner.policy_state import PolicyConstants
+from planner.request_figures import RequestTimes
+from planner.simulation import opt_66b
+from planner.simulation.baselines import BestStatic, FastColdStart, Oracle, Static
+from planner.simulation.cluster import hosts_of, mostly_free, occupied_devices
+from planner.simulation.outlooks import Outlooks
+from planner.simulation.own_policy import Flexpiped
+from planner.simulation.pool import DevicePool, Placing, PoolDevice
+from planner.simulation.run import MemoryChange, Outcome, Setting, simulate, stall_lengths
+from planner.simulation.system import System
+from planner.simulation.variants import multiplexed, sharing_tensors
+from planner.traces import drawn_trace
+from planner.workload import Slo, Workload
+
+SLO = Slo(ttft_s=5.0, tpot_s=0.4)
+CALM = Workload(rate_per_s=4.0, prompt_tokens_mean=512, output_tokens_mean=64)
+TRACE = drawn_trace(CALM, duration_s=200.0, seed=1)
+SHAPES = opt_66b.shapes()
+SETTING = Setting(trace=TRACE, shapes=SHAPES, slo=SLO)
+
+
+def pool(devices: int = 32, occupancy: float = 0.0) -> DevicePool:
+    hosts = hosts_of(devices=devices, hosts=devices // 2)
+    return DevicePool(
+        devices=occupied_devices(
+            hosts, total_bytes=opt_66b.DEVICE_BYTES, shares=(0.1, 0.3, 0.6), occupancy=occupancy, seed=1
+        )
+    )
+
+
+def own(**constants: float) -> Flexpiped:
+    known = PolicyConstants(min_replicas=1, max_replicas=8)
+    return Flexpiped(constants=replace(known, **constants), outlooks=Outlooks(SHAPES, SLO), expected=CALM)  # type: ignore[arg-type]
+
+
+def systems() -> dict[str, System]:
+    outlooks = Outlooks(SHAPES, SLO)
+    arrivals_s = [each.arrival_s for each in TRACE]
+    return {
+        "own": own(),
+        "best static": BestStatic(outlooks=outlooks, expected=CALM),
+        "static": Static(num_stages=4, replicas=2),
+        "cold start": FastColdStart(num_stages=4, per_replica=20),
+        "oracle": Oracle(outlooks=outlooks, expected=CALM, arrivals_s=arrivals_s),
+    }
+
+
+def check_books(outcome: Outcome, devices: DevicePool) -> None:
+    """Nothing is lost, and what is reserved adds up."""
+    assert outcome.figures.requests == len(outcome.requests)
+    assert 0 < outcome.utilisation <= 1
+    assert all(device.free_bytes >= 0 for device in devices.devices)
+    assert all(
+        each.first_token_s is not None and each.end_s is not None and each.arrival_s < each.first_token_s <= each.end_s
+        for each in outcome.requests
+        if each.is_served
+    )
+
+
+@pytest.mark.parametrize("name", systems())
+def test_every_system_serves_every_request(name: str) -> None:
+    devices = pool()
+    outcome = simulate(SETTING, devices, systems()[name])
+
+    assert outcome.figures.failed == 0
+    check_books(outcome, devices)
+
+
+def test_the_seed_decides_everything() -> None:
+    first, again = (simulate(SETTING, pool(occupancy=0.3), own()) for _ in range(2))
+
+    assert first == again
+
+
+def test_the_policy_adds_replicas_when_more_comes_and_removes_them_after() -> None:
+    burst = drawn_trace(replace(CALM, rate_per_s=25.0), duration_s=120.0, seed=2)
+    trace = (
+        *TRACE,
+        *(replace(each, arrival_s=each.arrival_s + 200) for each in burst),
+        *(replace(each, arrival_s=each.arrival_s + 320) for each in drawn_trace(CALM, duration_s=900.0, seed=3)),
+    )
+    system = own(reclaim_s=60.0)
+
+    outcome = simulate(replace(SETTING, trace=trace), pool(devices=64), system)
+
+    assert outcome.figures.failed == 0
+    counts = [sum(each.replicas.values()) for each in outcome.samples]
+    assert max(counts) > counts[0]
+    assert counts[-1] < max(counts)
+    assert any("instead of" in each.reason for each in system.decisions)
+
+
+def test_scale_to_zero_and_a_request_that_wakes_it() -> None:
+    late = drawn_trace(CALM, duration_s=20.0, seed=4)
+    trace = (*late, *(replace(each, arrival_s=each.arrival_s + 2000) for each in late))
+    outcome = simulate(replace(SETTING, trace=trace), pool(), own(min_replicas=0, idle_s=60.0))
+
+    assert outcome.figures.failed == 0
+    assert any(not each.replicas for each in outcome.samples)
+    assert outcome.starts >= 2
+
+
+def test_memory_that_neighbours_take_shrinks_the_kv_cache() -> None:
+    devices = pool(devices=4)
+    taken = MemoryChange(at_s=50.0, device=0, num_bytes=30 * 10**9)
+    freed = replace(taken, at_s=150.0, num_bytes=-30 * 10**9)
+
+    outcome = simulate(replace(SETTING, memory_changes=(taken, freed)), devices, Static(num_stages=4, replicas=1))
+
+    assert (outcome.evicted, outcome.figures.failed) == (0, 0)
+    check_books(outcome, devices)
+
+
+def test_a_replica_without_room_goes_and_its_requests_go_on_elsewhere() -> None:
+    devices = pool(devices=8)
+    taken = MemoryChange(at_s=50.0, device=0, num_bytes=70 * 10**9)
+
+    outcome = simulate(replace(SETTING, memory_changes=(taken,)), devices, Static(num_stages=4, replicas=2))
+
+    assert (outcome.evicted, outcome.figures.failed) == (1, 0)
+    check_books(outcome, devices)
+
+
+def test_whole_devices_only() -> None:
+    devices = pool(occupancy=0.4)
+    room = devices.room_for(SHAPES[8], placing=Placing.WHOLE)
+
+    assert room < devices.room_for(SHAPES[8])
+    assert devices.find(SHAPES[32], now_s=0.0, placing=Placing.WHOLE) is None
+
+
+def test_a_pool_never_puts_two_stages_on_a_device() -> None:
+    devices = pool(devices=8)
+    for _ in range(2):
+        placed = devices.find(SHAPES[4], now_s=0.0)
+        assert placed is not None
+        devices.take(placed)
+
+    assert [device.stages for device in devices.devices] == [1] * 8
+    assert devices.find(SHAPES[4], now_s=0.0) is None
+
+
+def test_parameters_are_warm_where_they_were() -> None:
+    devices = DevicePool(devices=[PoolDevice(index=i, host="h", total_bytes=opt_66b.DEVICE_BYTES) for i in range(4)])
+    first = devices.find(SHAPES[4], now_s=0.0)
+    assert first is not None
+    devices.take(first)
+    devices.give_back(first, now_s=100.0)
+    again, late = devices.find(SHAPES[4], now_s=200.0), devices.find(SHAPES[4], now_s=99_999.0)
+
+    assert again is not None
+    assert late is not None
+    assert (first.is_warm, again.is_warm, late.is_warm) == (False, True, False)
+
+
+def test_occupied_devices_are_as_full_as_asked() -> None:
+    devices = pool(devices=200, occupancy=0.47).devices
+
+    used = sum(device.others_bytes for device in devices) / sum(device.total_bytes for device in devices)
+    assert used == pytest.approx(0.47, abs=0.01)
+    assert 0 < mostly_free(devices) < 0.3
+
+
+def test_multiplexed_prompts_hide_behind_decoding() -> None:
+    times, both = SHAPES[4].times, multiplexed(SHAPES[4].times, overlap=0.5)
+    prompt, decode = prefill_batch(tokens=1000), decode_batch(sequences=8, context_tokens=100)
+    assert both.stages[0](decode) == times.stages[0](decode)
+    assert both.stages[0](prompt) < 0.6 * times.stages[0](prompt)
+
+
+def test_instances_that_share_tensors_read_them_once_each() -> None:
+    times, shared = SHAPES[4].times, sharing_tensors(SHAPES[4].times, instances=2)
+    small, large = decode_batch(sequences=1, context_tokens=10), decode_batch(sequences=16, context_tokens=10)
+    assert shared.stages[0](small) == times.stages[0](small)
+    assert shared.stages[0](large) == pytest.approx(2 * times.stages[0](large), rel=0.05)
+
+
+def test_stalls_begin_and_end_at_the_papers_thresholds() -> None:
+    ttfts_s = [1.0] * 20 + [1.4, 1.6, 3.0, 1.3, 1.1] + [1.0] * 5
+    requests = [
+        RequestTimes(arrival_s=at_s, first_token_s=at_s + ttft_s, end_s=at_s + ttft_s, prompt_tokens=1, output_tokens=1)
+        for at_s, ttft_s in zip(range(0, 300, 10), ttfts_s, strict=True)
+    ]
+
+    assert stall_lengths(requests) == [pytest.approx(241.1 - 211.6)]
+
+
+def test_an_unended_request_counts_as_failed() -> None:
+    crowd = drawn_trace(replace(CALM, rate_per_s=200.0), duration_s=30.0, seed=1)
+    outcome = simulate(replace(SETTING, trace=crowd, drain_s=10.0), pool(devices=4), Static(num_stages=4, replicas=1))
+
+    assert outcome.figures.failed > 0
+    assert outcome.figures.attainment < 1
