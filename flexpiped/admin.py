@@ -8,6 +8,7 @@ GET  /topology          devices, links and what was measured, as they are now
 POST /topology/links    keep measured figures of links
 GET  /profile/target    what flexctl profile measures; POST /profile keeps it (``flexpiped.admin_profile``)
 GET  /history           what was and what is intended, from the journal (``flexpiped.admin_history``)
+GET  /decisions, POST /auto  what the daemon does by itself (``flexpiped.admin_auto``)
 GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
 
 Errors are ``{"error": {"code": ..., "message": ...}}``. What is refused moved nothing.
@@ -162,14 +163,7 @@ class _Admin:
         return _json({"state": "kept", "file": file})
 
     async def get_events(self, request: web.Request) -> web.StreamResponse:
-        try:
-            since = int(request.query.get("since", "0"))
-        except ValueError:
-            return _error("bad_request", "since must be a number of an event", HTTPStatus.BAD_REQUEST)
-        if request.query.get("follow") == "1":
-            return await _stream(request, self._events.follow(since=since))
-        lines = b"".join(_line(event) for event in self._events.since(since))
-        return web.Response(body=lines, content_type=_NDJSON)
+        return await send_log(request, self._events)
 
     async def _progress_of(self, started: Started) -> AsyncIterator[Event]:
         """Yield the events of one refactoring, the last of which has its record."""
@@ -197,6 +191,18 @@ async def _errors_as_json(
         return _error("bad_request", str(error), HTTPStatus.BAD_REQUEST)
     except web.HTTPException as error:
         return _error("bad_request", error.reason, HTTPStatus(error.status))
+
+
+async def send_log(request: web.Request, log: EventLog) -> web.StreamResponse:
+    """Answer with the events of a log: ``?since=N``, and with ``?follow=1`` also those that come."""
+    try:
+        since = int(request.query.get("since", "0"))
+    except ValueError:
+        return _error("bad_request", "since must be a number of an event", HTTPStatus.BAD_REQUEST)
+    if request.query.get("follow") == "1":
+        return await _stream(request, log.follow(since=since))
+    lines = b"".join(_line(event) for event in log.since(since))
+    return web.Response(body=lines, content_type=_NDJSON)
 
 
 async def _stream(request: web.Request, events: AsyncIterator[Event]) -> web.StreamResponse:

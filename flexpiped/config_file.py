@@ -78,9 +78,20 @@ def parse_config(document: str, *, file: str) -> Settings:
             settings = _with_key(settings, name, value)
         except WrongValue as wrong:
             problems.append(Problem(file=file, line=_line(lines, name), text=str(wrong)))
+    problems += [Problem(file=file, line=_line(lines, name), text=text) for name, text in _contradictions(settings)]
     if problems:
         raise ConfigError(tuple(sorted(problems, key=lambda problem: problem.line or 0)))
     return settings
+
+
+def _contradictions(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield keys whose values cannot be together, with what is wrong."""
+    auto = settings.auto
+    if auto.target_load > auto.load_limit:
+        yield (
+            "auto.target_load",
+            f"auto.target_load must be at most auto.load_limit ({auto.load_limit:g}), not {auto.target_load:g}",
+        )
 
 
 def _with_key(settings: Settings, name: str, value: object) -> Settings:

@@ -129,6 +129,13 @@ def size_bytes(minimum: int) -> Reader[int]:
     return read
 
 
+def many_seconds(value: object) -> tuple[float, ...]:
+    """Read an array of positive numbers of seconds, at least one."""
+    if isinstance(value, list) and value:
+        return tuple(seconds(each) for each in value)
+    raise WrongValue(f"must be an array of numbers of seconds, not {shown(value)}")
+
+
 def texts(value: object) -> tuple[str, ...]:
     """Read an array of strings."""
     if isinstance(value, list) and all(isinstance(each, str) for each in value):

@@ -101,3 +101,8 @@ def request_not_taken_over(*, request: str, reason: str) -> None:
 
 def refactoring_ended(*, number: int, result: str, duration_s: float) -> None:
     _log.info("refactoring ended", number=number, result=result, duration_s=round(duration_s, 4))
+
+
+def auto_decided(*, verb: str, reason: str, mode: str) -> None:
+    """``mode`` is "on", or "dry-run": then nothing comes of it."""
+    _log.info("decided to change", verb=verb, reason=reason, mode=mode)

@@ -71,7 +71,7 @@ def question_of(
         topology=topology,
         engine=engine_limits(settings, graph=graph, num_devices=len(topology.devices)),
         workload=workload_of(settings),
-        slo=Slo(ttft_s=settings.slo.ttft_s, tpot_s=settings.slo.tpot_s),
+        slo=slo_of(settings),
         cores=_cores(settings) if all(d.kind is DeviceKind.CPU for d in topology.devices) else None,
         headroom=planner.headroom,
         nested_loss=planner.nested_loss,
@@ -95,6 +95,11 @@ def workload_of(settings: Settings) -> Workload:
         prompt_tokens_mean=workload.prompt_tokens_mean,
         output_tokens_mean=workload.output_tokens_mean,
     )
+
+
+def slo_of(settings: Settings) -> Slo:
+    """Return the targets of a request."""
+    return Slo(ttft_s=settings.slo.ttft_s, tpot_s=settings.slo.tpot_s)
 
 
 def engine_limits(settings: Settings, *, graph: ModelGraph, num_devices: int) -> EngineLimits:

@@ -215,6 +215,12 @@ class Refactorings:
         await self._settled()
         return started
 
+    async def ended(self, started: Started) -> HandoverRecord:
+        """Return how a refactoring went, once it has ended."""
+        if self._running is not None and self._running.number == started.number and self._task is not None:
+            await asyncio.shield(self._task)
+        return next(record for record in reversed(self._history) if record.number == started.number)
+
     async def cancel(self) -> bool:
         """Roll back the refactoring under way; False when there is none or it is past its commit point."""
         return self._running is not None and await self._running.cancel()

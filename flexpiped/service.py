@@ -18,12 +18,15 @@ from engines.protocol import Engine
 from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.admin import admin_app
+from flexpiped.admin_auto import auto_routes
 from flexpiped.admin_history import history_routes
 from flexpiped.admin_profile import profile_routes
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
+from flexpiped.auto import DECISIONS_KEPT, AutoControl
+from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.config_values import Auto
 from flexpiped.engine_factory import Model, engine_python, find_files
 from flexpiped.engine_offers import EngineOffer, EngineOffers
@@ -33,8 +36,10 @@ from flexpiped.hardware import Hardware
 from flexpiped.intent import IntentKeeper, basis_of
 from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.kv_carrier import KvCarrier
+from flexpiped.load_monitor import LoadSampler
 from flexpiped.models import model_source, served_name
 from flexpiped.plan_wire import answer_to_wire
+from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.restore import Beginning, restored
@@ -92,7 +97,22 @@ class Service:
         self._supervisor: Supervisor | None = None
         self._offers: EngineOffers | None = None
         self._text: TextService | None = None
-        self._metrics = Metrics()
+        self._load = LoadSampler(
+            windows_s=settings.auto.windows_s,
+            memory_s=settings.auto.latency_window_s,
+            stale_after_s=settings.auto.stale_after_s,
+        )
+        self._metrics = Metrics(listener=self._load)
+        self._auto = AutoControl(
+            settings.auto,
+            engine=self._engine_to_change,
+            load=self._load,
+            candidates=PlannedCandidates(
+                resolver=lambda: self._offer().resolver, expected=workload_of(settings), slo=slo_of(settings)
+            ),
+            refactorings=self._refactorings,
+            decided=EventLog(capacity=DECISIONS_KEPT),
+        )
 
     @property
     def health(self) -> Health:
@@ -159,6 +179,8 @@ class Service:
         await stack.enter_async_context(serving(app, listener.dup(), shutdown_s=DRAIN_DEADLINE_S))
         await gate.aclose()
         self._run_beside(stack, self._watch_text(text), name="text-watch")
+        stack.push_async_callback(self._auto.close)
+        self._run_beside(stack, self._auto.run_forever(), name="auto")
         stack.callback(self._begin_drain)
         self._phase, self._text = ServiceState.READY, text
         self._journal.got_ready()
@@ -185,6 +207,7 @@ class Service:
             engine=self._engine,
             refactorings=self._refactorings,
             latencies=self._metrics.latencies,
+            auto=lambda: {"mode": self._auto.mode.value, "decision": self._auto.last},
         )
         hardware = Hardware(self._settings, python=engine_python(self._settings))
         profiles = profile_routes(self._settings, source=self.source, environment=os.environ)
@@ -194,11 +217,16 @@ class Service:
             events=self.events,
             hardware=hardware,
             plans=self,
-            further=(*profiles.routes(), *history_routes(self._journal)),
+            further=(
+                *profiles.routes(),
+                *history_routes(self._journal),
+                *auto_routes(self._auto, events=self.events),
+            ),
             settled=self._journal.settled,
         )
         await stack.enter_async_context(serving_admin(app, self._admin_socket))
         stack.callback(self.events.close)
+        stack.callback(self._auto.decided.close)
         self._run_beside(stack, self._watch_hardware(hardware), name="hardware-watch")
         self._run_beside(stack, status.sample_forever(), name="status-sampler")
 

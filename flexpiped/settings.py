@@ -16,6 +16,7 @@ from flexpiped.config_values import (
     boolean,
     choice,
     integer,
+    many_seconds,
     named_texts,
     number,
     optional_path,
@@ -51,6 +52,12 @@ class DevicesKind(Enum):
     AUTO = "auto"  # GPUs where there are some and the engine computes on them, else CPU devices
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class AutoMode(Enum):
+    OFF = "off"  # the load is watched, and nothing is decided
+    ON = "on"
+    DRY_RUN = "dry-run"  # decides and says so, and changes nothing
 
 
 class LogFormat(Enum):
@@ -188,6 +195,35 @@ class PlannerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoSettings:
+    """Of the control loop and the policy; ``planner.policy_state`` has the reason of each default of the policy."""
+
+    mode: Annotated[AutoMode, choice(AutoMode)] = AutoMode.OFF
+    interval_s: Annotated[float, seconds] = 5.0
+    windows_s: Annotated[tuple[float, ...], many_seconds] = (30.0, 180.0, 1800.0)
+    cv_window_s: Annotated[float, seconds] = 180.0
+    latency_window_s: Annotated[float, seconds] = 60.0
+    stale_after_s: Annotated[float, seconds] = 15.0
+    alpha: Annotated[float, number(0, 1)] = 0.5
+    sigma: Annotated[float, number(0, above=True)] = 4.0
+    beta1: Annotated[float, number(0, above=True)] = 1.0
+    beta2: Annotated[float, number(0)] = 0.0
+    shared: Annotated[float, number(0)] = 0.02
+    shared_per_cv2: Annotated[float, number(0)] = 0.35
+    load_limit: Annotated[float, number(0, 1, above=True)] = 0.9
+    target_load: Annotated[float, number(0, 1, above=True)] = 0.75
+    min_gain: Annotated[float, number(0)] = 0.15
+    confirm_s: Annotated[float, number(0)] = 10.0
+    dwell_s: Annotated[float, number(0)] = 60.0
+    cool_down_s: Annotated[float, number(0)] = 15.0
+    changes_per_min: Annotated[int, integer(1)] = 2
+    expected_dwell_s: Annotated[float, seconds] = 180.0
+    guard_s: Annotated[float, seconds] = 30.0
+    guard_tolerance: Annotated[float, number(0)] = 0.25
+    bar_s: Annotated[float, seconds] = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a configuration file can say."""
 
@@ -212,6 +248,7 @@ class Settings:
     workload: WorkloadSettings = field(default_factory=WorkloadSettings)
     slo: SloSettings = field(default_factory=SloSettings)
     planner: PlannerSettings = field(default_factory=PlannerSettings)
+    auto: AutoSettings = field(default_factory=AutoSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

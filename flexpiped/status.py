@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -73,6 +73,7 @@ class DaemonStatus:
         engine_name: Of the kind in force, which a handover may change.
         engine: The one of now; raises ``EngineError`` while there is none.
         latencies: None while nothing measures them.
+        auto: Mode and last decision of automatic control; None before there is any.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class DaemonStatus:
         engine: Callable[[], Engine],
         refactorings: Refactorings,
         latencies: Callable[[], Latencies | None],
+        auto: Callable[[], Mapping[str, Any] | None] = lambda: None,
         monotonic_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -92,6 +94,7 @@ class DaemonStatus:
         self._engine = engine
         self._refactorings = refactorings
         self._latencies = latencies
+        self._auto = auto
         self._monotonic_clock = monotonic_clock
         self._started_s = monotonic_clock()
         self._rate = TokenRate()
@@ -135,6 +138,7 @@ class DaemonStatus:
             "ttft": _percentiles_to_wire(latencies.ttft if latencies else None),
             "tpot": _percentiles_to_wire(latencies.tpot if latencies else None),
             "under_way": self._refactorings.under_way,
+            "auto": self._auto(),
             "last_handover": record_to_wire(history[-1]) if history else None,
         }
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from planner.layout import Pipeline
-from planner.prediction import Prediction
+from planner.prediction import PipelineTimes, Prediction
 from planner.workload import Slo, Workload
 
 
@@ -53,6 +53,7 @@ class Found:
         nested_loss: How much slower the slowest stage is with nested cuts than with free ones, as a share; None where
             there are no nested cuts for this number of stages, or none that fit.
         memory: Of the first pipeline, by stage.
+        times: Of the first pipeline, for further predictions.
     """
 
     pipelines: tuple[Pipeline, ...]
@@ -66,6 +67,7 @@ class Found:
     nested_loss: float | None
     costs: Costs
     memory: tuple[StageMemory, ...]
+    times: PipelineTimes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -199,6 +199,7 @@ def _found(question: PlanQuestion, placed: Sequence[_Placed], times: PipelineTim
             moved_bytes=sum(score.moved_bytes for score in scores),
         ),
         memory=placed[0].posed.memory(placed[0].placement, kv_tokens=kv_tokens),
+        times=times,
     )
 
 

@@ -85,13 +85,21 @@ def quickest(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def _best(view: View, ranked: Sequence[_Ranked]) -> _Ranked:
-    """Return the highest score of those that serve the demand; where none does, the one that serves most."""
+    """Return the highest score of those that serve the demand, and no slower; where none does, what serves most."""
     barred = {each.num_stages for each in view.state.barred if each.until_s > view.now_s}
     open_to = [each for each in ranked if each.candidate.num_stages not in barred or _is_main(view, each)]
-    able = [each for each in open_to if each.able]
+    main = view.state.main
+    now_s = None if main is None else view.expected_of(main)
+    able = [each for each in open_to if each.able and (_is_main(view, each) or not _is_slower(view, each, now_s))]
     if able:
         return max(able, key=lambda each: (each.score, _is_main(view, each)))
     return max(open_to, key=lambda each: (each.rate_per_s, _is_main(view, each)))
+
+
+def _is_slower(view: View, ranked: _Ranked, now_s: float | None) -> bool:
+    """Say whether requests are predicted to take longer with it than the ``now_s`` that they take now."""
+    then_s = view.expected_of(ranked.candidate.num_stages)
+    return now_s is not None and then_s is not None and then_s > now_s
 
 
 def _is_main(view: View, ranked: _Ranked) -> bool:

@@ -65,6 +65,7 @@ async def forward(
     """
     backend = http.app[BACKEND]
     max_model_len = backend.ensure_serving().max_model_len
+    observation.asks()
     with backend.admission.admit() as lease:
         tokens = tokens_expected(body, num_bytes=len(raw), default=default_tokens, max_model_len=max_model_len)
         backend.admission.reserve(lease, tokens=tokens)

@@ -98,6 +98,7 @@ async def answer(
     backend = http.app[BACKEND]
     ensure_model(parameters.model, served=backend.model)
     capabilities = backend.ensure_serving()
+    observation.asks()
     with backend.admission.admit() as lease:
         prompt = await prompt_ids()
         sampling = sampling_of(

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -43,11 +44,28 @@ def outcome_of(status: int) -> Outcome:
     return Outcome.REFUSED if status < 500 else Outcome.FAILED
 
 
+class RequestListener(Protocol):
+    """Told of each request that asks for tokens, whoever it is that wants to know. Never waits."""
+
+    def arrived(self, request: object) -> None:
+        """It came."""
+
+    def first_token(self, request: object) -> None:
+        """Its answer has begun."""
+
+    def ended(
+        self, request: object, *, prompt_tokens: int | None, output_tokens: int | None, tpot_s: float | None
+    ) -> None:
+        """It ended, on any path; what is not known of it is None."""
+
+
 class Observation:
     """One request as it goes. ``outcome`` is what is counted when its scope ends."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], listener: RequestListener | None = None) -> None:
         self._clock = clock
+        self._listener = listener
+        self._is_load = False
         self._began_s = clock()
         self._first_s: float | None = None
         self._last_s = 0.0
@@ -56,17 +74,39 @@ class Observation:
         self.completion_tokens = 0
         self._timed_tokens = 0
 
+    def asks(self) -> None:
+        """Note that the request is one that the engine would serve: it is load, also if it is turned away."""
+        self._is_load = True
+        if self._listener is not None:
+            self._listener.arrived(self)
+
     def began(self) -> None:
         """Note that the answer has begun, with tokens of which nothing else is known."""
         if self._first_s is None:
-            self._first_s = self._clock()
+            self._note_first(self._clock())
 
     def tokens(self, completion_tokens: int) -> None:
         """Note that there are ``completion_tokens`` now."""
         self.completion_tokens = self._timed_tokens = completion_tokens
         self._last_s = self._clock()
         if self._first_s is None:
-            self._first_s = self._last_s
+            self._note_first(self._last_s)
+
+    def end(self) -> None:
+        """Note that nothing more will come."""
+        if self._listener is not None and self._is_load:
+            is_whole = self.outcome is Outcome.DONE
+            self._listener.ended(
+                self,
+                prompt_tokens=self.prompt_tokens or None,
+                output_tokens=self.completion_tokens if is_whole and self.completion_tokens else None,
+                tpot_s=self.tpot_s,
+            )
+
+    def _note_first(self, at_s: float) -> None:
+        self._first_s = at_s
+        if self._listener is not None and self._is_load:
+            self._listener.first_token(self)
 
     @property
     def ttft_s(self) -> float | None:
@@ -83,7 +123,8 @@ class Observation:
 class Metrics:
     """Metrics of the API. Used on one event loop."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, listener: RequestListener | None = None) -> None:
+        self._listener = listener
         self.registry = CollectorRegistry(auto_describe=False)
         self._clock = clock
         self._requests = Counter(
@@ -114,12 +155,13 @@ class Metrics:
     @contextmanager
     def observe(self, endpoint: Endpoint) -> Iterator[Observation]:
         """Count one request; leaving the scope on any path records it."""
-        observation = Observation(self._clock)
+        observation = Observation(self._clock, self._listener)
         self._in_flight.inc()
         try:
             yield observation
         finally:
             self._in_flight.dec()
+            observation.end()
             self._record(endpoint, observation)
 
     def latencies(self) -> Latencies:

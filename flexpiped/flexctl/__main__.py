@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flexpiped import __version__
 from flexpiped.admin_socket import candidate_sockets
-from flexpiped.flexctl import bench_command, commands
+from flexpiped.flexctl import auto_commands, bench_command, commands
 from flexpiped.flexctl.client import AdminClient, CtlError, Refused
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.plan_command import add_arguments, plan
@@ -139,6 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     was.set_defaults(run=commands.history)
     was.add_argument("--limit", metavar="N", type=int, default=50, help="the last N events (default 50)")
     was.add_argument("--kind", metavar="KIND", action="append", default=[], help="only these: refactoring, engine, ...")
+
+    about = "whether the number of stages follows the traffic by itself"
+    chosen = known.add_parser("auto", parents=[everywhere], help=about)
+    chosen.set_defaults(run=auto_commands.auto)
+    auto_commands.add_auto_arguments(chosen)
+
+    about = "what was decided by itself and why, oldest first"
+    decided = known.add_parser("decisions", parents=[everywhere], help=about)
+    decided.set_defaults(run=auto_commands.decisions)
+    auto_commands.add_decisions_arguments(decided)
 
     happened = known.add_parser("events", parents=[everywhere], help="what happened, oldest first")
     happened.set_defaults(run=commands.events)

@@ -34,6 +34,8 @@ def status_lines(status: Mapping[str, Any], *, now_unix_s: float, paint: Paint =
         lines.append(f"now            {status['under_way']}")
     if status["last_handover"]:
         lines.append(_handover(status["last_handover"], now_unix_s, paint))
+    if status.get("auto"):
+        lines += _auto(status["auto"])
     lines.append(f"model          {status['model']['path']}")
     lines.append(f"API            {status['api_url']}   flexpiped {status['version']}")
     return lines
@@ -43,6 +45,8 @@ def _headline(status: Mapping[str, Any], paint: Paint) -> str:
     facts = [status["model"]["name"], status["engine"]]
     if status["stages"]:
         facts += [f"epoch {status['epoch']}", plural(len(status["stages"]), "stage")]
+    if status.get("auto"):
+        facts.append(f"auto {status['auto']['mode']}")
     left, state, up = "   ".join(facts), status["state"], f", up {format_age(status['uptime_s'])}"
     space = " " * max(3, _WIDTH - len(left) - len(state) - len(up))
     return left + space + paint(state, _STATE_COLOURS.get(state, Colour.YELLOW)) + up
@@ -107,6 +111,14 @@ def layers_text(stage: Mapping[str, Any], *, is_first: bool, is_last: bool) -> s
 def _pss(workers: list[Mapping[str, Any]]) -> str:
     known = [worker["pss_bytes"] for worker in workers if worker["pss_bytes"] is not None]
     return format_bytes(sum(known)) if known else _NOT_REPORTED
+
+
+def _auto(auto: Mapping[str, Any]) -> list[str]:
+    """Return the last decision; none where automatic control is off."""
+    if auto["mode"] == "off":
+        return []
+    decision, mode = auto["decision"], "" if auto["mode"] == "on" else f"   (auto {auto['mode']})"
+    return [f"decision       {decision['message'] if decision else 'none yet'}{mode}"]
 
 
 def _handover(record: Mapping[str, Any], now_unix_s: float, paint: Paint) -> str:

@@ -167,3 +167,8 @@ def test_changed_keys_are_named_as_in_the_file() -> None:
 
     assert changed_keys(Settings(), new) == ("stages", "engines.native.kv_cache")
     assert changed_keys(new, new) == ()
+
+
+def test_values_that_cannot_be_together_are_named_with_their_line() -> None:
+    with pytest.raises(ConfigError, match=r"my\.toml:2: auto\.target_load must be at most auto\.load_limit \(0\.5\)"):
+        parse_config("[auto]\ntarget_load = 0.75\nload_limit = 0.5\n", file="my.toml")

@@ -1,0 +1,41 @@
+"""The admin API of automatic control: what was decided and why, and whether anything comes of it.
+
+GET  /decisions  the last decisions, one JSON object a line; ?since=N; ?follow=1 goes on
+POST /auto       {"mode": "on" | "off" | "dry-run"}
+"""
+
+from typing import Literal
+
+import msgspec
+from aiohttp import web
+
+from flexpiped.admin import send_log
+from flexpiped.auto import AutoControl
+from flexpiped.events import EventKind, EventLog
+from flexpiped.settings import AutoMode
+
+
+class AutoBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /auto``."""
+
+    mode: Literal["on", "off", "dry-run"]
+
+
+def auto_routes(control: AutoControl, *, events: EventLog) -> web.RouteTableDef:
+    """Return the routes; a change of mode is told to ``events``."""
+    routes = web.RouteTableDef()
+
+    @routes.get("/decisions")
+    async def get_decisions(request: web.Request) -> web.StreamResponse:
+        return await send_log(request, control.decided)
+
+    @routes.post("/auto")
+    async def post_auto(request: web.Request) -> web.Response:
+        mode = AutoMode(msgspec.json.decode(await request.read(), type=AutoBody).mode)
+        before = control.mode
+        control.set_mode(mode)
+        if mode is not before:
+            events.publish(EventKind.DAEMON, f"auto {mode.value}: it was {before.value}")
+        return web.json_response({"mode": mode.value, "before": before.value})
+
+    return routes

@@ -1,0 +1,88 @@
+"""The policy's candidates for what serves now: planned once for each layout, predicted once for each kind of load."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from engines.protocol import Engine
+from flexpiped.config_values import Auto
+from planner.arrivals import Absence
+from planner.candidate_plan import PlanAnswer
+from planner.granularity import Candidate
+from planner.layout import Pipeline
+from planner.load import Observation
+from planner.policy_candidates import Granularity, candidates_for, granularities_of, similar
+from planner.policy_state import known
+from planner.workload import Slo, Workload
+
+PLAN_AGE_S: Final = 300.0  # then devices may have other neighbours
+_KEPT: Final = 32  # kinds of load
+
+
+class Answers(Protocol):
+    """Plans for a number of stages; may take a while, and is called in a thread."""
+
+    def answer(
+        self, stages: int | Auto, *, current: Pipeline | None, resident: Sequence[tuple[str, ...]] = ()
+    ) -> PlanAnswer:
+        """Return the whole plan, with every candidate. Raises ``PlannerError``."""
+
+
+class PlannedCandidates:
+    """Candidates from the planner.
+
+    Args:
+        resolver: That of the engine in force.
+        expected: The workload that the configuration expects: it counts as long as nothing has been seen.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolver: Callable[[], Answers],
+        expected: Workload,
+        slo: Slo,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._resolver = resolver
+        self._expected = expected
+        self._slo = slo
+        self._clock = clock
+        self._planned: tuple[tuple[str, Pipeline], float, tuple[Granularity, ...]] | None = None
+        self._known: dict[Workload, tuple[Candidate, ...]] = {}
+
+    async def of(self, engine: Engine, seen: Observation) -> tuple[Candidate, ...]:
+        """Return the candidates for ``engine`` under a load such as ``seen``.
+
+        Raises:
+            PlannerError, EngineError
+        """
+        granularities = await self._granularities(engine)
+        workload = similar(workload_seen(seen, self._expected))
+        if workload not in self._known:
+            while len(self._known) >= _KEPT:
+                self._known.pop(next(iter(self._known)))
+            self._known[workload] = await asyncio.to_thread(candidates_for, granularities, workload, self._slo)
+        return self._known[workload]
+
+    async def _granularities(self, engine: Engine) -> tuple[Granularity, ...]:
+        asked, now_s = (engine.capabilities.name, engine.pipeline), self._clock()
+        if self._planned is None or self._planned[0] != asked or now_s - self._planned[1] > PLAN_AGE_S:
+            answer = await asyncio.to_thread(
+                self._resolver().answer, Auto.AUTO, current=engine.pipeline, resident=engine.capabilities.resident
+            )
+            self._planned = (asked, now_s, granularities_of(answer))
+            self._known.clear()
+        return self._planned[2]
+
+
+def workload_seen(seen: Observation, expected: Workload) -> Workload:
+    """Return the workload that is observed; what was not seen is as expected."""
+    rates = [window.rate_per_s for window in seen.windows if not isinstance(window.rate_per_s, Absence)]
+    return Workload(
+        rate_per_s=max([rate for rate in rates if rate > 0], default=expected.rate_per_s),
+        cv=expected.cv,
+        prompt_tokens_mean=max(1.0, known(seen.prompt_tokens_mean, expected.prompt_tokens_mean)),
+        output_tokens_mean=max(1.0, known(seen.output_tokens_mean, expected.output_tokens_mean)),
+    )

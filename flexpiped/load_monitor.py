@@ -1,0 +1,74 @@
+"""Tells the planner's load monitor what happens: requests as the API sees them, and what the engine says when asked."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from engines.errors import EngineError
+from engines.protocol import Engine, EngineCounters, StageStatus
+from planner.arrivals import Absence, Reading
+from planner.load import WINDOWS_S, EngineSample, LoadMonitor, Observation
+
+
+class LoadSampler:
+    """A ``RequestListener`` of the API's metrics. Used on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        windows_s: Sequence[float] = WINDOWS_S,
+        memory_s: float = 60.0,
+        stale_after_s: float = 15.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._monitor = LoadMonitor(
+            began_s=clock(), windows_s=windows_s, memory_s=memory_s, stale_after_s=stale_after_s
+        )
+
+    def arrived(self, request: object) -> None:
+        """A request came."""
+        self._monitor.arrived(request, self._clock())
+
+    def first_token(self, request: object) -> None:
+        """Its answer has begun."""
+        self._monitor.first_token(request, self._clock())
+
+    def ended(
+        self, request: object, *, prompt_tokens: int | None, output_tokens: int | None, tpot_s: float | None
+    ) -> None:
+        """It ended, on any path."""
+        now_s = self._clock()
+        if prompt_tokens is not None:
+            self._monitor.prompt_known(now_s, prompt_tokens)
+        self._monitor.ended(request, now_s, output_tokens=output_tokens, tpot_s=tpot_s)
+
+    def layout_changed(self) -> None:
+        """Another layout is in force: latencies from here on are its own."""
+        self._monitor.layout_changed()
+
+    async def sample(self, engine: Engine) -> None:
+        """Ask the engine. One that is gone says nothing, and what it said last becomes stale."""
+        try:
+            counters, stages = await engine.counters(), await engine.stages()
+        except EngineError:
+            return
+        self._monitor.sampled(self._clock(), sample_of(counters, stages))
+
+    def observe(self) -> Observation:
+        """Return what is known now."""
+        return self._monitor.observe(self._clock())
+
+
+def sample_of(counters: EngineCounters, stages: Sequence[StageStatus]) -> EngineSample:
+    """Return an engine's counters and stages in the planner's words."""
+    capacity = counters.kv_blocks_capacity
+    return EngineSample(
+        running=counters.running,
+        waiting=counters.waiting,
+        kv_use=counters.kv_blocks_used / capacity if capacity else Absence.UNSUPPORTED,
+        stage_busy=tuple(_busy(stage) for stage in stages),
+    )
+
+
+def _busy(stage: StageStatus) -> Reading:
+    return Absence.NOT_YET if stage.busy is None else stage.busy

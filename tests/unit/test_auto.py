@@ -1,0 +1,186 @@
+"""The control loop with the fake engine: it decides, acts as an operator would, and says why."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from engines.errors import EngineDied
+from engines.fake import FakeEngine
+from engines.protocol import Engine
+from flexpiped.auto import AutoControl, constants_of
+from flexpiped.events import EventLog
+from flexpiped.handover_records import HandoverResult, Wanted
+from flexpiped.load_monitor import LoadSampler
+from flexpiped.refactoring import Refactorings, Started
+from flexpiped.settings import AutoMode, AutoSettings
+from planner.errors import NoFeasiblePlan
+from planner.granularity import Candidate
+from planner.load import Observation
+from planner.policy_state import PolicyConstants, Verb
+from tests.support.layouts import EvenResolver, even_pipeline
+from tests.support.until import until
+from tests.unit.planner.policies import FOUR, TWO
+
+SETTINGS = AutoSettings(mode=AutoMode.ON, confirm_s=0.0, dwell_s=10.0, cool_down_s=1.0, guard_s=5.0)
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Given:
+    """Candidates as a test says, or what it raises."""
+
+    def __init__(self) -> None:
+        self.candidates: tuple[Candidate, ...] = (TWO, FOUR)
+        self.error: NoFeasiblePlan | None = None
+
+    async def of(self, _engine: Engine, _seen: Observation) -> tuple[Candidate, ...]:
+        if self.error is not None:
+            raise self.error
+        return self.candidates
+
+
+@dataclass(slots=True, kw_only=True)
+class Stand:
+    clock: Clock
+    engine: FakeEngine
+    load: LoadSampler
+    given: Given
+    refactorings: Refactorings
+    control: AutoControl
+    is_there: bool = True
+
+    def ask(self, count: int, *, over_s: float) -> None:
+        """Let requests come evenly, each answered at once."""
+        for index in range(count):
+            self.clock.now_s += over_s / count
+            self.load.arrived(index)
+            self.load.first_token(index)
+            self.load.ended(index, prompt_tokens=10, output_tokens=1, tpot_s=None)
+
+    async def settled(self) -> None:
+        await until(lambda: self.refactorings.under_way is None and self.control.is_settled)
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    engine = FakeEngine(pipeline=even_pipeline(2))
+    await engine.start(on_progress=lambda _: None)
+    clock, given = Clock(), Given()
+
+    def serving() -> Engine:
+        if not stand.is_there:
+            raise EngineDied("killed by a test")
+        return engine
+
+    load = LoadSampler(clock=clock)
+    refactorings = Refactorings(engine=serving, resolver=EvenResolver, events=EventLog(), monotonic_clock=clock)
+    control = AutoControl(
+        SETTINGS,
+        engine=serving,
+        load=load,
+        candidates=given,
+        refactorings=refactorings,
+        decided=EventLog(),
+        clock=clock,
+    )
+    stand = Stand(clock=clock, engine=engine, load=load, given=given, refactorings=refactorings, control=control)
+    yield stand
+    await control.close()
+    await engine.close()
+
+
+async def test_overload_changes_the_layout_and_says_why(stand: Stand) -> None:
+    stand.ask(400, over_s=30)
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.verb is Verb.CHANGE
+    await stand.settled()
+    assert stand.engine.pipeline.granularity == 4
+    assert stand.refactorings.history[-1].result is HandoverResult.DONE
+    (event,) = stand.control.decided.since(0)
+    assert event.message.startswith("2 -> 4 stages: load ")
+    assert event.fields["numbers"]["load"] > 0.9
+    assert event.fields["decided_s"] > 0
+
+
+async def test_calm_traffic_keeps_and_says_why(stand: Stand) -> None:
+    stand.ask(30, over_s=30)
+    await stand.control.cycle()
+    assert stand.control.last is not None
+    assert stand.control.last["message"].startswith("keep: CV 0.00 (180 s), load ")
+    assert stand.refactorings.history == ()
+
+
+async def test_a_dry_run_decides_and_moves_nothing(stand: Stand) -> None:
+    stand.control.set_mode(AutoMode.DRY_RUN)
+    stand.ask(400, over_s=30)
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.verb is Verb.CHANGE
+    assert (stand.engine.pipeline.granularity, stand.refactorings.under_way) == (2, None)
+    stand.clock.now_s += 5
+    again = await stand.control.cycle()
+    assert again is not None
+    assert again.verb is Verb.CHANGE
+
+
+async def test_off_watches_and_decides_nothing(stand: Stand) -> None:
+    stand.control.set_mode(AutoMode.OFF)
+    stand.ask(400, over_s=30)
+    assert await stand.control.cycle() is None
+    assert stand.control.last is None
+    assert stand.load.observe().queue_length == 0.0
+
+
+async def test_an_operators_change_is_noticed_and_stays_for_its_dwell(stand: Stand) -> None:
+    stand.ask(30, over_s=30)
+    await stand.control.cycle()
+    started = await stand.refactorings.start(Wanted(stages=4))
+    assert isinstance(started, Started)
+    assert (await stand.refactorings.ended(started)).stages_after == 4
+    stand.clock.now_s += 2
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.verb is Verb.KEEP
+
+
+async def test_while_an_operator_changes_nothing_is_lost(stand: Stand) -> None:
+    """A refactoring under way refuses the control loop's, which tries again later."""
+    stand.ask(400, over_s=30)
+    await stand.refactorings.start(Wanted(stages=8))
+    await stand.control.cycle()
+    await stand.settled()
+    assert "not done: busy: handover #1" in stand.control.decided.since(0)[-1].message
+
+
+async def test_no_engine_and_no_plan_are_reasons(stand: Stand) -> None:
+    stand.given.error = NoFeasiblePlan("nothing fits")
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.reason == "keep: nothing fits"
+    stand.is_there = False
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.reason == "keep: killed by a test"
+
+
+async def test_a_refused_change_is_told_and_not_tried_again(stand: Stand) -> None:
+    stand.given.candidates = (TWO, replace(FOUR, num_stages=64))
+    stand.ask(400, over_s=30)
+    await stand.control.cycle()
+    await stand.settled()
+    assert stand.control.decided.since(0)[-1].message.startswith("not done: ")
+    stand.ask(100, over_s=5)
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.verb is Verb.KEEP
+
+
+def test_settings_are_the_policys_constants() -> None:
+    assert constants_of(AutoSettings()) == PolicyConstants()
