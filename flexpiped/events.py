@@ -17,7 +17,7 @@ class EventKind(Enum):
     DAEMON = "daemon"  # started, ready, reloaded, draining, stopped
     ENGINE = "engine"  # started, died, restarted, compiled again after a move
     REFACTORING = "refactoring"  # asked for, progress, done, refused, aborted
-    DECISION = "decision"  # what the policy came to; in a log of its own
+    DECISION = "decision"  # what the policy came to: what changes something here, all in a log of its own
     DEVICES = "devices"  # a GPU appeared, left or got worse
     MISSED = "missed"  # events that this follower can no longer get
 

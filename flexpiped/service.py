@@ -111,7 +111,7 @@ class Service:
                 resolver=lambda: self._offer().resolver, expected=workload_of(settings), slo=slo_of(settings)
             ),
             refactorings=self._refactorings,
-            decided=EventLog(capacity=DECISIONS_KEPT),
+            decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
         )
 
     @property
@@ -328,6 +328,11 @@ class Service:
     def _in_force(self) -> tuple[str, Pipeline] | None:
         """Return engine and pipeline of now; while an engine is started again, those with which it will be."""
         return None if self._supervisor is None else (self.engine_name, self._supervisor.pipeline)
+
+    def _tell_change(self, decision: Event) -> None:
+        """A decision that changes something belongs to what happened, and to the journal."""
+        if decision.fields["verb"] != "keep":
+            self.events.publish(EventKind.DECISION, decision.message, **decision.fields)
 
     def _on_supervision(self, supervision: Supervision) -> None:
         self.events.publish(EventKind.ENGINE, supervision.reason, state=supervision.state.value)
