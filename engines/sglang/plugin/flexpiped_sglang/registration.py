@@ -22,6 +22,12 @@ def register() -> None:
     from flexpiped_sglang.seeds import draw_by_seed
 
     draw_by_seed()
+    from flexpiped_sglang import internals
+
+    if not internals.check():
+        from flexpiped_sglang.layers import record_layers
+
+        record_layers()
     _extend_scheduler(settings)
 
 

@@ -1,0 +1,257 @@
+"""What rank 0 does for a handover: commands that reach all ranks at the same slot, and their answers.
+
+A piece of work is a generator in the scheduler's main thread that goes on once in each slot. One runs at a time.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Generator
+from typing import Any
+
+from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.side import Reply
+
+from flexpiped_sglang.answers import Answer
+from flexpiped_sglang.slots import Slots
+
+_MOVE, _PAUSE = "move", "pause"  # who holds the batches
+_PATIENCE = 2.0  # times the deadline that ranks keep themselves
+_TRACE_LENGTH = 200_000
+_CALLS = ("begin", "round", "commit", "abandon", "pause", "trace", "arm", "hold", "resume")
+
+Work = Generator[None, None, dict[str, Any]]
+
+
+class Conductor:
+    """Added to the scheduler of rank 0.
+
+    Args:
+        layout: The pipeline rank of each layer, at start.
+        ranks: How many processes answer a command, all stages together.
+        drain_slots: After so many without a new batch, nothing is in flight.
+    """
+
+    def __init__(
+        self, slots: Slots, *, layout: list[int], ranks: int, drain_slots: int, failpoints: Failpoints
+    ) -> None:
+        self._slots = slots
+        self.layout = layout
+        self._num_ranks = ranks
+        self._drain_slots = drain_slots
+        self._failpoints = failpoints
+        self._epoch = 0
+        self._number = 0  # of the handover under way
+        self._new_layout: list[int] = []
+        self._tickets = 0
+        self._answers: dict[int, dict[int, Answer]] = {}  # by ticket and rank; filled by a thread
+        self._calls: deque[tuple[str, list[Any], Reply, int]] = deque()  # filled by a thread
+        self._work: tuple[Work, Reply, int] | None = None
+        self._last_result_s = self._committed_s = self._first_dispatch_s = 0.0
+        self._ends: deque[tuple[float, int]] = deque(maxlen=_TRACE_LENGTH)
+        self._dispatches: deque[float] = deque(maxlen=_TRACE_LENGTH)
+
+    # --- from other threads ---
+
+    def take(self, method: str, arguments: list[Any], reply: Reply, call: int) -> None:
+        """Queue a call for the main thread."""
+        self._calls.append((method, arguments, reply, call))
+
+    def on_answer(self, ticket: int, rank: int, answer: Answer) -> None:
+        if ticket in self._answers:  # else of work that was given up
+            self._answers[ticket][rank] = answer
+
+    # --- steps, in the main thread ---
+
+    def dispatched(self) -> None:
+        """A batch is about to run."""
+        now_s = time.monotonic()
+        self._dispatches.append(now_s)
+        if self._first_dispatch_s == 0.0:
+            self._first_dispatch_s = now_s
+
+    def ended(self) -> None:
+        """The results of a batch are in."""
+        self._last_result_s = time.monotonic()
+        self._ends.append((self._last_result_s, self._epoch))
+
+    def on_slot(self) -> None:
+        """Begin what was asked for, and go on with what is under way."""
+        while self._calls and (self._work is None or self._calls[0][0] in ("abandon", "pause", "trace", "arm")):
+            method, arguments, reply, call = self._calls.popleft()
+            self._start(method, arguments, reply, call)
+        if self._work is not None:
+            self._go_on(*self._work)
+
+    # --- calls ---
+
+    def _start(self, method: str, arguments: list[Any], reply: Reply, call: int) -> None:
+        name = method.removeprefix("flexpiped_")
+        if name not in _CALLS:
+            reply({"op": "reply", "call": call, "error": f"no {method} here"})
+            return
+        try:
+            answer = getattr(self, f"_{name}")(*arguments)
+        except RuntimeError as error:
+            reply({"op": "reply", "call": call, "error": f"{type(error).__name__}: {error}"})
+            return
+        if isinstance(answer, dict):
+            reply({"op": "reply", "call": call, "result": answer})
+        else:
+            self._work = (answer, reply, call)
+
+    def _go_on(self, work: Work, reply: Reply, call: int) -> None:
+        try:
+            next(work)
+        except StopIteration as done:
+            self._work = None
+            reply({"op": "reply", "call": call, "result": done.value})
+        except RuntimeError as error:
+            self._work = None
+            reply({"op": "reply", "call": call, "error": f"{type(error).__name__}: {error}"})
+
+    def _arm(self, name: str, action: str) -> dict[str, Any]:
+        self._failpoints.arm(name, action)
+        return {}
+
+    def _trace(self) -> dict[str, Any]:
+        ends, dispatches = list(self._ends), list(self._dispatches)
+        self._ends.clear()
+        self._dispatches.clear()
+        return {"ends_s": [t for t, _ in ends], "epochs": [e for _, e in ends], "dispatches_s": dispatches}
+
+    def _pause(self) -> dict[str, Any]:
+        """Return the commit pause: from the last result of the old epoch to the first dispatch of the new one."""
+        if not self._first_dispatch_s:
+            return {"pause_s": None}
+        return {"pause_s": max(0.0, self._first_dispatch_s - self._committed_s)}
+
+    def _abandon(self, number: int) -> dict[str, Any]:
+        """Forget a handover that was not committed, whatever of it is under way."""
+        if self._work is not None:
+            (_, reply, call), self._work = self._work, None
+            reply({"op": "reply", "call": call, "error": "rolled back"})
+        self._slots.send("release", _MOVE)
+        self._slots.send("abandon", number)
+        self._number = 0
+        return {}
+
+    def _hold(self) -> Work:
+        """Pause: no batch is begun, and nothing is in flight when this is answered. Requests stay."""
+        yield from self._drain(_PAUSE)
+        return {}
+
+    def _resume(self) -> dict[str, Any]:
+        self._slots.send("release", _PAUSE)
+        return {}
+
+    def _begin(self, number: int, new_layout: list[int]) -> dict[str, Any]:
+        """Have all ranks begin to mark what steps write; everything live counts as written."""
+        self._failpoints.hit("core.begin")
+        if len(new_layout) != len(self.layout):
+            raise RuntimeError(f"the model has {len(self.layout)} layers, not {len(new_layout)}")
+        self._number, self._new_layout = number, list(new_layout)
+        self._slots.send("begin", number, self.layout, self._new_layout)
+        return {}
+
+    def _round(self, number: int) -> Work:
+        """Copy what was written since the last round; done when all destinations have it."""
+        self._of(number)
+        self._failpoints.hit("core.round")
+        answers = yield from self._ask("round", number)
+        return {
+            "sent_blocks": max(answer["sent_blocks"] for answer in answers),
+            "sent_bytes": sum(answer["sent_bytes"] for answer in answers),
+            "remainder_blocks": max(answer["remainder_blocks"] for answer in answers),
+        }
+
+    def _commit(self, number: int, deadline_s: float, verify: bool) -> Work:
+        """Drain, copy the remainder, compare if asked to, and switch all ranks to the new layout.
+
+        Returns ``{"crash": reason}`` when some ranks may have switched and others not.
+
+        Raises:
+            RuntimeError: Something failed before any rank switched. The old layout is in force.
+        """
+        self._of(number)
+        self._failpoints.hit("core.drain")
+        return self._committing(number, deadline_s, verify)
+
+    def _committing(self, number: int, deadline_s: float, verify: bool) -> Work:
+        held_s = time.monotonic()
+        watch = self._watch(_PATIENCE * deadline_s)
+        try:
+            yield from self._drain(_MOVE)
+            drained_s = time.monotonic()
+            self._failpoints.hit("core.commit")
+            answers = yield from self._ask("commit_copy", number, deadline_s)
+            if len({answer["live"] for answer in answers}) != 1:
+                raise RuntimeError("the ranks do not agree about which KV blocks are live")
+            if verify and not self._failpoints.hit("core.verify"):
+                _compare((yield from self._ask("checksums", number)))
+            self._failpoints.hit("core.commit.last")
+            try:
+                yield from self._ask("switch", number, self._epoch + 1)
+            except RuntimeError as error:
+                return {"crash": f"a rank failed while it switched: {error}"}
+            self._epoch += 1
+            self.layout, self._number = self._new_layout, 0
+            self._committed_s, self._first_dispatch_s = self._last_result_s, 0.0
+        finally:
+            watch.cancel()
+            self._slots.send("release", _MOVE)
+        return {
+            "epoch": self._epoch,
+            "drain_s": drained_s - held_s,
+            "switch_s": time.monotonic() - drained_s,
+            "remainder_blocks": max(answer["blocks"] for answer in answers),
+        }
+
+    # --- inside ---
+
+    def _watch(self, deadline_s: float) -> threading.Timer:
+        """Answer from a thread when a rank hangs: then this one's loop hangs, too, waiting for it."""
+        assert self._work is not None
+        _, reply, call = self._work
+        crash = {"crash": f"the ranks did not commit within {deadline_s:g} s"}
+        timer = threading.Timer(deadline_s, reply, [{"op": "reply", "call": call, "result": crash}])
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _drain(self, holder: str) -> Generator[None, None, None]:
+        """Have all ranks begin no batch from the same slot on; return when none is in flight."""
+        self._slots.send("hold", holder)
+        for _ in range(self._drain_slots + 1):
+            yield
+
+    def _ask(self, command: str, *arguments: Any) -> Generator[None, None, list[Answer]]:
+        """Have all ranks do something at the same slot, and return their answers. Raises: RuntimeError."""
+        self._tickets += 1
+        ticket = self._tickets
+        self._answers[ticket] = {}
+        self._slots.send(command, ticket, *arguments)
+        try:
+            while len(self._answers[ticket]) < self._num_ranks:
+                yield
+            answers = [answer for _, answer in sorted(self._answers[ticket].items())]
+        finally:
+            del self._answers[ticket]
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors:
+            raise RuntimeError(errors[0])
+        return answers
+
+    def _of(self, number: int) -> None:
+        if self._number != number:
+            raise RuntimeError(f"handover {number} has not begun")
+
+
+def _compare(answers: list[Answer]) -> None:
+    """Every live KV block must be the same on source and destination. Raises: RuntimeError."""
+    seen: dict[str, list[int]] = {}
+    for answer in answers:
+        for layer, values in answer.items():
+            wrong = sum(a != b for a, b in zip(seen.setdefault(layer, values), values, strict=True))
+            if wrong:
+                raise RuntimeError(f"{wrong} of {len(values)} KV blocks of layer {layer} differ at commit")

@@ -1,0 +1,41 @@
+"""In the helper process: has the model's own ``load_weights`` fill one layer."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from flexpiped_served.weights import Manifest, lay_out, layer_pattern, read_file
+
+from flexpiped_sglang import internals
+from flexpiped_sglang.layers import LayerStore
+
+
+def load_layer(model: Any, layers: LayerStore, loader: Any, model_config: Any, index: int) -> tuple[int, Manifest]:
+    """Fill the skeleton of layer ``index``; return the shared memory and where each parameter lies in it."""
+    made, core = layers.made, layers.core
+    wanted = {name: (each.shape, each.dtype) for name, each in made.parameters[index].items()}
+    fd, manifest, views = lay_out(wanted)
+    made.fill(index, views)
+    made.modules[index] = made.layers[index]
+    core.start_layer, core.end_layer = index, index + 1  # load_weights passes over the others
+    try:
+        model.load_weights(_weights_of(model, made.prefix, loader, model_config, index))
+    finally:
+        made.modules[index] = made.missing()
+        made.empty(index)
+    return fd, manifest
+
+
+def _weights_of(
+    model: Any, prefix: str, loader: Any, model_config: Any, index: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the checkpoint's tensors of one layer, as SGLang's loader names them."""
+    wanted = layer_pattern(prefix, index)
+    files = internals.safetensors_files(loader, model_config, model)
+    if files is None:  # another format: read all, keep what is wanted
+        for name, tensor in internals.all_weights(loader, model_config, model):
+            if wanted.search(name):
+                yield name, tensor
+        return
+    for file in files:
+        yield from read_file(file, wanted)

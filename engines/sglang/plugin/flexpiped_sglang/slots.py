@@ -1,0 +1,72 @@
+"""The scheduler's loop, seen as slots: one per micro-batch, the same sequence on every rank.
+
+Rank 0 sends each slot's requests to the next rank, which sends them on: what rank 0 adds to them reaches every rank at
+the same slot, before that slot's batch is chosen. So the ranks need no other agreement. A command is a plain tuple.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from flexpiped_sglang import internals
+
+_MARK = "flexpiped"
+Command = tuple[Any, ...]
+
+
+class Slots:
+    """Added to one scheduler.
+
+    Args:
+        on_command: Told each command, in the scheduler's main thread.
+        on_slot: Called once in each slot, after its commands.
+    """
+
+    def __init__(self, scheduler: Any, *, on_command: Callable[[Command], None], on_slot: Callable[[], None]) -> None:
+        self._scheduler = scheduler
+        self._on_command = on_command
+        self._on_slot = on_slot
+        self._outbox: list[Command] = []
+        self.held_by: set[str] = set()  # while there is any, no batch is begun
+        self._send_with_requests()
+        self._take_from_requests()
+        self._hold_batches()
+
+    def send(self, *command: Any) -> None:
+        """Have all ranks do something at the next slot. For rank 0, in its main thread."""
+        self._outbox.append((_MARK, *command))
+
+    def _send_with_requests(self) -> None:
+        poll = self._scheduler._poll_timeout_aborts
+
+        @wraps(poll)
+        def poll_timeout_aborts() -> list[Any]:
+            commands, self._outbox = self._outbox, []
+            return [*poll(), *commands]
+
+        self._scheduler._poll_timeout_aborts = poll_timeout_aborts
+
+    def _take_from_requests(self) -> None:
+        process = self._scheduler.process_input_requests
+
+        @wraps(process)
+        def process_input_requests(recv_reqs: list[Any]) -> None:
+            commands = [each for each in recv_reqs if isinstance(each, tuple) and each[:1] == (_MARK,)]
+            process([each for each in recv_reqs if not isinstance(each, tuple)] if commands else recv_reqs)
+            for command in commands:
+                self._on_command(command[1:])
+            self._on_slot()
+
+        self._scheduler.process_input_requests = process_input_requests
+
+    def _hold_batches(self) -> None:
+        choose, scheduler = self._scheduler.get_next_batch_to_run, self._scheduler
+
+        @wraps(choose)
+        def get_next_batch_to_run(running_batch: Any, last_batch: Any) -> Any:
+            # Under pipeline parallelism SGLang itself does not look at the flag of its own pause.
+            if self.held_by or scheduler._engine_paused:
+                return internals.NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+            return choose(running_batch=running_batch, last_batch=last_batch)
+
+        scheduler.get_next_batch_to_run = get_next_batch_to_run
