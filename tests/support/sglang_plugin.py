@@ -26,6 +26,7 @@ from planner.handover import HandoverLimits, HandoverPhase
 from planner.layout import Pipeline
 from tests.engines.install_sglang import SGLANG
 from tests.engines.interpreter import ensure_there
+from tests.support.until import until
 
 PLUGIN = Path(__file__).parents[2] / "engines" / "sglang" / "plugin"
 _START_S = 180.0
@@ -135,8 +136,11 @@ class PluginDriver:
         return [await self.sides[rank].call("status") for rank in sorted(self.sides)]
 
     async def drain(self) -> None:
-        while (found := await self.counters())["running"] or found["waiting"]:
-            await asyncio.sleep(0.02)
+        async def is_idle() -> bool:
+            found = await self.counters()
+            return not (found["running"] or found["waiting"])
+
+        await until(is_idle, timeout_s=60)
 
     async def arm(self, name: str, action: str, *, rank: int | None = None) -> None:
         if rank is None:

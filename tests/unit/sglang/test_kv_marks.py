@@ -7,8 +7,7 @@ import torch
 
 from engines.served.plugin_path import SHARED
 
-PLUGIN = SHARED.parents[1] / "sglang" / "plugin"
-sys.path += [str(PLUGIN), str(SHARED)]  # as SGLang's interpreter has it
+sys.path += [str(SHARED.parents[1] / "sglang" / "plugin"), str(SHARED)]  # as SGLang's interpreter has it
 
 from flexpiped_sglang.kv_marks import KvMarks, fingerprint
 
