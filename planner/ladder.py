@@ -9,6 +9,8 @@ from planner.placement import PlacedStage
 from planner.placement_search import Limits, PlacementSearch
 
 _STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a first pipeline is looked for
+_WIDE = 1.05  # times the value that is open, from which a proof of all of it is not to be hoped for
+_FAR = 2.0  # times the other, where a value between two is a better middle than a position
 _NEAR_ENOUGH = 0.002  # share of the value to which known prices are asked before better ones are sought
 
 
@@ -54,6 +56,11 @@ class Ladder:
         """What no stages can better."""
         return self.values[min(self.impossible + 1, self.at)]
 
+    @property
+    def gap(self) -> float:
+        """How far the best found may be from the best there is, as a share of the former; 1 where none was found."""
+        return 1.0 if self.stages is None else abs(self.value - self.bound) / max(1, self.value)
+
     def note(self, stages: tuple[PlacedStage, ...]) -> None:
         """Take stages that were found."""
         self.stages, self.at = stages, self.reached(stages)
@@ -64,52 +71,101 @@ class Climb:
 
     def __init__(self, ladder: Ladder, search: PlacementSearch, budget: Budget, *, has_known_prices: bool) -> None:
         self.ladder, self.search, self.budget, self.has_known_prices = ladder, search, budget, has_known_prices
+        self.near_enough = _NEAR_ENOUGH
 
     def close_in(self) -> None:
         """Close in from both sides until they meet, time is up, or neither tells more.
 
-        1. Between what is impossible and the best found, the middle is asked for. Where nothing is said of it, the
-           bound is sought below it.
-        2. Then a better pipeline is sought above the bound.
+        1. By the prices that are known, which is quick.
+        2. By better prices: between what is impossible and the best found, the middle is asked for. Where nothing is
+           said of it, the bound is sought below it, and then a better pipeline above that.
+        3. What is still open is asked of the search that tells most and takes longest.
+        4. Then as 2 and 3 to the last value: until here, what is open between two values near each other was left.
         """
-        ladder = self.ladder
-        self._raise_bound(near_enough=_NEAR_ENOUGH if self.has_known_prices else 0.0)
-        if ladder.stages is None:
+        self._raise_bound()  # 1
+        if self.ladder.stages is None:
             self._find_first()
-        elif self.has_known_prices:
+        else:
             self._ask_known()
-        open_from = ladder.open_until
-        while ladder.impossible + 1 < open_from and not self.budget.is_spent():  # 1
-            middle = (ladder.impossible + open_from) // 2
+        self._bisect()  # 2
+        self._settle()  # 3
+        self.near_enough = 0.0
+        self._bisect()  # 4
+        self._settle()
+
+    def _bisect(self) -> None:
+        """Ask for the middle with better prices: of the better or the worse side of what got no answer, the larger."""
+        ladder = self.ladder
+        silent_from, silent_to = len(ladder.values), 0  # positions that got no answer; none yet
+        while ladder.is_open and not self.budget.is_spent():
+            lowest, highest = ladder.impossible + 1, ladder.open_until
+            sides = (lowest, min(silent_from, highest)), (max(silent_to, lowest), highest)
+            left = [side for side in sides if side[0] < side[1] and not self._is_near(*side)]
+            if not left:
+                return
+            middle = self._middle(*max(left, key=lambda side: self._apart(*side)))
             look = self.search.look(self._limits(middle))
-            if look.impossible:
-                ladder.impossible = middle
+            if look.stages is not None:
+                ladder.note(look.stages)
+            elif look.impossible:
+                ladder.impossible = max(ladder.impossible, middle)
                 self._raise_bound()
             else:
-                open_from = middle
+                silent_from, silent_to = min(silent_from, middle), max(silent_to, middle + 1)
+
+    def _settle(self) -> None:
+        """Ask for whole paths until nothing is open, or one gets no answer.
+
+        Just below the best found where that is near the bound, for a proof there closes all of it at once; else, and
+        after one that was found, in the middle, for the best may be far.
+        """
+        ladder, has_moved = self.ladder, False
+        while ladder.is_open and not self.budget.is_spent():
+            below = ladder.open_until - 1
+            is_far = self._apart(ladder.impossible + 1, below) > _WIDE
+            position = self._middle(ladder.impossible + 1, below) if has_moved or is_far else below
+            look = self.search.look_whole(self._limits(position))
             if look.stages is not None:
                 ladder.note(look.stages)
-                open_from = min(open_from, ladder.at)
-        low = open_from
-        while low < ladder.at and not self.budget.is_spent():  # 2
-            middle = (low + ladder.open_until) // 2
-            look = self.search.look(self._limits(middle))
-            if look.stages is not None:
-                ladder.note(look.stages)
+            elif look.impossible:
+                ladder.impossible = max(ladder.impossible, position)
             else:
-                low = middle + 1
+                return
+            has_moved = look.stages is not None
 
     def _limits(self, position: int) -> Limits:
         return self.ladder.limits(self.ladder.values[position])
+
+    def _value(self, position: int) -> int:
+        return self.ladder.values[min(position, len(self.ladder.values) - 1)]
+
+    def _middle(self, low: int, high: int) -> int:
+        """Return the position from ``low`` up to below ``high`` in the middle; of values far apart, by their ratio."""
+        first, last = self._value(low), self._value(high)
+        if max(first, last) <= _FAR * min(first, last):
+            return (low + high) // 2
+        mean = (max(1, first) * max(1, last)) ** 0.5
+        rising = first <= last
+
+        def is_beyond(position: int) -> bool:
+            return (self._value(position) >= mean) == rising
+
+        return max(low, min(high - 1, bisect_left(range(low, high), True, key=is_beyond) + low))
+
+    def _apart(self, position: int, other: int) -> float:
+        """Return how many times the one value the other one is."""
+        values = sorted((self._value(position), self._value(other)))
+        return values[1] / max(1, values[0])
+
+    def _is_near(self, position: int, other: int) -> bool:
+        return self._apart(position, other) < 1 + self.near_enough
 
     def _ask_known(self) -> None:
         """Better what was found by the prices that are known alone, which is quick, until that tells little more."""
         ladder = self.ladder
         low = ladder.impossible + 1
-        while low < ladder.at and not self.budget.is_spent():
-            if abs(ladder.value - ladder.values[low]) <= _NEAR_ENOUGH * ladder.value:
-                return
-            middle = (low + ladder.at) // 2
+        while low < ladder.at and not self.budget.is_spent() and not self._is_near(ladder.at, low):
+            middle = self._middle(low, ladder.at)
             look = self.search.look(self._limits(middle), improve=False)
             if look.stages is not None:
                 ladder.note(look.stages)
@@ -117,15 +173,12 @@ class Climb:
                 low = middle + 1
                 ladder.impossible = max(ladder.impossible, middle if look.impossible else -1)
 
-    def _raise_bound(self, *, near_enough: float = 0.0) -> None:
+    def _raise_bound(self) -> None:
         """Find how far the prices that are known prove impossible: for fixed prices one bisection tells."""
         ladder = self.ladder
         low, high = ladder.impossible, ladder.open_until
-        while low + 1 < high and not self.budget.is_spent():
-            lowest, highest = sorted((ladder.values[low + 1], ladder.values[min(high, len(ladder.values) - 1)]))
-            if highest - lowest <= near_enough * highest:
-                break
-            middle = (low + high) // 2
+        while low + 1 < high and not self.budget.is_spent() and not self._is_near(low + 1, high):
+            middle = self._middle(low + 1, high)
             if self.search.is_impossible(self._limits(middle), improve=False):
                 low = middle
             else:

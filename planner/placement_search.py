@@ -25,8 +25,7 @@ _ROUNDS = 4  # of the linear program, with stages that its last prices make chea
 _CLOSE = 0.01  # stages between a bound and the cost of the flow that it is from
 _QUICK_WINDOW = 0.1
 _S_PER_ARC = 1e-5  # what the linear program takes on any machine of today
-_WHOLE_SHARE = 0.5  # of the time that is left, for one search for a whole path
-_WHOLE_LEAST_S = 0.2  # with less it tells nothing
+_WHOLE_SHARE = 0.6  # of the time that is left, for one search for a whole path
 _LOOK_NODES = 400  # of a search tree, before it is given up
 _SPARE_TRIES = 40  # places tried to fill up a pipeline of too few stages
 
@@ -81,7 +80,6 @@ class PlacementSearch:
 
         1. A bound above the number of stages is a proof that there is none.
         2. A search along cheap paths finds one, or ends, which is a proof as well, or is given up.
-        3. Where neither tells, a whole path over kinds is asked for: SCIP finds it or proves that there is none.
 
         A pipeline of too few stages is filled up with places to spare; where that fails the search goes on, but
         its end proves nothing any more.
@@ -94,27 +92,33 @@ class PlacementSearch:
             look = self._descend(limits, reach, values, nodes=nodes if better else nodes // 4)  # 2
             if look.impossible or look.stages is not None:
                 return look
-        return self._whole(limits, reach, values, nodes=nodes) if improve else Look()  # 3
+        return Look()
 
     def _descend(self, limits: Limits, reach: Reach, values: Values, *, nodes: int) -> Look:
         descent = _Descent(self, limits, reach, values, nodes=nodes)
         stages = descent.run()
         return Look(stages=stages, impossible=stages is None and descent.ended)
 
-    def _whole(self, limits: Limits, reach: Reach, values: Values, *, nodes: int) -> Look:
-        """Ask for a whole path over kinds, which is the problem but for which hosts are one and the same."""
-        limit_s = self.left_s() * _WHOLE_SHARE
-        if limit_s < _WHOLE_LEAST_S:
-            return Look()
+    def look_whole(self, limits: Limits) -> Look:
+        """Ask for a whole path over kinds, which is the problem but for which hosts are one and the same.
+
+        What takes longest, and tells most: SCIP finds a path or proves that there is none.
+        """
+        reach = self.reach(limits)
+        values = self._bound(reach, improve=True)
+        if values.total > self.problem.num_stages + EPSILON:
+            return Look(impossible=True)
         alike = self._collapsed(reach)
         prices = alike.narrow(self.prices)
-        outcome, shares = alike.paths.whole_path(alike.reach, prices, most=self.problem.num_stages, limit_s=limit_s)
+        outcome, shares = alike.paths.whole_path(
+            alike.reach, prices, most=self.problem.num_stages, limit_s=self.left_s() * _WHOLE_SHARE
+        )
         if outcome is Outcome.INFEASIBLE:
             return Look(impossible=True)
         if not shares:
             return Look()
         self.shares = alike.spread(shares)
-        return self._descend(limits, reach, values, nodes=nodes)
+        return self._descend(limits, reach, values, nodes=_LOOK_NODES)
 
     def num_runs(self, limits: Limits, places: Sequence[int]) -> int:
         """Return how many segments these places together may carry within limits, before bounds rule any out."""

@@ -35,6 +35,8 @@ from planner.start import usable_start
 
 _BOTTLENECK_SHARE = 0.5  # of the time that is left, for closing in on the bottleneck
 _KNOWN_SHARE = 0.98  # the same where an earlier answer is known
+_WIDE_GAP = 0.01  # of the bottleneck, which is worth as much time again
+_LONG_S = 2.0  # with that much time, any gap is
 _CAPACITY_SHARE = 0.8
 _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
 _S_PER_RUN = 4e-6  # what looking at a segment takes on any machine of today, and building its part of the model
@@ -107,7 +109,7 @@ class _Solver:
         self._use(self.known.bottleneck)
         if self.known.bottleneck is not None and start:
             self._sharpen(start)
-        stages, bottleneck = self._bottleneck(start)
+        stages, bottleneck = self._bottleneck(start, whole)
         of_bottleneck = self._named()
         limit_ns = bottleneck_limit_ns(bottleneck.value)
         self.budget = whole.part(_CAPACITY_SHARE)
@@ -132,7 +134,8 @@ class _Solver:
 
     # ---- bottleneck
 
-    def _bottleneck(self, start: tuple[PlacedStage, ...]) -> tuple[tuple[PlacedStage, ...], Proof]:
+    def _bottleneck(self, start: tuple[PlacedStage, ...], whole: Budget) -> tuple[tuple[PlacedStage, ...], Proof]:
+        """Return stages of the smallest bottleneck; where it is far from its bound, in a further share of ``whole``."""
         tokens = self.problem.min_kv_tokens
         ladder: Sequence[int] = bottleneck_candidates(self.search.kinds, self.costs).tolist()
 
@@ -146,6 +149,9 @@ class _Solver:
         if start:
             best.note(start)
         self._close_in(best)
+        if best.gap > _WIDE_GAP or (best.is_open and whole.left_s > _LONG_S):
+            self.budget = whole.part(_BOTTLENECK_SHARE)
+            self._close_in(best)
         if best.is_open and not self.budget.is_spent():
             self._close_by_model(best)
         if best.impossible == len(ladder) - 1:

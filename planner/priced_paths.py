@@ -17,7 +17,7 @@ from planner.solver import FlowArcs, Outcome, cheapest_flow, whole_flow
 
 Shares = dict[tuple[int, int], float]  # of a cheapest flow, by first piece and row
 
-_WHOLE_ARCS = 6_000  # that a search for a whole path is given at most
+_S_PER_WHOLE_ARC = 5e-5  # what the search for a whole path takes at least on any machine of today
 EPSILON = 1e-6  # what rounding may come to: a bound counts as above a whole number only beyond it
 
 
@@ -186,7 +186,7 @@ class PricedPaths:
     def whole_path(self, reach: Reach, prices: Floats, *, most: int, limit_s: float) -> tuple[Outcome, Shares]:
         """Look for a pipeline of at most ``most`` stages that uses nothing more often than it is there."""
         arcs = self._arcs(reach, [prices], window=most + EPSILON)
-        if len(arcs.tails) > _WHOLE_ARCS:
+        if len(arcs.tails) * _S_PER_WHOLE_ARC > limit_s:
             return Outcome.UNKNOWN, {}
         outcome, amounts = whole_flow(arcs, limits=self.limits(), most=most, limit_s=limit_s)
         return outcome, self._shares(arcs, amounts, reach) if len(amounts) else {}
