@@ -1,5 +1,6 @@
 """Closing in on the best value of one aim: what is proven impossible from one side, what was found from the other."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ class Climb:
         first, last = self._value(low), self._value(high)
         if max(first, last) <= _FAR * min(first, last):
             return (low + high) // 2
-        mean = (max(1, first) * max(1, last)) ** 0.5
+        mean = math.sqrt(max(1, first) * max(1, last))
         rising = first <= last
 
         def is_beyond(position: int) -> bool:
