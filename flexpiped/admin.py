@@ -9,6 +9,8 @@ POST /topology/links    keep measured figures of links
 GET  /profile/target    what flexctl profile measures; POST /profile keeps it (``flexpiped.admin_profile``)
 GET  /history           what was and what is intended, from the journal (``flexpiped.admin_history``)
 GET  /decisions, POST /auto  what the daemon does by itself (``flexpiped.admin_auto``)
+GET  /config            the settings in force; GET /config/diff what a reload would do (``flexpiped.admin_config``)
+POST /reload            read the configuration file again
 GET  /events            the last events, one JSON object a line; ?since=N; ?follow=1 goes on
 
 Errors are ``{"error": {"code": ..., "message": ...}}``. What is refused moved nothing.

@@ -1,15 +1,31 @@
-"""Values of a configuration file: one reader per kind. A reader returns the typed value or says what is allowed."""
+"""Values of a configuration file: one reader per kind. A reader returns the typed value or says what is allowed.
+
+Each reader has the JSON schema of what it takes, which editors get with "flexctl config schema".
+"""
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from math import inf, isfinite
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 E = TypeVar("E", bound=Enum)
-Reader = Callable[[object], T]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader(Generic[T_co]):
+    """Reads one kind of value; calling it raises ``WrongValue`` for any other."""
+
+    parse: Callable[[object], T_co]
+    schema: Mapping[str, Any]
+
+    def __call__(self, value: object) -> T_co:
+        return self.parse(value)
+
 
 _UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 1 << 10,
@@ -45,11 +61,14 @@ def shown(value: object) -> str:
             return str(value)
 
 
-def boolean(value: object) -> bool:
+def _boolean(value: object) -> bool:
     """Read ``true`` or ``false``."""
     if isinstance(value, bool):
         return value
     raise WrongValue(f"must be true or false, not {shown(value)}")
+
+
+boolean: Final = Reader(parse=_boolean, schema={"type": "boolean"})
 
 
 def integer(minimum: int, maximum: int | None = None) -> Reader[int]:
@@ -63,14 +82,18 @@ def integer(minimum: int, maximum: int | None = None) -> Reader[int]:
             raise WrongValue(f"must be {allowed}, not {value}")
         return value
 
-    return read
+    bounds = {"minimum": minimum} if maximum is None else {"minimum": minimum, "maximum": maximum}
+    return Reader(parse=read, schema={"type": "integer", **bounds})
 
 
-def seconds(value: object) -> float:
+def _seconds(value: object) -> float:
     """Read a positive number of seconds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise WrongValue(f"must be a number of seconds above 0, not {shown(value)}")
     return float(value)
+
+
+seconds: Final = Reader(parse=_seconds, schema={"type": "number", "exclusiveMinimum": 0})
 
 
 def number(minimum: float, maximum: float | None = None, *, above: bool = False) -> Reader[float]:
@@ -86,33 +109,46 @@ def number(minimum: float, maximum: float | None = None, *, above: bool = False)
             raise WrongValue(f"must be {allowed}, not {value}")
         return float(value)
 
-    return read
+    bounds = {"exclusiveMinimum" if above else "minimum": minimum} | ({} if maximum is None else {"maximum": maximum})
+    return Reader(parse=read, schema={"type": "number", **bounds})
 
 
-def optional_seconds(value: object) -> float | None:
+def _optional_seconds(value: object) -> float | None:
     """Read a positive number of seconds; the empty string means none."""
     return None if value == "" else seconds(value)
 
 
-def text(value: object) -> str:
+optional_seconds: Final = Reader(parse=_optional_seconds, schema={"anyOf": [{"const": ""}, seconds.schema]})
+
+
+def _text(value: object) -> str:
     """Read a string that is not empty."""
     if isinstance(value, str) and value.strip():
         return value
     raise WrongValue(f"must be a string that is not empty, not {shown(value)}")
 
 
-def optional_text(value: object) -> str | None:
+text: Final = Reader(parse=_text, schema={"type": "string", "pattern": "\\S"})
+
+
+def _optional_text(value: object) -> str | None:
     """Read a string; the empty one means none."""
     if isinstance(value, str):
         return value.strip() or None
     raise WrongValue(f"must be a string (empty for none), not {shown(value)}")
 
 
-def optional_path(value: object) -> Path | None:
+optional_text: Final = Reader(parse=_optional_text, schema={"type": "string"})
+
+
+def _optional_path(value: object) -> Path | None:
     """Read a path, with ``~`` for the home directory; the empty string means none."""
     if isinstance(value, str):
         return Path(value.strip()).expanduser() if value.strip() else None
     raise WrongValue(f"must be a path (empty for none), not {shown(value)}")
+
+
+optional_path: Final = Reader(parse=_optional_path, schema={"type": "string"})
 
 
 def size_bytes(minimum: int) -> Reader[int]:
@@ -126,28 +162,38 @@ def size_bytes(minimum: int) -> Reader[int]:
             raise WrongValue(f"must be at least {show_size(minimum)}, not {shown(value)}")
         return size
 
-    return read
+    worded = {"type": "string", "pattern": f"^{_SIZE.pattern}$"}
+    return Reader(parse=read, schema={"anyOf": [{"type": "integer", "minimum": minimum}, worded]})
 
 
-def many_seconds(value: object) -> tuple[float, ...]:
+def _many_seconds(value: object) -> tuple[float, ...]:
     """Read an array of positive numbers of seconds, at least one."""
     if isinstance(value, list) and value:
         return tuple(seconds(each) for each in value)
     raise WrongValue(f"must be an array of numbers of seconds, not {shown(value)}")
 
 
-def texts(value: object) -> tuple[str, ...]:
+many_seconds: Final = Reader(parse=_many_seconds, schema={"type": "array", "minItems": 1, "items": seconds.schema})
+
+
+def _texts(value: object) -> tuple[str, ...]:
     """Read an array of strings."""
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return tuple(value)
     raise WrongValue(f"must be an array of strings, not {_part_shown(value)}")
 
 
-def named_texts(value: object) -> Mapping[str, str]:
+texts: Final = Reader(parse=_texts, schema={"type": "array", "items": {"type": "string"}})
+
+
+def _named_texts(value: object) -> Mapping[str, str]:
     """Read a table whose values are strings."""
     if isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
         return dict(value)
     raise WrongValue(f"must be a table of strings, not {_part_shown(value)}")
+
+
+named_texts: Final = Reader(parse=_named_texts, schema={"type": "object", "additionalProperties": {"type": "string"}})
 
 
 def choice(kind: type[E]) -> Reader[E]:
@@ -160,7 +206,7 @@ def choice(kind: type[E]) -> Reader[E]:
         allowed = " or ".join(shown(member.value) for member in kind)
         raise WrongValue(f"must be {allowed}, not {shown(value)}")
 
-    return read
+    return Reader(parse=read, schema={"enum": [member.value for member in kind]})
 
 
 def or_auto(reader: Reader[T]) -> Reader[T | Auto]:
@@ -174,7 +220,7 @@ def or_auto(reader: Reader[T]) -> Reader[T | Auto]:
         except WrongValue as wrong:
             raise WrongValue(str(wrong).replace("must be ", 'must be "auto" or ', 1)) from None
 
-    return read
+    return Reader(parse=read, schema={"anyOf": [{"const": Auto.AUTO.value}, reader.schema]})
 
 
 def show_size(size: int) -> str:

@@ -16,17 +16,18 @@ import uvloop
 import flexpiped
 from engines.errors import EngineError
 from flexpiped import log_events
+from flexpiped.admin_config import Configuration
 from flexpiped.admin_socket import AdminSocketError, candidate_sockets, default_socket
 from flexpiped.banner import QUIET_START_S, Banner, flexctl_command
-from flexpiped.config_file import ConfigError, load_config
 from flexpiped.events import EventKind
 from flexpiped.hardware import devices_in_words
 from flexpiped.log import configure_logging
 from flexpiped.models import NoDemoModel, for_people
 from flexpiped.notify import Notifier
+from flexpiped.reload import ReloadReport, compare
 from flexpiped.servers import PortTaken
 from flexpiped.service import DRAIN_DEADLINE_S, Service
-from flexpiped.settings import Settings, changed_keys
+from flexpiped.settings import Settings
 from flexpiped.signals import Signals
 from planner.errors import PlannerError
 
@@ -92,7 +93,16 @@ class Daemon:
     async def live(self) -> int:
         """Start, serve until asked to stop, drain. Return the exit code."""
         try:
-            service = Service(self._settings, admin_socket=self._admin_socket, on_progress=self._progress)
+            service = Service(
+                self._settings,
+                admin_socket=self._admin_socket,
+                on_progress=self._progress,
+                configuration=Configuration(
+                    settings=lambda: self._settings,
+                    compare=self._compared,
+                    reload=lambda: self._reload(service),
+                ),
+            )
             self._announce_start(service)
             async with AsyncExitStack() as stack:
                 if not await self._start(service, stack):
@@ -139,28 +149,32 @@ class Daemon:
             self._signals.reload.clear()
             self._reload(service)
 
-    def _reload(self, service: Service) -> None:
-        """Read the configuration again: say what changed, and keep the old one when the new one is wrong."""
+    def _reload(self, service: Service) -> ReloadReport:
+        """Read the configuration again, as SIGHUP and ``POST /reload`` ask."""
         self._notifier.reloading(monotonic_us=time.monotonic_ns() // 1000)
-        message = self._reloaded()
-        service.events.publish(EventKind.DAEMON, message)
-        self._notifier.ready(f"serving {_facts(service)}; {message}")
+        report = self._compared()
+        if report.changes:
+            service.apply(report.settings)
+            configure_logging(report.settings.log)
+            self._settings = report.settings
+        self._log_reload(report)
+        service.events.publish(EventKind.DAEMON, report.message, reload=report.to_wire())
+        self._notifier.ready(f"serving {_facts(service)}; {report.message}")
+        return report
 
-    def _reloaded(self) -> str:
-        if self._config_file is None:
-            return "there is no configuration file to read again"
-        name = str(self._config_file)
-        try:
-            new = load_config(self._config_file)
-        except ConfigError as error:
-            log_events.config_rejected(file=name, problems=[str(problem) for problem in error.problems])
-            return f"configuration rejected, the old one stays in force: {error.problems[0]}"
-        keys = changed_keys(self._settings, new)
-        if not keys:
-            log_events.config_unchanged(file=name)
-            return "configuration unchanged"
-        log_events.config_needs_restart(file=name, keys=keys)
-        return f"configuration changed, restart to apply: {', '.join(keys)}"
+    def _compared(self) -> ReloadReport:
+        """Say what a reload would do."""
+        return compare(self._settings, self._config_file)
+
+    def _log_reload(self, report: ReloadReport) -> None:
+        if report.problems:
+            log_events.config_rejected(file=report.file, problems=report.problems)
+        elif not report.changes:
+            log_events.config_unchanged(file=report.file)
+        if applied := report.names(live=True):
+            log_events.config_applied(file=report.file, keys=applied)
+        if waiting := report.names(live=False):
+            log_events.config_needs_restart(file=report.file, keys=waiting)
 
     def _progress(self, message: str) -> None:
         self._banner.progress(message)

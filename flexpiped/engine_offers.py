@@ -39,6 +39,14 @@ class EngineOffers:
         self._on_news = on_news
         self._made = {settings.engine: self._offer(settings, model)}
 
+    def use(self, settings: Settings) -> None:
+        """Plan from now on for the workload, targets and planner's limits of ``settings``; the rest stays."""
+        self._settings = replace(self._settings, workload=settings.workload, slo=settings.slo, planner=settings.planner)
+
+    def _planned_for(self, settings: Settings) -> Settings:
+        now = self._settings
+        return replace(settings, workload=now.workload, slo=now.slo, planner=now.planner)
+
     def of(self, name: str) -> EngineOffer:
         """Return the engine of that name.
 
@@ -60,5 +68,5 @@ class EngineOffers:
     def _offer(self, settings: Settings, model: Model) -> EngineOffer:
         return EngineOffer(
             factory=engine_factory(settings, model, on_news=self._on_news),
-            resolver=PlannerResolver(lambda: question_here(settings, model.graph)),
+            resolver=PlannerResolver(lambda: question_here(self._planned_for(settings), model.graph)),
         )

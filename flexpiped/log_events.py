@@ -65,6 +65,10 @@ def config_unchanged(*, file: str) -> None:
     _log.info("configuration unchanged", file=file)
 
 
+def config_applied(*, file: str, keys: Sequence[str]) -> None:
+    _log.info("configuration changed and applied", file=file, keys=list(keys))
+
+
 def config_needs_restart(*, file: str, keys: Sequence[str]) -> None:
     _log.warning("configuration changed, restart to apply", file=file, keys=list(keys))
 

@@ -19,6 +19,7 @@ from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.admin import admin_app
 from flexpiped.admin_auto import auto_routes
+from flexpiped.admin_config import Configuration, config_routes
 from flexpiped.admin_history import history_routes
 from flexpiped.admin_profile import profile_routes
 from flexpiped.admission import Admission, AdmissionLimits
@@ -69,10 +70,20 @@ class Service:
 
     Args:
         on_progress: Told what the start is doing.
+        configuration: What the admin API shows and reloads.
     """
 
-    def __init__(self, settings: Settings, *, admin_socket: Path, on_progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        admin_socket: Path,
+        on_progress: Callable[[str], None],
+        configuration: Configuration,
+    ) -> None:
         self._settings = settings
+        self._configuration = configuration
+        self._admission = Admission(limits=_limits(settings))
         self._admin_socket = admin_socket
         self._on_progress = on_progress
         self.source = model_source(settings)
@@ -149,6 +160,12 @@ class Service:
         )
         return answer_to_wire(answer, took_s=time.monotonic() - began_s)
 
+    def apply(self, settings: Settings) -> None:
+        """Use what ``settings`` say of the keys that are live."""
+        self._admission.limits = _limits(settings)
+        if self._offers is not None:
+            self._offers.use(settings)
+
     async def start(self, stack: AsyncExitStack) -> None:
         """Start everything; ``stack`` ends it. Returns when requests are served.
 
@@ -170,7 +187,7 @@ class Service:
                 model=self.name,
                 supervisor=supervisor,
                 text=text,
-                admission=Admission(limits=_limits(self._settings)),
+                admission=self._admission,
                 metrics=self._metrics,
                 health=lambda: self.health,
             ),
@@ -221,6 +238,7 @@ class Service:
                 *profiles.routes(),
                 *history_routes(self._journal),
                 *auto_routes(self._auto, events=self.events),
+                *config_routes(self._configuration),
             ),
             settled=self._journal.settled,
         )

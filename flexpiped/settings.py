@@ -81,6 +81,11 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """A reload applies the key while the daemon runs; the others need a restart. On a section: all of its keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
     host: Annotated[str, text] = "127.0.0.1"
     port: Annotated[int, integer(0, 65535)] = 8100
@@ -239,37 +244,44 @@ class Settings:
     hf_token_file: Annotated[Path | None, optional_path] = None
     http: HttpSettings = field(default_factory=HttpSettings)
     admin: AdminSettings = field(default_factory=AdminSettings)
-    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
-    log: LogSettings = field(default_factory=LogSettings)
+    admission: Annotated[AdmissionSettings, Live()] = field(default_factory=AdmissionSettings)
+    log: Annotated[LogSettings, Live()] = field(default_factory=LogSettings)
     journal: JournalSettings = field(default_factory=JournalSettings)
     devices: DeviceSettings = field(default_factory=DeviceSettings)
     engines: EnginesSettings = field(default_factory=EnginesSettings)
     handover: HandoverSettings = field(default_factory=HandoverSettings)
-    workload: WorkloadSettings = field(default_factory=WorkloadSettings)
-    slo: SloSettings = field(default_factory=SloSettings)
-    planner: PlannerSettings = field(default_factory=PlannerSettings)
+    workload: Annotated[WorkloadSettings, Live()] = field(default_factory=WorkloadSettings)
+    slo: Annotated[SloSettings, Live()] = field(default_factory=SloSettings)
+    planner: Annotated[PlannerSettings, Live()] = field(default_factory=PlannerSettings)
     auto: AutoSettings = field(default_factory=AutoSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """One key of the configuration file: its dotted TOML name, the way to its field, and how its value is read."""
+    """One key of the configuration file: its dotted TOML name, the way to its field, and how its value is read.
+
+    ``is_live``: a reload applies it.
+    """
 
     name: str
     path: tuple[str, ...]
     read: Reader[object]
+    is_live: bool
 
 
-def _keys_of(section: type, *, names: tuple[str, ...], path: tuple[str, ...]) -> Iterator[Key]:
+def _keys_of(section: type, *, names: tuple[str, ...], path: tuple[str, ...], is_live: bool = False) -> Iterator[Key]:
     hints = get_type_hints(section, include_extras=True)
     for each in fields(section):
         hint, here = hints[each.name], (*path, each.name)
-        if is_dataclass(hint):
-            yield from _keys_of(cast("type", hint), names=(*names, each.name), path=here)
+        more: tuple[object, ...] = getattr(hint, "__metadata__", ())
+        live = is_live or any(isinstance(word, Live) for word in more)
+        kind = getattr(hint, "__origin__", hint)
+        if is_dataclass(kind):
+            yield from _keys_of(cast("type", kind), names=(*names, each.name), path=here, is_live=live)
             continue
-        read, *named = hint.__metadata__
-        word = named[0].word if named else each.name
-        yield Key(name=".".join((*names, word)), path=here, read=read)
+        read = next(word for word in more if isinstance(word, Reader))
+        word = next((word.word for word in more if isinstance(word, Named)), each.name)
+        yield Key(name=".".join((*names, word)), path=here, read=read, is_live=live)
 
 
 KEYS: Final[tuple[Key, ...]] = tuple(_keys_of(Settings, names=(), path=()))
@@ -288,8 +300,3 @@ def with_value(section: T, path: tuple[str, ...], value: object) -> T:
     first, *rest = path
     new = with_value(getattr(section, first), tuple(rest), value) if rest else value
     return cast("T", replace(cast("Any", section), **{first: new}))
-
-
-def changed_keys(old: Settings, new: Settings) -> tuple[str, ...]:
-    """Return the names of the keys whose values differ, in the order of the file."""
-    return tuple(key.name for key in KEYS if value_of(old, key) != value_of(new, key))

@@ -65,6 +65,34 @@ def _profile(client: AdminClient, screen: Screen, options: argparse.Namespace) -
     return profile(client, screen, options)
 
 
+def _config(client: AdminClient, screen: Screen, options: argparse.Namespace) -> Exit:
+    from flexpiped.flexctl import config_command  # the other commands start without it
+
+    return config_command.run(client, screen, options)
+
+
+def _reload(client: AdminClient, screen: Screen, options: argparse.Namespace) -> Exit:
+    from flexpiped.flexctl import config_command
+
+    return config_command.reload(client, screen, options)
+
+
+def _add_config(
+    known: "argparse._SubParsersAction[argparse.ArgumentParser]", everywhere: argparse.ArgumentParser
+) -> None:
+    about = "what is configured, whether a file is right, and what a reload would do"
+    configured = known.add_parser("config", help=about)
+    configured.set_defaults(run=_config)
+    parts = configured.add_subparsers(metavar="PART", dest="part", required=True)
+    parts.add_parser("show", parents=[everywhere], help="every key that is in force")
+    checked = parts.add_parser("check", parents=[everywhere], help="say whether a file is right; without a daemon")
+    checked.add_argument("file", metavar="FILE")
+    parts.add_parser("schema", parents=[everywhere], help="JSON schema of such files, for editors; without a daemon")
+    parts.add_parser("diff", parents=[everywhere], help="what a reload would do; changes nothing")
+    about = "have the daemon read its configuration again: what can be live is applied, a wrong one changes nothing"
+    known.add_parser("reload", parents=[everywhere], help=about).set_defaults(run=_reload)
+
+
 def _stages(text: str) -> int | str:
     if text == "auto":
         return text
@@ -133,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     loaded = known.add_parser("bench", parents=[everywhere], help=about)
     loaded.set_defaults(run=bench_command.bench)
     bench_command.add_arguments(loaded)
+
+    _add_config(known, everywhere)
 
     about = "what happened, over restarts of the daemon too, and with which layout a restart begins"
     was = known.add_parser("history", parents=[everywhere], help=about)

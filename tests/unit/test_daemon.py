@@ -35,7 +35,18 @@ async def test_its_life(tmp_path: Path) -> None:
         daemon.process.send_signal(signal.SIGHUP)
         await daemon.notification("RELOADING=1")
         assert "restart to apply: stages" in await daemon.notification("READY=1")
+        write_config(tmp_path, stages=3, more="admission.max_requests_in_flight = 7\nlog.level = 'debug'\n")
+        code, shown, _ = await daemon.flexctl("config", "diff")
+        assert (code, "admission.max_requests_in_flight  256 -> 7  live" in shown) == (0, True), shown
+        code, shown, _ = await daemon.flexctl("reload")
+        assert (code, "applied: admission.max_requests_in_flight, log.level; restart" in shown) == (0, True), shown
+        await daemon.notification("READY=1")
+        code, shown, _ = await daemon.flexctl("config", "show")
+        assert {"admission.max_requests_in_flight = 7", "stages = 2"} <= set(shown.splitlines())
         daemon.config.write_text("stagse = 3")
+        code, _, said = await daemon.flexctl("reload")
+        assert (code, 'did you mean "stages"?' in said) == (4, True), said
+        await daemon.notification("READY=1")
         daemon.process.send_signal(signal.SIGHUP)
         assert "the old one stays in force" in await daemon.notification("READY=1")
 

@@ -6,7 +6,8 @@ import pytest
 
 from flexpiped.config_file import ConfigError, load_config, parse_config
 from flexpiped.config_values import Auto
-from flexpiped.settings import DType, EngineKind, LogFormat, Settings, changed_keys
+from flexpiped.reload import changes_between
+from flexpiped.settings import DType, EngineKind, LogFormat, Settings
 
 MIB = 1 << 20
 
@@ -165,8 +166,9 @@ env = { A = "1" }
 def test_changed_keys_are_named_as_in_the_file() -> None:
     new = parse_config('stages = 3\n[engines.native]\nkv_cache = "1 MiB"', file="my.toml")
 
-    assert changed_keys(Settings(), new) == ("stages", "engines.native.kv_cache")
-    assert changed_keys(new, new) == ()
+    names = [change.key.name for change in changes_between(Settings(), new)]
+    assert names == ["stages", "engines.native.kv_cache"]
+    assert changes_between(new, new) == ()
 
 
 def test_values_that_cannot_be_together_are_named_with_their_line() -> None:
