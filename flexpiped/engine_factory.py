@@ -10,8 +10,8 @@ from engines.checkpoint import Checkpoint, find_model, read_checkpoint
 from engines.errors import UnsupportedByEngine
 from engines.native.options import NativeOptions
 from engines.protocol import Engine
+from engines.served.ranks import Ranks, rank_devices, widened
 from engines.vllm.options import VllmOptions
-from engines.vllm.ranks import Ranks, rank_devices, widened
 from engines.vllm.recompile import Recompilation
 from flexpiped import log_events
 from flexpiped.config_values import Auto
@@ -221,7 +221,7 @@ class _Vllm:
             devices = rank_devices(pipeline, ranks=wanted, spare=spare)
             return Ranks(device_ids=devices, tensor_parallel=degree)
         except ValueError as error:
-            raise UnsupportedByEngine(f"engines.vllm.ranks: {error}") from None
+            raise UnsupportedByEngine(f"engines.served.ranks: {error}") from None
 
     def _options(self, ranks: Ranks) -> VllmOptions:
         settings, vllm, handover = self._settings, self._settings.engines.vllm, self._settings.handover

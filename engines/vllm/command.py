@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from engines.errors import UnsupportedByEngine
+from engines.served.engine import HTTP_SOCKET
 from engines.served.plugin_path import plugin_path
 from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
 from topology.cuda_order import visible_environment
 
 PLUGIN: Final = Path(__file__).with_name("plugin")
-HTTP_SOCKET: Final = "http.sock"
-ENGINE_SOCKET: Final = "engine.sock"
-_LAYOUT: Final = "the layout decides it (stages, engines.vllm.ranks)"
+_LAYOUT: Final = "the layout decides it (stages, engines.served.ranks)"
 _SOCKET: Final = "vLLM listens on a private Unix socket"
 _ONE: Final = "the daemon runs one replica on one host per vLLM"
 # Each flag that the daemon owns, with what says it instead.

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from engines.errors import EngineError, KvTransferFailed
 from engines.protocol import KvParcel
-from engines.vllm.channel import CallFailed, Channel, ChannelClosed
-from engines.vllm.run_directory import list_shared_memory
+from engines.served.channel import CallFailed, Channel, ChannelClosed
+from engines.served.run_directory import list_shared_memory
 
 _SHM: Final = Path("/dev/shm")
 _PREFIX: Final = "flexpiped-kv-"

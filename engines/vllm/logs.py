@@ -5,8 +5,9 @@ as plain lines.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Final
+
+from engines.served.logs import LogDialect, LogLine
 
 _LINE: Final = re.compile(
     r"(?:\((?P<process>[^()]*?) pid=\d+\)\s*)?"
@@ -32,20 +33,6 @@ _STAGES: Final = (
 )
 _COMPILED: Final = tuple((re.compile(pattern), words) for pattern, words in _STAGES)
 _SLOW: Final = ("compiling", "capturing CUDA graphs", "loading weights", "warming up")
-_TROUBLE: Final = re.compile(r"^(?P<error>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)): (?P<reason>.+)")
-
-_DETAIL: Final = re.compile(
-    r"Value error, (?P<reason>.+?)(?: \[type=.*)?$"
-)  # pydantic's second line says what is wrong
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogLine:
-    """One line. ``level`` is structlog's name for it; ``process`` is empty where the line does not say."""
-
-    level: str
-    process: str
-    message: str
 
 
 def parse_line(line: str) -> LogLine:
@@ -72,26 +59,4 @@ def takes_long(progress: str) -> bool:
     return progress in _SLOW
 
 
-class LastWords:
-    """What a vLLM that ends should be remembered by: the first error of the last trouble, else its last error line."""
-
-    def __init__(self) -> None:
-        self._cause = ""
-        self._last = ""
-
-    def note(self, line: LogLine) -> None:
-        """Take in one line."""
-        message = line.message.strip()
-        if found := _TROUBLE.match(message):
-            # later ones are of the processes that waited for the one that failed: "Engine core initialization failed"
-            if not self._cause or "See root cause" in self._cause:
-                self._cause = f"{found['error'].rpartition('.')[2]}: {found['reason']}"
-        elif (found := _DETAIL.match(message)) and "validation error" in self._cause:
-            self._cause = f"ValueError: {found['reason']}"
-        elif line.level in ("error", "critical") and message and not message.startswith(("Traceback", "File ", "  ")):
-            self._last = message
-        elif message.startswith("vllm: error:") or "error: unrecognized arguments" in message:
-            self._cause = message
-
-    def __str__(self) -> str:
-        return self._cause or self._last
+DIALECT: Final = LogDialect(parse=parse_line, progress=progress_of, takes_long=takes_long)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.vllm.channel import CallFailed, Channel, ChannelClosed
+from engines.served.channel import CallFailed, Channel, ChannelClosed
 
 LOAD_LIMIT_S = 1.0  # steps may stand still for this long
 _LOAD_DEADLINE_S = 60.0  # a rank that has not loaded by then is lost

@@ -8,7 +8,7 @@ begin anew.
 from typing import Any, Final
 
 from engines.errors import InvalidRequest
-from engines.protocol import EngineCapabilities, GenerationRequest
+from engines.protocol import GenerationRequest
 
 _SEEDS: Final = 1 << 63  # vLLM takes a signed number and reads -1 as "none"
 # What the daemon decides of each request; anything else that vLLM knows may be passed.
@@ -16,13 +16,6 @@ _OURS: Final = frozenset(
     {"n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "logprobs"}
     | {"stop", "detokenize", "output_kind", "stream_interval", "prompt_logprobs", "flat_logprobs", "skip_clone"}
 )
-
-
-def tokens_left(request: GenerationRequest, capabilities: EngineCapabilities) -> int:
-    """Return how many tokens the request may still get: none where it is complete."""
-    done = len(request.generated_token_ids)
-    room = capabilities.max_model_len - len(request.prompt_token_ids) - done
-    return min(request.sampling.max_tokens - done, room)
 
 
 def to_vllm(request: GenerationRequest, *, max_tokens: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from msgspec.structs import replace
 from engines.checkpoint import read_checkpoint
 from engines.errors import EngineError
 from engines.protocol import GenerationRequest, SamplingParams
+from engines.served.ranks import Ranks
 from engines.vllm.adapter import VllmEngine
-from engines.vllm.ranks import Ranks
 from engines.vllm.recompile import LOAD_LIMIT_S, Recompilation
 from planner.model_graph import build_model_graph
 from tests.bench import direct

@@ -9,10 +9,10 @@ import aiohttp
 
 from engines.checkpoint import read_checkpoint
 from engines.protocol import RefactorProgress
+from engines.served.engine import HTTP_SOCKET
+from engines.served.ranks import Ranks, boot_counts
 from engines.vllm.adapter import VllmEngine
-from engines.vllm.command import HTTP_SOCKET
 from engines.vllm.options import VllmOptions
-from engines.vllm.ranks import Ranks, boot_counts
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
 from tests.bench import direct

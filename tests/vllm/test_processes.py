@@ -11,9 +11,9 @@ import aiohttp
 import pytest
 
 from engines.errors import EngineStartFailed
+from engines.served.run_directory import sweep
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.command import environment
-from engines.vllm.run_directory import sweep
 from tests.support.daemon import Daemon, started
 from tests.support.until import until
 from tests.support.vllm import graph_of, interpreter, layout, llama, options_for

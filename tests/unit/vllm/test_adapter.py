@@ -15,10 +15,10 @@ import pytest_asyncio
 
 from engines.errors import EngineClosed, EngineDied, EngineStartFailed, InvalidRequest, UnsupportedByEngine
 from engines.protocol import FinishReason, GenerationRequest, OwnRoutes, SamplingParams
+from engines.served.logs import LogLine
+from engines.served.server import members_of
 from engines.vllm.adapter import VllmEngine
-from engines.vllm.logs import LogLine
 from engines.vllm.options import VllmOptions
-from engines.vllm.server import members_of
 from planner.layout import pipeline_of
 from tests.support.fake_vllm import fake_engine
 from tests.support.until import until
@@ -221,7 +221,7 @@ def test_a_killed_daemon_leaves_no_process(tmp_path: Path) -> None:
         time.sleep(0.02)
     for pid in members_of(int(api)):  # the fake's own children have no parent-death signal
         os.kill(pid, signal.SIGKILL)
-    from engines.vllm.run_directory import sweep
+    from engines.served.run_directory import sweep
 
     sweep(Path(directory).parent)
     assert not Path(directory).exists()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engines.vllm.logs import LastWords, LogLine, parse_line, progress_of, takes_long
+from engines.served.logs import RECENT_S, LastWords, LogLine
+from engines.vllm.logs import parse_line, progress_of, takes_long
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,8 @@ def test_loading_and_compiling_take_long() -> None:
 def words(*lines: str) -> str:
     last = LastWords()
     for line in lines:
-        last.note(parse_line(line))
-    return str(last)
+        last.note(parse_line(line), now_s=0.0)
+    return last.said(now_s=0.0)
 
 
 def test_the_cause_is_the_first_error_not_the_last() -> None:
@@ -84,3 +85,18 @@ def test_an_error_line_is_better_than_nothing() -> None:
 def test_a_refused_argument_is_named() -> None:
     refused = "cli.main: error: unrecognized arguments: --nonsense"
     assert words("usage: vllm serve [model_tag] [options]", refused) == refused
+
+
+def test_what_an_engine_has_survived_is_not_what_it_died_of() -> None:
+    last = LastWords()
+    last.note(parse_line("ValueError: a start may take long"), now_s=0.0)
+    assert last.said(now_s=3600.0) == "ValueError: a start may take long"
+
+    last.ready()
+    last.note(parse_line("(EngineCore pid=7) ERROR 10-21 12:01:02 [core.py:1] a request went wrong"), now_s=3600.0)
+    last.note(parse_line("KeyError: 'survived'"), now_s=3600.0)
+
+    assert last.said(now_s=3600.0 + RECENT_S) == "KeyError: 'survived'"
+    assert last.said(now_s=3601.0 + RECENT_S) == ""
+    last.note(parse_line("RuntimeError: out of memory"), now_s=4000.0)
+    assert last.said(now_s=4001.0) == "RuntimeError: out of memory"

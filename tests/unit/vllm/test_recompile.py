@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.vllm.channel import CallFailed
+from engines.served.channel import CallFailed
 from engines.vllm.recompile import LOAD_LIMIT_S, Compiled, Recompilation, Recompiler, why_eager
 
 COUNTS = (5, 3)

@@ -8,7 +8,8 @@ import pytest
 from engines.errors import InvalidRequest
 from engines.fake import FAKE_CAPABILITIES
 from engines.protocol import GenerationRequest, KvParcel, SamplingParams
-from engines.vllm.sampling import to_vllm, tokens_left
+from engines.served.sampling import tokens_left
+from engines.vllm.sampling import to_vllm
 
 PARAMS = SamplingParams(
     max_tokens=20, temperature=0.5, top_p=0.9, top_k=7, seed=3, stop_token_ids=(4, 5), logprobs=True

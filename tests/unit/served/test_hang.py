@@ -1,6 +1,6 @@
-"""When vLLM is taken for hung."""
+"""When an engine is taken for hung."""
 
-from engines.vllm.hang import Pulse
+from engines.served.hang import Pulse
 
 START = Pulse(deadline_s=60.0, patience_s=600.0)
 

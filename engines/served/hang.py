@@ -1,4 +1,4 @@
-"""Is vLLM hung? Pure: fed with what is seen of it about once a second."""
+"""Is an engine hung? Pure: fed with what is seen of it about once a second."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ class Pulse:
     """What has been seen. Progress is a token that came, a step that ended, or a sign of loading or compiling."""
 
     deadline_s: float  # without progress while work is pending
-    patience_s: float  # the same after vLLM said that it loads or compiles
+    patience_s: float  # the same after the engine said that it loads or compiles
     steps_total: int = -1
     progress_s: float = 0.0
     pending: bool = False
@@ -19,7 +19,7 @@ class Pulse:
         return replace(self, progress_s=now_s, slow_work=False)
 
     def working_slowly(self, *, now_s: float) -> "Pulse":
-        """vLLM said that it loads or compiles."""
+        """The engine said that it loads or compiles."""
         return replace(self, progress_s=now_s, slow_work=True)
 
     def seen(self, *, pending: bool, steps_total: int | None, now_s: float) -> "Pulse":

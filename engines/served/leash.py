@@ -1,4 +1,4 @@
-"""Run by vLLM's interpreter before vLLM: has the kernel kill this process when the daemon ends, then becomes vLLM.
+"""Run by an engine's interpreter before the engine: has the kernel kill this process with the daemon, then becomes it.
 
 ``leash.py DAEMON_PID COMMAND...``, standard library only. A function to call between fork and exec would be simpler,
 but is not safe in a process that has threads, as the daemon does.

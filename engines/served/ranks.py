@@ -1,8 +1,8 @@
-"""Pipelines over vLLM's ranks: pure functions between the stages of a layout and the decoders of each pipeline rank.
+"""Pipelines over an engine's ranks: pure functions between the stages of a layout and the decoders of each rank.
 
-Ranks are resident: their number and devices are fixed when vLLM starts. Embedding and head cannot move, so the first
-stage is rank 0 and the last stage is the last rank. Rank 0 holds at least one decoder; the last may hold none, and a
-middle rank without decoders is left out of the layout. vLLM itself boots only with at least one decoder on each rank.
+Ranks are resident: their number and devices are fixed when the engine starts. Embedding and head cannot move, so the
+first stage is rank 0 and the last stage is the last rank. Rank 0 holds at least one decoder; the last may hold none,
+and a middle rank without decoders is left out of the layout. The engines boot only with a decoder on each rank.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from planner.layout import Pipeline, Stage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """The pipeline ranks of one vLLM. ``device_ids`` are in rank order, ``tensor_parallel`` per pipeline rank."""
+    """The pipeline ranks of one engine. ``device_ids`` are in rank order, ``tensor_parallel`` per pipeline rank."""
 
     device_ids: tuple[str, ...]
     tensor_parallel: int = 1
@@ -38,10 +38,10 @@ class Ranks:
         places = [self.rank_of(stage.device_ids) for stage in pipeline.stages]
         for stage, rank in zip(pipeline.stages, places, strict=True):
             if rank is None:
-                return f"vLLM has no rank on {' + '.join(stage.device_ids)}: its ranks are on {self._in_words()}"
+                return f"there is no rank on {' + '.join(stage.device_ids)}: the ranks are on {self._in_words()}"
         known = [rank for rank in places if rank is not None]
         if known != sorted(known):
-            return f"the stages must follow the order of vLLM's ranks: {self._in_words()}"
+            return f"the stages must follow the order of the ranks: {self._in_words()}"
         if known[0] != 0:
             return f"the embedding stays on rank 0: the first stage must be on {' + '.join(self.devices_of(0))}"
         if known[-1] != self.count - 1:
@@ -77,7 +77,7 @@ class Ranks:
 
 
 def boot_counts(counts: Sequence[int]) -> tuple[int, ...]:
-    """Return the nearest numbers of decoders that vLLM boots with: at least one on each rank.
+    """Return the nearest numbers of decoders that an engine boots with: at least one on each rank.
 
     A rank without any is given one by the rank that has most (the nearest of these).
 
@@ -85,7 +85,7 @@ def boot_counts(counts: Sequence[int]) -> tuple[int, ...]:
         ValueError: There are more ranks than decoders.
     """
     if sum(counts) < len(counts):
-        raise ValueError(f"{len(counts)} ranks but only {sum(counts)} decoders: vLLM starts with one on each")
+        raise ValueError(f"{len(counts)} ranks but only {sum(counts)} decoders: the engine starts with one on each")
     result = list(counts)
     for rank, count in enumerate(counts):
         if count == 0:

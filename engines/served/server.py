@@ -1,20 +1,22 @@
-"""The processes of one vLLM: started as one group, watched one by one, ended together.
+"""The processes of one engine: started as one group, watched one by one, ended together.
 
-API server (our child) -> engine core -> workers and their helpers. All are in the process group of the API server.
+The engine's API server is our child; those that schedule and compute are its children, or theirs. All are in the
+process group of the API server.
 """
 
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from engines.errors import EngineStartFailed
-from engines.vllm.freed import HostMemory, ProcessId, identify, still_runs, until_free
-from engines.vllm.logs import LastWords, LogLine, parse_line
-from engines.vllm.run_directory import make_run_directory, note_shared_memory, remove_run_directory
+from engines.served.freed import HostMemory, ProcessId, identify, still_runs, until_free
+from engines.served.logs import LastWords, LogDialect, LogLine
+from engines.served.run_directory import make_run_directory, note_shared_memory, remove_run_directory
 
 _LEASH: Final = Path(__file__).with_name("leash.py")
 _TERM_GRACE_S: Final = 5.0
@@ -24,16 +26,29 @@ _POLL_S: Final = 0.02
 _LINE_LIMIT: Final = 1 << 20
 
 
-class VllmServer:
+class EngineServer:
     """One process group and its run directory.
 
     Args:
+        name: The engine's, for people.
+        dialect: How it writes.
         on_log: Told each line that any of the processes writes.
         on_death: Told once, in words, when a process ends that was not asked to.
     """
 
-    def __init__(self, *, on_log: Callable[[LogLine], None], on_death: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        dialect: LogDialect,
+        on_log: Callable[[LogLine], None],
+        on_death: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.run_directory = make_run_directory()
+        self._name = name
+        self._dialect = dialect
+        self._clock = clock
         self._on_log = on_log
         self._on_death = on_death
         self._process: asyncio.subprocess.Process | None = None
@@ -42,7 +57,7 @@ class VllmServer:
         self._last_words = LastWords()
         self._ending = False
         self.processes: set[ProcessId] = set()  # all that were seen; complete once it was killed or closed
-        self._watched: list[tuple[ProcessId, str]] = []  # with names in words; who takes others along comes first
+        self._watched: list[tuple[ProcessId, str]] = []  # with their names, those first that take others with them
         self._closed: asyncio.Task[None] | None = None
 
     @property
@@ -73,20 +88,21 @@ class VllmServer:
         except OSError as error:
             raise EngineStartFailed(f"cannot run {python}: {error.strerror}") from error
         assert self._process.stdout is not None
-        self._log_task = asyncio.create_task(self._pump(self._process.stdout), name="vllm-log")
-        watch = asyncio.create_task(self._watch_api_server(self._process), name="vllm-watch-api")
+        self._log_task = asyncio.create_task(self._pump(self._process.stdout), name="engine-log")
+        watch = asyncio.create_task(self._watch_api_server(self._process), name="engine-watch-api")
         self._tasks = [self._log_task, watch]
 
     def watch(self, processes: Iterable[tuple[int, str]]) -> None:
-        """Report the death of any of these processes at once, however it ends; each has its name in words.
+        """The engine is ready: report the death of any of these processes at once, however it ends.
 
-        A process whose end ends others comes before them: of several that have ended, the first is named.
+        Each has its name in words. When several end together, the first in this order is taken for the cause.
         """
+        self._last_words.ready()
         for pid, name in processes:
             found = identify([pid])
             self.processes |= found
-            self._watched += [(process, f"{name} (pid {pid})") for process in found]
-            self._tasks.append(asyncio.create_task(self._watch(pid, name), name=f"vllm-watch-{pid}"))
+            self._watched += [(process, name) for process in found or {ProcessId(pid, "")}]
+            self._tasks.append(asyncio.create_task(self._watch(pid), name=f"engine-watch-{pid}"))
         self.note_shared_memory()
 
     def note_shared_memory(self) -> None:
@@ -105,14 +121,14 @@ class VllmServer:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def with_last_words(self, reason: str) -> str:
-        """Return ``reason`` with what vLLM last said of trouble, if it did."""
-        words = str(self._last_words)
+        """Return ``reason`` with what the engine last said of trouble, if it did."""
+        words = self._last_words.said(now_s=self._clock())
         return f"{reason}: {words}" if words else reason
 
     async def close(self) -> None:
         """End all processes, politely first, and remove what they leave behind. Idempotent."""
         if self._closed is None:
-            self._closed = asyncio.create_task(self._close(), name="vllm-close")
+            self._closed = asyncio.create_task(self._close(), name="engine-close")
         await asyncio.shield(self._closed)
 
     async def _close(self) -> None:
@@ -141,15 +157,15 @@ class VllmServer:
                 continue
             if not raw:
                 return
-            line = parse_line(raw.decode(errors="replace"))
+            line = self._dialect.parse(raw.decode(errors="replace"))
             if line.message.strip():
-                self._last_words.note(line)
+                self._last_words.note(line, now_s=self._clock())
                 self._on_log(line)
 
-    async def _watch(self, pid: int, name: str) -> None:
+    async def _watch(self, pid: int) -> None:
         await process_ended(pid)
-        ended = (words for process, words in self._watched if not still_runs(process))
-        self._die(f"{next(ended, f'{name} (pid {pid})')} has ended")
+        process, name = next(entry for entry in self._watched if not still_runs(entry[0]))
+        self._die(f"{name} (pid {process.pid}) has ended")
 
     async def _watch_api_server(self, process: asyncio.subprocess.Process) -> None:
         # Not by wait(): that waits for the end of the log, too, which the other processes hold open.
@@ -159,7 +175,7 @@ class VllmServer:
         if not self._ending and self._log_task is not None:
             await asyncio.wait([self._log_task], timeout=_LINGER_S)
         how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-        self._die(f"vLLM's API server {how}")
+        self._die(f"{self._name}'s API server {how}")
 
     def _die(self, reason: str) -> None:
         if not self._ending:

@@ -1,4 +1,4 @@
-"""The processes of one vLLM: whose end is reported."""
+"""The processes of one engine: whose end is reported."""
 
 import asyncio
 import sys
@@ -7,7 +7,8 @@ from subprocess import Popen
 
 import pytest
 
-from engines.vllm.server import VllmServer
+from engines.served.server import EngineServer
+from engines.vllm.logs import DIALECT
 
 SLEEPS = (sys.executable, "-S", "-c", "import time; time.sleep(3600)")
 
@@ -24,7 +25,7 @@ async def test_of_several_that_have_ended_the_one_that_took_the_others_along_is_
 ) -> None:
     core, worker = sleepers
     told: asyncio.Queue[str] = asyncio.Queue()
-    server = VllmServer(on_log=lambda _line: None, on_death=told.put_nowait)
+    server = EngineServer(name="vLLM", dialect=DIALECT, on_log=lambda _line: None, on_death=told.put_nowait)
     await server.spawn(sys.executable, list(SLEEPS), {})
     try:
         server.watch([(core.pid, "the core"), (worker.pid, "the worker")])

@@ -1,4 +1,4 @@
-"""JSON lines to a plugin of ours inside vLLM: calls that are answered, messages that are not."""
+"""JSON lines to a plugin of ours inside an engine: calls that are answered, messages that are not."""
 
 import asyncio
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Channel:
         self._calls: dict[int, tuple[asyncio.Future[Any], Callable[[Message], None] | None]] = {}
         self._last_call = 0
         self._open = True
-        self._reading = asyncio.create_task(self._read(), name="vllm-channel")
+        self._reading = asyncio.create_task(self._read(), name="engine-channel")
 
     @classmethod
     async def connect(cls, path: Path, *, on_message: Callable[[Message], None] = lambda _message: None) -> "Channel":
@@ -64,7 +64,7 @@ class Channel:
             self._calls.pop(call, None)
 
     async def core(self, method: str, *arguments: object) -> Any:
-        """Call a method that our plugin added to vLLM's engine core. Raises as ``call``."""
+        """Call a method that our plugin added to what schedules the engine's steps. Raises as ``call``."""
         return await self.call("core", method=f"flexpiped_{method}", args=list(arguments))
 
     def send(self, message: Message) -> None:

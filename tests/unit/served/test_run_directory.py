@@ -1,4 +1,4 @@
-"""What a vLLM leaves behind goes with its run directory, and only that."""
+"""What an engine leaves behind goes with its run directory, and only that."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.vllm.run_directory import (
+from engines.served.run_directory import (
     make_run_directory,
     note_shared_memory,
     remove_run_directory,
@@ -65,7 +65,7 @@ def test_directories_of_daemons_that_are_gone_are_swept(tmp_path: Path) -> None:
         pass
     owners = {"dead": f"{child.pid} 17", "reused": f"{os.getpid()} 17", "young": None}
     for name, owner in owners.items():
-        directory = tmp_path / f"flexpiped-vllm-{name}"
+        directory = tmp_path / f"flexpiped-engine-{name}"
         directory.mkdir()
         if owner is not None:
             (directory / "owner").write_text(owner)
@@ -73,7 +73,7 @@ def test_directories_of_daemons_that_are_gone_are_swept(tmp_path: Path) -> None:
 
     sweep(tmp_path)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["flexpiped-vllm-young", "other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flexpiped-engine-young", "other"]
 
 
 def test_a_daemon_that_lives_keeps_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

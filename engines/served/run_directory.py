@@ -1,7 +1,7 @@
-"""The private directory of one vLLM: its sockets and temporary files, and a list of what must go with it.
+"""The private directory of one engine: its sockets and temporary files, and a list of what must go with it.
 
-A daemon that was killed cleans nothing up: vLLM's processes die with it, their files stay. So each directory names its
-daemon, and who makes a new one first removes those whose daemon is gone, with the shared memory that they list.
+A daemon that was killed cleans nothing up: the engine's processes die with it, their files stay. So each directory
+names its daemon, and who makes a new one first removes those whose daemon is gone, with the shared memory listed.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Final
 
 from engines.process import state_of
 
-_PREFIX: Final = "flexpiped-vllm-"
+_PREFIX: Final = "flexpiped-engine-"
 _OWNER: Final = "owner"  # pid and start time of the daemon
 _SHARED: Final = "shared-memory"  # one name in /dev/shm a line
 _SHM: Final = Path("/dev/shm")
@@ -23,7 +23,7 @@ _MAPPED: Final = re.compile(r" /dev/shm/(\S+)$", re.MULTILINE)
 
 
 def make_run_directory() -> Path:
-    """Make a directory for one vLLM, for its user only. The path is short enough for Unix sockets in it."""
+    """Make a directory for one engine, for its user only. The path is short enough for Unix sockets in it."""
     sweep(Path(tempfile.gettempdir()))
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
     (directory / _OWNER).write_text(f"{os.getpid()} {_started(os.getpid())}")

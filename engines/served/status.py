@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from engines.protocol import StageStatus
-from engines.vllm.channel import Channel, Message
-from engines.vllm.ranks import Ranks
+from engines.served.channel import Channel, Message
+from engines.served.ranks import Ranks
 from planner.layout import Pipeline, Stage
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines.vllm.ranks import Ranks, boot_counts, rank_devices, widened
+from engines.served.ranks import Ranks, boot_counts, rank_devices, widened
 from planner.layout import Pipeline, Stage, pipeline_of
 
 THREE = Ranks(device_ids=("cpu:0", "cpu:1", "cpu:2"))
@@ -30,10 +30,10 @@ def test_layouts_and_decoders_per_rank_say_the_same(target: Pipeline, counts: tu
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        (pipeline("05", 4), "vLLM has no rank on cpu:5: its ranks are on cpu:0, cpu:1, cpu:2"),
+        (pipeline("05", 4), "there is no rank on cpu:5: the ranks are on cpu:0, cpu:1, cpu:2"),
         (pipeline("12", 4), "the embedding stays on rank 0: the first stage must be on cpu:0"),
         (pipeline("01", 4), "the head stays on rank 2: the last stage must be on cpu:2, with or without decoders"),
-        (pipeline("021", 3, 5), "the stages must follow the order of vLLM's ranks: cpu:0, cpu:1, cpu:2"),
+        (pipeline("021", 3, 5), "the stages must follow the order of the ranks: cpu:0, cpu:1, cpu:2"),
         (pipeline("02", 0), "rank 0 must hold at least one decoder"),
     ],
 )

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from engines.protocol import RefactorProgress
-from engines.vllm.channel import CallFailed
-from engines.vllm.handover import MoveSpec, VllmHandover
+from engines.served.channel import CallFailed
+from engines.served.handover import LayerHandover, MoveSpec
 from planner.handover import HandoverLimits, HandoverPhase
 from planner.layout import pipeline_of
 
@@ -56,9 +56,9 @@ class Answering:
         return answer
 
 
-def handover(seen: list[str], reports: list[RefactorProgress], crashes: list[str], **changed: Any) -> VllmHandover:
+def handover(seen: list[str], reports: list[RefactorProgress], crashes: list[str], **changed: Any) -> LayerHandover:
     channel: Any = Answering(seen, ANSWERS | changed)
-    return VllmHandover(
+    return LayerHandover(
         TARGET,
         SPEC,
         core=channel,
@@ -111,7 +111,7 @@ async def test_nothing_cancels_a_commit_that_was_sent() -> None:
             return await super().core(method)
 
     channel: Any = Slow(seen, ANSWERS)
-    moving = VllmHandover(
+    moving = LayerHandover(
         TARGET,
         SPEC,
         core=channel,

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import pytest
 
 from engines.errors import EngineStartFailed
-from engines.vllm.freed import AllMemory, Departed, GpuMemory, HostMemory, ProcessId, identify, until_free
+from engines.served.freed import AllMemory, Departed, GpuMemory, HostMemory, ProcessId, identify, until_free
 from tests.support.fake_nvml import run_program
 from topology.gpu_memory import HeldMemory
 
@@ -97,7 +97,7 @@ def test_memory_of_another_process_of_the_same_number_is_not_waited_for() -> Non
 _ENSURE_FREE = """
 import asyncio, sys
 from engines.errors import EngineStartFailed
-from engines.vllm.freed import Departed, ProcessId
+from engines.served.freed import Departed, ProcessId
 departed = Departed()
 departed.note(["GPU-1"], [ProcessId(int(sys.argv[1]), "1")])
 try:

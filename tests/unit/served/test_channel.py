@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engines.vllm.channel import CallFailed, Channel, ChannelClosed, Message
+from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
 from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop

@@ -1,8 +1,8 @@
-"""Moves layers between the pipeline ranks of a running vLLM.
+"""Moves layers between the pipeline ranks of a running engine.
 
-What must stand between two steps is called in vLLM's engine core; what need not wait for one goes to each worker's side
-channel. The plugin inside vLLM does the work, this says when. A failure before the commit rolls back; when ranks may
-disagree about the layout afterwards, that is a crash, and the whole engine is replaced.
+What must stand between two steps is called where they are scheduled; what need not wait for one goes to each worker's
+side channel. The plugin inside the engine does the work, this says when. A failure before the commit rolls back; when
+ranks may disagree about the layout afterwards, that is a crash, and the whole engine is replaced.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 
 from engines.handover_loop import HandoverLoop, WorkFailed
 from engines.protocol import RefactorProgress
-from engines.vllm.channel import CallFailed, Channel, ChannelClosed, Message
+from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
 from planner import handover_events as e
 from planner.handover import HandoverLimits
 from planner.layout import Pipeline
@@ -43,7 +43,7 @@ class MoveSpec:
         return frozenset(rank for pair in changed for rank in pair)
 
 
-class VllmHandover(HandoverLoop):
+class LayerHandover(HandoverLoop):
     """One handover.
 
     Args:

@@ -1,0 +1,72 @@
+"""The first word from an engine's processes, over the sockets in its run directory."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from engines.errors import EngineStartFailed
+from engines.served.channel import Channel, ChannelClosed, Message
+
+ENGINE_SOCKET: Final = "engine.sock"
+POLL_S: Final = 0.1
+
+
+async def first_contact(
+    run_directory: Path, *, on_message: Callable[[Message], None], closed_by: str
+) -> tuple[Channel, Message]:
+    """Wait for the engine's socket, and return the channel with what the engine says of itself first.
+
+    Args:
+        on_message: Told all later messages that answer no call.
+        closed_by: Who listens there, for people.
+
+    Raises:
+        ChannelClosed: The other side closed the channel without a word.
+    """
+    ready: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+    def take(message: Message) -> None:
+        if ready.done():
+            on_message(message)
+        else:
+            ready.set_result(message)
+
+    channel = await _connect(run_directory / ENGINE_SOCKET, take)
+    closed = asyncio.create_task(channel.wait_closed())
+    try:
+        awaited: list[asyncio.Future[Any]] = [ready, closed]
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            raise ChannelClosed(f"{closed_by} closed the token channel")
+    except BaseException:
+        await channel.close()
+        raise
+    finally:
+        closed.cancel()
+    return channel, ready.result()
+
+
+async def connect_ranks(run_directory: Path, *, count: int) -> dict[int, Channel]:
+    """Return the side channels of the ranks that have one, by global rank."""
+    sides: dict[int, Channel] = {}
+    for rank in range(count):
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            sides[rank] = await Channel.connect(run_directory / f"rank-{rank}.sock")
+    return sides
+
+
+def read_hub_token(file: str) -> str:
+    """Return the hub token in ``file``; empty when there is no file. Blocks. Raises: EngineStartFailed."""
+    try:
+        return Path(file).read_text().strip() if file else ""
+    except OSError as error:
+        raise EngineStartFailed(f"cannot read the hub token in {file}: {error.strerror}") from error
+
+
+async def _connect(path: Path, on_message: Callable[[Message], None]) -> Channel:
+    while True:
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            return await Channel.connect(path, on_message=on_message)
+        await asyncio.sleep(POLL_S)

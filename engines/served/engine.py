@@ -1,0 +1,401 @@
+"""The daemon's side of an engine with a server of its own: start it, supervise it, refactor it, end it.
+
+What vLLM and SGLang have in common stands here. An engine adds how it is started, how requests and tokens travel, and
+what it can do.
+"""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.protocol import EngineCapabilities, EngineCounters, RefactorCheck, RefactorProgress, StageStatus
+from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
+from engines.served.connecting import connect_ranks
+from engines.served.freed import Departed
+from engines.served.handovers import AfterMoves, Handovers, HandoverSetup
+from engines.served.hang import Pulse
+from engines.served.logs import LogDialect, LogLine
+from engines.served.ranks import boot_counts
+from engines.served.server import EngineServer
+from engines.served.status import StageReader
+from engines.served.streams import Stream
+from planner.layout import Pipeline
+from planner.model_graph import ModelGraph
+
+HTTP_SOCKET: Final = "http.sock"  # in the run directory
+_DRAIN_POLL_S: Final = 0.05
+_PULSE_S: Final = 1.0
+_FREE_DEADLINE_S: Final = 30.0
+_DEPARTED: Final = Departed()  # of this daemon, whose restarts and second instances share devices
+_STARTS: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedSetup:
+    """What the daemon's side needs to know of one engine, whichever it is, and what people read of it."""
+
+    name: str
+    listener: str  # the process at the other end of the channel
+    dialect: LogDialect
+    handover: HandoverSetup
+    start_deadline_s: float
+    hang_deadline_s: float
+
+
+class ServedEngine(ABC):
+    """An ``Engine`` that is a server in an environment of its own.
+
+    Such an engine boots with a decoder on each rank at least: where ``pipeline`` has less, ``pipeline`` is the nearest
+    it could boot with once ``start`` has returned, and the epoch has moved on with it.
+
+    Args:
+        graph: The model, for the memory of a refactoring; without it none is done.
+        on_log: Told each line that the engine writes.
+    """
+
+    def __init__(
+        self,
+        setup: ServedSetup,
+        pipeline: Pipeline,
+        *,
+        epoch: int,
+        graph: ModelGraph | None,
+        on_log: Callable[[LogLine], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._setup = setup
+        self._ranks = setup.handover.ranks
+        self._pipeline = pipeline
+        self._epoch = epoch
+        self._graph = graph
+        self._on_log = on_log
+        self._clock = clock
+        self._on_progress: Callable[[str], None] = lambda _message: None
+        self._capabilities: EngineCapabilities | None = None
+        self._server: EngineServer | None = None
+        self._channel: Channel | None = None
+        self._sides: dict[int, Channel] = {}
+        self._handovers: Handovers | None = None
+        self._stage_reader = StageReader(ranks=self._ranks, clock=clock)
+        self._streams: dict[int, Stream] = {}
+        self._last_key = 0
+        self._end: EngineError | None = EngineClosed("the engine has not been started")
+        self._death: asyncio.Future[str] | None = None
+        self._pulse = Pulse(deadline_s=setup.hang_deadline_s, patience_s=setup.start_deadline_s)
+        self._watching: asyncio.Task[None] | None = None
+        self._last_progress = ""
+        self.info: Message = {}  # what the engine said of itself when it was ready
+
+    # --- what an engine adds ---
+
+    @abstractmethod
+    async def _version(self) -> str:
+        """Return the version that will run. Raises: EngineStartFailed, UnsupportedByEngine."""
+
+    @abstractmethod
+    async def _launch(self, server: EngineServer, counts: Sequence[int]) -> None:
+        """Start its processes with ``counts`` decoders on each rank. Raises: EngineStartFailed, UnsupportedByEngine."""
+
+    @abstractmethod
+    async def _contact(self, server: EngineServer) -> tuple[Channel, Message]:
+        """Wait until it serves; return the channel to what schedules its steps, and what it says of itself."""
+
+    @abstractmethod
+    def _processes(self) -> list[tuple[int, str]]:
+        """Return its processes with their names in words, those first that take others with them. ``info`` is set."""
+
+    @abstractmethod
+    def _adopt(self) -> EngineCapabilities:
+        """Take over an engine that is ready, and return what it can do."""
+
+    @abstractmethod
+    def generate(self, request: Any) -> AsyncIterator[Any]:
+        """As ``Engine.generate``."""
+
+    def _after_moves(self) -> AfterMoves | None:
+        """Return what follows its moves. Channels and ``info`` are set."""
+        return None
+
+    # --- the protocol ---
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        assert self._capabilities is not None, "valid once start has returned"
+        return self._capabilities
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self._pipeline if self._handovers is None else self._handovers.pipeline
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch if self._handovers is None else self._handovers.epoch
+
+    async def start(self, *, on_progress: Callable[[str], None]) -> None:
+        self._on_progress = on_progress
+        self._death = asyncio.get_running_loop().create_future()
+        try:
+            await self._start()
+        except EngineError as error:
+            await self.close()
+            if isinstance(error, EngineStartFailed | UnsupportedByEngine):
+                raise
+            raise EngineStartFailed(str(error)) from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def counters(self) -> EngineCounters:
+        reply = await self._core("counters")
+        refactorings = 0 if self._handovers is None else self._handovers.refactorings_total
+        # its workers live and die with it
+        return EngineCounters(**reply, worker_restarts_total=0, refactorings_total=refactorings)
+
+    async def stages(self) -> tuple[StageStatus, ...]:
+        self._ensure_alive()
+        try:
+            return await self._stage_reader.read(self.pipeline, self._sides)
+        except ChannelClosed:
+            await self._raise_end()
+            raise
+
+    async def check_refactor(self, target: Pipeline) -> RefactorCheck:
+        return await self._ready_handovers().check(target)
+
+    async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
+        async for report in self._ready_handovers().refactor(target):
+            yield report
+
+    async def cancel_refactor(self) -> bool:
+        return await self._ready_handovers().cancel()
+
+    async def drain(self) -> None:
+        while True:
+            counters = await self.counters()
+            if counters.running + counters.waiting == 0 and not self._streams:
+                return
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def died(self) -> str:
+        assert self._death is not None, "the engine has not been started"
+        return await asyncio.shield(self._death)
+
+    async def close(self) -> None:
+        if not isinstance(self._end, EngineClosed):
+            self._finish(EngineClosed("the engine was closed"))
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        for channel in [*self._sides.values(), *([self._channel] if self._channel else [])]:
+            await channel.close()
+        if self._server is not None:
+            await self._server.close()
+            _DEPARTED.note(self._ranks.device_ids, self._server.processes)
+
+    # --- OwnRoutes ---
+
+    @property
+    def own_routes_socket(self) -> Path:
+        return self.run_directory / HTTP_SOCKET
+
+    # --- beyond the protocol: for benchmarks and tests ---
+
+    @property
+    def pids(self) -> dict[str, Any]:
+        """Process ids by role; ``workers`` and ``helpers`` in rank order."""
+        return dict(self.info["pids"])
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the sockets are."""
+        assert self._server is not None
+        return self._server.run_directory
+
+    async def trace(self) -> Message:
+        """Return when steps ended and began since the last call, by the core's clock."""
+        reply: Message = await self._core("trace")
+        return reply
+
+    async def rank_status(self, rank: int) -> Message:
+        """Return what one rank says of itself."""
+        status: Message = await self._sides[rank].call("status")
+        return status
+
+    async def arm_failpoint(self, name: str, action: str, *, rank: int | None = None) -> None:
+        """Arm a failpoint in the engine core, or in the worker of one rank; an empty name disarms all there."""
+        assert self._channel is not None
+        if rank is None:
+            await self._channel.core("arm", name, action)
+        else:
+            await self._sides[rank].call("arm", name=name, action=action)
+
+    # --- starting ---
+
+    async def _start(self) -> None:
+        name, deadline_s = self._setup.name, self._setup.start_deadline_s
+        version = await self._version()
+        self._on_progress(f"{name} {version}: waiting for its turn to start")
+        counts = self._boot_layout()
+        lock = _STARTS.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+        async with lock:  # two that load at once would each measure the other's memory
+            await _DEPARTED.ensure_free(self._ranks.device_ids, deadline_s=_FREE_DEADLINE_S)
+            self._server = EngineServer(
+                name=name, dialect=self._setup.dialect, on_log=self._note_log, on_death=self._note_death
+            )
+            self._end = None
+            self._on_progress(f"starting {name} {version}")
+            await self._launch(self._server, counts)
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._become_ready(self._server)
+            except TimeoutError:
+                words = self._server.with_last_words(f"{name} was not ready within {deadline_s:g} s")
+                raise EngineStartFailed(words) from None
+        self._watching = asyncio.create_task(self._watch(), name="engine-pulse")
+
+    def _boot_layout(self) -> tuple[int, ...]:
+        if (refusal := self._ranks.refusal_of(self._pipeline)) is not None:
+            raise UnsupportedByEngine(refusal)
+        counts = self._ranks.counts_of(self._pipeline)
+        try:
+            boot = boot_counts(counts)
+        except ValueError as error:
+            raise UnsupportedByEngine(str(error)) from None
+        if boot != counts:
+            self._pipeline = self._ranks.pipeline_of(boot)
+            self._epoch += 1
+        return boot
+
+    async def _become_ready(self, server: EngineServer) -> None:
+        try:
+            channel, self.info = await self._first_word(server)
+        except ChannelClosed as error:
+            raise EngineStartFailed(server.with_last_words(str(error))) from error
+        self._channel = channel
+        server.watch(self._processes())
+        self._sides = await connect_ranks(server.run_directory, count=len(self.info["pids"]["workers"]))
+        self._ensure_alive()
+        self._handovers = Handovers(
+            self._setup.handover,
+            self._graph,
+            channel,
+            self._sides,
+            pipeline=self._pipeline,
+            epoch=self._epoch,
+            refusal=self.info["refactor_refusal"],
+            requests_live=lambda: len(self._streams),
+            on_crash=self._note_death,
+            after=self._after_moves(),
+        )
+        self._capabilities = self._adopt()
+
+    async def _first_word(self, server: EngineServer) -> tuple[Channel, Message]:
+        """Return what ``_contact`` does. Raises: EngineError: The engine has ended before that."""
+        assert self._death is not None
+        contact = asyncio.create_task(self._contact(server))
+        try:
+            awaited: list[asyncio.Future[Any]] = [contact, self._death]
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            self._ensure_alive()
+            return await contact
+        finally:
+            contact.cancel()
+            await asyncio.gather(contact, return_exceptions=True)
+
+    # --- what comes from the engine ---
+
+    def _progressed(self) -> None:
+        """A token came."""
+        self._pulse = self._pulse.progressed(now_s=self._clock())
+
+    def _note_log(self, line: LogLine) -> None:
+        self._on_log(line)
+        progress = self._setup.dialect.progress(line)
+        if progress is None:
+            return
+        if self._capabilities is None and progress != self._last_progress:
+            self._last_progress = progress
+            self._on_progress(f"{self._setup.name}: {progress}")
+        if self._setup.dialect.takes_long(progress):
+            self._pulse = self._pulse.working_slowly(now_s=self._clock())
+
+    def _note_death(self, reason: str) -> None:
+        if self._server is not None and self._end is None:
+            self._finish(EngineDied(self._server.with_last_words(reason)))
+            self._server.kill()
+
+    async def _watch(self) -> None:
+        """About once a second: is there work, and does it go on? A look that is not answered is work, too."""
+        while self._end is None:
+            looking = asyncio.create_task(self._steps_total())
+            try:
+                await self._look(looking)
+            finally:
+                looking.cancel()
+            await asyncio.sleep(_PULSE_S)
+
+    async def _look(self, looking: "asyncio.Task[int | None]") -> None:
+        """Wait for one look, and meanwhile for a hang."""
+        while not looking.done() and self._end is None:
+            await asyncio.wait([looking], timeout=min(_PULSE_S, self._setup.hang_deadline_s / 2))
+            now_s, steps = self._clock(), looking.result() if looking.done() else None
+            pending = bool(self._streams) or not looking.done()
+            self._pulse = self._pulse.seen(pending=pending, steps_total=steps, now_s=now_s)
+            if (verdict := self._pulse.verdict(now_s=now_s)) is not None:
+                self._note_death(f"{self._setup.name} is {verdict}")
+
+    async def _steps_total(self) -> int | None:
+        try:
+            return (await self.counters()).steps_total
+        except EngineError:
+            return None  # it has ended
+
+    # --- inside ---
+
+    def _finish(self, end: EngineError) -> None:
+        """Nothing more will come: everybody who waits learns why."""
+        self._end = end
+        for stream in self._streams.values():
+            stream.fail(end)
+        if self._handovers is not None:
+            self._handovers.end(end)
+        if self._death is not None and not self._death.done() and isinstance(end, EngineDied):
+            self._death.set_result(str(end))
+
+    async def _core(self, method: str) -> Any:
+        self._ensure_alive()
+        assert self._channel is not None
+        try:
+            return await self._channel.core(method)
+        except ChannelClosed:
+            await self._raise_end()
+            raise
+        except CallFailed as error:
+            self._ensure_alive()
+            raise EngineError(f"{self._setup.name} refused {method}: {error}") from error
+
+    async def _raise_end(self) -> None:
+        """The channel is gone, so the engine is or soon will be: raise what it ended of."""
+        assert self._server is not None
+        if self._end is None:
+            self._note_death(f"{self._setup.listener} closed its channel to the daemon")
+        self._ensure_alive()
+
+    def _ready_handovers(self) -> Handovers:
+        self._ensure_alive()
+        assert self._handovers is not None, "valid once start has returned"
+        return self._handovers
+
+    def _ensure_alive(self) -> None:
+        if self._end is not None:
+            raise type(self._end)(str(self._end))
+
+    def _send(self, message: Message) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
