@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from engines.vllm.channel import Channel
+from engines.vllm.handover import MoveSpec, VllmHandover
+from engines.vllm.ranks import Ranks
 
 from engines.errors import RefactoringAborted
 from engines.protocol import GenerationRequest, RefactorProgress
 from engines.served.plugin_path import plugin_path
-from engines.vllm.channel import Channel
-from engines.vllm.handover import MoveSpec, VllmHandover
-from engines.vllm.ranks import Ranks
 from planner.handover import HandoverLimits, HandoverPhase
 from planner.layout import Pipeline
 from tests.engines.install_sglang import SGLANG
