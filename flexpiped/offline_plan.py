@@ -46,16 +46,19 @@ def offline_plan(request: OfflineRequest) -> dict[str, Any]:
     Raises:
         ConfigError, BadSnapshot, PlannerError, EngineError: One of the files, or what is asked, cannot be used.
     """
-    settings = load_config(Path(request.config)) if request.config else Settings()
-    if request.engine:
-        settings = replace(settings, engine=EngineKind(request.engine))
-    question = _question(settings, request)
+    question = offline_question(request)
     began_s = time.monotonic()
     return answer_to_wire(plan(question, clock=time.monotonic), took_s=time.monotonic() - began_s)
 
 
-def _question(settings: Settings, request: OfflineRequest) -> PlanQuestion:
-    """Return what is asked. On GPUs that are not the daemon's the KV cache takes what is left, and groups are tried."""
+def offline_question(request: OfflineRequest) -> PlanQuestion:
+    """Return what is asked. On GPUs that are not the daemon's the KV cache takes what is left, and groups are tried.
+
+    Raises as ``offline_plan``, but nothing of the planner's.
+    """
+    settings = load_config(Path(request.config)) if request.config else Settings()
+    if request.engine:
+        settings = replace(settings, engine=EngineKind(request.engine))
     topology = load_topology(request.topology) if request.topology else host_topology(settings)
     graph = _graph(settings, request.model or model_source(settings))
     costs = known_costs(settings, graph=graph, topology=topology)

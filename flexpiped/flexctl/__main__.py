@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flexpiped import __version__
 from flexpiped.admin_socket import candidate_sockets
-from flexpiped.flexctl import auto_commands, bench_command, commands
+from flexpiped.flexctl import auto_commands, bench_command, commands, simulate_command
 from flexpiped.flexctl.client import AdminClient, CtlError, Refused
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.plan_command import add_arguments, plan
@@ -163,6 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     bench_command.add_arguments(loaded)
 
     _add_config(known, everywhere)
+
+    about = "what the policy, or another system, would do under a trace; asks no daemon"
+    simulated = known.add_parser("simulate", parents=[everywhere], help=about)
+    simulated.set_defaults(run=simulate_command.simulate)
+    simulate_command.add_arguments(simulated)
 
     about = "what happened, over restarts of the daemon too, and with which layout a restart begins"
     was = known.add_parser("history", parents=[everywhere], help=about)

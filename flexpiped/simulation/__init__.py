@@ -1,0 +1,1 @@
+"""What ``flexctl simulate`` needs besides the planner: files, and a report."""
