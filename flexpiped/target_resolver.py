@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from flexpiped.config_values import Auto
 from flexpiped.handover_records import Wanted
@@ -12,9 +13,12 @@ from planner.layout_file import parse_layout
 from planner.memory import KvBudget, MemoryCheck, check_memory
 from planner.question import PlanQuestion
 
+if TYPE_CHECKING:
+    from planner.replanner import PlanSession
+
 
 class PlannerResolver:
-    """A ``TargetResolver`` for one model on the devices that are here.
+    """A ``TargetResolver`` for one model on the devices that are here. Each plan begins with what the last one found.
 
     Args:
         question: Asked anew for each plan, in the thread that plans: what is free on the devices, and what has been
@@ -25,6 +29,7 @@ class PlannerResolver:
         self._ask = question
         self._clock = clock
         self._graph = question().graph
+        self._session: PlanSession | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -66,6 +71,7 @@ class PlannerResolver:
         Else, and where a ``second_instance`` is asked for, nothing of what is held is shared.
         """
         from planner.planning import plan  # loads OR-Tools, which takes a moment: in the thread that plans
+        from planner.replanner import PlanSession
 
         possible = stages is Auto.AUTO or min(2, len(resident)) <= stages <= len(resident)
         in_place = not second_instance and (possible or not resident)
@@ -77,7 +83,8 @@ class PlannerResolver:
             current=current,
             shares_current=in_place,
         )
-        return plan(question, clock=self._clock)
+        self._session = self._session or PlanSession()
+        return plan(question, clock=self._clock, session=self._session)
 
     def broken_rules(
         self, target: Pipeline, *, current: Pipeline | None, second_instance: bool = False

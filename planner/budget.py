@@ -18,6 +18,10 @@ class Budget:
     def is_spent(self) -> bool:
         return self.left_s <= 0
 
+    def at_most(self, limit_s: float) -> "Budget":
+        """Return what is left, but no more than ``limit_s``, on the same clock."""
+        return Budget(limit_s=min(self.left_s, limit_s), clock=self._clock)
+
     def part(self, share: float) -> "Budget":
         """Return a share of what is left, on the same clock."""
         part = Budget(limit_s=self.left_s * share, clock=self._clock)

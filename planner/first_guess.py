@@ -7,17 +7,19 @@ from planner.placement import PlacedStage
 from planner.placement_problem import PlacementProblem
 from planner.segments import SegmentCosts
 from planner.split import best_split
+from planner.start import usable_start
 
 
 def first_guess(problem: PlacementProblem, in_force: Sequence[PlacedStage] = ()) -> tuple[PlacedStage, ...]:
     """Return stages that keep the rules; nothing where none of a few guesses does.
 
-    1. The layout in force, where it has as many stages.
+    1. The layout in force, where it has as many stages; where it keeps the rules no more, with other cuts or one place
+       replaced.
     2. The best cuts for some order of places: of resident ranks those evenly spread, or the first ones and the last.
     """
-    if len(in_force) == problem.num_stages and not check_stages(problem, in_force):  # 1
-        return tuple(in_force)
     costs = SegmentCosts(problem)
+    if len(in_force) == problem.num_stages and (kept := usable_start(problem, in_force, costs)):  # 1
+        return kept
     for order in _orders(problem):  # 2
         found = best_split(costs, order, kv_tokens=problem.min_kv_tokens)
         if found is not None and not check_stages(problem, found):

@@ -124,7 +124,8 @@ class Places:
                 yield group
         current = self._question.current
         for stage in () if current is None else current.stages:
-            if len(stage.device_ids) == degree and stage.device_ids not in seen:
+            is_here = self._by_id.keys() >= set(stage.device_ids)
+            if is_here and len(stage.device_ids) == degree and stage.device_ids not in seen:
                 yield stage.device_ids
 
     def _groups_of(self, island: Island, degree: int) -> Iterator[tuple[str, ...]]:
@@ -167,7 +168,8 @@ class Places:
 
     def _arrival_bytes_per_s(self, group: tuple[str, ...]) -> int:
         """Return the rate of the slowest link from the devices that hold layers now: pieces may come from any."""
-        sources = [device for device in self._held.on_device if device not in group]
+        here = [device for device in self._held.on_device if device in self._by_id]  # others are gone
+        sources = [device for device in here if device not in group]
         links = [self._question.topology.link(source, group[0]) for source in sources]
         rates = [link.bandwidth_bytes_per_s for link in links] or [1e9]
         return max(1, int(min(rates)))

@@ -23,16 +23,18 @@ from planner.places import islands
 from planner.prediction import PipelineTimes, best_cvs, predict
 from planner.problem import Posed, piece_bounds, pose
 from planner.question import PlanQuestion
+from planner.replanner import PlanSession
 from planner.stage_times import pipeline_times
 
 _ALL_UP_TO = 4  # numbers of stages that are all candidates; beyond, each is twice the one before
 _ENOUGH = 0.99  # of the arrivals served in time: no further replica is needed
 
 
-def plan(question: PlanQuestion, *, clock: Callable[[], float]) -> PlanAnswer:
+def plan(question: PlanQuestion, *, clock: Callable[[], float], session: PlanSession | None = None) -> PlanAnswer:
     """Return the best plan, and why each other candidate lost. Nothing is chosen where nothing fits.
 
     ``clock`` only keeps the deadline: candidates share the time equally, and one that needs less leaves more.
+    ``session`` has what earlier plans left: each candidate begins with what it was, repaired where that is gone.
 
     Raises:
         NoFeasiblePlan: More stages are asked for than there can be.
@@ -50,7 +52,8 @@ def plan(question: PlanQuestion, *, clock: Callable[[], float]) -> PlanAnswer:
     for index, (count, degree) in enumerate(labels):
         share_s = max(0.0, end_s - clock()) / (len(labels) - index)
         cuts = family.get(count)
-        looked.append(_look(question, count, degree, cuts, Budget(limit_s=share_s, clock=clock)))
+        budget = Budget(limit_s=share_s, clock=clock)
+        looked.append(_look(question, count, degree, cuts, budget, session or PlanSession()))
     return _answer(question, looked)
 
 
@@ -106,12 +109,14 @@ def _family(question: PlanQuestion) -> Mapping[int, Cuts]:
     return nested_cuts(posed.problem.class_ns[0], family_counts(limit))
 
 
-def _look(question: PlanQuestion, num_stages: int, degree: int, cuts: Cuts | None, budget: Budget) -> _Looked:
+def _look(
+    question: PlanQuestion, num_stages: int, degree: int, cuts: Cuts | None, budget: Budget, session: PlanSession
+) -> _Looked:
     """Place one candidate, as many replicas as are needed and possible, and say what it would do."""
     label = CandidatePlan(num_stages=num_stages, degree=degree, verdict=Verdict.LOST, reason="")
     try:
         posed = pose(question, num_stages=num_stages, degree=degree)
-        chosen, nested_loss = _nested_or_free(question, posed, cuts, budget)
+        chosen, nested_loss = _nested_or_free(question, posed, cuts, budget, session)
         placed = [chosen]
     except PlanTimeout as error:
         return _Looked(plan=replace(label, verdict=Verdict.TIMEOUT, reason=str(error)))
@@ -139,12 +144,13 @@ class _Placed:
         return len(self.posed.problem.pieces) == len(self.placement.stages)
 
 
-def _placed(posed: Posed, budget: Budget) -> _Placed:
-    return _Placed(posed=posed, placement=posed.solve(budget))
+def _placed(posed: Posed, budget: Budget, session: PlanSession | None = None) -> _Placed:
+    key = posed.problem.num_stages, posed.degree, posed.bounds, posed.question.engine.resident
+    return _Placed(posed=posed, placement=posed.solve(budget, session.replanner(key) if session else None))
 
 
 def _nested_or_free(
-    question: PlanQuestion, posed: Posed, cuts: Cuts | None, budget: Budget
+    question: PlanQuestion, posed: Posed, cuts: Cuts | None, budget: Budget, session: PlanSession
 ) -> tuple[_Placed, float | None]:
     """Return the placement to use and what nested cuts lose against free ones; None where there are none that fit.
 
@@ -152,11 +158,11 @@ def _nested_or_free(
     2. Nested cuts are taken where they lose little,
     3. but not where only free ones leave the layout in force as it is.
     """
-    free = _placed(posed, budget if cuts is None else budget.part(0.6))  # 1
+    free = _placed(posed, budget if cuts is None else budget.part(0.6), session)  # 1
     if cuts is None:
         return free, None
     try:
-        nested = _placed(posed.with_cuts(cuts), budget)
+        nested = _placed(posed.with_cuts(cuts), budget, session)
     except PlannerError:  # the devices' memories ask for other cuts
         return free, None
     best = free.placement.scores.bottleneck_ns

@@ -16,9 +16,9 @@ from planner.layout import Pipeline, Stage
 from planner.model_graph import Layer, ModelGraph
 from planner.placement import PlacedStage, Placement, stage_kv_tokens
 from planner.placement_problem import KV_UNLIMITED, Piece, PlacementProblem, merged
-from planner.placement_solver import place
 from planner.places import Places
 from planner.question import PlanQuestion
+from planner.replanner import Replanner
 from planner.stage_times import DeviceGroups, ReferenceStep, reference_step
 
 _NS = 1e9
@@ -44,8 +44,11 @@ class Posed:
         bounds = tuple(self.bounds[cut] for cut in (0, *cuts, len(self.problem.pieces)))
         return replace(self, problem=merged(self.problem, cuts), bounds=bounds)
 
-    def solve(self, budget: Budget) -> Placement:
+    def solve(self, budget: Budget, replanner: Replanner | None = None) -> Placement:
         """Return the best placement. Where no step can be as fast as the targets ask, the limit is left out.
+
+        Args:
+            replanner: Knows earlier answers to much the same question, and remembers this one.
 
         Raises:
             NoFeasiblePlan, PlanTimeout
@@ -57,36 +60,48 @@ class Posed:
             raise NoFeasiblePlan(_too_few(apart, degree=self.degree, num_stages=stages))
         if self.problem.latency_limit_ns is not None:
             with suppress(NoFeasiblePlan):
-                return self._placed(self.problem, budget)
-        return self._placed(replace(self.problem, latency_limit_ns=None), budget)
+                return self._placed(self.problem, budget, replanner)
+        return self._placed(replace(self.problem, latency_limit_ns=None), budget, replanner)
 
-    def _placed(self, problem: PlacementProblem, budget: Budget) -> Placement:
+    def _placed(self, problem: PlacementProblem, budget: Budget, replanner: Replanner | None) -> Placement:
         """Return the solver's placement, put in order, after the rules have been held against it."""
-        found = place(problem, budget=budget, start=first_guess(problem, self._in_force()))
+        start = first_guess(problem, self._in_force())
+        found = (replanner or Replanner()).place(problem, budget=budget, start=start)
         placement = replace(found, stages=in_order(problem, found.stages))
         if broken := check(problem, placement):
             raise BrokenPlan(f"the plan breaks a rule and is not used: {'; '.join(broken)}")
         return placement
 
     def _in_force(self) -> tuple[PlacedStage, ...]:
-        """Return the stages in force as stages of this problem; nothing where their places or cuts are not in it."""
+        """Return the stages in force as stages of this problem; nothing where their cuts are not in it.
+
+        A place that is gone has a number beyond all places.
+        """
         current = self.question.current
         if current is None or not self.question.shares_current:
             return ()
         return self.placed_stages(current) or ()
 
     def placed_stages(self, pipeline: Pipeline) -> tuple[PlacedStage, ...] | None:
-        """Return the stages of a pipeline by places and pieces; None where one of them is no place or piece here."""
+        """Return the stages of a pipeline by places and pieces; None where one of them begins or ends in no piece.
+
+        What is no place here has a number beyond all places.
+        """
+        gone = len(self.problem.places)
         positions = {frozenset(place.device_ids): position for position, place in enumerate(self.problem.places)}
         starts = {decoder: piece for piece, decoder in enumerate(self.bounds)}
         found = [
-            (positions.get(frozenset(stage.device_ids)), starts.get(stage.first_decoder), starts.get(stage.end_decoder))
+            (
+                positions.get(frozenset(stage.device_ids), gone),
+                starts.get(stage.first_decoder),
+                starts.get(stage.end_decoder),
+            )
             for stage in pipeline.stages
         ]
         stages = [
             PlacedStage(place=place, first=first, end=end)
             for place, first, end in found
-            if place is not None and first is not None and end is not None
+            if first is not None and end is not None
         ]
         return tuple(stages) if len(stages) == len(found) else None
 

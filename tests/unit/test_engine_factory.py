@@ -1,5 +1,6 @@
 """From settings to model, layout and engine. The demo model is the model here: only its headers are read."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +163,30 @@ def test_stages_and_layout_files_become_pipelines(resolver: PlannerResolver) -> 
     layout = '{"stages": [{"devices": ["cpu:5"], "decoders": [0, 8]}]}'
     assert resolver.resolve(Wanted(layout=layout), current=current).device_ids == ("cpu:5",)
     assert resolver.resolve(Wanted(stages=Auto.AUTO), current=four) == four  # nothing would serve better
+
+
+def test_each_plan_begins_with_what_the_last_one_found(model: Model) -> None:
+    """With no time for more than a guess, what an earlier plan found is that guess."""
+    devices = [replace(device, name=f"kind {index}") for index, device in enumerate(devices_of(DEFAULTS))]
+    slow_first = FlatCosts(slowness={"kind 0": 9.0, "kind 1": 9.0})
+    question = question_of(
+        DEFAULTS,
+        graph=model.graph,
+        topology=HostTopology(host_id="h", devices=tuple(devices)),
+        costs=Costs(alone=slow_first, beside=slow_first),
+    )
+    late = itertools.count(0.0, 100.0)
+    no_time = PlannerResolver(lambda: question, clock=late.__next__)
+    assert no_time.first(2).device_ids == ("cpu:0", "cpu:1")
+    # time stands still for the first plan, then it is over
+    clock = itertools.chain(itertools.repeat(0.0, 1000), late)
+    asked = PlannerResolver(lambda: question, clock=clock.__next__)
+    found = asked.first(2)
+    assert not {"cpu:0", "cpu:1"} & set(found.device_ids)
+    assert next(clock) == 0.0
+    for _ in itertools.takewhile(lambda now_s: now_s == 0.0, clock):
+        pass
+    assert asked.first(2) == found
 
 
 def test_what_cannot_be_is_refused_in_words(resolver: PlannerResolver) -> None:

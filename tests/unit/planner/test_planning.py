@@ -12,6 +12,7 @@ from planner.layout import Pipeline, Stage, pipeline_of
 from planner.planning import plan, require_plan, stage_counts
 from planner.problem import check_pipeline
 from planner.question import EngineLimits, Fragmentation, PlanQuestion
+from planner.replanner import PlanSession
 from planner.workload import Slo, Workload
 from tests.support.costs import FlatCosts
 from tests.support.graphs import graph_of, weighted_graph
@@ -139,6 +140,40 @@ def test_a_deadline_that_has_passed_is_not_infeasible() -> None:
     assert require_plan(plan(asked, clock=time.monotonic)).pipelines[0].device_ids == ("cpu:1", "cpu:0")
     with pytest.raises(PlanTimeout, match="nothing found"):
         require_plan(plan(asked, clock=itertools.count(0.0, 100.0).__next__))
+
+
+def test_a_plan_begins_with_what_an_earlier_one_found() -> None:
+    """A guess in the order of the devices fails, and there is no time for more than a guess."""
+    small, large = (
+        Device(id=f"cpu:{n}", kind=DeviceKind.CPU, memory_total_bytes=size, host_id="h")
+        for n, size in enumerate((3 * MIB, 8 * MIB))
+    )
+    asked = question(
+        graph=weighted_graph([6 * MIB, MIB]),
+        topology=HostTopology(host_id="h", devices=(small, large)),
+        engine=EngineLimits(max_stages=2, kv_tokens=0),
+        num_stages=2,
+    )
+    session, late = PlanSession(), itertools.count(0.0, 100.0).__next__
+    first = require_plan(plan(asked, clock=time.monotonic, session=session))
+    assert require_plan(plan(asked, clock=late, session=session)).pipelines == first.pipelines
+    with pytest.raises(PlanTimeout):
+        require_plan(plan(asked, clock=late))
+
+
+@pytest.mark.parametrize("session", [None, PlanSession()])
+def test_a_device_of_the_layout_in_force_that_is_gone_takes_only_its_own_layers_along(
+    session: PlanSession | None,
+) -> None:
+    current = pipeline_of(device_ids=["cpu:0", "cpu:3"], cuts=[4], num_decoders=8)
+    plan(question(num_stages=2), clock=time.monotonic, session=session)
+    asked = question(num_stages=2, topology=host(3), current=current)
+    found = require_plan(plan(asked, clock=time.monotonic, session=session))
+    first, second = found.pipelines[0].stages
+    assert first == current.stages[0]
+    assert second.device_ids[0] in {"cpu:1", "cpu:2"}
+    late = require_plan(plan(asked, clock=itertools.count(0.0, 100.0).__next__))
+    assert late.pipelines[0].stages[0] == current.stages[0]
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
