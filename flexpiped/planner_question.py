@@ -81,6 +81,7 @@ def question_of(
             whole_island=planner.whole_island_points,
             shared=planner.shared_device_points,
             shared_per_cv2=planner.shared_per_cv2,
+            scaled_path=planner.scaled_path_points,
         ),
         deadline_s=planner.deadline_s,
     )

@@ -197,6 +197,7 @@ class PlannerSettings:
     whole_island_points: Annotated[int, integer(0)] = 800
     shared_device_points: Annotated[int, integer(0)] = 100
     shared_per_cv2: Annotated[float, number(0)] = 0.35
+    scaled_path_points: Annotated[int, integer(0)] = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """From a topology and the layout in force to the places that may carry a stage, and the hops between them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -224,7 +224,7 @@ class Places:
     # --- fragmentation ---
 
     def charges(self) -> tuple[Charge, ...]:
-        """Return the points for touching devices: whole GPUs and islands, and devices that others use."""
+        """Return the points for touching devices: whole ones and islands, what others use, paths with recent scaling."""
         points, ours = self._question.fragmentation, set(self._held.on_device)
         cv = self._question.workload.cv
         shared = round(points.shared * (1 + points.shared_per_cv2 * cv**2))
@@ -236,4 +236,11 @@ class Places:
             if len(untouched) == len(island.devices) > 1 and island.devices[0].kind is DeviceKind.CUDA:
                 ids = frozenset(device.id for device in island.devices)
                 found.append(Charge(device_ids=ids, points=points.whole_island))
-        return tuple(found)
+        return (*found, *self._marked_paths(ours))
+
+    def _marked_paths(self, ours: Container[str]) -> Iterator[Charge]:
+        """Yield the points for loading over paths on which others have just scaled; what is ours is loaded."""
+        for device, heat in self._question.scaling.items():
+            points = round(self._question.fragmentation.scaled_path * heat)
+            if device in self._by_id and device not in ours and points:
+                yield Charge(device_ids=frozenset({device}), points=points)

@@ -1,5 +1,6 @@
 """What ``planner.planning`` is asked: a model on devices under a workload, and what the engine can carry out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from planner.layer_costs import LayerCosts
@@ -45,14 +46,17 @@ class Fragmentation:
         whole_island: An NVLink island of which nobody uses a device yet.
         shared, shared_per_cv2: A device that other tenants use: ``shared * (1 + shared_per_cv2 * CV^2)``, so in calm
             traffic a leftover is better than a whole GPU, and in bursts (CV 3 and above) it is not.
+        scaled_path: A device that holds nothing yet, for each mark of recent scaling on the path to it: the links above
+            it are still loading for others. With this value a whole GPU elsewhere is better than a leftover there.
 
-    Source: FlexPipe, Eq 9, which gives no values for its gamma0 and alpha.
+    Source: FlexPipe, Eq 9, which gives no values for its gamma0 and alpha, and its hierarchical resource graph.
     """
 
     whole_device: int = 400
     whole_island: int = 800
     shared: int = 100
     shared_per_cv2: float = 0.35
+    scaled_path: int = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,7 @@ class PlanQuestion:
         num_stages: None: whatever serves the workload best.
         current: The layout in force, whose memory is held until a handover retires it.
         shares_current: The engine in force is to change; else a second instance beside it shares nothing.
+        scaling: Marks of recent scaling on the path to a device, by its id (``ResourceGraph.heats``); 0 where absent.
         max_replicas: How many pipelines the plan may have.
         cores: CPU threads that all stages on a host without GPUs share; None: each device computes by itself.
         nested_loss: How much slower the slowest stage may be, as a share, for cuts that are nested in those of finer
@@ -82,6 +87,7 @@ class PlanQuestion:
     num_stages: int | None = None
     current: Pipeline | None = None
     shares_current: bool = True
+    scaling: Mapping[str, float] = field(default_factory=dict)
     max_replicas: int = 1
     cores: int | None = None
     nested_loss: float = 0.05

@@ -114,6 +114,12 @@ class ResourceGraph:
         """Return how much recent scaling lies on a device's path: 0 for none. Prefer devices with little."""
         return sum(_WEIGHTS[node.level] * self.mark_of(node.id, now_s=now_s) for node in self.path(device_id))
 
+    def heats(self, *, now_s: float) -> Mapping[str, float]:
+        """Return the heat of each device beyond that of the coolest: what lies on all paths alike tells nothing."""
+        found = {device.id: self.heat(device.id, now_s=now_s) for device in self.cluster.devices}
+        least = min(found.values(), default=0.0)
+        return {device_id: heat - least for device_id, heat in found.items() if heat > least}
+
     def mark_of(self, node_id: str, marks: Mapping[str, Mark] | None = None, *, now_s: float) -> float:
         """Return what is left of a node's mark."""
         mark = (self.marks if marks is None else marks).get(node_id)

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,10 @@ from planner.replanner import PlanSession
 from planner.workload import Slo, Workload
 from tests.support.costs import FlatCosts
 from tests.support.graphs import graph_of, weighted_graph
+from topology.cluster import ClusterTopology, merge
 from topology.device import Device, DeviceKind, cpu_devices
 from topology.link import Link, LinkKind
+from topology.resource_graph import ResourceGraph
 from topology.topology import HostTopology, pair_key
 from topology.units import GIB, MIB
 
@@ -261,6 +264,30 @@ def test_leftovers_are_used_before_whole_gpus_but_not_in_bursts() -> None:
     assert bursty.pipelines[0].device_ids != ("GPU-2",)
     careless = chosen(topology=machine, engine=small, fragmentation=Fragmentation(whole_device=0, whole_island=0))
     assert careless.pipelines[0].device_ids != ("GPU-2",)
+
+
+def marked_cluster(*scaled: str) -> tuple[ClusterTopology, Mapping[str, float]]:
+    hosts = [
+        HostTopology(host_id=name, rack=rack, devices=cpu_devices(count=2, memory_bytes=64 * MIB))
+        for name, rack in (("a", "1"), ("b", "1"), ("c", "2"))
+    ]
+    cluster = merge(hosts)
+    return cluster, ResourceGraph(cluster=cluster).scaled(scaled, now_s=0.0).heats(now_s=10.0)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "expected"), [((), "a"), (("a/cpu:0",), "c"), (("a/cpu:0", "c/cpu:0", "c/cpu:1"), "b")]
+)
+def test_new_instances_avoid_paths_with_marks_of_recent_scaling(scaled: tuple[str, ...], expected: str) -> None:
+    cluster, marks = marked_cluster(*scaled)
+    found = chosen(topology=cluster, scaling=marks, num_stages=2)
+    assert {device.partition("/")[0] for device in found.pipelines[0].device_ids} == {expected}
+
+
+def test_marks_do_not_drive_a_layout_away_from_where_it_is() -> None:
+    cluster, marks = marked_cluster("a/cpu:0", "a/cpu:1")
+    current = pipeline_of(device_ids=["a/cpu:0", "a/cpu:1"], cuts=[4], num_decoders=8)
+    assert chosen(topology=cluster, scaling=marks, num_stages=2, current=current).pipelines == (current,)
 
 
 def test_more_replicas_are_added_while_traffic_asks_for_them() -> None:

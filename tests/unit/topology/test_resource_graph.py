@@ -48,6 +48,14 @@ def test_new_instances_go_where_nothing_was_scaled_lately() -> None:
     assert graph.coolest(ALL, now_s=100)[-2:] == ("a/cpu:0", "a/cpu:1")
 
 
+def test_only_what_tells_paths_apart_counts() -> None:
+    graph = ResourceGraph(cluster=cluster())
+    assert graph.heats(now_s=0) == {}
+    heats = graph.scaled(["a/cpu:0"], now_s=0).heats(now_s=0)
+    assert heats == pytest.approx({"a/cpu:0": 1.25, "a/cpu:1": 1.25, "b/cpu:0": 0.25, "b/cpu:1": 0.25})
+    assert graph.scaled(ALL[::2], now_s=0).heats(now_s=0).keys() == {"a/cpu:0", "a/cpu:1", "b/cpu:0", "b/cpu:1"}
+
+
 def test_marks_fade_by_half_and_add_up() -> None:
     graph = ResourceGraph(cluster=cluster(), half_life_s=10).scaled(["a/cpu:0", "a/cpu:1"], now_s=0)
 
