@@ -224,7 +224,7 @@ class Places:
     # --- fragmentation ---
 
     def charges(self) -> tuple[Charge, ...]:
-        """Return the points for touching devices: whole ones and islands, what others use, paths with recent scaling."""
+        """Return the points for touching devices: whole ones, islands, what others use, paths with recent scaling."""
         points, ours = self._question.fragmentation, set(self._held.on_device)
         cv = self._question.workload.cv
         shared = round(points.shared * (1 + points.shared_per_cv2 * cv**2))

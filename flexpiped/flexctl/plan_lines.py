@@ -13,6 +13,7 @@ Json = Mapping[str, Any]
 
 _WIDTH: Final = 80
 _INDENT: Final = " " * 8
+_NO_BREAK: Final = "\N{NO-BREAK SPACE}"
 _UUID: Final = re.compile(r"(GPU|MIG)-[0-9a-f]{8}-")
 _VERDICT_COLOURS: Final = {"chosen": Colour.GREEN, "infeasible": Colour.RED, "timeout": Colour.RED}
 
@@ -129,12 +130,27 @@ def _candidates_lines(candidates: Sequence[Json], paint: Paint) -> list[str]:
     lines.append(title)
     for candidate, line in zip(candidates, drawn, strict=True):
         lines.append(line)
+        lines += _memory_lines(candidate["found"]) if candidate["found"] else []
         if candidate["verdict"] != "chosen":
             word = "" if candidate["verdict"] == "lost" else f"{candidate['verdict']}: "
             painted = paint(word, _VERDICT_COLOURS[candidate["verdict"]]) if word else ""
             first, *rest = textwrap.wrap(word + candidate["reason"], _WIDTH - len(_INDENT))
             lines += [_INDENT + painted + first.removeprefix(word), *(_INDENT + part for part in rest)]
     return lines
+
+
+def _memory_lines(found: Json) -> list[str]:
+    """Return what the first pipeline takes of each device, devices that are alike drawn together."""
+    stages = [
+        (stage, format_bytes_of(memory["needed_bytes"], memory["usable_bytes"]))
+        for stage, memory in zip(found["pipelines"][0], found["memory"], strict=True)
+    ]
+    parts = []
+    for text, alike in groupby(stages, key=lambda pair: pair[1]):
+        names = device_names([stage for stage, _ in alike])
+        parts.append(f"{', '.join(names)}: {text}".replace(" ", _NO_BREAK))
+    lines = textwrap.wrap("memory " + "; ".join(parts), _WIDTH - len(_INDENT), subsequent_indent=" " * 7)
+    return [_INDENT + line.replace(_NO_BREAK, " ") for line in lines]
 
 
 def _row(candidate: Json) -> tuple[str, ...]:

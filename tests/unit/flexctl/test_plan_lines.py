@@ -103,6 +103,16 @@ def test_every_candidate_says_why_it_lost() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_every_candidate_says_what_it_takes_of_each_device() -> None:
+    uneven = found([stage(f"cpu:{n}", n, n + 1) for n in range(4)])
+    uneven["memory"] = [memory(f"cpu:{n}", size * MIB) for n, size in enumerate((60, 40, 40, 50))]
+    lines = plan_lines(answer(ONE, TWO | {"found": uneven}), explain=True)
+    assert "        memory cpu:0: 40 of 512 MiB" in lines
+    at = lines.index("        memory cpu:0: 60 of 512 MiB; cpu:1-2: 40 of 512 MiB;")
+    assert lines[at + 1] == "               cpu:3: 50 of 512 MiB"
+    assert max(map(len, lines)) <= 80
+
+
 def test_nothing_that_fits_is_an_answer_with_its_reason() -> None:
     lines = plan_lines(answer(EIGHT, state="infeasible", reason=EIGHT["reason"]), explain=False)  # type: ignore[arg-type]
     assert lines[0].startswith("infeasible: needs 141 MiB with KV cache")
