@@ -29,7 +29,7 @@ from tests.engines.interpreter import ensure_there
 from tests.support.until import until
 
 PLUGIN = Path(__file__).parents[2] / "engines" / "sglang" / "plugin"
-_START_S = 180.0
+_START_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,7 @@ class PluginDriver:
         self.epoch = 0
         self.crashes: list[str] = []
         self.remainder_slots = 256
+        self.cached_tokens: dict[str, int] = {}  # of each request's prompt, as SGLang told it
         self._numbers = 0
         self._live = 0
         self._http = aiohttp.ClientSession(
@@ -78,7 +79,6 @@ class PluginDriver:
             "sampling_params": params,
             "stream": True,
             "return_logprob": True,
-            "stream_options": None,
         }
         self._live += 1
         tokens = 0
@@ -90,6 +90,7 @@ class PluginDriver:
                     event = json.loads(line[6:])
                     if "error" in event:
                         raise AssertionError(event["error"])
+                    self.cached_tokens[request.request_id] = event["meta_info"]["cached_tokens"]
                     found = event["meta_info"]["output_token_logprobs"]
                     new = found[tokens:] if len(found) > tokens else []
                     tokens += len(new)
@@ -174,8 +175,7 @@ async def driven(
     process = await asyncio.create_subprocess_exec(
         *(python, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"),
         *("--attention-backend", "torch_native", "--dtype", "float32", "--pp-size", str(len(counts))),
-        *("--mem-fraction-static", "0.05", "--max-total-tokens", "4096", "--host", "127.0.0.1"),
-        *("--skip-server-warmup", *more),
+        *("--mem-fraction-static", "0.05", "--host", "127.0.0.1", "--skip-server-warmup", *more),
         env=environment,
         cwd=directory,
         stdout=output,

@@ -178,28 +178,36 @@ class Conductor:
         return self._committing(number, deadline_s, verify)
 
     def _committing(self, number: int, deadline_s: float, verify: bool) -> Work:
-        held_s = time.monotonic()
         watch = self._watch(_PATIENCE * deadline_s)
         try:
-            yield from self._drain(_MOVE)
-            drained_s = time.monotonic()
-            self._failpoints.hit("core.commit")
-            answers = yield from self._ask("commit_copy", number, deadline_s)
-            if len({answer["live"] for answer in answers}) != 1:
-                raise RuntimeError("the ranks do not agree about which KV blocks are live")
-            if verify and not self._failpoints.hit("core.verify"):
-                _compare((yield from self._ask("checksums", number)))
-            self._failpoints.hit("core.commit.last")
-            try:
-                yield from self._ask("switch", number, self._epoch + 1)
-            except RuntimeError as error:
-                return {"crash": f"a rank failed while it switched: {error}"}
-            self._epoch += 1
-            self.layout, self._number = self._new_layout, 0
-            self._committed_s, self._first_dispatch_s = self._last_result_s, 0.0
+            done = yield from self._commit_drained(number, deadline_s, verify)
+        except RuntimeError:
+            self._slots.send("release", _MOVE)
+            raise
         finally:
             watch.cancel()
+        if "crash" not in done:  # else no step may run any more
             self._slots.send("release", _MOVE)
+        return done
+
+    def _commit_drained(self, number: int, deadline_s: float, verify: bool) -> Work:
+        held_s = time.monotonic()
+        yield from self._drain(_MOVE)
+        drained_s = time.monotonic()
+        self._failpoints.hit("core.commit")
+        answers = yield from self._ask("commit_copy", number, deadline_s)
+        if len({answer["live"] for answer in answers}) != 1:
+            raise RuntimeError("the ranks do not agree about which KV blocks are live")
+        if verify and not self._failpoints.hit("core.verify"):
+            _compare((yield from self._ask("checksums", number)))
+        self._failpoints.hit("core.commit.last")
+        try:
+            yield from self._ask("switch", number, self._epoch + 1)
+        except RuntimeError as error:
+            return {"crash": f"a rank failed while it switched: {error}"}
+        self._epoch += 1
+        self.layout, self._number = self._new_layout, 0
+        self._committed_s, self._first_dispatch_s = self._last_result_s, 0.0
         return {
             "epoch": self._epoch,
             "drain_s": drained_s - held_s,

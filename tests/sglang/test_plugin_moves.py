@@ -1,0 +1,219 @@
+"""Layers move between the ranks of real SGLang, and nothing of any stream changes (fp32).
+
+The plugin is driven by its sockets alone. See ``tests/vllm/test_moves.py`` for the same of vLLM.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from engines.errors import RefactoringAborted
+from tests.support.sglang_plugin import PluginDriver, driven
+from tests.support.vllm import llama
+from tests.vllm.streams import MOVES, Result, assert_same, collect, on_ranks, run_streams, stream
+
+pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
+START = on_ranks(2, 2, 2, 2)
+# Little KV cache and short prefills: at any time some streams wait, some are in prefill, some decode, and some have
+# been retracted.
+CROWDED = (
+    *("--max-total-tokens", "640", "--chunked-prefill-size", "48", "--max-running-requests", "8"),
+    *("--schedule-conservativeness", "0.05"),
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def driver() -> AsyncIterator[PluginDriver]:
+    async with driven(llama(), (2, 2, 2, 2), more=CROWDED) as made:
+        yield made
+
+
+async def move(driver: PluginDriver, target: object) -> None:
+    if target != driver.pipeline:
+        async for _ in driver.refactor(target):
+            pass
+
+
+async def assert_idle(driver: PluginDriver) -> None:
+    await driver.drain()
+    counters = await driver.counters()
+    assert (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
+
+
+async def check_moves(driver: PluginDriver, count: int) -> None:
+    """Move again and again under streams that are renewed until all moves are done."""
+    await move(driver, START)
+    undisturbed = await run_streams(driver)
+    moved, targets, ended = 0, islice(cycle(MOVES[1:]), count), False
+    while not ended:
+        streams: asyncio.Task[Result] = asyncio.create_task(run_streams(driver))
+        while not streams.done() and not ended:
+            target = next(targets, None)
+            ended = target is None
+            if target is not None:
+                await move(driver, target)
+                moved += 1
+        assert_same(await streams, undisturbed)
+    assert moved == count
+    assert driver.crashes == []
+    await assert_idle(driver)
+
+
+async def test_six_moves_change_nothing(driver: PluginDriver) -> None:
+    """Every commit compares the checksums of all live KV slots on both sides."""
+    epoch = driver.epoch
+    await check_moves(driver, 6)
+    assert driver.epoch >= epoch + 6
+
+
+@pytest.mark.long
+async def test_forty_moves_change_nothing(driver: PluginDriver) -> None:
+    await check_moves(driver, 40)
+
+
+async def test_streams_wait_and_are_retracted(driver: PluginDriver) -> None:
+    """The crowd is one: else the tests above would not cover those states."""
+    before = await driver.counters()
+    streams = asyncio.create_task(run_streams(driver))
+    most_waiting = most_running = 0
+    while not streams.done():
+        counters = await driver.counters()
+        most_waiting, most_running = max(most_waiting, counters["waiting"]), max(most_running, counters["running"])
+        await asyncio.sleep(0.005)
+    assert most_waiting > 0
+    assert most_running > 2  # of one micro-batch
+    assert (await driver.counters())["preemptions_total"] > before["preemptions_total"]
+
+
+async def test_the_radix_cache_is_right_after_moves(driver: PluginDriver) -> None:
+    await move(driver, START)
+    wanted = stream(4, max_tokens=40, salt=3)
+    expected = await collect(driver, wanted)
+    for target in (on_ranks(4, 0, 0, 4), on_ranks(1, 5, 1, 1)):
+        await move(driver, target)
+        assert (await collect(driver, wanted))[0] == expected[0]
+        assert driver.cached_tokens[wanted.request_id] > len(wanted.prompt_token_ids) // 2
+
+
+async def test_requests_come_and_go_during_every_phase(driver: PluginDriver) -> None:
+    await move(driver, START)
+    undisturbed = [(await collect(driver, stream(i, max_tokens=30, salt=4)))[0] for i in range(4)]
+    ended = asyncio.Event()
+
+    async def come_and_go(index: int) -> int:
+        runs = 0
+        while not ended.is_set():
+            if runs % 3 == 2:  # hang up in the middle
+                async for _ in driver.generate(stream(index, max_tokens=200, salt=5)):
+                    break
+            else:
+                found = await collect(driver, stream(index, max_tokens=30, salt=4))
+                assert found[0] == undisturbed[index]
+            runs += 1
+        return runs
+
+    guests = [asyncio.create_task(come_and_go(index)) for index in range(4)]
+    for target in MOVES[1:6]:
+        await move(driver, target)
+    ended.set()
+    assert sum(await asyncio.gather(*guests)) > 0
+    await assert_idle(driver)
+
+
+async def test_memory_is_given_back(driver: PluginDriver) -> None:
+    await move(driver, on_ranks(1, 5, 1, 1))
+    await run_streams(driver, salt=8)  # KV caches are mapped when they are written
+    full = (await driver.status())[1]
+    full_bytes = resident_shared_bytes(full["pid"])
+    await move(driver, on_ranks(3, 1, 2, 2))
+    left = (await driver.status())[1]
+    assert left["weights_bytes"] < full["weights_bytes"] / 4
+    assert left["kv_mapped_bytes"] == full["kv_mapped_bytes"] / 5
+    assert full_bytes - resident_shared_bytes(left["pid"]) > (full["weights_bytes"] - left["weights_bytes"]) / 2
+
+
+def resident_shared_bytes(pid: int) -> int:
+    """Return what the kernel counts of KV caches and of weights that came in a move: both are shared mappings."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines["RssShmem"].split()[0]) * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("worker.prepare", 1),
+        ("worker.load", 1),
+        ("worker.prepared", 1),
+        ("core.begin", None),
+        ("core.round", None),
+        ("worker.copy_out", 0),
+        ("worker.copy_in", 1),
+        ("core.drain", None),
+        ("core.commit", None),
+        ("worker.commit", 0),
+        ("core.commit.last", None),
+    ],
+)
+async def test_a_failure_before_the_commit_rolls_back(driver: PluginDriver, name: str, rank: int | None) -> None:
+    await move(driver, START)
+    undisturbed = await run_streams(driver, count=3, max_tokens=30)
+    await driver.arm(name, "fail", rank=rank)
+    streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=30))
+    await asyncio.sleep(0.05)
+    epoch = driver.epoch
+    with pytest.raises(RefactoringAborted, match=name):
+        await move(driver, on_ranks(1, 3, 2, 2))
+    assert (driver.pipeline, driver.epoch, driver.crashes) == (START, epoch, [])
+    assert_same(await streams, undisturbed)
+    await move(driver, on_ranks(1, 3, 2, 2))  # and the next one works
+
+
+async def leave_the_copy_out(driver: PluginDriver, action: str) -> None:
+    for rank in range(4):
+        for name in ("worker.copy_out", "worker.commit_copy") if action else ("",):
+            await driver.arm(name, action, rank=rank)
+
+
+async def test_without_the_kv_copy_the_checksums_refuse_the_commit(driver: PluginDriver) -> None:
+    await move(driver, START)
+    await leave_the_copy_out(driver, "skip")
+    streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=40))
+    await asyncio.sleep(0.2)
+    with pytest.raises(RefactoringAborted, match=r"KV blocks of layer \d differ"):
+        await move(driver, on_ranks(1, 3, 2, 2))
+    await leave_the_copy_out(driver, "")
+    await streams
+    await move(driver, on_ranks(1, 3, 2, 2))
+
+
+async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> None:
+    """The control: if this passed with the copy left out, the tests above would show nothing."""
+    await move(driver, START)
+    undisturbed = await run_streams(driver, count=3, max_tokens=60, salt=6)
+    await leave_the_copy_out(driver, "skip")
+    await driver.arm("core.verify", "skip")
+    streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=60, salt=6))
+    await asyncio.sleep(0.2)
+    await move(driver, on_ranks(1, 3, 2, 2))
+    await driver.arm("", "")
+    await leave_the_copy_out(driver, "")
+    assert [tokens for tokens, _ in await streams] != [tokens for tokens, _ in undisturbed]
+
+
+async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
+    """SGLang's own pause does not under pipeline parallelism, and says that it did."""
+    await move(driver, START)
+    undisturbed = await run_streams(driver, count=4, max_tokens=60, salt=7)
+    streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=60, salt=7))
+    await asyncio.sleep(0.2)
+    await driver.core.core("hold")
+    paused = await driver.counters()
+    await asyncio.sleep(0.5)
+    assert (await driver.counters())["steps_total"] == paused["steps_total"]
+    assert paused["running"] + paused["waiting"] > 0
+    await driver.core.core("resume")
+    assert_same(await streams, undisturbed)
