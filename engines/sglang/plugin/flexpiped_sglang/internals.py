@@ -104,6 +104,8 @@ def refusal_of(scheduler: Any) -> str:
     features = [
         ("one pipeline rank (pp_size 1)", parallel.pp_size == 1),
         ("an asynchronous batch depth", bool(parallel.pp_async_batch_depth)),
+        # It would drop the commands of a slot in which it takes no requests.
+        ("scheduler_recv_interval above 1", scheduler.request_receiver.recv_skipper is not None),
         ("data parallel attention", parallel.attn_dp_size > 1),
         ("context parallelism", parallel.attn_cp_size > 1),
         ("expert parallelism", getattr(args, "ep_size", 1) > 1),
