@@ -19,6 +19,7 @@ _MOVE, _PAUSE = "move", "pause"  # who holds the batches
 _PATIENCE = 2.0  # times the deadline that ranks keep themselves
 _TRACE_LENGTH = 200_000
 _CALLS = ("begin", "round", "commit", "abandon", "pause", "trace", "arm", "hold", "resume")
+_AT_ONCE = ("abandon", "pause", "trace", "arm")  # whatever else is under way
 
 Work = Generator[None, None, dict[str, Any]]
 
@@ -55,7 +56,7 @@ class Conductor:
 
     def take(self, method: str, arguments: list[Any], reply: Reply, call: int) -> None:
         """Queue a call for the main thread."""
-        self._calls.append((method, arguments, reply, call))
+        self._calls.append((method.removeprefix("flexpiped_"), arguments, reply, call))
 
     def on_answer(self, ticket: int, rank: int, answer: Answer) -> None:
         if ticket in self._answers:  # else of work that was given up
@@ -77,18 +78,16 @@ class Conductor:
 
     def on_slot(self) -> None:
         """Begin what was asked for, and go on with what is under way."""
-        while self._calls and (self._work is None or self._calls[0][0] in ("abandon", "pause", "trace", "arm")):
-            method, arguments, reply, call = self._calls.popleft()
-            self._start(method, arguments, reply, call)
+        while self._calls and (self._work is None or self._calls[0][0] in _AT_ONCE):
+            self._start(*self._calls.popleft())
         if self._work is not None:
             self._go_on(*self._work)
 
     # --- calls ---
 
-    def _start(self, method: str, arguments: list[Any], reply: Reply, call: int) -> None:
-        name = method.removeprefix("flexpiped_")
+    def _start(self, name: str, arguments: list[Any], reply: Reply, call: int) -> None:
         if name not in _CALLS:
-            reply({"op": "reply", "call": call, "error": f"no {method} here"})
+            reply({"op": "reply", "call": call, "error": f"no {name} here"})
             return
         try:
             answer = getattr(self, f"_{name}")(*arguments)

@@ -36,7 +36,6 @@ MAKE_LAYERS = "sglang.srt.utils.common.make_layers"
 __all__ = [
     "SUPPORTED",
     "VERSION",
-    "NextBatchPlan",
     "PPMissingLayer",
     "all_weights",
     "check",
@@ -44,6 +43,7 @@ __all__ = [
     "get_pp_indices",
     "hook_make_layers",
     "live_pages",
+    "no_batch",
     "process_weights",
     "refusal_of",
     "safetensors_files",
@@ -152,6 +152,11 @@ def process_weights(layer: torch.nn.Module) -> None:
         method = getattr(module, "quant_method", None)
         if method is not None and hasattr(method, "process_weights_after_loading"):
             method.process_weights_after_loading(module)
+
+
+def no_batch(running_batch: Any) -> Any:
+    """Return the plan of a slot in which nothing runs."""
+    return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
 
 
 def live_pages(allocator: Any) -> torch.Tensor:

@@ -58,7 +58,9 @@ class Rank:
             self._make_movable(parallel)
         self._watch_steps()
         if not internals.check():
-            self._slots = Slots(scheduler, on_command=self._on_command, on_slot=self._on_slot)
+            self._slots = Slots(
+                scheduler, on_command=self._on_command, on_slot=self._on_slot, no_batch=internals.no_batch
+            )
         if self._number == 0:
             self._lead(parallel)
         self._side = SideChannel(settings.directory / f"rank-{self._number}.sock", self._answer)

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from flexpiped_sglang import internals
-
 _MARK = "flexpiped"
 Command = tuple[Any, ...]
 
@@ -20,12 +18,21 @@ class Slots:
     Args:
         on_command: Told each command, in the scheduler's main thread.
         on_slot: Called once in each slot, after its commands.
+        no_batch: Returns SGLang's word for a slot in which nothing runs, given the batch of running requests.
     """
 
-    def __init__(self, scheduler: Any, *, on_command: Callable[[Command], None], on_slot: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        *,
+        on_command: Callable[[Command], None],
+        on_slot: Callable[[], None],
+        no_batch: Callable[[Any], Any],
+    ) -> None:
         self._scheduler = scheduler
         self._on_command = on_command
         self._on_slot = on_slot
+        self._no_batch = no_batch
         self._outbox: list[Command] = []
         self.held_by: set[str] = set()  # while there is any, no batch is begun
         self._send_with_requests()
@@ -66,7 +73,7 @@ class Slots:
         def get_next_batch_to_run(running_batch: Any, last_batch: Any) -> Any:
             # Under pipeline parallelism SGLang itself does not look at the flag of its own pause.
             if self.held_by or scheduler._engine_paused:
-                return internals.NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+                return self._no_batch(running_batch)
             return choose(running_batch=running_batch, last_batch=last_batch)
 
         scheduler.get_next_batch_to_run = get_next_batch_to_run

@@ -1,0 +1,203 @@
+"""Commands reach all ranks at the same slot, and a commit happens at one. Ranks in a row, without SGLang."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from engines.served.plugin_path import SHARED
+
+sys.path += [str(SHARED.parents[1] / "sglang" / "plugin"), str(SHARED)]  # as SGLang's interpreter has it
+
+from flexpiped_served.failpoints import Failpoints
+from flexpiped_sglang.conductor import Conductor
+from flexpiped_sglang.slots import Command, Slots
+
+RANKS = 3
+DRAIN_SLOTS = 2 * RANKS
+LAYOUT, NEW_LAYOUT = [0, 0, 1, 2], [0, 1, 1, 2]
+
+
+class FakeScheduler:
+    """What the loop of a scheduler calls once in a slot."""
+
+    _engine_paused = False
+
+    def __init__(self) -> None:
+        self.taken: list[object] = []
+
+    def _poll_timeout_aborts(self) -> list[object]:
+        return []
+
+    def process_input_requests(self, recv_reqs: list[object]) -> None:
+        self.taken += recv_reqs
+
+    def get_next_batch_to_run(self, running_batch: str, last_batch: object) -> str:  # noqa: ARG002
+        return "a batch"
+
+
+@dataclass
+class Row:
+    """Ranks in a row: each slot's requests go from one to the next."""
+
+    answer_of: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    replies: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[list[tuple[int, Command]]] = field(default_factory=list)
+    slot: int = 0
+    mute: bool = False
+
+    def __post_init__(self) -> None:
+        self.schedulers = [FakeScheduler() for _ in range(RANKS)]
+        self.seen = [[] for _ in range(RANKS)]
+        self.slots = [
+            Slots(
+                scheduler,
+                on_command=lambda command, rank=rank: self.command(rank, command),
+                on_slot=(lambda: self.conductor.on_slot()) if rank == 0 else (lambda: None),
+                no_batch=lambda _running: "no batch",
+            )
+            for rank, scheduler in enumerate(self.schedulers)
+        ]
+        self.failpoints = Failpoints()
+        self.conductor = Conductor(
+            self.slots[0], layout=LAYOUT, ranks=RANKS, drain_slots=DRAIN_SLOTS, failpoints=self.failpoints
+        )
+
+    def command(self, rank: int, command: Command) -> None:
+        self.seen[rank].append((self.slot, command))
+        name, *arguments = command
+        if name == "hold":
+            self.slots[rank].held_by.add(arguments[0])
+        elif name == "release":
+            self.slots[rank].held_by.discard(arguments[0])
+        elif name not in ("begin", "abandon") and not self.mute:
+            answers = self.answer_of.get(name, [{}] * RANKS)
+            self.conductor.on_answer(arguments[0], rank, answers[rank])
+
+    def run(self, slots: int, requests: tuple[object, ...] = ()) -> list[list[str]]:
+        """Run slots; return what each rank ran in each."""
+        ran = []
+        for _ in range(slots):
+            passed = [*requests, *self.schedulers[0]._poll_timeout_aborts()]
+            for scheduler in self.schedulers:
+                scheduler.process_input_requests(list(passed))
+            ran.append([s.get_next_batch_to_run("running", None) for s in self.schedulers])
+            self.slot += 1
+        return ran
+
+    def ask(self, method: str, *arguments: object) -> None:
+        self.conductor.take(f"flexpiped_{method}", list(arguments), self.replies.append, 1)
+
+
+@pytest.fixture
+def row() -> Row:
+    made = Row()
+    made.answer_of = {
+        "round": [{"sent_blocks": 9, "sent_bytes": 90 * rank, "remainder_blocks": rank} for rank in range(RANKS)],
+        "commit_copy": [{"blocks": 2, "live": 77, "bytes": 0}] * RANKS,
+        "checksums": [{"1": [5, 6]}, {"1": [5, 6]}, {}],
+    }
+    return made
+
+
+def begun(row: Row) -> Row:
+    row.ask("begin", 1, NEW_LAYOUT)
+    row.run(2)
+    row.replies.clear()
+    return row
+
+
+def test_requests_pass_by_and_commands_do_not(row: Row) -> None:
+    row.ask("begin", 1, NEW_LAYOUT)
+    row.run(1, requests=("a request",))
+    row.run(1)
+    assert [scheduler.taken for scheduler in row.schedulers] == [["a request"]] * RANKS
+    assert row.seen == [[(1, ("begin", 1, LAYOUT, NEW_LAYOUT))]] * RANKS  # all at the same slot
+
+
+def test_a_round_ends_when_all_ranks_have_sent(row: Row) -> None:
+    begun(row).ask("round", 1)
+    row.run(5)
+    (reply,) = row.replies
+    assert reply["result"] == {"sent_blocks": 9, "sent_bytes": 270, "remainder_blocks": 2}
+
+
+def test_nothing_runs_from_the_drain_to_the_switch_and_all_ranks_switch_at_one_slot(row: Row) -> None:
+    begun(row).ask("commit", 1, 1.0, True)
+    ran = row.run(40)
+    assert all(len(set(slot)) == 1 for slot in ran)  # never one rank without the others: that would deadlock
+    (held,) = [slot for slot, (name, *_) in row.seen[0] if name == "hold"]
+    (copied,) = [slot for slot, (name, *_) in row.seen[0] if name == "commit_copy"]
+    (switched,) = {slot for seen in row.seen for slot, (name, *_) in seen if name == "switch"}
+    (released,) = {slot for seen in row.seen for slot, (name, *_) in seen if name == "release"}
+    assert held + DRAIN_SLOTS <= copied < switched < released
+    begin = row.slot - 40
+    assert {slot[0] for slot in ran[held - begin : released - begin]} == {"no batch"}
+    assert ran[-1] == ["a batch"] * RANKS
+    assert row.replies[-1]["result"]["epoch"] == 1
+    assert row.conductor.layout == NEW_LAYOUT
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        ({"commit_copy": [{"blocks": 2, "live": live} for live in (77, 78, 77)]}, "do not agree"),
+        ({"commit_copy": [{"blocks": 2, "live": 77}, {"error": "no memory"}, {"blocks": 2, "live": 77}]}, "no memory"),
+        ({"checksums": [{"1": [5, 6]}, {"1": [5, 7]}, {}]}, "1 of 2 KV blocks of layer 1 differ"),
+    ],
+)
+def test_what_fails_before_the_switch_leaves_the_old_layout(row: Row, answers: dict[str, Any], reason: str) -> None:
+    row.answer_of |= answers
+    begun(row).ask("commit", 1, 1.0, True)
+    ran = row.run(40)
+    assert reason in row.replies[-1]["error"]
+    assert row.conductor.layout == LAYOUT
+    assert ran[-1] == ["a batch"] * RANKS
+    assert not any(name == "switch" for _, (name, *_) in row.seen[0])
+
+
+def test_after_a_switch_that_failed_nothing_runs_any_more(row: Row) -> None:
+    row.answer_of["switch"] = [{}, {"error": "gone"}, {}]
+    begun(row).ask("commit", 1, 1.0, True)
+    ran = row.run(40)
+    assert "gone" in row.replies[-1]["result"]["crash"]
+    assert ran[-1] == ["no batch"] * RANKS
+
+
+def test_a_rollback_ends_what_is_under_way(row: Row) -> None:
+    row.mute = True  # the copies do not arrive
+    begun(row).ask("round", 1)
+    row.run(3)
+    row.ask("abandon", 1)
+    row.run(3)
+    assert [reply.get("error", "") for reply in row.replies] == ["rolled back", ""]
+    assert all(seen[-1][1] == ("abandon", 1) for seen in row.seen)
+    row.ask("round", 1)
+    row.run(1)
+    assert "has not begun" in row.replies[-1]["error"]
+
+
+def test_a_pause_holds_all_ranks_until_it_ends(row: Row) -> None:
+    row.ask("hold")
+    row.run(DRAIN_SLOTS)
+    assert row.replies == []  # something may be in flight
+    row.run(4)
+    assert row.replies[-1]["result"] == {}
+    row.ask("resume")
+    assert row.run(3)[-1] == ["a batch"] * RANKS
+    assert row.slots[0].held_by == set()
+
+
+def test_sglangs_own_pause_is_kept_by_all_micro_batches(row: Row) -> None:
+    for scheduler in row.schedulers:
+        scheduler._engine_paused = True
+    assert row.run(RANKS) == [["no batch"] * RANKS] * RANKS
+
+
+def test_armed_failpoints_fail_where_they_are_named(row: Row) -> None:
+    begun(row).ask("arm", "core.commit", "fail")
+    row.ask("commit", 1, 1.0, False)
+    row.run(30)
+    assert "core.commit" in row.replies[-1]["error"]
+    assert row.conductor.layout == LAYOUT
