@@ -18,17 +18,15 @@ from tests.vllm.streams import MOVES, Result, assert_same, collect, on_ranks, ru
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
 START = on_ranks(2, 2, 2, 2)
-# Little KV cache and short prefills: at any time some streams wait, some are in prefill, some decode, and some have
-# been retracted.
-CROWDED = (
-    *("--max-total-tokens", "640", "--chunked-prefill-size", "48", "--max-running-requests", "8"),
-    *("--schedule-conservativeness", "0.05"),
-)
+# Short prefills and little KV cache: at any time some streams are in prefill and some decode. SGLang's own test switch
+# retracts one now and then, as it does when the KV cache is full.
+CROWDED = ("--max-total-tokens", "1000", "--chunked-prefill-size", "48", "--max-running-requests", "8")
+RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "37"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def driver() -> AsyncIterator[PluginDriver]:
-    async with driven(llama(), (2, 2, 2, 2), more=CROWDED) as made:
+    async with driven(llama(), (2, 2, 2, 2), more=CROWDED, variables=RETRACTING) as made:
         yield made
 
 

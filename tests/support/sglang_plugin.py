@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class PluginDriver:
         self.layout: list[int] = ready["layout"]
         self.epoch = 0
         self.crashes: list[str] = []
-        self.remainder_slots = 256
+        self.verify = True  # compare the checksums of the KV caches at each commit
         self.cached_tokens: dict[str, int] = {}  # of each request's prompt, as SGLang told it
         self._numbers = 0
         self._live = 0
@@ -88,8 +88,9 @@ class PluginDriver:
                     if not line.startswith(b"data: {"):
                         continue
                     event = json.loads(line[6:])
-                    if "error" in event:
-                        raise AssertionError(event["error"])
+                    reason = event.get("meta_info", {}).get("finish_reason") or {}
+                    assert "error" not in event, event
+                    assert reason.get("type") != "abort", reason
                     self.cached_tokens[request.request_id] = event["meta_info"]["cached_tokens"]
                     found = event["meta_info"]["output_token_logprobs"]
                     new = found[tokens:] if len(found) > tokens else []
@@ -111,13 +112,13 @@ class PluginDriver:
                 new_layout=tuple(new_layout),
                 block_tokens=self.ready["kv_block_tokens"],
                 commit_deadline_s=20.0,
-                verify_checksums=True,
+                verify_checksums=self.verify,
                 weights_total_bytes=0,
                 requests_live=lambda: self._live,
             ),
             core=self.core,
             ranks={rank: (side,) for rank, side in self.sides.items()},
-            limits=HandoverLimits(remainder_slots=self.remainder_slots, commit_deadline_s=60.0),
+            limits=HandoverLimits(commit_deadline_s=60.0),
             on_progress=reports.append,
             on_crash=self.crashes.append,
         )
@@ -152,7 +153,13 @@ class PluginDriver:
 
 @asynccontextmanager
 async def driven(
-    model: Path, counts: Sequence[int], *, more: Sequence[str] = (), log: Path | None = None
+    model: Path,
+    counts: Sequence[int],
+    *,
+    more: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    verify: bool = True,
+    log: Path | None = None,
 ) -> AsyncIterator[PluginDriver]:
     """Start SGLang with that many layers on each rank."""
     directory = Path(tempfile.mkdtemp(prefix="flexpiped-plugin-"))
@@ -170,7 +177,7 @@ async def driven(
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
-    }
+    } | dict(variables or {})
     output = (log or directory / "log").open("wb")
     process = await asyncio.create_subprocess_exec(
         *(python, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"),
@@ -185,6 +192,7 @@ async def driven(
     try:
         async with asyncio.timeout(_START_S):
             driver = await _connected(directory, len(counts), process)
+        driver.verify = verify
         try:
             yield driver
         finally:
