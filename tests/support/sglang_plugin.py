@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from engines.vllm.channel import Channel
-from engines.vllm.handover import MoveSpec, VllmHandover
-from engines.vllm.ranks import Ranks
 
 from engines.errors import RefactoringAborted
 from engines.protocol import GenerationRequest, RefactorProgress
+from engines.served.channel import Channel
+from engines.served.handover import LayerHandover, MoveSpec
 from engines.served.plugin_path import plugin_path
+from engines.served.ranks import Ranks
 from planner.handover import HandoverLimits, HandoverPhase
 from planner.layout import Pipeline
 from tests.engines.install_sglang import SGLANG
@@ -103,7 +103,7 @@ class PluginDriver:
         reports: list[RefactorProgress] = []
         self._numbers += 1
         new_layout = [rank for rank, count in enumerate(self.ranks.counts_of(target)) for _ in range(count)]
-        handover = VllmHandover(
+        handover = LayerHandover(
             target,
             MoveSpec(
                 number=self._numbers,

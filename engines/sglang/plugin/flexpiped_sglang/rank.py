@@ -259,7 +259,7 @@ class Rank:
             "version": internals.VERSION,
             "vocab_size": int(config.vocab_size),
             # SGLang keeps some of the context for itself: the longest prompt and output that it takes
-            "max_model_len": int(min(config.context_len, scheduler.max_total_num_tokens)),
+            "max_model_len": int(scheduler.max_req_input_len),
             "eos_token_ids": sorted(config.hf_eos_token_id or ()),
             "pp_size": parallel.pp_size,
             "tp_size": parallel.tp_size,
