@@ -4,7 +4,7 @@ The plugin is driven by its sockets alone. See ``tests/vllm/test_moves.py`` for 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from engines.errors import RefactoringAborted
+from planner.layout import Pipeline
 from tests.support.sglang_plugin import PluginDriver, driven
 from tests.support.vllm import llama
 from tests.vllm.streams import MOVES, Result, assert_same, collect, on_ranks, run_streams, stream
@@ -30,7 +31,7 @@ async def driver() -> AsyncIterator[PluginDriver]:
         yield made
 
 
-async def move(driver: PluginDriver, target: object) -> None:
+async def move(driver: PluginDriver, target: Pipeline) -> None:
     if target != driver.pipeline:
         async for _ in driver.refactor(target):
             pass
@@ -42,11 +43,11 @@ async def assert_idle(driver: PluginDriver) -> None:
     assert (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
 
 
-async def check_moves(driver: PluginDriver, count: int) -> None:
+async def check_moves(driver: PluginDriver, count: int, laps: Sequence[Pipeline] = tuple(MOVES[1:])) -> None:
     """Move again and again under streams that are renewed until all moves are done."""
-    await move(driver, START)
+    await move(driver, laps[-1])
     undisturbed = await run_streams(driver)
-    moved, targets, ended = 0, islice(cycle(MOVES[1:]), count), False
+    moved, targets, ended = 0, islice(cycle(laps), count), False
     while not ended:
         streams: asyncio.Task[Result] = asyncio.create_task(run_streams(driver))
         while not streams.done() and not ended:
@@ -71,6 +72,13 @@ async def test_six_moves_change_nothing(driver: PluginDriver) -> None:
 @pytest.mark.long
 async def test_forty_moves_change_nothing(driver: PluginDriver) -> None:
     await check_moves(driver, 40)
+
+
+@pytest.mark.long
+async def test_forty_moves_between_two_ranks_change_nothing() -> None:
+    targets = [on_ranks(*counts) for counts in ((3, 5), (6, 2), (8, 0), (1, 7), (5, 3), (4, 4))]
+    async with driven(llama(), (4, 4), more=CROWDED, variables=RETRACTING) as driver:
+        await check_moves(driver, 40, targets)
 
 
 async def test_streams_wait_and_are_retracted(driver: PluginDriver) -> None:
