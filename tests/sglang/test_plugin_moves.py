@@ -137,7 +137,7 @@ async def test_memory_is_given_back(driver: PluginDriver) -> None:
     full_bytes = resident_shared_bytes(full["pid"])
     await move(driver, on_ranks(3, 1, 2, 2))
     left = (await driver.status())[1]
-    assert left["weights_bytes"] < full["weights_bytes"] / 4
+    assert left["weights_bytes"] < full["weights_bytes"] / 3  # SGLang has the head on every rank
     assert left["kv_mapped_bytes"] == full["kv_mapped_bytes"] / 5
     assert full_bytes - resident_shared_bytes(left["pid"]) > (full["weights_bytes"] - left["weights_bytes"]) / 2
 
