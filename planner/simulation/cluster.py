@@ -14,18 +14,21 @@ def hosts_of(*, devices: int, hosts: int) -> list[str]:
 
 
 def occupied_devices(
-    hosts: Sequence[str], *, total_bytes: int, shares: Sequence[float], occupancy: float, seed: int
+    hosts: Sequence[str], *, total_bytes: int, shares: Sequence[float], occupancy: float, seed: int, choices: int = 2
 ) -> list[PoolDevice]:
     """Return devices on which neighbours hold ``occupancy`` of the memory in the mean.
 
-    Tasks with the given shares of a device (those of a trace, or others) are drawn and put on any device that has room
-    for them, as a scheduler does that spreads load.
+    Tasks with the given shares of a device (those of a trace, or others) are drawn, and each goes to the emptiest of
+    ``choices`` devices that are drawn, as a scheduler does that spreads load. With two, few devices are left alone.
     """
     draw = random.Random(seed)
     used = [0.0] * len(hosts)
     misses = 0
     while sum(used) < occupancy * len(hosts) and misses < 10_000:
-        share, device = draw.choice(shares), draw.randrange(len(hosts))
+        share, device = (
+            draw.choice(shares),
+            min((draw.randrange(len(hosts)) for _ in range(choices)), key=used.__getitem__),
+        )
         if used[device] + share <= 1.0:
             used[device] += share
         else:

@@ -184,7 +184,7 @@ async def main() -> int:
         arguments.streams, arguments.lengths, arguments.tokens, arguments.budget_s = (1, 8), (64,), 24, 0.02
     model = await asyncio.to_thread(checkpoint, arguments)
     options = direct.options_for(model, replace(setup_of(arguments), kv_cache_bytes=_KV_CACHE_BYTES))
-    graph = await asyncio.to_thread(_graph, options)
+    graph = await asyncio.to_thread(graph_of, options)
     say("taking the profile")
     profile, observed = await take_profile(options, graph, budget_s=arguments.budget_s)
     for line in profile_lines(profile):
@@ -238,7 +238,7 @@ def undisturbed(found: list[Compared]) -> list[Compared]:
     return list(kept.values())
 
 
-def _graph(options: NativeOptions) -> ModelGraph:
+def graph_of(options: NativeOptions) -> ModelGraph:
     from engines.checkpoint import open_checkpoint
 
     opened = open_checkpoint(options.model_directory)
