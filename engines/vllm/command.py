@@ -4,13 +4,13 @@ The daemon owns what decides layout, memory, sockets and devices: such a flag am
 with the key that sets it. Everything else passes through, after our own flags, so it wins over our defaults.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from engines.errors import UnsupportedByEngine
 from engines.served.engine import HTTP_SOCKET
+from engines.served.inherited import inherited_environment
+from engines.served.owned import Owned
 from engines.served.plugin_path import plugin_path
 from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
 from topology.cuda_order import visible_environment
@@ -75,38 +75,17 @@ _OWNED_ENV: Final[Mapping[str, str]] = {
     "PYTHONHOME": "vLLM's environment is its own",
     "TMPDIR": "vLLM's temporary files are the daemon's to clean up",
 }
-_NOT_INHERITED: Final = ("PYTHON", "VLLM_", "FLEXPIPED_", "VIRTUAL_ENV", "CONDA_", "OMP_", "LISTEN_")
-_NOT_INHERITED_NAMES: Final = frozenset(
-    {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CUDA_VISIBLE_DEVICES", "TMPDIR", "PORT", "HOST_IP"}
-)
+_OWNED_HERE: Final = Owned(package="vllm", flags=OWNED, short=_SHORT, variables=_OWNED_ENV)
 
 
 def owned_flag(argument: str) -> str | None:
-    """Return the flag of the daemon's that ``argument`` is, however it is written: ``-tp=2``, ``--block_s 32``."""
-    name = argument.partition("=")[0].partition(".")[0].replace("_", "-")
-    if not name.startswith("--"):
-        return next((flag for short, flag in _SHORT.items() if name == short), None)
-    name = "--" + name[2:].removeprefix("no-")
-    if name in OWNED:
-        return name
-    # argparse takes any beginning of a flag that is unique: more than one letter is enough to be sure of the intent
-    return next((flag for flag in OWNED if len(name) > 5 and flag.startswith(name)), None)
-
-
-def refuse_owned(options: VllmOptions) -> None:
-    """Raises: UnsupportedByEngine: A flag or variable that the daemon owns is among those passed through."""
-    for argument in options.args:
-        if (flag := owned_flag(argument)) is not None:
-            raise UnsupportedByEngine(f"engines.vllm.args: {argument} is not yours to set: {OWNED[flag]}")
-    for name in options.env:
-        if name.startswith("FLEXPIPED_") or name in _OWNED_ENV:
-            reason = _OWNED_ENV.get(name, "it is between the daemon and its plugin")
-            raise UnsupportedByEngine(f"engines.vllm.env: {name} is not yours to set: {reason}")
+    """Return the flag of the daemon's that ``argument`` is, however it is written."""
+    return _OWNED_HERE.flag_of(argument)
 
 
 def command_line(options: VllmOptions, *, counts: Sequence[int], run_dir: Path) -> list[str]:
-    """Return vLLM's command line for ``counts`` decoders on each pipeline rank. Raises as ``refuse_owned``."""
-    refuse_owned(options)
+    """Return vLLM's command line for ``counts`` decoders on each pipeline rank. Raises: UnsupportedByEngine."""
+    _OWNED_HERE.refuse(args=options.args, env=options.env)
     blocks = num_kv_blocks(options)
     # The number of blocks is what counts; the bytes only have to be enough for the rank with most layers.
     rank_bytes = blocks * options.kv_block_tokens * options.kv_bytes_per_token * max(counts) // options.tensor_parallel
@@ -161,10 +140,9 @@ def environment(
         daemon_prefix: ``sys.prefix`` of the daemon, whose programs are none of vLLM's business.
         hf_token: The content of ``hf_token_file``.
     """
-    refuse_owned(options)
-    env = {name: value for name, value in inherited.items() if not _stays(name)}
+    _OWNED_HERE.refuse(args=options.args, env=options.env)
+    env = inherited_environment(inherited, python=options.python, daemon_prefix=daemon_prefix)
     env |= {
-        "PATH": _path(options.python, inherited.get("PATH", ""), daemon_prefix),
         "PYTHONPATH": plugin_path(PLUGIN),
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
@@ -210,14 +188,3 @@ def environment(
 def _nice(options: VllmOptions) -> int:
     """Return the niceness of ranks. It is for workers, which poll; a single rank runs in the core and does not."""
     return options.nice if len(options.device_ids) > 1 else 0
-
-
-def _stays(name: str) -> bool:
-    """Return whether a variable of the daemon's stays with the daemon."""
-    return name.startswith(_NOT_INHERITED) or name in _NOT_INHERITED_NAMES
-
-
-def _path(python: str, path: str, daemon_prefix: str) -> str:
-    own = str(Path(daemon_prefix) / "bin")
-    others = [place for place in path.split(os.pathsep) if place and place != own]
-    return os.pathsep.join([str(Path(python).parent), *others])
