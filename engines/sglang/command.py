@@ -159,7 +159,8 @@ def environment(
         "FLEXPIPED_SGLANG_DIR": str(run_dir),
         "FLEXPIPED_SGLANG_NICE": str(options.nice),
         "FLEXPIPED_SGLANG_SLICE_BYTES": str(options.slice_bytes),
-        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{run_dir / 'rendezvous'}",  # torch's TCP is on all interfaces
+        # torch's own rendezvous would listen on all interfaces
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{run_dir / 'rendezvous'}",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
