@@ -1,0 +1,43 @@
+"""Starting real SGLang for tests: where its interpreter is, and options for a checkpoint that vLLM takes, too."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from engines.sglang.adapter import SglangEngine
+from engines.sglang.options import SglangOptions
+from planner.layout import Pipeline
+from tests.engines.install_sglang import SGLANG
+from tests.engines.interpreter import ensure_there
+from tests.support.vllm import devices, graph_of
+
+
+def options_for(directory: Path, *, ranks: int, **overrides: object) -> SglangOptions:
+    """Return options that suit a small checkpoint: fp32, so that output is exact, and KV blocks compared at commit."""
+    graph = graph_of(directory)
+    values: dict[str, object] = {
+        "python": ensure_there(SGLANG),
+        "model_directory": str(directory),
+        "served_model_name": directory.name,
+        "device_ids": devices(ranks),
+        "device_memory_bytes": 1 << 30,
+        "num_decoders": graph.num_decoders,
+        "kv_bytes_per_token": graph.decoders[0].kv_bytes_per_token,
+        "dtype": "float32",
+        "kv_cache_bytes": 32 << 20,
+        "verify_checksums": True,
+    }
+    return SglangOptions(**(values | overrides))  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, pipeline: Pipeline, *, ranks: int, **overrides: object
+) -> AsyncIterator[SglangEngine]:
+    """Start an engine and close it on the way out."""
+    engine = SglangEngine(options_for(directory, ranks=ranks, **overrides), pipeline, graph=graph_of(directory))
+    await engine.start(on_progress=lambda _message: None)
+    try:
+        yield engine
+    finally:
+        await engine.close()
