@@ -233,8 +233,8 @@ def _put(stream: Stream, event: Event, stops: frozenset[int]) -> None:
 
 
 def _write_keys(path: Path, *, key: str, admin_key: str) -> None:
-    with path.open("w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(f'api-key: "{key}"\nadmin-api-key: "{admin_key}"\n')
+    path.touch(mode=0o600)
+    path.write_text(f'api-key: "{key}"\nadmin-api-key: "{admin_key}"\n')
 
 
 def _free_port() -> int:
