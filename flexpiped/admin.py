@@ -1,7 +1,7 @@
 """The admin API on the Unix socket: what ``flexctl`` calls, and anybody else who may open the socket.
 
 GET  /status            everything about the daemon
-POST /rebalance         {"stages": N | "auto"}, {"layout": TEXT} or neither with {"engine": "native" | "vllm"};
+POST /rebalance         {"stages": N | "auto"}, {"layout": TEXT} or neither with {"engine": NAME};
                         with "replica", "dry_run" and "wait"
 POST /rebalance/cancel  roll back the refactoring under way
 GET  /topology          devices, links and what was measured, as they are now
@@ -56,7 +56,7 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stages: int | Literal["auto"] | None = None
     layout: str | None = None
     replica: bool = False
-    engine: Literal["native", "vllm"] | None = None
+    engine: Literal["native", "vllm", "sglang"] | None = None
     dry_run: bool = False
     wait: bool = False
 

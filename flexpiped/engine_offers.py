@@ -59,11 +59,17 @@ class EngineOffers:
             return self._made[kind]
         if kind is None or kind is EngineKind.FAKE:
             raise UnsupportedByEngine(f"there is no engine {name!r} that could serve this model")
-        if kind is EngineKind.VLLM and self._settings.engines.vllm.python is None:
-            raise UnsupportedByEngine('engine "vllm" needs engines.vllm.python: an interpreter that has vLLM')
+        self._refuse_without_interpreter(kind)
         settings = replace(self._settings, engine=kind)
         made = self._offer(settings, find_files(settings, source=self._source))
         return self._made.setdefault(kind, made)
+
+    def _refuse_without_interpreter(self, kind: EngineKind) -> None:
+        engines = self._settings.engines
+        if kind is EngineKind.VLLM and engines.vllm.python is None:
+            raise UnsupportedByEngine('engine "vllm" needs engines.vllm.python: an interpreter that has vLLM')
+        if kind is EngineKind.SGLANG and engines.sglang.python is None:
+            raise UnsupportedByEngine('engine "sglang" needs engines.sglang.python: an interpreter that has SGLang')
 
     def _offer(self, settings: Settings, model: Model) -> EngineOffer:
         return EngineOffer(

@@ -8,12 +8,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import msgspec
 
 from engines.errors import UnsupportedByEngine
 from engines.process import usable_cores
+from engines.sglang.interpreter import has_cpu_torch
 from engines.vllm.interpreter import is_cpu_build
 from flexpiped.config_values import Auto
 from flexpiped.settings import DevicesKind, EngineKind, Settings
@@ -169,12 +170,17 @@ def keep_measurement(state: Path, new: Measurement) -> Path:
 
 def _refusal(settings: Settings) -> str | None:
     """Return why the engine does not compute on GPUs, or None."""
-    if settings.engine is not EngineKind.VLLM:
-        return _CPU_ONLY[settings.engine]
-    python = settings.engines.vllm.python
-    if python is not None and is_cpu_build(python):
-        return f"{python} has vLLM built for the CPU"
-    return None
+    match settings.engine:
+        case EngineKind.VLLM:
+            python = settings.engines.vllm.python
+            return f"{python} has vLLM built for the CPU" if python is not None and is_cpu_build(python) else None
+        case EngineKind.SGLANG:
+            python = settings.engines.sglang.python
+            return f"{python} has torch built for the CPU" if python is not None and has_cpu_torch(python) else None
+        case EngineKind.NATIVE | EngineKind.FAKE:
+            return _CPU_ONLY[settings.engine]
+        case _:
+            assert_never(settings.engine)
 
 
 def _no_gpus(host: HostTopology) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from engines.process import usable_cores
+from engines.sglang.options import num_kv_tokens_of
 from engines.vllm.options import num_kv_blocks_of
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs, costs_of
@@ -105,7 +106,7 @@ def slo_of(settings: Settings) -> Slo:
 
 def engine_limits(settings: Settings, *, graph: ModelGraph, num_devices: int) -> EngineLimits:
     """Return what the configured engine can carry out."""
-    native, vllm = settings.engines.native, settings.engines.vllm
+    native, vllm, sglang = settings.engines.native, settings.engines.vllm, settings.engines.sglang
     match settings.engine:
         case EngineKind.NATIVE | EngineKind.FAKE:
             micro_batches = native.max_micro_batches
@@ -129,6 +130,18 @@ def engine_limits(settings: Settings, *, graph: ModelGraph, num_devices: int) ->
                 )
                 * vllm.kv_block_tokens,
             )
+        case EngineKind.SGLANG:
+            return EngineLimits(
+                max_stages=num_devices // sglang.tensor_parallel,
+                degrees=(sglang.tensor_parallel,),
+                max_sequences=sglang.max_num_seqs,
+                max_step_tokens=sglang.max_num_batched_tokens,
+                kv_tokens=num_kv_tokens_of(
+                    kv_cache_bytes=sglang.kv_cache_bytes,
+                    bytes_per_token=max(1, graph.kv_bytes_per_token),
+                    page_tokens=sglang.kv_block_tokens,
+                ),
+            )
         case _:
             assert_never(settings.engine)
 
@@ -138,4 +151,6 @@ def _cores(settings: Settings) -> int:
     threads = settings.engines.native.threads
     if settings.engine is EngineKind.VLLM:
         threads = settings.engines.vllm.threads
+    elif settings.engine is EngineKind.SGLANG:
+        threads = settings.engines.sglang.threads
     return usable_cores() if threads is Auto.AUTO else threads

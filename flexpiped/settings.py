@@ -38,6 +38,7 @@ DEMO_MODEL: Final = "demo"
 class EngineKind(Enum):
     NATIVE = "native"
     VLLM = "vllm"
+    SGLANG = "sglang"
     FAKE = "fake"  # no model: counts tokens, for trying the API and for tests
 
 
@@ -156,9 +157,27 @@ class VllmSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SglangSettings:
+    python: Annotated[Path | None, optional_path] = None
+    kv_cache_bytes: Annotated[int, size_bytes(64 * 1024), Named(word="kv_cache")] = 1024 * MIB
+    kv_block_tokens: Annotated[int, integer(1, 1024)] = 1
+    max_num_seqs: Annotated[int, integer(1)] = 64
+    max_num_batched_tokens: Annotated[int, integer(1)] = 2048
+    tensor_parallel: Annotated[int, integer(1, 64)] = 1
+    ranks: Annotated[int | Auto, or_auto(integer(1, 64))] = Auto.AUTO
+    threads: Annotated[int | Auto, or_auto(integer(1, 1024))] = Auto.AUTO
+    nice: Annotated[int, integer(0, 19)] = 10
+    start_deadline_s: Annotated[float, seconds] = 600.0
+    hang_deadline_s: Annotated[float, seconds] = 60.0
+    args: Annotated[tuple[str, ...], texts] = ()
+    env: Annotated[Mapping[str, str], named_texts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnginesSettings:
     native: NativeSettings = field(default_factory=NativeSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
+    sglang: SglangSettings = field(default_factory=SglangSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--layout", metavar="FILE", help="layout file: cuts and devices of every stage")
     what.add_argument("--cancel", action="store_true", help="roll back the refactoring under way")
     change.add_argument(
-        "--engine", choices=("native", "vllm"), help="by an engine of this kind, which takes over from the one in force"
+        "--engine",
+        choices=("native", "vllm", "sglang"),
+        help="by an engine of this kind, which takes over from the one in force",
     )
     change.add_argument(
         "--replica", action="store_true", help="by a second instance that takes over, even where it could be in place"

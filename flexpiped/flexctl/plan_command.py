@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     files.add_argument("--model", metavar="DIR", help="directory with config.json, with or without weights")
     files.add_argument("--workload", metavar="FILE", help="workload and targets, as JSON or TOML")
     files.add_argument("--config", metavar="FILE", help="configuration of the daemon, for all that is not given here")
-    files.add_argument("--engine", choices=("native", "vllm"), help="the engine that is to carry it out")
+    files.add_argument("--engine", choices=("native", "vllm", "sglang"), help="the engine that is to carry it out")
     files.add_argument("--replicas", metavar="N", type=int, help="at most so many pipelines (default 1)")
 
 

@@ -95,7 +95,7 @@ sync_deadline_s = -1
 
     assert problems(document) == [
         'my.toml:2: stages must be "auto" or a whole number of at least 1, not 0',
-        'my.toml:3: engine must be "native" or "vllm" or "fake", not "nativ"',
+        'my.toml:3: engine must be "native" or "vllm" or "sglang" or "fake", not "nativ"',
         'my.toml:4: dtype must be "auto" or "float32" or "bfloat16" or "float16", not 32',
         'my.toml:5: trust_remote_code must be true or false, not "yes"',
         'my.toml:6: model must be a string that is not empty, not ""',
