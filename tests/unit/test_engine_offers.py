@@ -52,7 +52,8 @@ def test_its_kv_cache_counts_in_the_check_of_memory() -> None:
     [
         ("vllm", "needs engines.vllm.python"),
         ("fake", "there is no engine 'fake'"),
-        ("sglang", "there is no engine 'sglang'"),
+        ("sglang", "needs engines.sglang.python"),
+        ("tgi", "there is no engine 'tgi'"),
     ],
 )
 def test_what_cannot_be_had(name: str, why: str) -> None:
