@@ -69,6 +69,7 @@ def test_what_is_left_out_is_counted_with_its_reason() -> None:
     told = [re.sub(r"\d+", "N", line) for line in lines if line.startswith("left out")]
 
     assert told == [
+        "left out: N tests (boot real SGLang: ENGINES=all)",
         "left out: N tests (boot real vLLM: ENGINES=all)",
         "left out: N tests (boot the native engine: ENGINES=native or all)",
     ]
