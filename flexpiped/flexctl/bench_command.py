@@ -1,6 +1,5 @@
 """``flexctl bench``: sends requests to a server and says what they saw. Imported lazily."""
 
-import asyncio
 import json
 import os
 import time
@@ -39,6 +38,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def bench(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Send the requests, show how far it is, then the figures. Failed requests are counted, and make it fail."""
+    import asyncio
+
     from flexpiped.flexctl.bench_lines import bench_lines
     from planner.request_figures import figures
 
