@@ -75,6 +75,7 @@ class Replica:
         self._progress = 0.0
         self._kv_base = 0.0  # with the progress of those who decode: tokens in the KV cache
         self._prompt_kv = 0  # reserved by prompts that are not through
+        self._ahead = 0  # tokens of prompts that are still to be computed, of those who wait too
         self._orders = 0
         self._bulk: tuple[float, float, float, float] | None = None  # began, seconds a round, rounds, tokens a round
         self._busy_each_s = 0.0
@@ -106,7 +107,7 @@ class Replica:
     def expected_wait_s(self, request: SimulatedRequest) -> float:
         """Return about how long until ``request`` would have its first token here: the prompts before it, and it."""
         times = self.steps
-        ahead = sum(each.left_tokens for each in self._prompts) + sum(each.context_tokens for each in self._waiting)
+        ahead = self._ahead
         budget = times.times.max_step_tokens
         tokens = min(budget, request.context_tokens)
         chunk = times.chunk(tokens, 1, request.context_tokens, beside=self.live > 0)
@@ -122,6 +123,7 @@ class Replica:
     def submit(self, request: SimulatedRequest) -> None:
         """Queue a request."""
         request.left_tokens = request.context_tokens
+        self._ahead += request.left_tokens
         self._waiting.append(request)
         self._wake()
 
@@ -139,6 +141,7 @@ class Replica:
             self._preempt_youngest()
         taken = list(self._waiting)
         self._waiting.clear()
+        self._ahead = 0
         self._version += 1
         return taken
 
@@ -228,8 +231,10 @@ class Replica:
         else:
             self._prompts.remove(request)
             self._prompt_kv -= request.context_tokens
+            self._ahead -= request.left_tokens
         request.preemptions += 1
         request.left_tokens = request.context_tokens
+        self._ahead += request.left_tokens
         self._waiting.appendleft(request)
 
     def _begin_rounds(self) -> None:
@@ -259,6 +264,7 @@ class Replica:
             request = self._prompts[0]
             part = min(request.left_tokens, budget - tokens)
             request.left_tokens -= part
+            self._ahead -= part
             tokens += part
             count += 1
             context += request.context_tokens - request.left_tokens

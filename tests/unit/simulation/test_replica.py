@@ -147,3 +147,19 @@ def test_the_wait_that_is_expected_is_about_the_one_there_is() -> None:
 
     assert last in ended
     assert expected_s == pytest.approx(last.first_token_s, rel=0.3)
+
+
+def test_prompts_that_are_ahead_are_counted_right_through_preemptions() -> None:
+    """Whatever happened before, an idle replica expects the same wait as a fresh one."""
+    clock, replica, ended = stand(kv_tokens=1000)
+    for number in range(12):
+        replica.submit(request(number, prompt=100 + 20 * number, output=200))
+    clock.run(until_s=1.0)
+    for each in replica.take_all():
+        replica.submit(each)
+    clock.run(until_s=1000.0)
+    fresh = stand(kv_tokens=1000)[1]
+
+    assert len(ended) == 12
+    assert sum(each.preemptions for each in ended) > 0
+    assert replica.expected_wait_s(request(99)) == fresh.expected_wait_s(request(99))
