@@ -32,6 +32,7 @@ from tests.support.traces import CODE, CONV, TRACE_SKIPPED, trace_folder
 _DEVICES, _HOSTS = 82, 42
 _CVS = (1.0, 2.0, 4.0, 8.0)
 _EVERY_S = 600.0
+_LONGEST_PROMPT, _LONGEST_OUTPUT = 1792, 256  # OPT has positions for 2048 tokens, whatever the table's 4096 mean
 _CHUNKED: Final = (0.1, 0.2, 0.3, 0.5)  # shares of neighbours' tasks without the cluster trace
 _PAPER: Final = (  # what, workload, system, of ours over theirs less one, in %
     ("mean latency", "CV 1", "AlpaServe-like", -38.3),
@@ -60,7 +61,8 @@ class Work:
 
 def workloads(folder: Path, *, rate_per_s: float, half_s: float, seed: int) -> list[Work]:
     """Return all workloads."""
-    conv, code = (parse_trace((folder / name).read_text()) for name in (CONV, CODE))
+    fits = Reshape(max_prompt_tokens=_LONGEST_PROMPT, max_output_tokens=_LONGEST_OUTPUT)
+    conv, code = (reshaped(parse_trace((folder / name).read_text()), fits) for name in (CONV, CODE))
     conv20, code20 = (_at_rate(trace, rate_per_s, 2 * half_s) for trace in (conv, code))
     found = [_halves(f"CV {cv:g}", _drawn(conv, rate_per_s, cv, 2 * half_s, seed), half_s) for cv in _CVS]
     found.append(_halves("Azure conv", conv20, half_s))

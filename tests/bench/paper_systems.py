@@ -109,8 +109,6 @@ def settings_tried() -> Sequence[PolicyConstants]:
     return (
         base,
         replace(base, target_load=0.6, load_limit=0.75),
-        replace(base, reclaim_s=60.0),
         replace(base, target_load=0.6, load_limit=0.75, reclaim_s=60.0),
-        replace(base, score=ScoreConstants(alpha=0.2)),
-        replace(base, target_load=0.6, load_limit=0.75, reclaim_s=60.0, score=ScoreConstants(alpha=0.2)),
+        replace(base, reclaim_s=60.0, score=ScoreConstants(alpha=0.2)),
     )
