@@ -2,13 +2,11 @@
 
 import asyncio
 import re
-from dataclasses import replace
 
 import pytest
 
 from engines.closing import closing
 from engines.errors import EngineDied
-from engines.protocol import KvParcel
 from engines.vllm.adapter import VllmEngine
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.replica_handover import ReplicaRunner
@@ -18,13 +16,13 @@ from planner.kv_route import KvPreference
 from planner.layout import Pipeline
 from planner.replica_steps import ReplicaLimits
 from tests.support.vllm import graph_of, layout, llama, options_for
-from tests.vllm.streams import Result, collect, move, run_streams, stream
+from tests.vllm.copied import ENDLESS, assert_copy_is_exact_and_needed
+from tests.vllm.streams import Result, move, run_streams, stream
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
 
 STREAMS = 32
-FEWER = 120  # tokens of streams that are read to their end
-ENDLESS = 1900  # of those that are read until the handover is over, however long it takes
+FEWER = 60  # tokens of streams that are read to their end
 PATIENT = ReplicaLimits(pace_s=60.0)
 
 
@@ -83,43 +81,6 @@ class Streams:
         assert self.tokens == [tokens[: len(got)] for got, (tokens, _) in zip(self.tokens, expected, strict=True)]
 
 
-async def copied_by_hand(first: VllmEngine, second: VllmEngine, *, salt: int) -> list[int]:
-    """Return the tokens of a stream that leaves one engine for the other with its KV cache, as a handover does it.
-
-    The first engine would go on for long: however late it hears of the export, the stream has not ended by itself.
-    """
-    wanted = replace(stream(3, max_tokens=ENDLESS, salt=salt), request_id=f"by-hand-{salt}")
-    tokens: list[int] = []
-    parcel: KvParcel | None = None
-    async with closing(first.generate(wanted)) as chunks:
-        async for chunk in chunks:
-            tokens += chunk.token_ids
-            if len(tokens) >= FEWER // 2:
-                parcel = await first.export_kv(wanted.request_id)
-                break
-    assert parcel is not None
-    await second.accept_kv(parcel)
-    enough = replace(wanted.sampling, max_tokens=len(tokens) + FEWER)
-    rest, _ = await collect(second, replace(wanted, sampling=enough, generated_token_ids=tuple(tokens), kv=parcel))
-    await second.forget_kv(parcel)
-    await first.forget_kv(parcel)
-    assert not await asyncio.to_thread(parcel.directory.exists)
-    return tokens + rest
-
-
-async def assert_control_fails(first: VllmEngine, second: VllmEngine) -> None:
-    """With the copy left out the output differs: else the streams that go over would show nothing."""
-    for salt, is_exact in ((7, True), (8, False)):
-        if not is_exact:
-            for rank in range(3):
-                await second.arm_failpoint("worker.kv_in", "skip", rank=rank)
-        copied = await copied_by_hand(first, second, salt=salt)
-        undisturbed = (await run_streams(first, count=4, max_tokens=len(copied), salt=salt))[3][0]
-        assert (copied == undisturbed) == is_exact
-    for rank in range(3):
-        await second.arm_failpoint("", "", rank=rank)
-
-
 async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None:
     """Their KV caches are copied, but for one whose copy fails; and layers move in the vLLM that took them in."""
     made = Made()
@@ -132,7 +93,7 @@ async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None
         async for report in ReplicaRunner(supervisor, layout(3, 6), carrier=carrier, limits=PATIENT).run():
             message = report.message
             if message == "second instance: ready":
-                await assert_control_fails(made.engines[0], made.engines[1])
+                await assert_copy_is_exact_and_needed(made.engines[0], made.engines[1])
                 await made.engines[1].arm_failpoint("worker.kv_open", "fail", rank=1)
                 await moved.begin(ENDLESS)
         assert (supervisor.pipeline, len(made.engines)) == (layout(3, 6), 2)
