@@ -40,15 +40,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvParcel:
-    """A request's KV cache in shared memory, as one engine has written it for another.
+    """A request's KV cache, as one engine has it ready for another: in shared memory, or where the engines agree.
 
     It holds the first ``num_tokens`` tokens of the request, prompt and output. The engine that wrote it owns
-    ``directory`` and removes it.
+    ``directory`` and removes it. ``loan`` is there instead of files where the engines transfer among themselves; what
+    it says is theirs, and the request need not name it.
     """
 
     directory: Path
     num_tokens: int
     num_bytes: int
+    loan: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from engines.served.streams import Stream
 from engines.validation import check_request
 from engines.vllm.command import command_line, environment
 from engines.vllm.interpreter import vllm_version
+from engines.vllm.kv_loans import VllmKvLoans
 from engines.vllm.kv_parcels import VllmKvParcels
 from engines.vllm.logs import DIALECT
 from engines.vllm.options import VllmOptions, num_kv_blocks
@@ -62,7 +63,7 @@ class VllmEngine(ServedEngine):
         self.on_recompiled = on_recompiled
         self._recompiler: Recompiler | None = None
         self._key_of: dict[str, int] = {}  # of requests that run, by their id
-        self._parcels: VllmKvParcels | None = None
+        self._parcels: VllmKvParcels | VllmKvLoans | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         self._ensure_alive()
@@ -154,7 +155,10 @@ class VllmEngine(ServedEngine):
     def _adopt(self) -> EngineCapabilities:
         info = self.info
         assert self._channel is not None
-        self._parcels = VllmKvParcels(self._channel, run_directory=self.run_directory, name_of=self._name_in_core)
+        if info.get("kv_by_nixl"):
+            self._parcels = VllmKvLoans(self._channel, name_of=self._name_in_core)
+        else:
+            self._parcels = VllmKvParcels(self._channel, run_directory=self.run_directory, name_of=self._name_in_core)
         return EngineCapabilities(
             name="vllm",
             max_model_len=info["max_model_len"],
@@ -186,7 +190,7 @@ class VllmEngine(ServedEngine):
             case _:
                 pass
 
-    def _ready_parcels(self) -> VllmKvParcels:
+    def _ready_parcels(self) -> VllmKvParcels | VllmKvLoans:
         self._ensure_alive()
         assert self._parcels is not None, "valid once start has returned"
         return self._parcels

@@ -4,6 +4,7 @@ The daemon owns what decides layout, memory, sockets and devices: such a flag am
 with the key that sets it. Everything else passes through, after our own flags, so it wins over our defaults.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,7 @@ from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
 from topology.cuda_order import visible_environment
 
 PLUGIN: Final = Path(__file__).with_name("plugin")
-_LAYOUT: Final = "the layout decides it (stages, engines.served.ranks)"
+_LAYOUT: Final = "the layout decides it (stages, engines.vllm.ranks)"
 _SOCKET: Final = "vLLM listens on a private Unix socket"
 _ONE: Final = "the daemon runs one replica on one host per vLLM"
 # Each flag that the daemon owns, with what says it instead.
@@ -155,6 +156,7 @@ def environment(
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": side_channel_address(run_dir),
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would not load its plugins again
         "TOKENIZERS_PARALLELISM": "false",
@@ -183,6 +185,12 @@ def environment(
     plugins = [name for name in options.env.get("VLLM_PLUGINS", "").split(",") if name]
     env["VLLM_PLUGINS"] = ",".join(dict.fromkeys(["flexpiped", *plugins]))
     return env
+
+
+def side_channel_address(run_dir: Path) -> str:
+    """Return a loopback address that is this vLLM's: NIXL's port is the same in every vLLM, and there may be two."""
+    number = int.from_bytes(hashlib.blake2b(str(run_dir).encode(), digest_size=3).digest())
+    return f"127.{number >> 16 & 127}.{number >> 8 & 255}.{number & 255 or 1}"
 
 
 def _nice(options: VllmOptions) -> int:

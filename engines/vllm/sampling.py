@@ -39,7 +39,7 @@ def to_vllm(request: GenerationRequest, *, max_tokens: int) -> dict[str, Any]:
         if name in _OURS:
             raise InvalidRequest(f"{name} is not a parameter to pass to the engine as it is", parameter=name)
         wire[name] = value
-    if request.kv is not None:
+    if request.kv is not None and request.kv.loan is None:
         extra = wire.get("extra_args") or {}
         wire["extra_args"] = {**extra, "kv_transfer_params": {"flexpiped": str(request.kv.directory)}}
     if "min_tokens" in ours.engine_params:

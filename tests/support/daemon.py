@@ -93,6 +93,13 @@ async def spawn(config: Path, **environment: str) -> asyncio.subprocess.Process:
     )
 
 
+async def run_until_exit(config: Path) -> tuple[int | None, str]:
+    """Start a daemon that ends by itself; return its exit code and what it logged."""
+    process = await spawn(config)
+    _, log = await process.communicate()
+    return process.returncode, log.decode()
+
+
 def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = "fake", more: str = "") -> Path:
     config = folder / "my.toml"
     socket_path = folder / "admin.sock"

@@ -3,7 +3,8 @@
 API server -> engine core -> worker, as real processes that only sleep; the token channel is real. ``FAKE_VLLM`` says
 what is wrong with it: ``refuse`` (ends at start with an error), ``silent`` (is never ready), ``stuck`` (answers calls,
 but gives no token), ``deaf`` (does not even answer calls once it is ready), ``miserly`` (hands no KV cache over),
-``compiles`` (says so at a request, and takes its time).
+``compiles`` (says so at a request, and takes its time), ``lends`` (its KV cache, by NIXL),
+``keeps`` (says that it lends, and does not).
 """
 
 import asyncio
@@ -49,6 +50,7 @@ class Fake:
                 "pids": {"api": os.getpid(), "core": self.core.pid, "workers": [self.worker_pid], "helpers": []},
                 "pp_size": 1, "tp_size": 1, "refactor_refusal": "it is a fake", "num_kv_blocks": 9,
                 "kv_block_tokens": 32, "kv_form": "of a fake", "kv_refusal": "",
+                "kv_by_nixl": BEHAVIOUR in ("lends", "keeps"),
             }
         )  # fmt: skip
         while line := await reader.readline():
@@ -70,8 +72,17 @@ class Fake:
                 case "abort":
                     if task := self.tasks.pop(message["key"], None):
                         task.cancel()
+                case "kv_lend" | "kv_borrow":
+                    send({"op": "reply", "call": message["call"], **self.loan(message)})
                 case "core":
                     send({"op": "reply", "call": message["call"], **self.answer(message["method"], message["args"])})
+
+    def loan(self, message: dict[str, Any]) -> dict[str, Any]:
+        if BEHAVIOUR == "keeps" or message.get("params", {}).get("remote") == "nobody":
+            return {"error": "NIXL is not there"}
+        if message["op"] == "kv_borrow":
+            return {"result": {"cached_tokens": len(message["tokens"])}}
+        return {"result": {"tokens": [10, 11, 2], "num_bytes": 48, "params": {"remote": message["name"]}}}
 
     async def stream(self, send: Any, key: int, known: int, count: int) -> None:
         if BEHAVIOUR == "compiles":

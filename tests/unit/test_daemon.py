@@ -10,7 +10,7 @@ import pytest
 
 from flexpiped.admin_socket import take_socket
 from flexpiped.servers import listen_tcp
-from tests.support.daemon import ROOT, spawn, started, write_config
+from tests.support.daemon import ROOT, run_until_exit, started, write_config
 from tests.support.fake_vllm import fake_interpreter
 from tests.support.until import until
 
@@ -99,12 +99,6 @@ async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             await daemon.process.communicate()
 
         assert daemon.process.returncode == 1
-
-
-async def run_until_exit(config: Path) -> tuple[int | None, str]:
-    process = await spawn(config)
-    _, log = await process.communicate()
-    return process.returncode, log.decode()
 
 
 @pytest.mark.parametrize(("engine", "more"), [("fake", ""), ("vllm", 'engines.vllm.python = "/opt/vllm/bin/python"')])

@@ -34,6 +34,18 @@ print("stock:", refused(CompilationMode.STOCK_TORCH_COMPILE))
 print("no cache:", refused(once, backend="eager"))
 print("tuned:", refused(once, inductor={"max_autotune": True}))
 print("micro-batches:", refused(CompilationMode.VLLM_COMPILE, graphs=CUDAGraphMode.FULL, ubatch=True))
+def refused_connector(name="NixlConnector", role="kv_both", ranks=1, caching=True):
+    config = N(kv_transfer_config=N(kv_connector=name, kv_role=role), parallel_config=N(pipeline_parallel_size=ranks),
+               cache_config=N(enable_prefix_caching=caching))
+    return ", ".join(name for name, present in internals._refused_of_connector(config) if present)
+print("nixl:", refused_connector())
+print("nixl by another name:", refused_connector("NixlPullConnector"))
+print("nixl pushes:", refused_connector("NixlPushConnector"))
+print("nixl one way:", refused_connector(role="kv_producer"))
+print("nixl of ranks:", refused_connector(ranks=2))
+print("nixl uncached:", refused_connector(caching=False))
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+print("nixl is there:", all(name in KVConnectorFactory._registry for name in internals._PULL_BY_NIXL))
 internals._missing = "cannot import name 'get_pp_group'"
 print("missing:", internals.check())
 print("connector as it is:", internals.check_connector())
@@ -111,6 +123,15 @@ def test_an_unknown_vllm_is_refused_for_moves_in_place(said: dict[str, str]) -> 
     assert "compiled mode without vLLM's compile cache" in said["no cache"]
     assert "max_autotune (it freezes weights into the code)" in said["tuned"]
     assert "CUDA graphs of micro-batches" in said["micro-batches"]
+
+
+def test_what_nixl_does_not_do_is_refused_by_its_name(said: dict[str, str]) -> None:
+    assert said["nixl"] == said["nixl by another name"] == ""
+    assert said["nixl is there"] == "True"
+    assert said["nixl pushes"] == "a KV connector of its own (--kv-transfer-config)"
+    assert said["nixl one way"] == "NIXL in one direction (kv_role kv_producer is not kv_both)"
+    assert said["nixl of ranks"] == "NIXL over 2 pipeline ranks"
+    assert said["nixl uncached"] == "NIXL without a prefix cache"
 
 
 def test_every_sampling_parameter_can_be_asked_for(said: dict[str, str]) -> None:

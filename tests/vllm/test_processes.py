@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -14,7 +16,7 @@ from engines.errors import EngineStartFailed
 from engines.served.run_directory import sweep
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.command import environment
-from tests.support.daemon import Daemon, started
+from tests.support.daemon import Daemon, run_until_exit, started, write_config
 from tests.support.until import until
 from tests.support.vllm import graph_of, interpreter, layout, llama, options_for
 from tests.vllm.remains import descendants, run_directory_of, runs, shared_memory
@@ -53,6 +55,8 @@ async def test_a_user_rebalances_under_a_stream_and_a_killed_daemon_leaves_nothi
         assert not streaming.done()
         assert await streaming == undisturbed
         assert len((await daemon.ask("/status"))["stages"]) == 2
+        await assert_second_daemons_are_told_off(tmp_path, await daemon.ask("/status"), more)
+        assert await completed(daemon) == undisturbed
 
         directory, pids = run_directory_of(daemon.process.pid), descendants(daemon.process.pid)
         assert len(pids) >= 3 + 3 + 2  # ranks, their helpers, API server and engine core
@@ -65,6 +69,21 @@ async def test_a_user_rebalances_under_a_stream_and_a_killed_daemon_leaves_nothi
     assert [path for path in shared if path.exists()] == []
 
 
+async def assert_second_daemons_are_told_off(tmp_path: Path, status: dict[str, Any], more: str) -> None:
+    """On the port of the first, or with too little memory: before a second vLLM is started."""
+    second = tmp_path / "second"
+    second.mkdir()
+    port = urlsplit(status["api_url"]).port
+    assert port is not None
+    small = f'devices.cpu_memory = "2 MiB"\n{more}'
+    for config, reason in (
+        ({"port": port, "more": more}, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+        ({"more": small}, "needs"),
+    ):
+        code, log = await run_until_exit(write_config(second, engine="vllm", **config))
+        assert (code, reason in log, "starting vLLM" in log) == (1, True, False), log
+
+
 async def completed(daemon: Daemon) -> str:
     """Return the text of a greedy stream of some length."""
     url = (await daemon.ask("/status"))["api_url"]
@@ -73,6 +92,16 @@ async def completed(daemon: Daemon) -> str:
         assert answer.status == 200
         lines = [line.decode().strip().removeprefix("data: ") async for line in answer.content]
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines if line not in ("", "[DONE]"))
+
+
+@pytest.mark.long
+async def test_memory_that_vllm_does_not_get_is_an_error_in_its_words() -> None:
+    """Where the daemon's own sums had let it pass."""
+    options = options_for(llama(), ranks=1, kv_cache_bytes=1 << 46, device_memory_bytes=1 << 47)
+    engine = VllmEngine(options, layout(), graph=graph_of(llama()))
+    with pytest.raises(EngineStartFailed, match=r"(?i)memory"):
+        await engine.start(on_progress=lambda _message: None)
+    assert not engine.run_directory.exists()
 
 
 async def test_a_model_that_vllm_refuses_is_refused_in_its_words() -> None:

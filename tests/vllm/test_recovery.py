@@ -1,11 +1,9 @@
 """Streams go on token-exactly when vLLM is replaced: by a second instance, and after a death. Greedy, in fp32."""
 
-import asyncio
 import re
 
 import pytest
 
-from engines.closing import closing
 from engines.errors import EngineDied
 from engines.vllm.adapter import VllmEngine
 from flexpiped.kv_carrier import KvCarrier
@@ -16,8 +14,9 @@ from planner.kv_route import KvPreference
 from planner.layout import Pipeline
 from planner.replica_steps import ReplicaLimits
 from tests.support.vllm import graph_of, layout, llama, options_for
-from tests.vllm.copied import ENDLESS, assert_copy_is_exact_and_needed
-from tests.vllm.streams import Result, move, run_streams, stream
+from tests.vllm.copied import assert_copy_is_exact_and_needed
+from tests.vllm.recovering import Streams
+from tests.vllm.streams import move, run_streams
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
 
@@ -38,56 +37,13 @@ class Made:
         return self.engines[-1]
 
 
-class Streams:
-    """Streams through the supervisor. ``stop`` ends each at its next token."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-        self._stopped = False
-        self._news = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self.tokens: list[list[int]] = [[] for _ in range(STREAMS)]
-
-    async def begin(self, max_tokens: int) -> None:
-        """Start all and return when each has a token."""
-        begun = [asyncio.Event() for _ in range(STREAMS)]
-        self._tasks = [asyncio.create_task(self._read(index, max_tokens, begun[index])) for index in range(STREAMS)]
-        await asyncio.gather(*(event.wait() for event in begun))
-
-    async def _read(self, index: int, max_tokens: int, begun: asyncio.Event) -> None:
-        async with closing(self._supervisor.generate(stream(index, max_tokens=max_tokens))) as chunks:
-            async for chunk in chunks:
-                self.tokens[index] += chunk.token_ids
-                begun.set()
-                self._news.set()
-                if self._stopped:
-                    return
-
-    async def gain(self, count: int) -> None:
-        """Return when each has got so many tokens more."""
-        wanted = [len(tokens) + count for tokens in self.tokens]
-        while any(len(tokens) < enough for tokens, enough in zip(self.tokens, wanted, strict=True)):
-            self._news.clear()
-            await self._news.wait()
-
-    async def stop(self) -> None:
-        self._stopped = True
-        await self.end()
-
-    async def end(self) -> None:
-        await asyncio.gather(*self._tasks)
-
-    def assert_begin_of(self, expected: Result) -> None:
-        assert self.tokens == [tokens[: len(got)] for got, (tokens, _) in zip(self.tokens, expected, strict=True)]
-
-
 async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None:
     """Their KV caches are copied, but for one whose copy fails; and layers move in the vLLM that took them in."""
     made = Made()
     supervisor = Supervisor(factory=made, pipeline=layout(4))
     await supervisor.start()
     try:
-        moved, killed = Streams(supervisor), Streams(supervisor)
+        moved, killed = Streams(supervisor, count=STREAMS), Streams(supervisor, count=STREAMS)
         carrier = KvCarrier(preference=KvPreference.COPY)
         message = ""
         async for report in ReplicaRunner(supervisor, layout(3, 6), carrier=carrier, limits=PATIENT).run():
@@ -95,7 +51,7 @@ async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None
             if message == "second instance: ready":
                 await assert_copy_is_exact_and_needed(made.engines[0], made.engines[1])
                 await made.engines[1].arm_failpoint("worker.kv_open", "fail", rank=1)
-                await moved.begin(ENDLESS)
+                await moved.begin()
         assert (supervisor.pipeline, len(made.engines)) == (layout(3, 6), 2)
         taken = "the second instance serves, 32 of 32 requests taken over"
         assert re.fullmatch(rf"{taken}: 31 KV copied \([0-9.]+ [KM]iB\), 1 computed again", message), message

@@ -1,5 +1,6 @@
 """vLLM's command line and environment."""
 
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from msgspec.structs import replace
 
 from engines.errors import UnsupportedByEngine
 from engines.served.plugin_path import SHARED, plugin_path
-from engines.vllm.command import OWNED, PLUGIN, command_line, environment, owned_flag
+from engines.vllm.command import OWNED, PLUGIN, command_line, environment, owned_flag, side_channel_address
 from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
 
 RUN = Path("/run/x")
@@ -80,6 +81,15 @@ def test_a_single_rank_runs_in_the_engine_core(options: VllmOptions) -> None:
 def test_no_port_is_used(options: VllmOptions) -> None:
     assert flags(options)["--uds"] == "/run/x/http.sock"
     assert "--port" not in flags(options)
+
+
+def test_each_vllm_has_an_address_of_its_own_for_nixl(options: VllmOptions) -> None:
+    addresses = {ip_address(side_channel_address(Path(f"/tmp/run-{number}"))) for number in range(100)}
+    assert len(addresses) == 100
+    assert all(address.is_loopback for address in addresses)
+    name = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+    assert env(options)[name] == side_channel_address(RUN)
+    assert env(replace(options, env={name: "10.0.0.1"}))[name] == "10.0.0.1"
 
 
 def test_more_arguments_come_last(options: VllmOptions) -> None:

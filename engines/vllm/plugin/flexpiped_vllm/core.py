@@ -97,6 +97,7 @@ class Conductor:
             "refactor_refusal": refusals[0] if refusals else "",
             "kv_form": self.kv.form,
             "kv_refusal": self.kv.refusal,
+            "kv_by_nixl": self.kv.by_nixl,
             "num_kv_blocks": pool.num_gpu_blocks,
             "block_tokens": self._block_tokens,
             "layout": self._layout(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexpiped_vllm.internals import EngineDeadError, EngineGenerateError, RequestOutputKind, SamplingParams, VLLMError
+from flexpiped_vllm.nixl_loans import NixlLoans
 from flexpiped_vllm.settings import Settings
 
 SOCKET = "engine.sock"
@@ -70,6 +71,7 @@ class Connection:
         self._requests: dict[int, asyncio.Task[None]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._outputs: list[list[Any]] = []
+        self._loans = NixlLoans(engine.generate, self._core, name=f"flexpiped-{os.getpid()}")
 
     async def greet(self) -> None:
         """Send what the daemon has to know before it asks for anything."""
@@ -87,6 +89,10 @@ class Connection:
                     request.cancel()  # vLLM's generator aborts the request
             case "core":
                 self._answer(message["call"], self._core(message["method"], *message.get("args", ())))
+            case "kv_lend":
+                self._answer(message["call"], self._loans.lend(message["name"]))
+            case "kv_borrow":
+                self._answer(message["call"], self._loans.borrow(message["tokens"], message["params"]))
             case "info":
                 self._answer(message["call"], self._info())
             case op:
@@ -168,6 +174,7 @@ class Connection:
             "refactor_refusal": core["refactor_refusal"],
             "kv_form": core["kv_form"],
             "kv_refusal": core["kv_refusal"],
+            "kv_by_nixl": core["kv_by_nixl"],
             "num_kv_blocks": core["num_kv_blocks"],
             "kv_block_tokens": core["block_tokens"],
             "layout": core.get("layout", []),

@@ -61,6 +61,7 @@ except ImportError as error:
 SUPPORTED = ("0.32.0",)
 VERSION = vllm.__version__
 _PREPARE_PARAMETERS = 5
+_PULL_BY_NIXL = ("NixlConnector", "NixlPullConnector")
 
 __all__ = [
     "SUPPORTED",
@@ -92,6 +93,7 @@ __all__ = [
     "load_compiled",
     "model_utils",
     "process_weights_after_loading",
+    "pulls_by_nixl",
     "refusal_of_config",
     "refusal_of_groups",
     "refusal_of_kv_copy",
@@ -207,7 +209,7 @@ def refusal_of_kv_copy(scheduler: Any) -> str:
     config, groups = scheduler.vllm_config, scheduler.kv_cache_config.kv_cache_groups
     specs = [type(group.kv_cache_spec) for group in groups]
     features = [
-        ("a KV connector of its own (--kv-transfer-config)", config.kv_transfer_config is not None),
+        *_refused_of_connector(config),
         ("speculative decoding", config.speculative_config is not None),  # it writes what it may take back
         ("data parallelism", config.parallel_config.data_parallel_size > 1),
         ("context parallelism", _context_parallel(config.parallel_config)),
@@ -217,6 +219,25 @@ def refusal_of_kv_copy(scheduler: Any) -> str:
     ]
     found = [name for name, present in features if present]
     return f"no KV cache is copied with {', '.join(found)}" if found else ""
+
+
+def pulls_by_nixl(config: Any) -> bool:
+    """Return whether a ``VllmConfig`` names vLLM's NIXL connector that reads from another vLLM."""
+    transfer = config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector in _PULL_BY_NIXL
+
+
+def _refused_of_connector(config: Any) -> list[tuple[str, bool]]:
+    """What of a KV connector that the configuration names is in the way."""
+    transfer = config.kv_transfer_config
+    if not pulls_by_nixl(config):
+        return [("a KV connector of its own (--kv-transfer-config)", transfer is not None)]
+    ranks = config.parallel_config.pipeline_parallel_size
+    return [
+        (f"NIXL in one direction (kv_role {transfer.kv_role} is not kv_both)", transfer.kv_role != "kv_both"),
+        ("NIXL without a prefix cache", not config.cache_config.enable_prefix_caching),
+        (f"NIXL over {ranks} pipeline ranks", ranks > 1),
+    ]
 
 
 def create_scheduler_connector(config: Any, kv_cache_config: Any, *, name: str, module: str) -> Any:

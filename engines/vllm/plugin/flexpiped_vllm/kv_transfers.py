@@ -63,6 +63,7 @@ class KvTransfers:
         self._block_bytes = sum(rank["kv_block_bytes"] for rank in ranks)
         self._blocks_at_once = max(1, slice_bytes // max(1, *(rank["kv_block_bytes"] for rank in ranks)))
         self.refusal = internals.check_connector() or internals.refusal_of_kv_copy(core.scheduler)
+        self.by_nixl = internals.pulls_by_nixl(core.vllm_config)
         self.form = "" if self.refusal else self._form_of(ranks)
         self._numbers = count(1)
         self._exports: dict[int, _Export] = {}
@@ -114,6 +115,19 @@ class KvTransfers:
             if not self._connector.withdraw(directory):
                 self._core.scheduler.connector = self._connector = None
         return {}
+
+    def tokens(self, name: str) -> dict[str, Any]:
+        """Return the tokens of the running request ``name`` that have been computed, and the bytes of their KV cache.
+
+        Raises:
+            RuntimeError: There are none.
+        """
+        if self.refusal:
+            raise RuntimeError(self.refusal)
+        request = self._request_of(name)
+        tokens = list(request.all_token_ids[: request.num_computed_tokens])
+        blocks = -(-len(tokens) // self._block_tokens)
+        return {"tokens": tokens, "num_bytes": blocks * self._block_bytes}
 
     def pump(self) -> None:
         """Take in answers and send what may follow."""
@@ -195,7 +209,8 @@ class KvTransfers:
         form = next((rank["kv_form"] for rank in ranks if rank["kv_form"]), "")
         degree = self._core.vllm_config.parallel_config.tensor_parallel_size
         layers = sum(rank["kv_layers"] for rank in ranks) // degree
-        return f"{layers} layers, {degree} shares, {self._block_tokens} tokens a block, {form}" if form else ""
+        words = f"{layers} layers, {degree} shares, {self._block_tokens} tokens a block, {form}" if form else ""
+        return f"by NIXL: {words}" if words and self.by_nixl else words
 
     def _send(self, method: str, *args: Any) -> None:
         """Have each rank call ``method`` before the next step, without an answer through vLLM's queue."""

@@ -62,7 +62,7 @@ def _extend_core(core_class: Any, process_class: Any) -> None:
         Conductor.arm,
     ):
         setattr(core_class, f"flexpiped_{method.__name__}", _forward(method, lambda conductor: conductor))
-    for method in (KvTransfers.export, KvTransfers.accept, KvTransfers.forget):
+    for method in (KvTransfers.export, KvTransfers.accept, KvTransfers.forget, KvTransfers.tokens):
         setattr(core_class, f"flexpiped_kv_{method.__name__}", _forward(method, lambda conductor: conductor.kv))
 
 
