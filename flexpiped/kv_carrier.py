@@ -45,6 +45,11 @@ class KvCarrier:
         self._clock = clock
         self._measured = KvMeasured()
 
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether the next request's way depends on none that is under way: they measure both ways first."""
+        return self._preference is not KvPreference.AUTO or self._measured.is_complete
+
     async def carry(self, request_id: str, *, num_tokens: int, first: Engine, second: Engine) -> Carried:
         """Bring the KV cache of a request that runs at ``first`` to ``second``, if that is the way for it."""
         costs = self._measured.costs(num_tokens=num_tokens, kv_bytes_per_token=self._kv_bytes_per_token)

@@ -2,8 +2,8 @@
 
 Requests are taken over one by one. Each is taken off the first instance and goes on at the second with prompt, tokens
 so far and, where that is the faster way, its KV cache; the next follows when it has got a token there, so that each
-waits for itself only. Requests go on token-exactly: greedy ones always, others where the engine's draws depend on seed
-and position.
+waits for itself only. Meanwhile the KV cache of the next one is carried, and that of the last one let go. Requests go
+on token-exactly: greedy ones always, others where the engine's draws depend on seed and position.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from engines.errors import EngineDied, EngineError, RefactoringAborted
 from engines.protocol import Engine, RefactorProgress
 from flexpiped import log_events
 from flexpiped.flight import Flight
+from flexpiped.kv_ahead import KvAhead
 from flexpiped.kv_carrier import Carried, KvCarrier
 from flexpiped.supervisor import EngineFactory, Supervisor
 from planner import replica_steps as r
@@ -47,6 +48,7 @@ class ReplicaRunner:
         self._target = target
         self._factory = factory
         self._carrier = carrier or KvCarrier()
+        self._kv = KvAhead(self._carrier)
         self._clock = clock
         self._state = r.ReplicaHandover(started_s=clock(), limits=limits)
         self._events: asyncio.Queue[r.Event | BaseException] = asyncio.Queue()  # an exception: the work has a bug
@@ -183,12 +185,14 @@ class ReplicaRunner:
         if flight.has_engine_params and not second.capabilities.takes_engine_params:
             self._stay(flight, second)
             return
-        carried = await self._carrier.carry(flight.request_id, num_tokens=flight.num_tokens, first=first, second=second)
+        carried = await self._kv.carry(flight, first=first, second=second)
+        if self._flights:
+            self._kv.begin(self._flights[0], first=first, second=second)
         try:
             taken = await self._move(flight, carried)
         finally:
             flight.kv = None
-            await self._carrier.drop(carried, first=first, second=second)
+            self._kv.drop(carried, first=first, second=second)
         self._tell(taken)
 
     def _stay(self, flight: Flight, second: Engine) -> None:
@@ -230,6 +234,7 @@ class ReplicaRunner:
         for flight in self._supervisor.flights.at(self._first) if self._first is not None else ():
             if flight not in self._staying:
                 await flight.take_off()
+        await self._kv.settle()
         self._tell(r.Committed())
 
     async def _end_first(self) -> None:
@@ -261,6 +266,7 @@ class ReplicaRunner:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        await self._kv.settle()
         await self._supervisor.discard_second("given up")
         if self._first is not None:
             for flight in self._supervisor.flights.at(self._first):

@@ -67,6 +67,11 @@ class KvMeasured:
     recomputed_tokens: int = 0
     recomputing_s: float = 0.0
 
+    @property
+    def is_complete(self) -> bool:
+        """Both ways have been measured."""
+        return self.copies > 0 and self.recomputed_tokens > 0
+
     def with_copy(self, *, num_bytes: int, took_s: float, waited_s: float) -> "KvMeasured":
         """Return the totals after a request was copied in ``took_s`` and then waited for its next token."""
         return replace(

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -11,8 +12,9 @@ from engines.closing import closing
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from engines.fake_batch import hashed_tokens
 from engines.fake_kv import FAKE_KV_FORM
-from engines.protocol import EngineCapabilities, GenerationRequest, SamplingParams
-from flexpiped.kv_carrier import KvCarrier, copy_refusal
+from engines.protocol import EngineCapabilities, GenerationRequest, KvParcel, SamplingParams
+from flexpiped.kv_ahead import KvAhead
+from flexpiped.kv_carrier import Carried, KvCarrier, copy_refusal
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.supervisor import Supervisor
 from planner.kv_route import KvPreference
@@ -177,6 +179,37 @@ async def test_instances_whose_kv_caches_differ_compute_again(rig: Rig) -> None:
     assert message.endswith("8 of 8 requests taken over: 8 computed again")
     assert logs[0]["reason"] == "the KV caches differ: a fake prompt here, another there"
     await rig.assert_exact()
+
+
+async def test_the_next_one_is_carried_before_its_turn_and_let_go_if_that_never_comes(rig: Rig) -> None:
+    await rig.begin()
+    first, second = rig.engines[0], FakeEngine(pipeline=even_pipeline(4), capabilities=KV)
+    await second.start(on_progress=lambda _message: None)
+    one, other, another, *_ = rig.supervisor.flights.at(first)
+    ahead = KvAhead(KvCarrier(preference=KvPreference.COPY))
+    ahead.begin(one, first=first, second=second)
+    await until(lambda: not second.kv.is_empty)
+    carried = await ahead.carry(one, first=first, second=second)
+    assert carried.parcel is not None
+    ahead.drop(carried, first=first, second=second)
+    ahead.begin(other, first=first, second=second)
+    carried = await ahead.carry(another, first=first, second=second)  # the other one has ended, say
+    ahead.drop(carried, first=first, second=second)
+    ahead.begin(other, first=first, second=second)
+    await ahead.settle()
+    assert first.kv.is_empty
+    assert second.kv.is_empty
+    await second.close()
+
+
+def test_the_way_of_the_next_one_is_known_once_both_were_measured() -> None:
+    carrier = KvCarrier(preference=KvPreference.AUTO)
+    parcel = KvParcel(directory=Path("/dev/shm/x"), num_tokens=8, num_bytes=64)
+    assert not carrier.can_look_ahead
+    carrier.measured(Carried(reason="", num_tokens=8, parcel=parcel, took_s=0.1), waited_s=0.1)
+    assert not carrier.can_look_ahead
+    carrier.measured(Carried(reason="", num_tokens=8), waited_s=0.1)
+    assert carrier.can_look_ahead
 
 
 def test_why_no_kv_cache_is_copied() -> None:

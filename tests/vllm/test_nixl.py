@@ -23,7 +23,7 @@ _SOURCES = re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="(\w+)"\} 
 
 
 def with_nixl(pipeline: Pipeline, epoch: int) -> VllmEngine:
-    options = options_for(llama(), ranks=1, python=nixl_interpreter(), args=ARGS, env=TRANSPORTS)
+    options = options_for(llama(), ranks=1, python=nixl_interpreter(), args=ARGS, env=TRANSPORTS, threads=1)
     return VllmEngine(options, pipeline, epoch=epoch, graph=graph_of(llama()))
 
 
