@@ -11,13 +11,16 @@ from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.supervisor import Supervisor
 from planner.kv_route import KvPreference
 from planner.layout import Pipeline
+from planner.replica_steps import ReplicaLimits
 from tests.support.nixl import ARGS, TRANSPORTS, nixl_interpreter
 from tests.support.vllm import graph_of, layout, llama, options_for
+from tests.vllm.copied import copied_by_hand
 from tests.vllm.recovering import Streams
-from tests.vllm.streams import run_streams
+from tests.vllm.streams import collect, run_streams, stream
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop, pytest.mark.long]
-STREAMS = 8
+STREAMS = 4
+PATIENT = ReplicaLimits(pace_s=60.0)
 BEFORE = 40  # tokens of each at the first vLLM: more than a KV block
 _SOURCES = re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="(\w+)"\} (\S+)$', re.MULTILINE)
 
@@ -38,6 +41,12 @@ async def prompt_tokens_by_source(engine: VllmEngine) -> dict[str, int]:
     return {source: int(float(tokens)) for source, tokens in found}
 
 
+async def assert_exact_by_hand(first: VllmEngine, second: VllmEngine) -> None:
+    tokens = await copied_by_hand(first, second, salt=7)
+    undisturbed, _ = await collect(first, stream(3, max_tokens=len(tokens), salt=7))
+    assert tokens == undisturbed
+
+
 async def test_streams_survive_a_handover_with_their_kv_caches_read_by_nixl() -> None:
     made: list[VllmEngine] = []
 
@@ -50,10 +59,11 @@ async def test_streams_survive_a_handover_with_their_kv_caches_read_by_nixl() ->
     try:
         streams, message = Streams(supervisor, count=STREAMS), ""
         carrier = KvCarrier(preference=KvPreference.COPY)
-        async for report in ReplicaRunner(supervisor, layout(), carrier=carrier).run():
+        async for report in ReplicaRunner(supervisor, layout(), carrier=carrier, limits=PATIENT).run():
             message = report.message
             if message == "second instance: ready":
                 assert made[0].capabilities.kv_form.startswith("by NIXL: ")
+                await assert_exact_by_hand(*made)  # NIXL connects them, which takes long where other work runs
                 await streams.begin()
                 await streams.gain(BEFORE)
         assert f"{STREAMS} of {STREAMS} requests taken over: {STREAMS} KV copied" in message
