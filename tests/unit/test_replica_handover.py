@@ -221,7 +221,7 @@ async def test_requests_that_wait_in_the_first_engine_go_over_too(workshop: Work
     streams.begin(12)
     await until(lambda: len(streams.got[0]) > 5)
     assert (await workshop.engines[0].counters()).waiting == 8
-    runner = ReplicaRunner(supervisor, FOUR, limits=replace(LIMITS, pace_s=0.01))
+    runner = ReplicaRunner(supervisor, FOUR, limits=replace(LIMITS, pace_s=0.001))
     last = [report async for report in runner.run()][-1]
     assert last.message == "the second instance serves, 12 of 12 requests taken over: 12 computed again"
     await streams.assert_exact()
