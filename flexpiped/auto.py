@@ -9,6 +9,7 @@ Every cycle leaves one reason with its numbers in a log of decisions. A change b
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from engines.errors import EngineError, RefactoringBusy
@@ -23,7 +24,7 @@ from planner.errors import PlannerError
 from planner.granularity import Candidate, ScoreConstants
 from planner.load import Observation
 from planner.policy import changed_by_others, decide, initial_state, settle
-from planner.policy_state import Action, Decision, Ending, PolicyConstants, PolicyState, Verb
+from planner.policy_state import Action, Decision, Ending, Fleet, PolicyConstants, PolicyState, Verb
 
 DECISIONS_KEPT: Final = 2000
 
@@ -35,11 +36,25 @@ class Candidates(Protocol):
         """Return them for ``engine`` under such a load. Raises ``PlannerError``, ``EngineError``."""
 
 
+class Rest(Protocol):
+    """What can end the engine while nobody uses it."""
+
+    @property
+    def is_asleep(self) -> bool: ...
+
+    def sleep(self, reason: str) -> bool:
+        """End the engine until the next request. False where it is in use."""
+
+    def wake(self) -> None:
+        """Start it again."""
+
+
 class AutoControl:
     """Decides and acts by itself, as far as its mode allows. Used on one event loop.
 
     Args:
         engine: The one of now; raises ``EngineError`` while there is none.
+        rest: What can end the engine while nobody uses it; None before there is one.
         decided: The log of decisions.
     """
 
@@ -51,6 +66,7 @@ class AutoControl:
         load: LoadSampler,
         candidates: Candidates,
         refactorings: Refactorings,
+        rest: Callable[[], Rest | None] = lambda: None,
         decided: EventLog,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,6 +78,8 @@ class AutoControl:
         self._load = load
         self._candidates = candidates
         self._refactorings = refactorings
+        self._rest = rest
+        self._found: tuple[Candidate, ...] = ()
         self._clock = clock
         self._state: PolicyState | None = None
         self._acting: asyncio.Task[None] | None = None
@@ -98,55 +116,86 @@ class AutoControl:
     async def cycle(self) -> Decision | None:
         """Sample, and unless the mode is off, decide and begin what was decided."""
         try:
-            engine = self._engine()
-            await self._load.sample(engine)
-            if self.mode is AutoMode.OFF:
-                return None
-            seen = self._load.observe()
-            candidates = await self._candidates.of(engine, seen)
-            return self._decide(engine, seen, candidates)
+            await self._look()
         except (EngineError, PlannerError) as error:
-            if self.mode is AutoMode.OFF:
-                return None
-            decision = Decision(action=None, reason=f"keep: {error}", at_s=self._clock())
-            self._record(decision, took_s=0.0)
-            return decision
+            return None if self.mode is AutoMode.OFF else self._keep(str(error))
+        return None if self.mode is AutoMode.OFF else self._decide(self._load.observe())
 
-    def _decide(self, engine: Engine, seen: Observation, candidates: tuple[Candidate, ...]) -> Decision:
-        now_s, fleet = self._clock(), (engine.pipeline.granularity,)
+    async def _look(self) -> None:
+        """Ask the engine, if there is one; while it sleeps, what was known of the granularities still counts."""
+        if self._is_asleep:
+            return
+        engine = self._engine()
+        await self._load.sample(engine)
+        if self.mode is not AutoMode.OFF:
+            self._found = await self._candidates.of(engine, self._load.observe())
+
+    def _decide(self, seen: Observation) -> Decision:
+        fleet = self._fleet()
+        if fleet is None:
+            return self._keep("no engine serves now")
+        now_s = self._clock()
         state = self._state or initial_state(fleet, now_s=now_s)
         if state.under_way is None:
             state = changed_by_others(state, now_s=now_s, fleet=fleet)
         began_s = time.perf_counter()
-        state, decision = decide(state, seen, candidates, now_s, self._constants)
+        state, decision = decide(state, seen, self._found, now_s, self._constants)
         self._record(decision, took_s=time.perf_counter() - began_s)
         if decision.action is not None and self.mode is AutoMode.DRY_RUN:
             state = settle(state, now_s=now_s, fleet=fleet, ending=Ending.BUSY, constants=self._constants)
         self._state = state
         if decision.action is not None and self.mode is AutoMode.ON:
-            self._acting = asyncio.create_task(self._carry_out(engine, decision.action), name="auto-change")
+            self._acting = asyncio.create_task(self._carry_out(decision.action, decision.reason), name="auto-change")
         return decision
 
-    async def _carry_out(self, engine: Engine, action: Action) -> None:
-        """Change the layout as an operator would, and tell the policy how that ended."""
+    @property
+    def _is_asleep(self) -> bool:
+        rest = self._rest()
+        return rest is not None and rest.is_asleep
+
+    def _fleet(self) -> Fleet | None:
+        """Return what serves now; None between two engines, when nothing should be decided."""
+        if self._is_asleep:
+            return ()
+        with suppress(EngineError):
+            return (self._engine().pipeline.granularity,)
+        return None
+
+    async def _carry_out(self, action: Action, reason: str) -> None:
+        """Act as an operator would, and tell the policy how that ended."""
         try:
-            ending, why = await self._changed(action)
+            ending, why = await self._done(action, reason)
         except (EngineError, PlannerError) as error:
             ending, why = Ending.FAILED, str(error)
         self._load.layout_changed()
         self._acting = None
         if self._state is None:
             return
-        now_s, serving = self._clock(), self._serving(engine)
-        self._state = settle(
-            self._state, now_s=now_s, fleet=(serving.pipeline.granularity,), ending=ending, constants=self._constants
-        )
+        now_s, fleet = self._clock(), self._fleet()
+        after = self._state.fleet if fleet is None else fleet
+        self._state = settle(self._state, now_s=now_s, fleet=after, ending=ending, constants=self._constants)
         if ending is not Ending.DONE:
             self._record(Decision(action=None, reason=f"not done: {why}", at_s=now_s), took_s=0.0)
 
-    async def _changed(self, action: Action) -> tuple[Ending, str]:
+    async def _done(self, action: Action, reason: str) -> tuple[Ending, str]:
+        """Carry an action out. There is one replica: to remove it is to sleep, and to add it is to wake up."""
+        rest = self._rest()
+        match action.verb:
+            case Verb.CHANGE | Verb.UNDO:
+                return await self._changed(Wanted(stages=action.num_stages))
+            case Verb.REMOVE if rest is not None:
+                if self._refactorings.under_way is not None:
+                    return Ending.BUSY, f"busy: {self._refactorings.under_way}"
+                return (Ending.DONE, "") if rest.sleep(reason) else (Ending.BUSY, "requests have come meanwhile")
+            case Verb.ADD if rest is not None:
+                rest.wake()
+                return Ending.DONE, ""
+            case _:
+                return Ending.FAILED, f"nothing here can {action.verb.value}"
+
+    async def _changed(self, wanted: Wanted) -> tuple[Ending, str]:
         try:
-            started = await self._refactorings.start(_wanted(action))
+            started = await self._refactorings.start(wanted)
         except RefactoringBusy as error:
             return Ending.BUSY, str(error)
         if isinstance(started, Proposal):
@@ -154,12 +203,10 @@ class AutoControl:
         record = await self._refactorings.ended(started)
         return (Ending.DONE if record.result is HandoverResult.DONE else Ending.FAILED), record.message
 
-    def _serving(self, before: Engine) -> Engine:
-        """Return the engine in force: another one after a replica handover; while there is none, the one before."""
-        try:
-            return self._engine()
-        except EngineError:
-            return before
+    def _keep(self, reason: str) -> Decision:
+        decision = Decision(action=None, reason=f"keep: {reason}", at_s=self._clock())
+        self._record(decision, took_s=0.0)
+        return decision
 
     def _record(self, decision: Decision, *, took_s: float) -> None:
         self._last = self.decided.publish(
@@ -172,15 +219,6 @@ class AutoControl:
         )
         if decision.action is not None:
             log_events.auto_decided(verb=decision.verb.value, reason=decision.reason, mode=self.mode.value)
-
-
-def _wanted(action: Action) -> Wanted:
-    """Return what an operator would ask for."""
-    match action.verb:
-        case Verb.CHANGE | Verb.UNDO:
-            return Wanted(stages=action.num_stages)
-        case _:  # there is one replica: the constants ask for no other number
-            raise ValueError(f"one replica cannot {action.verb.value}")
 
 
 def constants_of(settings: AutoSettings) -> PolicyConstants:

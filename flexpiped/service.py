@@ -60,6 +60,7 @@ _STATES: Final = {
     SupervisorState.STARTING: ServiceState.STARTING,
     SupervisorState.READY: ServiceState.READY,
     SupervisorState.RECOVERING: ServiceState.RECOVERING,
+    SupervisorState.ASLEEP: ServiceState.ASLEEP,
     SupervisorState.FAILED: ServiceState.FAILED,
     SupervisorState.CLOSING: ServiceState.DRAINING,
 }
@@ -122,6 +123,7 @@ class Service:
                 resolver=lambda: self._offer().resolver, expected=workload_of(settings), slo=slo_of(settings)
             ),
             refactorings=self._refactorings,
+            rest=lambda: self._supervisor,
             decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
         )
 
@@ -328,6 +330,7 @@ class Service:
         supervisor = Supervisor(
             factory=beginning.offer.factory,
             pipeline=beginning.pipeline,
+            wait_deadline_s=self._settings.admission.engine_wait_s,
             on_change=self._on_supervision,
             on_progress=self._progress,
         )

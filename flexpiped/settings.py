@@ -102,6 +102,7 @@ class AdminSettings:
 class AdmissionSettings:
     max_requests_in_flight: Annotated[int, integer(1)] = 256
     max_tokens_in_flight: Annotated[int, integer(1)] = 1_000_000
+    engine_wait_s: Annotated[float, seconds] = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +247,8 @@ class AutoSettings:
     guard_s: Annotated[float, seconds] = 30.0
     guard_tolerance: Annotated[float, number(0)] = 0.25
     bar_s: Annotated[float, seconds] = 600.0
+    min_replicas: Annotated[int, integer(0, 1)] = 1
+    idle_s: Annotated[float, seconds] = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ class ServiceState(Enum):
     STARTING = "starting"
     READY = "ready"
     RECOVERING = "recovering"  # the engine died and is being started again
+    ASLEEP = "asleep"  # there is no engine; the next request starts it, and waits
     DRAINING = "draining"
     FAILED = "failed"
 

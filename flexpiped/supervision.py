@@ -14,6 +14,7 @@ class SupervisorState(Enum):
     STARTING = "starting"
     READY = "ready"
     RECOVERING = "recovering"
+    ASLEEP = "asleep"  # there is no engine until somebody asks for one
     FAILED = "failed"
     CLOSING = "closing"
 
@@ -59,11 +60,23 @@ class SuccessorLost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SleepAsked:
+    """Nobody uses the engine: it ends until somebody does."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WakeAsked:
+    """Somebody asks for the engine that sleeps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CloseAsked:
     """The owner wants it to end."""
 
 
-Event = Started | Succeeded | Died | SuccessorLost | CloseAsked
+Event = Started | Succeeded | Died | SuccessorLost | SleepAsked | WakeAsked | CloseAsked
 INITIAL = Supervision(state=SupervisorState.STARTING, reason="the engine is starting")
 
 
@@ -80,6 +93,7 @@ def step(
     any state ---close asked---> CLOSING
 
     READY or RECOVERING ---a second instance succeeded---> READY
+    READY ---sleep asked---> ASLEEP ---wake asked---> STARTING
     """
     match event:
         case Started():
@@ -101,6 +115,10 @@ def step(
                 next_step = "while a second instance is starting, which takes over"
             reason = f"the engine died ({reason}) {next_step}; requests wait"
             return replace(counted, state=SupervisorState.RECOVERING, reason=reason), decision
+        case SleepAsked(reason=why):
+            return replace(old, state=SupervisorState.ASLEEP, reason=f"asleep, until a request comes: {why}"), None
+        case WakeAsked():
+            return replace(old, state=SupervisorState.STARTING, reason="the engine is waking up; requests wait"), None
         case CloseAsked():
             return replace(old, state=SupervisorState.CLOSING, reason="the daemon is shutting down"), None
         case _:

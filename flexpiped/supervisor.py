@@ -20,11 +20,13 @@ from flexpiped.supervision import (
     CloseAsked,
     Died,
     Event,
+    SleepAsked,
     Started,
     Succeeded,
     SuccessorLost,
     Supervision,
     SupervisorState,
+    WakeAsked,
     finish_of,
     loss_of,
     step,
@@ -53,6 +55,7 @@ class Supervisor:
     Args:
         factory: Makes an engine for a pipeline and its epoch: ``pipeline`` and 0 at first, after a death those in force
             before it. A second instance of another kind brings its own.
+        wait_deadline_s: So long a request waits for an engine that starts, wakes up or recovers; None: for ever.
         on_change: Told each new state with its reason (for log, events and readiness).
         on_progress: Told what a starting engine says.
     """
@@ -65,6 +68,7 @@ class Supervisor:
         policy: RestartPolicy = RestartPolicy(),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        wait_deadline_s: float | None = None,
         on_change: Callable[[Supervision], None] = _ignore,
         on_progress: Callable[[str], None] = _ignore,
     ) -> None:
@@ -74,6 +78,7 @@ class Supervisor:
         self._policy = policy
         self._clock = clock
         self._sleep = sleep
+        self._wait_deadline_s = wait_deadline_s
         self._on_change = on_change
         self._on_progress = on_progress
         self._supervision = INITIAL
@@ -84,6 +89,7 @@ class Supervisor:
         self.flights = Flights()
         self._succession: _Succession | None = None
         self._ending: list[Engine] = []  # not in force any more
+        self._wake = asyncio.Event()  # replaced at every sleep
 
     @property
     def supervision(self) -> Supervision:
@@ -137,13 +143,26 @@ class Supervisor:
             if each is not None:
                 await each.close()
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the engine has ended because nobody used it."""
+        return self._supervision.state is SupervisorState.ASLEEP
+
     async def ready_engine(self, *, other_than: Engine | None = None) -> Engine:
-        """Return the engine that serves, waiting for it where need be.
+        """Return the engine that serves, waiting for it where need be, and waking it where it sleeps.
 
         Raises:
-            EngineDied: The engine has failed for good.
+            EngineDied: The engine has failed for good, or does not serve within the time that a request may wait.
             EngineClosed: The supervisor is closing.
         """
+        try:
+            async with asyncio.timeout(self._wait_deadline_s):
+                return await self._ready_engine(other_than)
+        except TimeoutError:
+            reason = f"no engine has served within {self._wait_deadline_s:g} s: {self._supervision.reason}"
+            raise EngineDied(reason) from None
+
+    async def _ready_engine(self, other_than: Engine | None) -> Engine:
         while True:
             match self._supervision.state:
                 case SupervisorState.READY if self._engine is not None and self._engine is not other_than:
@@ -152,8 +171,29 @@ class Supervisor:
                     raise EngineDied(self._supervision.reason)
                 case SupervisorState.CLOSING:
                     raise EngineClosed(self._supervision.reason)
-                case _:
-                    await self._changed.wait()
+                case SupervisorState.ASLEEP:
+                    self.wake()
+            await self._changed.wait()
+
+    def wake(self) -> None:
+        """Start the engine again if it sleeps; ``ready_engine`` does so by itself."""
+        self._wake.set()
+
+    def sleep(self, reason: str) -> bool:
+        """End the engine until the next request, which waits for it. False where it is in use, and nothing happens.
+
+        A request that only the engine's own server knows, and that comes at this very moment, is asked again.
+        """
+        engine = self._engine
+        if engine is None or self._watching is None or self._succession is not None or len(self.flights):
+            return False
+        self._pipeline, self._epoch = engine.pipeline, engine.epoch
+        self._engine, self._wake = None, asyncio.Event()
+        self._watching.cancel()  # it waits for the death of the engine, and does nothing else
+        self._ending.append(engine)
+        self._apply(SleepAsked(reason=reason))
+        self._watching = asyncio.create_task(self._sleep_until_asked(engine), name="supervisor")
+        return True
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """Continue the prompt as ``Engine.generate`` does, over deaths of the engine. Close it to abort.
@@ -279,6 +319,15 @@ class Supervisor:
             if replacement is None:
                 return
             engine = replacement
+
+    async def _sleep_until_asked(self, engine: Engine) -> None:
+        """Close the engine, which must be over before another one takes its devices; start that when it is wanted."""
+        await self.end_first(engine)
+        await self._wake.wait()
+        self._apply(WakeAsked())
+        woken = await self._replacement(Restart(after_s=0.0), None)
+        if woken is not None:
+            await self._watch(woken)
 
     async def _replacement(self, restart: Restart | None, succession: _Succession | None) -> Engine | None:
         """Return the second instance that takes over, or start an engine with the pipeline in force before the death.

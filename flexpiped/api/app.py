@@ -91,11 +91,11 @@ async def healthz(_http: web.Request) -> web.Response:
 
 
 async def readyz(http: web.Request) -> web.Response:
-    """GET /readyz: 200 while requests are served at once, else 503 with the reason."""
+    """GET /readyz: 200 while requests are served, at once or after waking up; else 503 with the reason."""
     backend = http.app[BACKEND]
     health = backend.health()
     reason = health.reason if backend.text.failure is None else backend.text.failure
-    ready = health.state is ServiceState.READY and backend.text.failure is None
+    ready = health.state in (ServiceState.READY, ServiceState.ASLEEP) and backend.text.failure is None
     state = health.state if backend.text.failure is None else ServiceState.FAILED
     return _json({"status": state.value, "reason": reason}, status=200 if ready else 503)
 

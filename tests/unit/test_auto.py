@@ -1,7 +1,7 @@
 """The control loop with the fake engine: it decides, acts as an operator would, and says why."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -54,6 +54,7 @@ class Stand:
     refactorings: Refactorings
     control: AutoControl
     is_there: bool = True
+    bed: "Bed" = field(default_factory=lambda: Bed())
 
     def ask(self, count: int, *, over_s: float) -> None:
         """Let requests come evenly, each answered at once."""
@@ -180,6 +181,54 @@ async def test_a_refused_change_is_told_and_not_tried_again(stand: Stand) -> Non
     decision = await stand.control.cycle()
     assert decision is not None
     assert decision.verb is Verb.KEEP
+
+
+class Bed:
+    """Sleeps when told so, unless somebody has come."""
+
+    def __init__(self) -> None:
+        self.is_asleep = False
+        self.is_used = False
+        self.reasons: list[str] = []
+
+    def sleep(self, reason: str) -> bool:
+        self.reasons.append(reason)
+        self.is_asleep = not self.is_used
+        return self.is_asleep
+
+    def wake(self) -> None:
+        self.is_asleep = False
+
+
+async def test_nobody_for_long_makes_it_sleep_and_a_request_wakes_it(stand: Stand) -> None:
+    stand.control = AutoControl(
+        replace(SETTINGS, min_replicas=0, idle_s=60.0),
+        engine=lambda: stand.engine,
+        load=stand.load,
+        candidates=stand.given,
+        refactorings=stand.refactorings,
+        rest=lambda: stand.bed,
+        decided=EventLog(),
+        clock=stand.clock,
+    )
+    stand.ask(30, over_s=30)
+    await stand.control.cycle()
+    stand.clock.now_s += 95
+    stand.bed.is_used = True
+    for is_asleep in (False, True):
+        await stand.control.cycle()
+        await stand.settled()
+        assert stand.bed.is_asleep is is_asleep
+        stand.bed.is_used = False
+        stand.clock.now_s += 5
+    assert stand.bed.reasons[-1].startswith("remove 1 replica of 2 stages: no request for ")
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.reason == "keep: asleep: no request waits"
+    stand.load.arrived("first")
+    await stand.control.cycle()
+    await stand.settled()
+    assert not stand.bed.is_asleep
 
 
 def test_settings_are_the_policys_constants() -> None:
