@@ -4,6 +4,7 @@ What is changed is changed in memory, in processes that a daemon started, and no
 """
 
 import os
+import sys
 from functools import wraps
 from typing import Any
 
@@ -40,6 +41,10 @@ def _serve_on_a_socket(path: str) -> None:
     @wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **{**kwargs, "uds": path})
+        server = sys.modules.get("sglang.srt.entrypoints.http_server")
+        if server is not None:
+            # It would ask the port, and fail with a long traceback: the daemon asks the socket.
+            server._freeze_gc_after_server_warmup = lambda _server_args: None  # type: ignore[attr-defined]
 
     uvicorn.Config.__init__ = init
 
