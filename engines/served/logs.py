@@ -7,7 +7,7 @@ from typing import Final
 
 RECENT_S: Final = 30.0  # trouble before that was survived
 _TROUBLE: Final = re.compile(r"^(?P<error>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)): (?P<reason>.+)")
-_REFUSED: Final = re.compile(r"^[\w.]+: error: ")  # argparse
+_REFUSED: Final = re.compile(r"^[\w. -]+: error: ")  # argparse
 _DETAIL: Final = re.compile(
     r"Value error, (?P<reason>.+?)(?: \[type=.*)?$"
 )  # pydantic's second line says what is wrong

@@ -57,7 +57,7 @@ class SglangEngine(ServedEngine):
     ) -> None:
         super().__init__(_setup(options), pipeline, epoch=epoch, graph=graph, on_log=on_log, clock=clock)
         self._options = options
-        self._key, self._admin_key = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        self._key, self._admin_key = secrets.token_hex(32), secrets.token_hex(32)  # no "-" in front
         self._http: SglangHttp | None = None
         self._work: set[asyncio.Task[None]] = set()
 
