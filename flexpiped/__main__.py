@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flexpiped import __version__
 from flexpiped.config_file import ConfigError, load_config
+from flexpiped.keys import KeyFileError, load_keys
 from flexpiped.settings import Settings
 
 _WRONG_CONFIG = 2
@@ -20,6 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings() if options.config is None else load_config(options.config)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return _WRONG_CONFIG
+    try:
+        if settings.http.api_keys is not None:
+            load_keys(settings.http.api_keys)
+    except KeyFileError as error:
+        print(f"http.api_keys: {error}", file=sys.stderr)
         return _WRONG_CONFIG
     if options.check_config:
         print(f"{options.config or 'built-in defaults'}: ok")

@@ -1,12 +1,20 @@
-"""How much work may be in flight. What does not fit is refused at once, with a reason and when to come back."""
+"""How much work may be in flight: of all together, and of each API key.
 
+What does not fit waits in a bounded line, by priority, until its deadline; what cannot wait is refused at once, with a
+reason and when to come back. A place is held first, then tokens, once their number is known.
+"""
+
+import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
+
+from flexpiped.keys import ANYBODY, Client
+from flexpiped.waiting import WaitingLine
 
 _RATE_WINDOW_S = 30.0
 _DEFAULT_RETRY_S = 1
@@ -19,6 +27,8 @@ class AdmissionLimits:
 
     max_requests_in_flight: int = 256
     max_tokens_in_flight: int = 1_000_000
+    max_requests_queued: int = 0
+    queue_deadline_s: float = 30.0
 
 
 class OverloadReason(Enum):
@@ -26,6 +36,10 @@ class OverloadReason(Enum):
 
     TOO_MANY_REQUESTS = "too_many_requests_in_flight"
     TOO_MANY_TOKENS = "token_budget_exhausted"
+    KEY_CONCURRENCY = "key_concurrency_exceeded"
+    KEY_RATE = "key_rate_exceeded"
+    QUEUE_TIMEOUT = "queue_deadline_exceeded"  # waited as long as anybody may
+    DEADLINE = "deadline_exceeded"  # waited as long as its client allowed
 
 
 class Overloaded(Exception):
@@ -39,9 +53,20 @@ class Overloaded(Exception):
 
 @dataclass(slots=True)
 class Lease:
-    """One admitted request; ``tokens`` is what it has reserved so far."""
+    """One admitted request; ``tokens`` is what it has reserved so far, ``deadline_s`` until when it may wait."""
 
+    client: Client = ANYBODY
+    deadline_s: float = math.inf  # by the clock of the event loop, as the client says
     tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one key has in flight, and how many requests it may still begin (a bucket that fills by its rate)."""
+
+    in_flight: int = 0
+    allowance: float = 0.0
+    filled_s: float = field(default=-math.inf)
 
 
 class Releases:
@@ -75,10 +100,24 @@ class Admission:
     """Counts what is in flight. Used on one event loop; the scope of a lease gives everything back on every path."""
 
     def __init__(self, *, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits = limits
+        self._limits = limits
+        self._clock = clock
         self._releases = Releases(clock=clock)
         self._requests = 0
         self._tokens = 0
+        self._shares: dict[str, _Share] = {}
+        self._for_place = WaitingLine(fits=self._place_fits, take=self._take_places)
+        self._for_tokens = WaitingLine(fits=self._tokens_fit, take=self._take_tokens)
+
+    @property
+    def limits(self) -> AdmissionLimits:
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: AdmissionLimits) -> None:
+        """Use other limits from now on; nothing that has been admitted is taken back."""
+        self._limits = limits
+        self._advance()
 
     @property
     def requests_in_flight(self) -> int:
@@ -88,41 +127,135 @@ class Admission:
     def tokens_in_flight(self) -> int:
         return self._tokens
 
-    @contextmanager
-    def admit(self) -> Iterator[Lease]:
+    @property
+    def requests_queued(self) -> int:
+        return len(self._for_place) + len(self._for_tokens)
+
+    def in_flight_of(self, client: Client) -> int:
+        """Return how many requests of a key are in flight or wait."""
+        share = self._shares.get(client.name)
+        return 0 if share is None else share.in_flight
+
+    @asynccontextmanager
+    async def admit(self, client: Client = ANYBODY, *, deadline_s: float = math.inf) -> AsyncIterator[Lease]:
         """Take a place for one request; its tokens are reserved once they are known.
+
+        Args:
+            deadline_s: Until when it may wait, by the clock of the event loop.
 
         Raises:
             Overloaded
         """
-        if self._requests >= self.limits.max_requests_in_flight:
-            raise Overloaded(
-                f"{self._requests} requests are in flight, and at most {self.limits.max_requests_in_flight} may be",
-                reason=OverloadReason.TOO_MANY_REQUESTS,
-                retry_after_s=self._releases.seconds_until(requests=1),
-            )
-        self._requests += 1
-        lease = Lease()
-        try:
-            yield lease
-        finally:
-            self._requests -= 1
-            self._tokens -= lease.tokens
-            if lease.tokens:
-                self._releases.add(lease.tokens)
+        with self._shared(client):
+            lease = Lease(client=client, deadline_s=deadline_s)
+            await self._wait_in(self._for_place, 1, lease, self._too_many_requests)
+            try:
+                yield lease
+            finally:
+                self._requests -= 1
+                self._tokens -= lease.tokens
+                if lease.tokens:
+                    self._releases.add(lease.tokens)
+                self._advance()
 
-    def reserve(self, lease: Lease, *, tokens: int) -> None:
+    async def reserve(self, lease: Lease, *, tokens: int) -> None:
         """Reserve ``tokens`` for an admitted request.
 
         Raises:
             Overloaded: Others hold so many that these do not fit.
         """
-        excess = self._tokens + tokens - self.limits.max_tokens_in_flight
-        if self._tokens > 0 and excess > 0:
-            raise Overloaded(
-                f"{self._tokens} tokens are reserved, {tokens} more would exceed {self.limits.max_tokens_in_flight}",
-                reason=OverloadReason.TOO_MANY_TOKENS,
-                retry_after_s=self._releases.seconds_until(tokens=min(excess, self._tokens)),
-            )
+        await self._wait_in(self._for_tokens, tokens, lease, lambda: self._too_many_tokens(tokens))
         lease.tokens += tokens
+
+    @contextmanager
+    def _shared(self, client: Client) -> Iterator[None]:
+        """Count a request for its key while the scope lasts.
+
+        Raises:
+            Overloaded: The key has as many requests in flight as it may, or has begun as many as it may.
+        """
+        share = self._shares.setdefault(client.name, _Share())
+        limit = client.max_requests_in_flight
+        if limit is not None and share.in_flight >= limit:
+            raise Overloaded(
+                f"{share.in_flight} requests of this key are in flight, and at most {limit} may be",
+                reason=OverloadReason.KEY_CONCURRENCY,
+                retry_after_s=self._releases.seconds_until(requests=1),
+            )
+        self._spend(share, client)
+        share.in_flight += 1
+        try:
+            yield
+        finally:
+            share.in_flight -= 1
+
+    def _spend(self, share: _Share, client: Client) -> None:
+        """Take one from the bucket of a key: it holds a minute's worth and fills by the rate."""
+        rate = client.requests_per_minute
+        if rate is None:
+            return
+        now_s = self._clock()
+        size = max(rate, 1.0)
+        share.allowance = min(size, share.allowance + (now_s - share.filled_s) * rate / 60.0)
+        share.filled_s = now_s
+        if share.allowance < 1.0:
+            raise Overloaded(
+                f"this key may begin {rate:g} requests a minute",
+                reason=OverloadReason.KEY_RATE,
+                retry_after_s=math.ceil((1.0 - share.allowance) * 60.0 / rate),
+            )
+        share.allowance -= 1.0
+
+    async def _wait_in(self, line: WaitingLine, amount: int, lease: Lease, refusal: Callable[[], Overloaded]) -> None:
+        """Take an amount at once, or wait for it.
+
+        Raises:
+            Overloaded: The line is full, or the deadline has come.
+        """
+        priority = lease.client.priority
+        if not line.may_go_now(amount, priority=priority) and self.requests_queued >= self._limits.max_requests_queued:
+            raise refusal()
+        now_s = asyncio.get_running_loop().time()
+        last_s = now_s + self._limits.queue_deadline_s
+        try:
+            async with asyncio.timeout_at(min(last_s, lease.deadline_s)):
+                await line.wait(amount, priority=priority)
+        except TimeoutError:
+            own = lease.deadline_s <= last_s
+            raise Overloaded(
+                f"waited {asyncio.get_running_loop().time() - now_s:.1f} s for others to finish",
+                reason=OverloadReason.DEADLINE if own else OverloadReason.QUEUE_TIMEOUT,
+                retry_after_s=self._releases.seconds_until(requests=1),
+            ) from None
+
+    def _too_many_requests(self) -> Overloaded:
+        return Overloaded(
+            f"{self._requests} requests are in flight, and at most {self._limits.max_requests_in_flight} may be",
+            reason=OverloadReason.TOO_MANY_REQUESTS,
+            retry_after_s=self._releases.seconds_until(requests=1),
+        )
+
+    def _too_many_tokens(self, tokens: int) -> Overloaded:
+        limit = self._limits.max_tokens_in_flight
+        return Overloaded(
+            f"{self._tokens} tokens are reserved, {tokens} more would exceed {limit}",
+            reason=OverloadReason.TOO_MANY_TOKENS,
+            retry_after_s=self._releases.seconds_until(tokens=min(self._tokens + tokens - limit, self._tokens)),
+        )
+
+    def _place_fits(self, count: int) -> bool:
+        return self._requests + count <= self._limits.max_requests_in_flight
+
+    def _tokens_fit(self, tokens: int) -> bool:
+        """One alone always fits."""
+        return self._tokens == 0 or self._tokens + tokens <= self._limits.max_tokens_in_flight
+
+    def _take_places(self, count: int) -> None:
+        self._requests += count
+
+    def _take_tokens(self, tokens: int) -> None:
         self._tokens += tokens
+
+    def _advance(self) -> None:
+        self._for_place.advance()
+        self._for_tokens.advance()

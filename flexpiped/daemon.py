@@ -21,6 +21,7 @@ from flexpiped.admin_socket import AdminSocketError, candidate_sockets, default_
 from flexpiped.banner import QUIET_START_S, Banner, flexctl_command
 from flexpiped.events import EventKind
 from flexpiped.hardware import devices_in_words
+from flexpiped.keys import KeyFileError
 from flexpiped.log import configure_logging
 from flexpiped.models import NoDemoModel, for_people
 from flexpiped.notify import Notifier
@@ -31,7 +32,7 @@ from flexpiped.settings import Settings
 from flexpiped.signals import Signals
 from planner.errors import PlannerError
 
-_START_ERRORS = (PortTaken, AdminSocketError, NoDemoModel, EngineError, PlannerError)
+_START_ERRORS = (PortTaken, AdminSocketError, NoDemoModel, KeyFileError, EngineError, PlannerError)
 
 
 def run(settings: Settings, *, config_file: Path | None, environment: Mapping[str, str]) -> int:
@@ -153,8 +154,8 @@ class Daemon:
         """Read the configuration again, as SIGHUP and ``POST /reload`` ask."""
         self._notifier.reloading(monotonic_us=time.monotonic_ns() // 1000)
         report = self._compared()
-        if report.changes:
-            service.apply(report.settings)
+        if report.file and not report.problems:
+            service.apply(report.settings, keys=report.keys)
             configure_logging(report.settings.log)
             self._settings = report.settings
         self._log_reload(report)

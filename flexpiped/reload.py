@@ -10,6 +10,7 @@ from typing import Any
 
 from flexpiped.config_file import ConfigError, load_config
 from flexpiped.config_text import toml_value
+from flexpiped.keys import KeyFileError, KeyRing, load_keys
 from flexpiped.settings import KEYS, Key, Settings, value_of, with_value
 
 
@@ -24,10 +25,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReloadReport:
-    """``settings`` are those in force after a reload: the live keys are new, all others as they were."""
+    """``settings`` are those in force after a reload: the live keys are new, all others as they were.
+
+    ``keys`` are the API keys, None where none is asked for.
+    """
 
     file: str
     settings: Settings
+    keys: KeyRing | None = None
     changes: tuple[Change, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -70,12 +75,16 @@ def compare(in_force: Settings, file: Path | None) -> ReloadReport:
         new = load_config(file)
     except ConfigError as error:
         return ReloadReport(file=str(file), settings=in_force, problems=tuple(map(str, error.problems)))
+    try:
+        keys = None if new.http.api_keys is None else load_keys(new.http.api_keys)
+    except KeyFileError as error:
+        return ReloadReport(file=str(file), settings=in_force, problems=(f"http.api_keys: {error}",))
     changes = changes_between(in_force, new)
     settings = in_force
     for change in changes:
         if change.key.is_live:
             settings = with_value(settings, change.key.path, value_of(new, change.key))
-    return ReloadReport(file=str(file), settings=settings, changes=changes)
+    return ReloadReport(file=str(file), settings=settings, keys=keys, changes=changes)
 
 
 def changes_between(old: Settings, new: Settings, *, keys: Sequence[Key] = KEYS) -> tuple[Change, ...]:

@@ -36,6 +36,7 @@ from flexpiped.handover_records import TargetResolver
 from flexpiped.hardware import Hardware
 from flexpiped.intent import IntentKeeper, basis_of
 from flexpiped.journal import Journal, JournalError, journal_of
+from flexpiped.keys import KeyRing, load_keys
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.models import model_source, served_name
@@ -72,6 +73,9 @@ class Service:
     Args:
         on_progress: Told what the start is doing.
         configuration: What the admin API shows and reloads.
+
+    Raises:
+        KeyFileError
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Service:
     ) -> None:
         self._settings = settings
         self._configuration = configuration
+        self._keys = None if settings.http.api_keys is None else load_keys(settings.http.api_keys)
         self._admission = Admission(limits=_limits(settings))
         self._admin_socket = admin_socket
         self._on_progress = on_progress
@@ -162,9 +167,12 @@ class Service:
         )
         return answer_to_wire(answer, took_s=time.monotonic() - began_s)
 
-    def apply(self, settings: Settings) -> None:
-        """Use what ``settings`` say of the keys that are live."""
+    def apply(self, settings: Settings, *, keys: KeyRing | None) -> None:
+        """Use what ``settings`` say of what is live, and the API keys that their file holds now."""
+        self._keys = keys
         self._admission.limits = _limits(settings)
+        if self._supervisor is not None:
+            self._supervisor.wait_deadline_s = settings.admission.engine_wait_s
         if self._offers is not None:
             self._offers.use(settings)
 
@@ -190,6 +198,8 @@ class Service:
                 supervisor=supervisor,
                 text=text,
                 admission=self._admission,
+                keys=lambda: self._keys,
+                body_deadline_s=self._settings.http.body_deadline_s,
                 metrics=self._metrics,
                 health=lambda: self.health,
             ),
@@ -441,6 +451,8 @@ def _limits(settings: Settings) -> AdmissionLimits:
     return AdmissionLimits(
         max_requests_in_flight=settings.admission.max_requests_in_flight,
         max_tokens_in_flight=settings.admission.max_tokens_in_flight,
+        max_requests_queued=settings.admission.max_requests_queued,
+        queue_deadline_s=settings.admission.queue_deadline_s,
     )
 
 

@@ -91,6 +91,8 @@ class HttpSettings:
     host: Annotated[str, text] = "127.0.0.1"
     port: Annotated[int, integer(0, 65535)] = 8100
     max_body_bytes: Annotated[int, size_bytes(1024)] = 16 * MIB
+    body_deadline_s: Annotated[float, seconds] = 60.0
+    api_keys: Annotated[Path | None, optional_path, Live()] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,8 @@ class AdmissionSettings:
     max_requests_in_flight: Annotated[int, integer(1)] = 256
     max_tokens_in_flight: Annotated[int, integer(1)] = 1_000_000
     engine_wait_s: Annotated[float, seconds] = 600.0
+    max_requests_queued: Annotated[int, integer(0)] = 256
+    queue_deadline_s: Annotated[float, seconds] = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,7 +78,7 @@ class Supervisor:
         self._policy = policy
         self._clock = clock
         self._sleep = sleep
-        self._wait_deadline_s = wait_deadline_s
+        self.wait_deadline_s = wait_deadline_s
         self._on_change = on_change
         self._on_progress = on_progress
         self._supervision = INITIAL
@@ -156,10 +156,10 @@ class Supervisor:
             EngineClosed: The supervisor is closing.
         """
         try:
-            async with asyncio.timeout(self._wait_deadline_s):
+            async with asyncio.timeout(self.wait_deadline_s):
                 return await self._ready_engine(other_than)
         except TimeoutError:
-            reason = f"no engine has served within {self._wait_deadline_s:g} s: {self._supervision.reason}"
+            reason = f"no engine has served within {self.wait_deadline_s:g} s: {self._supervision.reason}"
             raise EngineDied(reason) from None
 
     async def _ready_engine(self, other_than: Engine | None) -> Engine:

@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from engines.errors import EngineError
 from engines.protocol import EngineCounters
+from flexpiped.api.access import keys_asked_for
 from flexpiped.api.backend import BACKEND, Backend
 from flexpiped.api.errors import ApiError, from_http_status
 from flexpiped.api.forwarding import OWN_PATHS
@@ -24,7 +25,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def create_app(backend: Backend, *, max_body_bytes: int = _MAX_BODY_BYTES) -> web.Application:
     """Return the application. It must be run with ``handler_cancellation``: a client that leaves frees its request."""
-    app = web.Application(middlewares=[errors_in_one_shape], client_max_size=max_body_bytes)
+    app = web.Application(middlewares=[errors_in_one_shape, keys_asked_for], client_max_size=max_body_bytes)
     app[BACKEND] = backend
     app.add_routes(
         [

@@ -12,6 +12,7 @@ from engines.text.protocol import Text
 from flexpiped.admission import Admission
 from flexpiped.api.errors import unavailable
 from flexpiped.api.metrics import Metrics
+from flexpiped.keys import KeyRing
 from flexpiped.status import Health, ServiceState
 from flexpiped.supervisor import Supervisor
 
@@ -36,6 +37,8 @@ class Backend:
     health: Callable[[], Health]
     new_seed: Callable[[], int] = random_seed
     wall_clock: Callable[[], float] = time.time
+    keys: Callable[[], KeyRing | None] = lambda: None  # None: no key is asked for
+    body_deadline_s: float = 60.0
     death_noticed_s: float = 3.0  # within this time the death of an engine is known
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
 

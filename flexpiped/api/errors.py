@@ -10,7 +10,7 @@ import msgspec
 
 from engines.errors import EngineClosed, EngineDied, EngineError, InvalidRequest
 from engines.text.errors import TextClosed, TextProcessDied, TextRefused
-from flexpiped.admission import Overloaded
+from flexpiped.admission import Overloaded, OverloadReason
 
 RETRY_AFTER_S = 5  # when nothing better is known: about what it takes to start an engine again
 
@@ -18,6 +18,8 @@ RETRY_AFTER_S = 5  # when nothing better is known: about what it takes to start 
 class ErrorType(Enum):
     INVALID_REQUEST = "invalid_request_error"
     NOT_FOUND = "not_found_error"
+    AUTHENTICATION = "authentication_error"
+    PERMISSION = "permission_error"
     OVERLOADED = "rate_limit_error"
     UNAVAILABLE = "service_unavailable_error"
     INTERNAL = "internal_error"
@@ -39,7 +41,8 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
     def encode(self) -> bytes:
         """Return the JSON body."""
@@ -57,10 +60,23 @@ def unavailable(message: str, *, code: str) -> ApiError:
     return ApiError(status=503, type=ErrorType.UNAVAILABLE, message=message, code=code, retry_after_s=RETRY_AFTER_S)
 
 
-def from_overloaded(error: Overloaded) -> ApiError:
+def too_late(message: str) -> ApiError:
+    """What the client allowed was not enough."""
     return ApiError(
-        status=429,
-        type=ErrorType.OVERLOADED,
+        status=503,
+        type=ErrorType.UNAVAILABLE,
+        message=message,
+        param="X-Request-Deadline-Ms",
+        code=OverloadReason.DEADLINE.value,
+        retry_after_s=1,
+    )
+
+
+def from_overloaded(error: Overloaded) -> ApiError:
+    waited = error.reason in (OverloadReason.DEADLINE, OverloadReason.QUEUE_TIMEOUT)
+    return ApiError(
+        status=503 if waited else 429,
+        type=ErrorType.UNAVAILABLE if waited else ErrorType.OVERLOADED,
         message=f"{error}; retry in {error.retry_after_s} s",
         code=error.reason.value,
         retry_after_s=error.retry_after_s,

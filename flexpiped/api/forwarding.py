@@ -16,7 +16,9 @@ from yarl import URL
 
 from engines.errors import EngineDied, EngineError
 from engines.protocol import Engine, OwnRoutes
+from flexpiped.api.access import client_of
 from flexpiped.api.backend import BACKEND, Backend
+from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.fields import Body
 from flexpiped.api.metrics import Observation, Outcome, outcome_of
@@ -66,9 +68,9 @@ async def forward(
     backend = http.app[BACKEND]
     max_model_len = backend.ensure_serving().max_model_len
     observation.asks()
-    with backend.admission.admit() as lease:
+    async with backend.admission.admit(client_of(http), deadline_s=deadline_of(http)) as lease:
         tokens = tokens_expected(body, num_bytes=len(raw), default=default_tokens, max_model_len=max_model_len)
-        backend.admission.reserve(lease, tokens=tokens)
+        await backend.admission.reserve(lease, tokens=tokens)
         engine: Engine | None = None
         for _ in range(FRUITLESS_DEATHS):
             engine = await backend.supervisor.ready_engine(other_than=engine)
@@ -142,7 +144,8 @@ async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGener
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
     ) as session:
         url = URL(f"http://localhost{http.path_qs}", encoded=True)
-        headers = [*_without(_NOT_ASKED, http.headers), ("Content-Type", "application/json")]
+        ours = {"authorization"} if http.app[BACKEND].keys() is not None else set()
+        headers = [*_without(_NOT_ASKED | ours, http.headers), ("Content-Type", "application/json")]
         try:
             answer = await session.request(http.method, url, data=raw, headers=headers, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:

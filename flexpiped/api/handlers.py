@@ -1,5 +1,6 @@
 """The endpoints that generate. Admission, request and stream are scopes: leaving them on any path gives all back."""
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from engines.protocol import GenerationRequest
 from engines.text.protocol import Text
 from flexpiped.admission import Overloaded
 from flexpiped.api import routing
+from flexpiped.api.access import client_of
 from flexpiped.api.backend import BACKEND
-from flexpiped.api.errors import ApiError, from_engine_error, from_overloaded, invalid
+from flexpiped.api.deadline import deadline_of, until
+from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
 from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
 from flexpiped.api.generation import Job, pieces_of
@@ -99,7 +102,8 @@ async def answer(
     ensure_model(parameters.model, served=backend.model)
     capabilities = backend.ensure_serving()
     observation.asks()
-    with backend.admission.admit() as lease:
+    deadline_s = deadline_of(http)
+    async with backend.admission.admit(client_of(http), deadline_s=deadline_s) as lease:
         prompt = await prompt_ids()
         sampling = sampling_of(
             parameters,
@@ -109,7 +113,7 @@ async def answer(
             capabilities=capabilities,
             new_seed=backend.new_seed(),
         )
-        backend.admission.reserve(lease, tokens=len(prompt) + sampling.max_tokens)
+        await backend.admission.reserve(lease, tokens=len(prompt) + sampling.max_tokens)
         observation.prompt_tokens = len(prompt)
         answer_id = f"{kind.id_prefix}-{uuid.uuid4().hex}"
         job = Job(
@@ -120,7 +124,7 @@ async def answer(
         )
         head = Head(answer_id=answer_id, created_unix_s=int(backend.wall_clock()), model=backend.model)
         wire = kind.wire(head, include_usage=parameters.include_usage)
-        async with closing(pieces_of(backend, job)) as pieces:
+        async with closing(until(deadline_s, pieces_of(backend, job))) as pieces:
             if parameters.stream:
                 return await send_events(http, pieces, wire, observation, include_usage=parameters.include_usage)
             return await send_whole(pieces, wire, observation)
@@ -134,7 +138,10 @@ async def encode(text: Text, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
 async def read_body(http: web.Request) -> bytes:
     """Raises: ApiError, when the body does not decompress or ends early."""
     try:
-        return await http.read()
+        async with asyncio.timeout(http.app[BACKEND].body_deadline_s):
+            return await http.read()
+    except TimeoutError:
+        raise from_http_status(408, message="the body did not arrive in time") from None
     except web.RequestPayloadError as error:
         raise invalid(f"the body cannot be read: {error}", param=None, code="invalid_body") from None
 

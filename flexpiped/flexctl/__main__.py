@@ -93,6 +93,12 @@ def _add_config(
     known.add_parser("reload", parents=[everywhere], help=about).set_defaults(run=_reload)
 
 
+def _key(_client: AdminClient, screen: Screen, options: argparse.Namespace) -> Exit:
+    from flexpiped.flexctl.key_command import key
+
+    return key(screen, options)
+
+
 def _stages(text: str) -> int | str:
     if text == "auto":
         return text
@@ -163,6 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     loaded = known.add_parser("bench", parents=[everywhere], help=about)
     loaded.set_defaults(run=bench_command.bench)
     bench_command.add_arguments(loaded)
+
+    about = "make an API key: it is shown once, and the hash is what to add to the file of http.api_keys"
+    made = known.add_parser("key", parents=[everywhere], help=about)
+    made.set_defaults(run=_key)
+    made.add_argument("name", metavar="NAME", help="whose key it is")
+    made.add_argument(
+        "--scope", action="append", choices=("infer", "read", "admin"), help="what it opens (default: infer)"
+    )
 
     _add_config(known, everywhere)
 

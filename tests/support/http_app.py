@@ -17,6 +17,7 @@ from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
+from flexpiped.keys import KeyRing
 from flexpiped.servers import listen_tcp, serving, url_of
 from flexpiped.status import Health, ServiceState
 from flexpiped.supervision import SupervisorState
@@ -94,7 +95,7 @@ class HttpApp:
         admission = self.backend.admission
         return (
             (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
-            and (admission.requests_in_flight, admission.tokens_in_flight) == (0, 0)
+            and (admission.requests_in_flight, admission.tokens_in_flight, admission.requests_queued) == (0, 0, 0)
             and getattr(self.backend.text, "num_open", 0) == 0
         )
 
@@ -121,6 +122,8 @@ async def http_app(
     limits: AdmissionLimits = AdmissionLimits(),
     policy: RestartPolicy = RestartPolicy(first_delay_s=0.0),
     max_body_bytes: int = 1 << 20,
+    body_deadline_s: float = 60.0,
+    keys: Callable[[], KeyRing | None] = lambda: None,
 ) -> AsyncIterator[HttpApp]:
     """Serve on 127.0.0.1 and any free port while the scope lasts. Seeds are 7, the time of creation is fixed."""
     engines = engines or FakeEngines(next_token=saying("Once upon a time"))
@@ -133,6 +136,8 @@ async def http_app(
         admission=Admission(limits=limits),
         metrics=Metrics(),
         health=health_of(supervisor),
+        keys=keys,
+        body_deadline_s=body_deadline_s,
         new_seed=lambda: 7,
         wall_clock=lambda: float(CREATED_UNIX_S),
         created_unix_s=CREATED_UNIX_S,

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
+from flexpiped.admission import AdmissionLimits
+from flexpiped.keys import ANYBODY
 from tests.support.http_app import FakeEngines, HttpApp, http_app, saying
 from tests.support.until import until
 
@@ -83,7 +85,8 @@ async def test_leaving_while_the_engine_recovers(app: HttpApp) -> None:
     await app.becomes_idle(within_s=1.0)
 
 
-async def test_200_clients_that_leave_at_random_leave_nothing_behind(app: HttpApp) -> None:
+async def leave_at_random(app: HttpApp, *, clients: int, at_once: int) -> None:
+    """Let clients hang up at random moments: waiting for their turn, in the prefill, in mid-stream, at the end."""
     rng = random.Random(0)
 
     async def visit() -> None:
@@ -96,8 +99,25 @@ async def test_200_clients_that_leave_at_random_leave_nothing_behind(app: HttpAp
             await client.receive()
         client.leave(reset=rng.random() < 0.5)
 
-    for _ in range(8):
-        await asyncio.gather(*(visit() for _ in range(25)))
-    await app.becomes_idle(within_s=5.0)
+    for _ in range(0, clients, at_once):
+        await asyncio.gather(*(visit() for _ in range(at_once)))
+    await app.becomes_idle(within_s=30.0)
+    assert app.backend.admission.in_flight_of(ANYBODY) == 0
     rendered = app.backend.metrics.render(None).decode()
     assert "flexpiped_requests_in_flight 0.0" in rendered
+
+
+NARROW = AdmissionLimits(max_requests_in_flight=8, max_tokens_in_flight=1500, max_requests_queued=64)
+
+
+async def test_300_clients_that_leave_at_random_leave_nothing_behind() -> None:
+    engines = FakeEngines(next_token=saying("", then=[40, 41]))
+    async with http_app(engines=engines, limits=NARROW) as app:
+        await leave_at_random(app, clients=300, at_once=30)
+
+
+@pytest.mark.long
+async def test_10000_clients_that_leave_at_random_leave_nothing_behind() -> None:
+    engines = FakeEngines(next_token=saying("", then=[40, 41]))
+    async with http_app(engines=engines, limits=NARROW) as app:
+        await leave_at_random(app, clients=10_000, at_once=50)

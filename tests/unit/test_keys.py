@@ -1,0 +1,76 @@
+"""API keys: a file of hashes, and what is wrong with one is said."""
+
+import hashlib
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from flexpiped.keys import KeyFileError, Scope, load_keys
+from tests.support.lone_flexctl import alone
+
+HASH = hashlib.sha256(b"secret").hexdigest()
+KEY = f'[[keys]]\nname = "alice"\nsha256 = "{HASH}"\nscopes = ["infer"]\n'
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "keys.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_key_is_found_by_its_hash(tmp_path: Path) -> None:
+    more = KEY.replace("alice", "bob").replace(HASH, "0" * 64) + "priority = 3\nrequests_per_minute = 60.0\n"
+    ring = load_keys(written(tmp_path, more + KEY))
+
+    client = ring.client_of("secret")
+    assert client is not None
+    assert (client.name, client.may(Scope.INFER), client.may(Scope.READ)) == ("alice", True, False)
+    assert ring.client_of("Secret") is None
+    assert ring.client_of("") is None
+    assert ring.client_of("\udcff") is None  # a byte of a header that is no text
+    assert (ring.clients[0].priority, ring.clients[0].requests_per_minute) == (3, 60.0)
+
+
+def test_admin_opens_everything(tmp_path: Path) -> None:
+    client = load_keys(written(tmp_path, KEY.replace("infer", "admin"))).client_of("secret")
+
+    assert client is not None
+    assert all(client.may(scope) for scope in Scope)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("keys = 1", "Expected `array`"),
+        ("[[keys", "Expected"),
+        (KEY.replace(HASH, "secret"), "matching regex"),
+        (KEY.replace("infer", "everything"), "Invalid enum value 'everything'"),
+        (KEY.replace('["infer"]', "[]"), "length >= 1"),
+        (KEY + "max_requests_in_flight = 0\n", ">= 1"),
+        (KEY + 'key = "secret"\n', "unknown field `key`"),
+        (KEY + KEY, "two keys have the name alice"),
+        (KEY + KEY.replace("alice", "bob"), "two keys have the sha256"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(KeyFileError, match=r"keys\.toml: ") as caught:
+        load_keys(written(tmp_path, text))
+    assert reason in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="No such file"):
+        load_keys(tmp_path / "keys.toml")
+
+
+def test_flexctl_makes_a_key_that_fits_its_entry(tmp_path: Path) -> None:
+    ran = alone(tmp_path, "key", "alice", "--scope", "infer", "--scope", "read")
+
+    assert ran.returncode == 0, ran.stderr
+    made = ran.stdout.splitlines()[0].rpartition(" ")[2]
+    assert "secret" not in tomllib.loads(ran.stdout)
+    client = load_keys(written(tmp_path, ran.stdout)).client_of(made)
+    assert client is not None
+    assert (client.name, client.scopes) == ("alice", {Scope.INFER, Scope.READ})
+    assert made not in alone(tmp_path, "key", "alice").stdout
