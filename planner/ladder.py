@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from planner.budget import Budget
+from planner.near_search import look_near
 from planner.placement import PlacedStage
 from planner.placement_search import Limits, PlacementSearch
 
@@ -86,8 +87,8 @@ class Climb:
         self._raise_bound()  # 1
         if self.ladder.stages is None:
             self._find_first()
-        else:
-            self._ask_known()
+        self._ask_near()
+        self._ask_known()
         self._bisect()  # 2
         self._settle()  # 3
         self.near_enough = 0.0
@@ -160,6 +161,18 @@ class Climb:
 
     def _is_near(self, position: int, other: int) -> bool:
         return self._apart(position, other) < 1 + self.near_enough
+
+    def _ask_near(self) -> None:
+        """Better what was found by exchanging some of its places."""
+        ladder = self.ladder
+        low = ladder.impossible + 1
+        while low < ladder.at and ladder.stages and not self.budget.is_spent() and not self._is_near(ladder.at, low):
+            middle = self._middle(low, ladder.at)
+            stages = look_near(self.search, self._limits(middle), ladder.stages)
+            if stages is not None:
+                ladder.note(stages)
+            else:
+                low = middle + 1
 
     def _ask_known(self) -> None:
         """Better what was found by the prices that are known alone, which is quick, until that tells little more."""

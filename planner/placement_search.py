@@ -23,7 +23,6 @@ from planner.split import best_split
 _WINDOW = 1.0  # stages beyond the number wanted that a pipeline may have to play a part in the prices
 _ROUNDS = 4  # of the linear program, with stages that its last prices make cheap
 _CLOSE = 0.01  # stages between a bound and the cost of the flow that it is from
-_QUICK_WINDOW = 0.1
 _S_PER_ARC = 1e-5  # what the linear program takes on any machine of today
 _WHOLE_SHARE = 0.6  # of the time that is left, for one search for a whole path
 _LOOK_NODES = 400  # of a search tree, before it is given up
@@ -143,21 +142,16 @@ class PlacementSearch:
             found[place] = [run for run in runs if arrivals[run.first] + price + after[run.end] <= most]
         return found
 
-    def sharpen(self, limits: Limits) -> None:
-        """Better the prices that are known, for these limits, among the stages that they leave possible: quickly."""
-        self._bound(self.reach(limits), improve=True, quick=True)
-
-    def _bound(self, reach: Reach, *, improve: bool, quick: bool = False) -> Values:
+    def _bound(self, reach: Reach, *, improve: bool) -> Values:
         above = self.problem.num_stages
         values = self.paths.values(reach, self.prices)
         if values.total > above + EPSILON or not improve:
             return values
         alike = self._collapsed(reach)
-        starts = [alike.narrow(self.prices) if quick else np.zeros(alike.paths.num_prices)]
-        window = _QUICK_WINDOW if quick else _WINDOW
+        starts = [np.zeros(alike.paths.num_prices)]
         for _ in range(_ROUNDS):
             most_arcs = int(self.left_s() / _S_PER_ARC)
-            found = alike.paths.best_prices(alike.reach, starts, window=above + window, most_arcs=most_arcs)
+            found = alike.paths.best_prices(alike.reach, starts, window=above + _WINDOW, most_arcs=most_arcs)
             if found is None:
                 break
             self.shares = alike.spread(found.shares)

@@ -41,7 +41,6 @@ _CAPACITY_SHARE = 0.8
 _MODEL_SEGMENTS = 6_000  # that the flow model is given at most
 _S_PER_RUN = 4e-6  # what looking at a segment takes on any machine of today, and building its part of the model
 _S_PER_SEGMENT = 5e-5
-_A_LITTLE_ABOVE = 1.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,6 @@ class Known:
 
     bottleneck: KnownPrices | None = None
     capacity: KnownPrices | None = None
-    bottleneck_ns: int = 0
 
 
 def place(problem: PlacementProblem, *, budget: Budget, start: Sequence[PlacedStage] = ()) -> Placement:
@@ -107,8 +105,6 @@ class _Solver:
         whole = self.budget
         self.budget = whole.part(_BOTTLENECK_SHARE if self.known.bottleneck is None else _KNOWN_SHARE)
         self._use(self.known.bottleneck)
-        if self.known.bottleneck is not None and start:
-            self._sharpen(start)
         stages, bottleneck = self._bottleneck(start, whole)
         of_bottleneck = self._named()
         limit_ns = bottleneck_limit_ns(bottleneck.value)
@@ -119,18 +115,13 @@ class _Solver:
         stages, capacity = self._capacity(max(within, key=lambda found: found[0].kv_tokens)[1], limit_ns)
         self._remember(stages)
         self.budget = whole
-        self.known = Known(bottleneck=of_bottleneck, capacity=self._named(), bottleneck_ns=bottleneck.value)
+        self.known = Known(bottleneck=of_bottleneck, capacity=self._named())
         self.proofs += [bottleneck, capacity]
         tokens = max(self.problem.min_kv_tokens, kv_limit_tokens(capacity.value))
         limits = Limits(bottleneck_ns=limit_ns, kv_tokens=tokens)
         least = min(self._within(limits), key=lambda f: (f[0].change_ns, f[0].fragmentation, f[0].moved_bytes))
         stages = self._rest(least[1], limits)
         return Placement(stages=stages, scores=score(self.problem, stages), proofs=tuple(self.proofs))
-
-    def _sharpen(self, start: tuple[PlacedStage, ...]) -> None:
-        """Better the known prices a little above the old bottleneck, which is near the new one."""
-        near_ns = min(round(self.known.bottleneck_ns * _A_LITTLE_ABOVE), score(self.problem, start).bottleneck_ns)
-        self.search.sharpen(Limits(bottleneck_ns=near_ns, kv_tokens=self.problem.min_kv_tokens))
 
     # ---- bottleneck
 

@@ -140,17 +140,23 @@ def _candidates_lines(candidates: Sequence[Json], paint: Paint) -> list[str]:
 
 
 def _memory_lines(found: Json) -> list[str]:
-    """Return what the first pipeline takes of each device, devices that are alike drawn together."""
+    """Return what the first pipeline takes of each device, in their order, devices that are alike drawn together."""
     stages = [
         (stage, format_bytes_of(memory["needed_bytes"], memory["usable_bytes"]))
         for stage, memory in zip(found["pipelines"][0], found["memory"], strict=True)
     ]
+    stages.sort(key=lambda pair: _in_order(pair[0]["device_ids"][0]))
     parts = []
     for text, alike in groupby(stages, key=lambda pair: pair[1]):
         names = device_names([stage for stage, _ in alike])
         parts.append(f"{', '.join(names)}: {text}".replace(" ", _NO_BREAK))
     lines = textwrap.wrap("memory " + "; ".join(parts), _WIDTH - len(_INDENT), subsequent_indent=" " * 7)
     return [_INDENT + line.replace(_NO_BREAK, " ") for line in lines]
+
+
+def _in_order(device_id: str) -> tuple[str, int]:
+    head, _, number = device_id.rpartition(":")
+    return (head, int(number)) if number.isdecimal() else (device_id, 0)
 
 
 def _row(candidate: Json) -> tuple[str, ...]:

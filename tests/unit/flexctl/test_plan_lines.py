@@ -104,8 +104,9 @@ def test_every_candidate_says_why_it_lost() -> None:
 
 
 def test_every_candidate_says_what_it_takes_of_each_device() -> None:
-    uneven = found([stage(f"cpu:{n}", n, n + 1) for n in range(4)])
-    uneven["memory"] = [memory(f"cpu:{n}", size * MIB) for n, size in enumerate((60, 40, 40, 50))]
+    order = (3, 0, 2, 1)
+    uneven = found([stage(f"cpu:{device}", n, n + 1) for n, device in enumerate(order)])
+    uneven["memory"] = [memory(f"cpu:{device}", (60, 40, 40, 50)[device] * MIB) for device in order]
     lines = plan_lines(answer(ONE, TWO | {"found": uneven}), explain=True)
     assert "        memory cpu:0: 40 of 512 MiB" in lines
     at = lines.index("        memory cpu:0: 60 of 512 MiB; cpu:1-2: 40 of 512 MiB;")
