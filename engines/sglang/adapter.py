@@ -15,9 +15,8 @@ from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest
 from engines.served.channel import Channel, Message
 from engines.served.connecting import connect_ranks, first_contact, read_hub_token
 from engines.served.engine import HTTP_SOCKET, ServedEngine, ServedSetup
-from engines.served.handovers import HandoverSetup
 from engines.served.logs import LogLine
-from engines.served.ranks import Ranks
+from engines.served.options import handover_setup
 from engines.served.sampling import tokens_left
 from engines.served.server import EngineServer, members_of
 from engines.served.streams import Stream
@@ -28,7 +27,6 @@ from engines.sglang.logs import DIALECT
 from engines.sglang.options import SglangOptions, num_kv_tokens
 from engines.sglang.sampling import parameter_of, to_sglang
 from engines.validation import check_request
-from planner.handover import HandoverLimits
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph
 
@@ -256,21 +254,7 @@ def _setup(options: SglangOptions) -> ServedSetup:
         name="SGLang",
         listener=_LISTENER,
         dialect=DIALECT,
-        handover=HandoverSetup(
-            ranks=Ranks(device_ids=options.device_ids, tensor_parallel=options.tensor_parallel),
-            cuda=options.cuda,
-            device_memory_bytes=options.device_memory_bytes,
-            kv_block_tokens=options.kv_block_tokens,
-            kv_capacity_blocks=num_kv_tokens(options) // options.kv_block_tokens,
-            limits=HandoverLimits(
-                prepare_deadline_s=options.prepare_deadline_s,
-                sync_deadline_s=options.sync_deadline_s,
-                commit_deadline_s=options.commit_deadline_s,
-                max_rounds=options.max_rounds,
-                remainder_slots=options.remainder_slots,
-            ),
-            verify_checksums=options.verify_checksums,
-        ),
+        handover=handover_setup(options, kv_capacity_blocks=num_kv_tokens(options) // options.kv_block_tokens),
         start_deadline_s=options.start_deadline_s,
         hang_deadline_s=options.hang_deadline_s,
     )

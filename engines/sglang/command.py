@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from engines.served.inherited import inherited_environment
+from engines.served.options import threads_per_rank
 from engines.served.owned import Owned
 from engines.served.plugin_path import plugin_path
-from engines.sglang.options import SglangOptions, num_kv_tokens, threads_per_rank
+from engines.sglang.options import SglangOptions, num_kv_tokens
 from topology.cuda_order import visible_environment
 
 PLUGIN: Final = Path(__file__).with_name("plugin")

@@ -13,9 +13,8 @@ from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest
 from engines.served.channel import Channel, Message
 from engines.served.connecting import first_contact, read_hub_token
 from engines.served.engine import ServedEngine, ServedSetup
-from engines.served.handovers import HandoverSetup
 from engines.served.logs import LogLine
-from engines.served.ranks import Ranks
+from engines.served.options import handover_setup
 from engines.served.sampling import tokens_left
 from engines.served.server import EngineServer
 from engines.served.streams import Stream
@@ -29,7 +28,6 @@ from engines.vllm.options import VllmOptions, num_kv_blocks
 from engines.vllm.own_server import own_server
 from engines.vllm.recompile import Recompilation, Recompiler
 from engines.vllm.sampling import to_vllm
-from planner.handover import HandoverLimits
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph
 
@@ -206,21 +204,7 @@ def _setup(options: VllmOptions) -> ServedSetup:
         name="vLLM",
         listener=_LISTENER,
         dialect=DIALECT,
-        handover=HandoverSetup(
-            ranks=Ranks(device_ids=options.device_ids, tensor_parallel=options.tensor_parallel),
-            cuda=options.cuda,
-            device_memory_bytes=options.device_memory_bytes,
-            kv_block_tokens=options.kv_block_tokens,
-            kv_capacity_blocks=num_kv_blocks(options) - 1,
-            limits=HandoverLimits(
-                prepare_deadline_s=options.prepare_deadline_s,
-                sync_deadline_s=options.sync_deadline_s,
-                commit_deadline_s=options.commit_deadline_s,
-                max_rounds=options.max_rounds,
-                remainder_slots=options.remainder_slots,
-            ),
-            verify_checksums=options.verify_checksums,
-        ),
+        handover=handover_setup(options, kv_capacity_blocks=num_kv_blocks(options) - 1),
         start_deadline_s=options.start_deadline_s,
         hang_deadline_s=options.hang_deadline_s,
     )

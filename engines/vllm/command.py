@@ -11,9 +11,10 @@ from typing import Final
 
 from engines.served.engine import HTTP_SOCKET
 from engines.served.inherited import inherited_environment
+from engines.served.options import threads_per_rank
 from engines.served.owned import Owned
 from engines.served.plugin_path import plugin_path
-from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
+from engines.vllm.options import VllmOptions, num_kv_blocks
 from topology.cuda_order import visible_environment
 
 PLUGIN: Final = Path(__file__).with_name("plugin")

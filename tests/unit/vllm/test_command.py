@@ -7,9 +7,10 @@ import pytest
 from msgspec.structs import replace
 
 from engines.errors import UnsupportedByEngine
+from engines.served.options import threads_per_rank
 from engines.served.plugin_path import SHARED, plugin_path
 from engines.vllm.command import OWNED, PLUGIN, command_line, environment, owned_flag, side_channel_address
-from engines.vllm.options import VllmOptions, num_kv_blocks, threads_per_rank
+from engines.vllm.options import VllmOptions, num_kv_blocks
 
 RUN = Path("/run/x")
 
