@@ -7,18 +7,17 @@ reads yet.
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 import torch
+from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
 from flexpiped_served.moving import Moving
-from flexpiped_served.processes import lower_this_thread, trim_heap
 from flexpiped_served.side import Reply, SideChannel
-from flexpiped_served.weights import HelperFailed, WeightHelper
+from flexpiped_served.weights import WeightHelper
 
 from flexpiped_sglang import internals
 from flexpiped_sglang.answers import Answer, AnswerReceiver, AnswerSender
@@ -30,8 +29,6 @@ from flexpiped_sglang.sending import Sending
 from flexpiped_sglang.settings import Settings
 from flexpiped_sglang.slots import Command, Slots
 
-_EXPECTED = (HelperFailed, RuntimeError, OSError, KeyError, ValueError)  # a failpoint is a RuntimeError
-_PREPARING_NICE = 19
 _HANDOVER_CALLS = ("flexpiped_begin", "flexpiped_round", "flexpiped_commit")
 _SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for long
 
@@ -63,7 +60,8 @@ class Rank:
             )
         if self._number == 0:
             self._lead(parallel)
-        self._side = SideChannel(settings.directory / f"rank-{self._number}.sock", self._answer)
+        answers = RankAnswers(self._failpoints, moving=self._ready_moving, status=self._status, no_grad=torch.no_grad)
+        self._side = SideChannel(settings.directory / f"rank-{self._number}.sock", answers.answer)
 
     # --- start ---
 
@@ -164,14 +162,14 @@ class Rank:
     def _begin_round(self, ticket: int, number: int) -> None:
         try:
             self._ready_sending().begin_round(number, partial(self._answers.send, ticket))
-        except _EXPECTED as error:
+        except EXPECTED as error:
             self._answers.send(ticket, {"error": _words(error)})
 
     def _try(self, ticket: int, work: Callable[[Sending], Answer]) -> None:
         """Do a piece of a handover and answer. An exception would end the scheduler, so it becomes an answer."""
         try:
             answer = work(self._ready_sending())
-        except _EXPECTED as error:
+        except EXPECTED as error:
             answer = {"error": _words(error)}
         self._answers.send(ticket, answer)
 
@@ -182,26 +180,6 @@ class Rank:
 
     # --- the side channels' threads ---
 
-    def _answer(self, message: dict[str, Any], reply: Reply) -> None:
-        call = message.get("call")
-        try:
-            match message["op"]:
-                case "status":
-                    reply({"op": "reply", "call": call, "result": self._status()})
-                case "arm":
-                    self._failpoints.arm(message["name"], message["action"])
-                    reply({"op": "reply", "call": call, "result": {}})
-                case "prepare":
-                    threading.Thread(target=self._prepare, args=(message, reply), daemon=True).start()
-                case "release":
-                    released = self._ready_moving().release(message["handover"])
-                    trim_heap()
-                    reply({"op": "reply", "call": call, "result": released})
-                case op:
-                    reply({"op": "reply", "call": call, "error": f"unknown op {op!r}"})
-        except _EXPECTED as error:
-            reply({"op": "reply", "call": call, "error": _words(error)})
-
     def _answer_core(self, message: dict[str, Any], reply: Reply) -> None:
         call, method = message["call"], message["method"]
         if method == "flexpiped_counters":
@@ -210,18 +188,6 @@ class Rank:
             reply({"op": "reply", "call": call, "error": self._refusal})
         else:
             self._conductor.take(method, message.get("args", []), reply, call)
-
-    def _prepare(self, message: dict[str, Any], reply: Reply) -> None:
-        lower_this_thread(_PREPARING_NICE)
-        call = message["call"]
-        try:
-            with torch.no_grad():
-                moving = self._ready_moving()
-                for weights_bytes in moving.prepare(message["handover"], message["layout"], message["new_layout"]):
-                    reply({"op": "progress", "call": call, "weights_bytes": weights_bytes})
-            reply({"op": "reply", "call": call, "result": {}})
-        except _EXPECTED as error:
-            reply({"op": "reply", "call": call, "error": _words(error)})
 
     def _ready_moving(self) -> Moving:
         if self._moving is None:

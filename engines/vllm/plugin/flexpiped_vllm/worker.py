@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
 from flexpiped_served.kv import CacheForm
 from flexpiped_served.moving import Moving
-from flexpiped_served.processes import lower_this_thread, trim_heap
 from flexpiped_served.side import Reply, SideChannel
-from flexpiped_served.weights import HelperFailed, WeightHelper
+from flexpiped_served.weights import WeightHelper
 
 from flexpiped_vllm import internals
 from flexpiped_vllm.compiled import CompiledForward
@@ -30,8 +30,7 @@ from flexpiped_vllm.layers import CannotMove, LayerStore, find_layers
 from flexpiped_vllm.loading import load_layer
 from flexpiped_vllm.settings import Settings
 
-_EXPECTED = (HelperFailed, CompileFailed, RuntimeError, OSError, KeyError, ValueError)  # a failpoint is a RuntimeError
-_PREPARING_NICE = 19
+_EXPECTED = (*EXPECTED, CompileFailed)
 _SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for long
 
 
@@ -232,6 +231,9 @@ class ResidentRank(KvRank):
                 num_blocks=self.model_runner.kv_cache_config.num_blocks,
                 slice_bytes=settings.slice_bytes,
             )
+        self._answers = RankAnswers(
+            self._failpoints, moving=self._ready_moving, status=self._status, no_grad=torch.inference_mode
+        )
         self._side = SideChannel(settings.directory / f"rank-{self._global_rank()}.sock", self._answer)
 
     def _global_rank(self) -> int:
@@ -244,17 +246,6 @@ class ResidentRank(KvRank):
         call = message.get("call")
         try:
             match message["op"]:
-                case "status":
-                    reply({"op": "reply", "call": call, "result": self._status()})
-                case "arm":
-                    self._failpoints.arm(message["name"], message["action"])
-                    reply({"op": "reply", "call": call, "result": {}})
-                case "prepare":
-                    threading.Thread(target=self._prepare, args=(message, reply), daemon=True).start()
-                case "release":
-                    released = self._ready_moving().release(message["handover"])
-                    trim_heap()
-                    reply({"op": "reply", "call": call, "result": released})
                 case "compile":
                     ticket = 0 if self._compiled is None else self._compiled.ticket()
                     threading.Thread(target=self._compile, args=(message, ticket, reply), daemon=True).start()
@@ -262,20 +253,8 @@ class ResidentRank(KvRank):
                     if self._compiled is not None:
                         self._compiled.stop()
                     reply({"op": "reply", "call": call, "result": {}})
-                case op:
-                    reply({"op": "reply", "call": call, "error": f"unknown op {op!r}"})
-        except _EXPECTED as error:
-            reply({"op": "reply", "call": call, "error": _words(error)})
-
-    def _prepare(self, message: dict[str, Any], reply: Reply) -> None:
-        lower_this_thread(_PREPARING_NICE)
-        call = message["call"]
-        try:
-            with torch.inference_mode():
-                moving = self._ready_moving()
-                for weights_bytes in moving.prepare(message["handover"], message["layout"], message["new_layout"]):
-                    reply({"op": "progress", "call": call, "weights_bytes": weights_bytes})
-            reply({"op": "reply", "call": call, "result": {}})
+                case _:
+                    self._answers.answer(message, reply)
         except _EXPECTED as error:
             reply({"op": "reply", "call": call, "error": _words(error)})
 
