@@ -15,7 +15,16 @@ from engines.errors import RefactoringAborted
 from planner.layout import Pipeline
 from tests.support.sglang_plugin import PluginDriver, driven
 from tests.support.vllm import llama
-from tests.vllm.streams import MOVES, Result, assert_same, collect, on_ranks, run_streams, stream
+from tests.vllm.streams import (
+    FAILURES_BEFORE_COMMIT,
+    MOVES,
+    Result,
+    assert_same,
+    collect,
+    on_ranks,
+    run_streams,
+    stream,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
 START = on_ranks(2, 2, 2, 2)
@@ -148,22 +157,7 @@ def resident_shared_bytes(pid: int) -> int:
     return int(lines["RssShmem"].split()[0]) * 1024
 
 
-@pytest.mark.parametrize(
-    ("name", "rank"),
-    [
-        ("worker.prepare", 1),
-        ("worker.load", 1),
-        ("worker.prepared", 1),
-        ("core.begin", None),
-        ("core.round", None),
-        ("worker.copy_out", 0),
-        ("worker.copy_in", 1),
-        ("core.drain", None),
-        ("core.commit", None),
-        ("worker.commit", 0),
-        ("core.commit.last", None),
-    ],
-)
+@pytest.mark.parametrize(("name", "rank"), FAILURES_BEFORE_COMMIT)
 async def test_a_failure_before_the_commit_rolls_back(driver: PluginDriver, name: str, rank: int | None) -> None:
     await move(driver, START)
     undisturbed = await run_streams(driver, count=3, max_tokens=30)

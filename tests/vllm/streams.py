@@ -69,3 +69,18 @@ MOVES = [
     )
 ]  # fmt: skip
 assert all(one != other for one, other in pairwise(MOVES))
+
+# Failpoints that a move from 2,2,2,2 to 1,3,2,2 decoders passes before its commit, and the rank; None: the core.
+FAILURES_BEFORE_COMMIT = [
+    ("worker.prepare", 1),
+    ("worker.load", 1),
+    ("worker.prepared", 1),
+    ("core.begin", None),
+    ("core.round", None),
+    ("worker.copy_out", 0),
+    ("worker.copy_in", 1),
+    ("core.drain", None),
+    ("core.commit", None),
+    ("worker.commit", 0),
+    ("core.commit.last", None),
+]

@@ -10,7 +10,16 @@ from engines.vllm.adapter import VllmEngine
 from planner.handover import HandoverPhase
 from tests.support.vllm import layout
 from tests.vllm.conftest import CROWDED, KV_BLOCKS
-from tests.vllm.streams import MOVES, assert_same, collect, move, on_ranks, run_streams, stream
+from tests.vllm.streams import (
+    FAILURES_BEFORE_COMMIT,
+    MOVES,
+    assert_same,
+    collect,
+    move,
+    on_ranks,
+    run_streams,
+    stream,
+)
 
 pytestmark = [
     pytest.mark.engine,
@@ -137,22 +146,7 @@ async def test_memory_is_given_back(engine: VllmEngine) -> None:
     assert left.kv_mapped_bytes == full.kv_mapped_bytes / 5
 
 
-@pytest.mark.parametrize(
-    ("name", "rank"),
-    [
-        ("worker.prepare", 1),
-        ("worker.load", 1),
-        ("worker.prepared", 1),
-        ("core.begin", None),
-        ("core.round", None),
-        ("worker.copy_out", 0),
-        ("worker.copy_in", 1),
-        ("core.drain", None),
-        ("core.commit", None),
-        ("worker.commit", 0),
-        ("core.commit.last", None),
-    ],
-)
+@pytest.mark.parametrize(("name", "rank"), FAILURES_BEFORE_COMMIT)
 async def test_a_failure_before_the_commit_rolls_back(engine: VllmEngine, name: str, rank: int | None) -> None:
     await move(engine, START)
     undisturbed = await run_streams(engine, count=3, max_tokens=40)
