@@ -88,7 +88,8 @@ def _make_layers(
     return_tuple: bool = False,
     **more: Any,
 ) -> Any:
-    if pp_rank is None or pp_size is None or pp_size == 1:
+    on_cpu = torch.empty(0).device.type == "cpu"  # moves on GPUs are refused: nothing is built there for them
+    if pp_rank is None or pp_size is None or pp_size == 1 or not on_cpu:
         return original(num_hidden_layers, layer_fn, pp_rank, pp_size, prefix, return_tuple, **more)
     first, end = internals.get_pp_indices(num_hidden_layers, pp_rank, pp_size)
 
