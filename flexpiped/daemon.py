@@ -93,6 +93,13 @@ class Daemon:
 
     async def live(self) -> int:
         """Start, serve until asked to stop, drain. Return the exit code."""
+        watched = asyncio.create_task(self._notifier.feed_watchdog(), name="watchdog")
+        try:
+            return await self._live()
+        finally:
+            watched.cancel()
+
+    async def _live(self) -> int:
         try:
             service = Service(
                 self._settings,

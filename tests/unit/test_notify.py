@@ -1,5 +1,6 @@
 """Messages to the service manager."""
 
+import asyncio
 import socket
 import uuid
 from pathlib import Path
@@ -43,3 +44,20 @@ def test_an_abstract_socket() -> None:
 def test_no_manager_is_no_error(tmp_path: Path) -> None:
     Notifier({}).ready("serving")
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "nobody")}).ready("serving")
+
+
+@pytest.mark.real_loop
+async def test_the_watchdog_is_fed_for_as_long_as_the_loop_turns(tmp_path: Path) -> None:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.setblocking(False)
+        notifier = Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "20000"})
+        feeding = asyncio.create_task(notifier.feed_watchdog())
+        for _ in range(3):
+            assert await asyncio.get_running_loop().sock_recv(manager, 4096) == b"WATCHDOG=1"
+        feeding.cancel()
+
+
+async def test_nobody_who_watches_is_fed() -> None:
+    await Notifier({"NOTIFY_SOCKET": "/nowhere"}).feed_watchdog()
