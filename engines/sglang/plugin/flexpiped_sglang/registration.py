@@ -20,9 +20,11 @@ def register() -> None:
     die_with_parent(parent_pid=os.getppid())
     settings = Settings.of_environment()
     _serve_on_a_socket(str(settings.directory / "http.sock"))
+    from flexpiped_sglang.idling import sleep_briefly
     from flexpiped_sglang.seeds import draw_by_seed
 
     draw_by_seed()
+    sleep_briefly()
     from flexpiped_sglang import internals
 
     if not internals.check():

@@ -1,0 +1,25 @@
+"""Schedulers that have nothing to do sleep, but not for long: a move goes slot by slot through an idle engine, too.
+
+SGLang's own choice is to poll for requests all the time, or to look at nothing else for a second. A request wakes it
+either way.
+"""
+
+from functools import wraps
+from typing import Any
+
+_IDLE_MS = 10
+
+
+def sleep_briefly() -> None:
+    """Bound how long a scheduler waits for its next request before it goes through its slots again."""
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+
+    original = IdleSleeper.__init__
+
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        poll = self.poller.poll
+        self.poller.poll = lambda timeout_ms: poll(min(timeout_ms, _IDLE_MS))
+
+    IdleSleeper.__init__ = init
