@@ -105,7 +105,10 @@ class FastColdStart:
 
 @dataclass(kw_only=True)
 class Oracle:
-    """Knows all arrivals and changes at once, for nothing: the limit of what any policy could do with these replicas.
+    """Knows all arrivals, and starts replicas at once, for nothing.
+
+    No proven limit: it still plans by predicted capacity and mean lengths, and replicas that it gives up hold their
+    devices until their last request has ended, so a change of granularity can find no room.
 
     Each tick it has the granularity, and the number of replicas, that serve the most that will come within the next
     ``ahead_s`` at ``load``, on the fewest devices.
