@@ -1,6 +1,7 @@
 """Streams whose output must not change, and how it is compared."""
 
 import asyncio
+from collections.abc import Sequence
 from itertools import pairwise
 
 from engines.protocol import Engine, GenerationRequest, RefactorProgress, SamplingParams
@@ -28,8 +29,12 @@ async def collect(engine: Engine, wanted: GenerationRequest) -> tuple[list[int],
     return tokens, logprobs
 
 
-async def run_streams(engine: Engine, *, count: int = STREAMS, max_tokens: int = 0, salt: int = 0) -> Result:
-    wanted = [stream(index, max_tokens=max_tokens, salt=salt) for index in range(count)]
+async def run_streams(
+    engine: Engine, *, count: int = STREAMS, max_tokens: int = 0, salt: int = 0, lengths: Sequence[int] = ()
+) -> Result:
+    """Run streams to their end: of ``max_tokens``, or each of its own of ``lengths``."""
+    tokens = lengths or [max_tokens] * count
+    wanted = [stream(index, max_tokens=tokens[index], salt=salt) for index in range(count)]
     return list(await asyncio.gather(*(collect(engine, one) for one in wanted)))
 
 

@@ -67,8 +67,8 @@ async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None
         assert supervisor.engine is made.engines[2]
         assert supervisor.pipeline == layout(2, 6)
 
-        longest = max(FEWER, *(len(tokens) for tokens in moved.tokens))
-        undisturbed = await run_streams(made.engines[2], count=STREAMS, max_tokens=longest)
+        lengths = [max(FEWER, len(tokens)) for tokens in moved.tokens]
+        undisturbed = await run_streams(made.engines[2], count=STREAMS, lengths=lengths)
         moved.assert_begin_of(undisturbed)
         killed.assert_begin_of(undisturbed)
         assert {len(tokens) for tokens in killed.tokens} == {FEWER}
