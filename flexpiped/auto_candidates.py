@@ -52,6 +52,11 @@ class PlannedCandidates:
         self._planned: tuple[tuple[str, Pipeline], float, tuple[Granularity, ...]] | None = None
         self._known: dict[Workload, tuple[Candidate, ...]] = {}
 
+    def expect(self, expected: Workload, slo: Slo) -> None:
+        """Go on with another workload and other targets; predictions that rest on the old ones are forgotten."""
+        self._expected, self._slo = expected, slo
+        self._known.clear()
+
     async def of(self, engine: Engine, seen: Observation) -> tuple[Candidate, ...]:
         """Return the candidates for ``engine`` under a load such as ``seen``.
 

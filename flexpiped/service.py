@@ -120,13 +120,14 @@ class Service:
             stale_after_s=settings.auto.stale_after_s,
         )
         self._metrics = Metrics(listener=self._load)
+        self._candidates = PlannedCandidates(
+            resolver=lambda: self._offer().resolver, expected=workload_of(settings), slo=slo_of(settings)
+        )
         self._auto = AutoControl(
             settings.auto,
             engine=self._engine_to_change,
             load=self._load,
-            candidates=PlannedCandidates(
-                resolver=lambda: self._offer().resolver, expected=workload_of(settings), slo=slo_of(settings)
-            ),
+            candidates=self._candidates,
             refactorings=self._refactorings,
             rest=lambda: self._supervisor,
             decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
@@ -171,6 +172,7 @@ class Service:
         """Use what ``settings`` say of what is live, and the API keys that their file holds now."""
         self._keys = keys
         self._admission.limits = _limits(settings)
+        self._candidates.expect(workload_of(settings), slo_of(settings))
         if self._supervisor is not None:
             self._supervisor.wait_deadline_s = settings.admission.engine_wait_s
         if self._offers is not None:

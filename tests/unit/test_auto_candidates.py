@@ -1,0 +1,87 @@
+"""The policy's candidates: planned once for each layout, predicted once for each kind of load."""
+
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from engines.fake import FakeEngine
+from flexpiped.auto_candidates import PLAN_AGE_S, PlannedCandidates, workload_seen
+from flexpiped.config_values import Auto
+from planner.candidate_plan import PlanAnswer
+from planner.layout import Pipeline
+from planner.load import LoadMonitor
+from planner.planning import plan
+from planner.question import EngineLimits, PlanQuestion
+from planner.workload import Slo, Workload
+from tests.support.costs import FlatCosts
+from tests.support.graphs import SMALL_LLAMA, graph_of
+from tests.support.layouts import even_pipeline
+from topology.device import cpu_devices
+from topology.topology import HostTopology
+from topology.units import GIB
+
+GRAPH = graph_of(SMALL_LLAMA)
+EXPECTED = Workload(rate_per_s=1.0, prompt_tokens_mean=20, output_tokens_mean=10)
+
+
+class Planner:
+    """Plans for four CPU devices, and counts how often."""
+
+    def __init__(self) -> None:
+        self.plans = 0
+
+    def answer(
+        self,
+        stages: int | Auto,
+        *,
+        current: Pipeline | None,  # noqa: ARG002
+        resident: Sequence[tuple[str, ...]] = (),  # noqa: ARG002
+    ) -> PlanAnswer:
+        assert stages is Auto.AUTO
+        self.plans += 1
+        question = PlanQuestion(
+            graph=GRAPH,
+            costs=FlatCosts(),
+            topology=HostTopology(host_id="h", devices=cpu_devices(count=4, memory_bytes=GIB)),
+            engine=EngineLimits(max_stages=4),
+        )
+        return plan(question, clock=lambda: 0.0)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[FakeEngine]:
+    engine = FakeEngine(pipeline=even_pipeline(2))
+    await engine.start(on_progress=lambda _: None)
+    yield engine
+    await engine.close()
+
+
+async def test_what_is_alike_is_planned_and_predicted_once(engine: FakeEngine) -> None:
+    planner, now_s = Planner(), [0.0]
+    source = PlannedCandidates(resolver=lambda: planner, expected=EXPECTED, slo=Slo(), clock=lambda: now_s[0])
+    seen = LoadMonitor(began_s=0.0).observe(1.0)
+    first = await source.of(engine, seen)
+    assert [each.num_stages for each in first] == [1, 2, 3, 4]
+    assert await source.of(engine, seen) is first
+    assert planner.plans == 1
+    now_s[0] = PLAN_AGE_S + 1
+    assert await source.of(engine, seen) is not first
+    assert planner.plans == 2
+
+
+async def test_other_lengths_are_predicted_anew_without_a_plan(engine: FakeEngine) -> None:
+    planner = Planner()
+    source = PlannedCandidates(resolver=lambda: planner, expected=EXPECTED, slo=Slo(), clock=lambda: 0.0)
+    monitor = LoadMonitor(began_s=0.0)
+    short = await source.of(engine, monitor.observe(1.0))
+    monitor.arrived(1, 1.0)
+    monitor.ended(1, 2.0, output_tokens=200, tpot_s=0.01)
+    long = await source.of(engine, monitor.observe(2.0))
+    assert planner.plans == 1
+    assert long[0].throughput_per_s < short[0].throughput_per_s
+    source.expect(EXPECTED, Slo(ttft_s=1.0))
+    assert await source.of(engine, monitor.observe(2.0)) is not long
+
+
+def test_what_was_not_seen_is_as_expected() -> None:
+    assert workload_seen(LoadMonitor(began_s=0.0).observe(1.0), EXPECTED) == EXPECTED
