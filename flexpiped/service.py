@@ -355,6 +355,8 @@ class Service:
 
     def _keep(self, event: Event) -> None:
         """Have the journal keep what happens; progress is only for those who watch."""
+        if event.kind is EventKind.REFACTORING and event.fields.get("state") == "ended":
+            self._metrics.handover_ended(event.fields["record"])
         if event.fields.get("state") != "progress":
             self._journal.record(event, self._intents.after(event))
 

@@ -15,6 +15,7 @@ from flexpiped.api.backend import BACKEND, Backend
 from flexpiped.api.errors import ApiError, from_http_status
 from flexpiped.api.forwarding import OWN_PATHS
 from flexpiped.api.handlers import chat_completions, completions, engine_route
+from flexpiped.api.metrics import Levels
 from flexpiped.api.parameters import ensure_model
 from flexpiped.status import ServiceState
 
@@ -104,7 +105,12 @@ async def readyz(http: web.Request) -> web.Response:
 async def metrics(http: web.Request) -> web.Response:
     """GET /metrics"""
     backend = http.app[BACKEND]
-    body = backend.metrics.render(await _engine_counters(backend))
+    levels = Levels(
+        state=backend.health().state,
+        requests_queued=backend.admission.requests_queued,
+        tokens_in_flight=backend.admission.tokens_in_flight,
+    )
+    body = backend.metrics.render(await _engine_counters(backend), levels)
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

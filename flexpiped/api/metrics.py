@@ -6,20 +6,22 @@ A reading that cannot be had is absent, never zero.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engines.protocol import EngineCounters
-from flexpiped.status import Latencies, Percentiles
+from flexpiped.status import Latencies, Percentiles, ServiceState
 
 _REMEMBERED = 1000  # requests whose latencies make the percentiles of the status
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_HANDOVER_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TPOT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -120,6 +122,15 @@ class Observation:
         return (self._last_s - self._first_s) / (self._timed_tokens - 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levels:
+    """What the daemon reads when it is asked for its metrics."""
+
+    state: ServiceState
+    requests_queued: int
+    tokens_in_flight: int
+
+
 class Metrics:
     """Metrics of the API. Used on one event loop."""
 
@@ -149,6 +160,21 @@ class Metrics:
             buckets=_TPOT_BUCKETS_S,
             registry=self.registry,
         )
+        self._handovers = Counter(
+            "flexpiped_handovers", "Changes of layout that have ended", ["result"], registry=self.registry
+        )
+        self._handover_s = Histogram(
+            "flexpiped_handover_duration_seconds",
+            "From the beginning of a change of layout to its end",
+            buckets=_HANDOVER_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._pause_s = Histogram(
+            "flexpiped_handover_commit_pause_seconds",
+            "From the last step in one layout to the first in the next",
+            buckets=_TPOT_BUCKETS_S,
+            registry=self.registry,
+        )
         self._recent_ttft_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._recent_tpot_s: deque[float] = deque(maxlen=_REMEMBERED)
 
@@ -164,15 +190,25 @@ class Metrics:
             observation.end()
             self._record(endpoint, observation)
 
+    def handover_ended(self, record: Mapping[str, Any]) -> None:
+        """Count a change of layout by its record, as ``record_to_wire`` gives it."""
+        self._handovers.labels(record["result"]).inc()
+        self._handover_s.observe(record["duration_s"])
+        pause_s = (record["progress"] or {}).get("commit_pause_s")
+        if pause_s is not None:
+            self._pause_s.observe(pause_s)
+
     def latencies(self) -> Latencies:
         """Return percentiles over the last requests."""
         return Latencies(ttft=percentiles_of(self._recent_ttft_s), tpot=percentiles_of(self._recent_tpot_s))
 
-    def render(self, counters: EngineCounters | None) -> bytes:
+    def render(self, counters: EngineCounters | None, levels: Levels | None = None) -> bytes:
         """Return the exposition in Prometheus's text format, with the engine's counters where they can be had."""
         engine = CollectorRegistry(auto_describe=False)
         if counters is not None:
             engine.register(_EngineCollector(counters))
+        if levels is not None:
+            engine.register(_LevelsCollector(levels))
         return generate_latest(self.registry) + generate_latest(engine)
 
     def _record(self, endpoint: Endpoint, observation: Observation) -> None:
@@ -185,6 +221,22 @@ class Metrics:
         if observation.tpot_s is not None:
             self._tpot.observe(observation.tpot_s)
             self._recent_tpot_s.append(observation.tpot_s)
+
+
+class _LevelsCollector(Collector):
+    def __init__(self, levels: Levels) -> None:
+        self._levels = levels
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._levels
+        yield GaugeMetricFamily(
+            "flexpiped_requests_queued", "Requests that wait for a place", value=now.requests_queued
+        )
+        yield GaugeMetricFamily("flexpiped_tokens_in_flight", "Tokens reserved by requests", value=now.tokens_in_flight)
+        states = GaugeMetricFamily("flexpiped_state", "1 for the state of the service, 0 for others", labels=["state"])
+        for state in ServiceState:
+            states.add_metric([state.value], float(state is now.state))
+        yield states
 
 
 class _EngineCollector(Collector):

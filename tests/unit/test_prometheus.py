@@ -1,0 +1,73 @@
+"""Prometheus: promtool has nothing to say, alerts fire as they should, and nobody asks for a metric that is none."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from engines.protocol import EngineCounters
+from flexpiped.api.metrics import Endpoint, Levels, Metrics, Outcome
+from flexpiped.status import ServiceState
+
+ETC = Path(__file__).parents[2] / "etc"
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+
+
+def exposition() -> str:
+    metrics = Metrics()
+    with metrics.observe(Endpoint.CHAT) as observation:
+        observation.tokens(3)
+        observation.outcome = Outcome.DONE
+    for result in ("done", "aborted", "failed"):
+        metrics.handover_ended({"result": result, "duration_s": 0.2, "progress": {"commit_pause_s": 0.003}})
+    metrics.handover_ended({"result": "failed", "duration_s": 0.1, "progress": None})
+    counters = EngineCounters(**dict.fromkeys(EngineCounters.__dataclass_fields__, 1))
+    levels = Levels(state=ServiceState.READY, requests_queued=2, tokens_in_flight=40)
+    return metrics.render(counters, levels).decode()
+
+
+def promtool(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["promtool", *arguments], cwd=ETC / "prometheus", input=stdin, capture_output=True, text=True, check=False
+    )
+
+
+def test_handovers_and_levels_are_shown() -> None:
+    shown = exposition().splitlines()
+
+    assert 'flexpiped_handovers_total{result="failed"} 2.0' in shown
+    assert "flexpiped_handover_commit_pause_seconds_count 3.0" in shown
+    assert "flexpiped_requests_queued 2.0" in shown
+    assert 'flexpiped_state{state="ready"} 1.0' in shown
+    assert 'flexpiped_state{state="failed"} 0.0' in shown
+
+
+@needs_promtool
+def test_promtool_has_nothing_to_say_about_the_metrics() -> None:
+    ran = promtool("check", "metrics", stdin=exposition())
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should() -> None:
+    checked, tested = (
+        promtool("check", "rules", "flexpiped.rules.yml"),
+        promtool("test", "rules", "flexpiped.rules.test.yml"),
+    )
+
+    assert (checked.returncode, tested.returncode) == (0, 0), checked.stderr + tested.stdout + tested.stderr
+
+
+@pytest.mark.parametrize("file", ["prometheus/flexpiped.rules.yml", "grafana/flexpiped.json"])
+def test_only_metrics_that_exist_are_asked_for(file: str) -> None:
+    text = (ETC / file).read_text(encoding="utf-8")
+    if file.endswith(".json"):
+        text = " ".join(target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"])
+    asked = set(re.findall(r"\bflexpiped_\w+", text))
+
+    assert asked
+    assert asked <= {re.split(r"[{ ]", line)[0] for line in exposition().splitlines() if not line.startswith("#")}
