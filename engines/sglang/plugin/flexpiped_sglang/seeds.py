@@ -12,7 +12,7 @@ import torch
 
 
 def draw_by_seed() -> None:
-    """Set the seed of every request, and allow min_p beside it."""
+    """Set the seed of every request, and have its draws depend on nothing else than that and its position."""
     from sglang.srt.layers import sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -27,16 +27,17 @@ def draw_by_seed() -> None:
         return info
 
     SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
-    sampler.top_k_top_p_min_p_sampling_from_probs_torch = _with_min_p(
-        sampler.top_k_top_p_min_p_sampling_from_probs_torch
+    sampler.top_k_top_p_min_p_sampling_from_probs_torch = _by_token(
+        sampler.top_k_top_p_min_p_sampling_from_probs_torch, sampler.multinomial_with_seed
     )
 
 
-def _with_min_p(sample: Any) -> Any:
-    """Return ``sample`` that takes min_p beside a seed.
+def _by_token(sample: Any, draw: Any) -> Any:
+    """Return ``sample`` whose seeded draws depend on nothing but a request's own seed, position and probabilities.
 
-    SGLang refuses that because the weights that are left do not add up to one. A seeded draw adds noise to their
-    logarithms, which a common factor does not change; what is too unlikely only has to go before.
+    SGLang's draws among the tokens in the order of their probability where one request of the batch needs it, else in
+    the order of their ids: the same request would get other tokens beside other requests. It also refuses min_p beside
+    a seed, because the weights that are left do not add up to one, which a draw by noise on logarithms does not need.
     """
 
     @wraps(sample)
@@ -46,12 +47,29 @@ def _with_min_p(sample: Any) -> Any:
         top_ps: torch.Tensor,
         min_ps: torch.Tensor,
         need_min_p_sampling: bool,
-        *args: Any,
+        sampling_seed: torch.Tensor | None,
+        positions: torch.Tensor,
+        *,
+        return_filtered_probs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if need_min_p_sampling:
-            unlikely = probs < probs.amax(dim=-1, keepdim=True) * min_ps.view(-1, 1)
-            probs = probs.masked_fill(unlikely, 0.0)
-        return sample(probs, top_ks, top_ps, min_ps, False, *args, **kwargs)
+        if sampling_seed is None or return_filtered_probs:
+            kwargs["return_filtered_probs"] = return_filtered_probs
+            return sample(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **kwargs)
+        kept = filtered(probs, top_ks, top_ps, min_ps if need_min_p_sampling else None)
+        return draw(torch.log(kept), sampling_seed, positions).view(-1).to(torch.int32)
 
     return wrapped
+
+
+def filtered(
+    probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor | None
+) -> torch.Tensor:
+    """Return probabilities of shape ``(requests, vocabulary)`` with what is not to be drawn at zero."""
+    sorted_probs, token_ids = probs.sort(dim=-1, descending=True)
+    before = sorted_probs.cumsum(dim=-1) - sorted_probs
+    ranks = torch.arange(probs.shape[-1], device=probs.device).view(1, -1)
+    dropped = (ranks >= top_ks.view(-1, 1)) | (before > top_ps.view(-1, 1))
+    if min_ps is not None:
+        dropped |= sorted_probs < sorted_probs[:, :1] * min_ps.view(-1, 1)
+    return torch.zeros_like(probs).scatter(1, token_ids, sorted_probs.masked_fill(dropped, 0.0))
