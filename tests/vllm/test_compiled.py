@@ -168,10 +168,7 @@ async def test_moves_in_both_directions_with_a_drained_rank_change_nothing(compi
         await compiled.check_streams()
 
 
-@pytest.mark.long
-def test_a_killed_daemon_leaves_nothing_that_compiles(tmp_path: Path) -> None:
-    """The compilers that torch starts know nothing of a parent's death: the guard ends them."""
-    daemon = """
+_DAEMON = """
 import asyncio, sys
 from pathlib import Path
 from tests.support.vllm import layout, llama, running
@@ -200,7 +197,16 @@ async def main():
         await asyncio.sleep(600)
 asyncio.run(main())
 """
-    command = [sys.executable, "-c", daemon, str(tmp_path)]
+
+
+@pytest.mark.long
+async def test_a_killed_daemon_leaves_nothing_that_compiles(tmp_path: Path) -> None:
+    """The compilers that torch starts know nothing of a parent's death: the guard ends them."""
+    await asyncio.to_thread(_kill_while_compiling, tmp_path)
+
+
+def _kill_while_compiling(cache: Path) -> None:
+    command = [sys.executable, "-c", _DAEMON, str(cache)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         pids = [int(word) for word in child.stdout.readline().split()]
