@@ -40,6 +40,7 @@ guard_s = 1.0
 guard_tolerance = 10.0
 """
 TOKENS = 8
+PROMPT = list(range(10, 22))  # a shorter one would be served so fast, by the profile, that the burst is none
 
 
 def keep_profile(config: Path, state: Path) -> None:
@@ -91,7 +92,7 @@ class Traffic:
             await asyncio.sleep(1 / self.rate_per_s)
 
     async def _ask(self, seed: int) -> tuple[int, Any]:
-        body = {"prompt": "Once upon", "max_tokens": TOKENS, "temperature": 0.8, "seed": seed}
+        body = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0.8, "seed": seed}
         async with self._http.post(self._url, json=body) as answer:
             return answer.status, await answer.json()
 
