@@ -284,7 +284,7 @@ class EngineContract:
         async with closing(engine.refactor(target)) as reports:
             await anext(reports)
         assert await tokens_of(engine, request_of(max_tokens=2))
-        await until(lambda: ended(engine, total + 1))
+        await until(lambda: ended(engine, total + 1), timeout_s=60.0)
         assert (engine.pipeline, engine.epoch) == (target, epoch + 1)
 
     async def test_a_meaningless_layout_is_refused(self, engine: Engine, targets: tuple[Pipeline, ...]) -> None:
@@ -307,7 +307,7 @@ class EngineContract:
 
     async def test_drain_waits_for_the_last_request(self, engine: Engine) -> None:
         stream = asyncio.create_task(tokens_of(engine, request_of(max_tokens=30)))
-        await until(lambda: in_flight(engine))
+        await until(lambda: in_flight(engine), timeout_s=60.0)
         await engine.drain()
         counters = await engine.counters()
         assert counters.running + counters.waiting == 0

@@ -1,6 +1,7 @@
 """The native engine ends when nobody comes, and gives its memory back; the next request starts it again and waits."""
 
 import asyncio
+import re
 from pathlib import Path
 
 import aiohttp
@@ -36,7 +37,7 @@ async def test_the_engine_ends_when_nobody_comes_and_the_next_request_wakes_it(t
             while (await daemon.ask("/status"))["state"] != "asleep":  # noqa: ASYNC110  another process
                 await asyncio.sleep(0.1)
         assert workers
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while any(alive(pid) for pid in workers):  # noqa: ASYNC110  other processes
                 await asyncio.sleep(0.1)
         async with http.get(url.removesuffix("/v1") + "/readyz") as answer:
@@ -44,4 +45,5 @@ async def test_the_engine_ends_when_nobody_comes_and_the_next_request_wakes_it(t
         assert await text() == before
         assert (await daemon.ask("/status"))["state"] == "ready"
         _code, out, _err = await daemon.flexctl("events")
-        assert "asleep, until a request comes: remove 1 replica of 2 stages: no request for 1 s" in out
+        told = r"asleep, until a request comes: remove 1 replica of 2 stages: no request for [1-9]\d* s"
+        assert re.search(told, out), out

@@ -14,6 +14,7 @@ import pytest_asyncio
 from engines.errors import RefactoringAborted
 from planner.layout import Pipeline
 from tests.support.sglang_plugin import PluginDriver, driven
+from tests.support.until import until
 from tests.support.vllm import llama
 from tests.vllm.streams import (
     FAILURES_BEFORE_COMMIT,
@@ -44,6 +45,15 @@ async def move(driver: PluginDriver, target: Pipeline) -> None:
     if target != driver.pipeline:
         async for _ in driver.refactor(target):
             pass
+
+
+async def until_under_way(driver: PluginDriver) -> None:
+    """Return when a request that has been sent runs."""
+
+    async def runs() -> bool:
+        return bool((await driver.counters())["running"] > 0)
+
+    await until(runs, timeout_s=60.0)
 
 
 async def assert_idle(driver: PluginDriver) -> None:
@@ -163,7 +173,7 @@ async def test_a_failure_before_the_commit_rolls_back(driver: PluginDriver, name
     undisturbed = await run_streams(driver, count=3, max_tokens=30)
     await driver.arm(name, "fail", rank=rank)
     streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=30))
-    await asyncio.sleep(0.05)
+    await until_under_way(driver)
     epoch = driver.epoch
     with pytest.raises(RefactoringAborted, match=name):
         await move(driver, on_ranks(1, 3, 2, 2))
@@ -182,7 +192,7 @@ async def test_without_the_kv_copy_the_checksums_refuse_the_commit(driver: Plugi
     await move(driver, START)
     await leave_the_copy_out(driver, "skip")
     streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=40))
-    await asyncio.sleep(0.2)
+    await until_under_way(driver)
     with pytest.raises(RefactoringAborted, match=r"KV blocks of layer \d differ"):
         await move(driver, on_ranks(1, 3, 2, 2))
     await leave_the_copy_out(driver, "")
@@ -193,11 +203,11 @@ async def test_without_the_kv_copy_the_checksums_refuse_the_commit(driver: Plugi
 async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> None:
     """The control: if this passed with the copy left out, the tests above would show nothing."""
     await move(driver, START)
-    undisturbed = await run_streams(driver, count=3, max_tokens=60, salt=6)
+    undisturbed = await run_streams(driver, count=3, max_tokens=150, salt=6)
     await leave_the_copy_out(driver, "skip")
     await driver.arm("core.verify", "skip")
-    streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=60, salt=6))
-    await asyncio.sleep(0.2)
+    streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=150, salt=6))
+    await until_under_way(driver)
     await move(driver, on_ranks(1, 3, 2, 2))
     await driver.arm("", "")
     await leave_the_copy_out(driver, "")
@@ -207,9 +217,9 @@ async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> N
 async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
     """SGLang's own pause does not under pipeline parallelism, and says that it did."""
     await move(driver, START)
-    undisturbed = await run_streams(driver, count=4, max_tokens=60, salt=7)
-    streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=60, salt=7))
-    await asyncio.sleep(0.2)
+    undisturbed = await run_streams(driver, count=4, max_tokens=120, salt=7)
+    streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=120, salt=7))
+    await until_under_way(driver)
     await driver.core.core("hold")
     paused = await driver.counters()
     await asyncio.sleep(0.5)

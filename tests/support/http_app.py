@@ -99,7 +99,7 @@ class HttpApp:
             and getattr(self.backend.text, "num_open", 0) == 0
         )
 
-    async def becomes_idle(self, *, within_s: float = 1.0) -> None:
+    async def becomes_idle(self, *, within_s: float = 10.0) -> None:
         await until(self.is_idle, timeout_s=within_s)
 
 

@@ -119,10 +119,10 @@ async def test_a_deadline_ends_a_request_that_runs() -> None:
 
 
 async def test_a_deadline_in_mid_stream_is_an_event() -> None:
-    engines = FakeEngines(next_token=saying("", then=[40]), step_s=0.01)
+    engines = FakeEngines(next_token=saying("", then=[40]), step_s=0.05)
     async with http_app(engines=engines) as app, aiohttp.ClientSession(app.url) as session:
         body = COMPLETION | {"max_tokens": 200, "stream": True}
-        async with session.post("/v1/completions", json=body, headers={"X-Request-Deadline-Ms": "300"}) as answer:
+        async with session.post("/v1/completions", json=body, headers={"X-Request-Deadline-Ms": "1000"}) as answer:
             text = await answer.text()
             assert answer.status == 200
             assert '"code":"deadline_exceeded"' in text.split("\n\n")[-2]

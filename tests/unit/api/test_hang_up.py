@@ -57,7 +57,7 @@ async def test_leaving_during_the_prefill(app: HttpApp, stream: bool, reset: boo
     await client.send(stream=stream)
     await until(lambda: app.backend.admission.tokens_in_flight > 0)
     client.leave(reset=reset)
-    await app.becomes_idle(within_s=1.0)
+    await app.becomes_idle()
     assert (await app.engines.last.counters()).generated_tokens_total == 0
 
 
@@ -70,7 +70,7 @@ async def test_leaving_in_mid_stream(reset: bool) -> None:
         while b"data: " not in await client.receive():
             pass
         client.leave(reset=reset)
-        await app.becomes_idle(within_s=1.0)
+        await app.becomes_idle()
         assert (await app.engines.last.counters()).generated_tokens_total < 200
 
 
@@ -82,7 +82,7 @@ async def test_leaving_while_the_engine_recovers(app: HttpApp) -> None:
     app.engines.last.kill("gone")
     client.leave(reset=True)
     await until(lambda: len(app.engines.made) == 2 and app.backend.supervisor.engine is not None)
-    await app.becomes_idle(within_s=1.0)
+    await app.becomes_idle()
 
 
 async def leave_at_random(app: HttpApp, *, clients: int, at_once: int) -> None:
