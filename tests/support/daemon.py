@@ -20,12 +20,18 @@ DEADLINE_S = 300.0  # vLLM takes a minute to start, and more beside other work
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Daemon:
-    """A daemon process; ``notified`` is where it thinks its service manager is."""
+    """A daemon process; ``notified`` is where it thinks its service manager is, ``output`` what it writes."""
 
     process: asyncio.subprocess.Process
     config: Path
     admin: Path
     notified: socket.socket
+    output: Path
+
+    async def ended(self) -> str:
+        """Wait until the daemon has ended; return what it wrote."""
+        await self.process.wait()
+        return self.output.read_text()
 
     async def notification(self, text: str) -> str:
         """Return the next message to the service manager that contains ``text``. Fails when the daemon ends first."""
@@ -37,8 +43,8 @@ class Daemon:
                     await asyncio.wait([receiving, ended], return_when=asyncio.FIRST_COMPLETED)
                     if not receiving.done():
                         receiving.cancel()
-                        _, log = await self.process.communicate()
-                        pytest.fail(f"the daemon ended with {ended.result()} without saying {text}: {log[-3000:]!r}")
+                        log = await self.ended()
+                        pytest.fail(f"the daemon ended with {ended.result()} without saying {text}: {log[-3000:]}")
                     if text in (message := receiving.result().decode()):
                         return message
         finally:
@@ -83,21 +89,23 @@ async def rebalanced_to_its_plan(daemon: Daemon, *arguments: str) -> int:
     return len(planned)
 
 
-async def spawn(config: Path, **environment: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "flexpiped", "--config", str(config)),
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+async def spawn(config: Path, output: Path, **environment: str) -> asyncio.subprocess.Process:
+    """Start a daemon that writes to a file: a pipe that nobody reads would fill up and stop it."""
+    with output.open("wb") as file:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "flexpiped", "--config", str(config)),
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=asyncio.subprocess.STDOUT,
+        )
 
 
-async def run_until_exit(config: Path) -> tuple[int | None, str]:
-    """Start a daemon that ends by itself; return its exit code and what it logged."""
-    process = await spawn(config)
-    _, log = await process.communicate()
-    return process.returncode, log.decode()
+async def run_until_exit(config: Path) -> tuple[int, str]:
+    """Start a daemon that ends by itself; return its exit code and what it wrote."""
+    output = config.with_name("output.log")
+    process = await spawn(config, output)
+    return await process.wait(), output.read_text()
 
 
 def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = "fake", more: str = "") -> Path:
@@ -123,12 +131,13 @@ async def started(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         bind_afresh(notified, address)
         notified.setblocking(False)
-        process = await spawn(config, NOTIFY_SOCKET=address, STATE_DIRECTORY=str(folder / "state"))
-        daemon = Daemon(process=process, config=config, admin=folder / "admin.sock", notified=notified)
+        output = folder / "output.log"
+        process = await spawn(config, output, NOTIFY_SOCKET=address, STATE_DIRECTORY=str(folder / "state"))
+        daemon = Daemon(process=process, config=config, admin=folder / "admin.sock", notified=notified, output=output)
         try:
             await daemon.notification("READY=1" if ready else "STATUS=")
             yield daemon
         finally:
             if process.returncode is None:
                 process.kill()
-            await process.communicate()
+            await process.wait()

@@ -52,17 +52,17 @@ async def test_its_life(tmp_path: Path) -> None:
 
         daemon.process.send_signal(signal.SIGINT)  # the solver must have left its handler alone
         assert "stopping on SIGINT" in await daemon.notification("STOPPING=1")
-        _, log = await daemon.process.communicate()
-        assert daemon.process.returncode == 0, log.decode()
+        log = await daemon.ended()
+        assert daemon.process.returncode == 0, log
         assert not daemon.admin.exists()
 
 
 async def test_asked_to_stop_while_starting(tmp_path: Path) -> None:
     async with started(tmp_path, ready=False) as daemon:
         daemon.process.send_signal(signal.SIGTERM)
-        _, log = await daemon.process.communicate()
+        log = await daemon.ended()
 
-        assert daemon.process.returncode == 0, log.decode()
+        assert daemon.process.returncode == 0, log
         assert not daemon.admin.exists()
 
 
@@ -78,7 +78,7 @@ async def test_a_rebalance_while_it_starts_is_refused(tmp_path: Path) -> None:
         code, _, said = await daemon.flexctl("rebalance", "--stages", "2")
         assert (code, "no engine serves now" in said) == (1, True), (code, said)
         daemon.process.send_signal(signal.SIGTERM)  # killed, it would leave the fake's processes
-        await daemon.process.communicate()
+        await daemon.process.wait()
 
 
 async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             code, _, said = await daemon.flexctl("rebalance", "--stages", "1")
             assert (code, "the daemon is draining: streams in flight are finishing" in said) == (4, True), said
             daemon.process.send_signal(signal.SIGTERM)
-            await daemon.process.communicate()
+            await daemon.process.wait()
 
         assert daemon.process.returncode == 1
 

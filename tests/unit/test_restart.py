@@ -19,7 +19,7 @@ async def stages_of(daemon: Daemon) -> int:
 
 async def kill(daemon: Daemon) -> None:
     daemon.process.kill()
-    await daemon.process.communicate()
+    await daemon.process.wait()
 
 
 async def rebalance_for_ever(daemon: Daemon, rng: random.Random, asked: list[int], answered: list[int]) -> None:
@@ -84,7 +84,7 @@ async def test_history_goes_over_restarts_and_the_configuration_has_the_last_wor
         code, shown, said = await daemon.flexctl("history", "--kind", "weather")
         assert (code, "no kind 'weather'" in said) == (4, True)
         daemon.process.terminate()
-        await daemon.process.communicate()
+        await daemon.process.wait()
 
     write_config(tmp_path, stages=3)
     async with started(tmp_path, ready=True, stages=3) as daemon:
