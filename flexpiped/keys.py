@@ -51,10 +51,11 @@ class Client:
 
 
 ANYBODY: Final = Client()
+NAME_PATTERN: Final = r"^[A-Za-z0-9_.@-]{1,64}$"
 
 
 class _Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.@-]{1,64}$")]
+    name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     scopes: Annotated[list[Scope], msgspec.Meta(min_length=1)]
     max_requests_in_flight: Annotated[int, msgspec.Meta(ge=1)] | None = None

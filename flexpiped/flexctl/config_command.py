@@ -15,6 +15,7 @@ from flexpiped.flexctl.client import AdminClient, BadUsage
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import Colour, Paint
+from flexpiped.keys import KeyFileError, load_keys
 
 
 def show(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
@@ -73,10 +74,15 @@ def run(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
 
 
 def _problems_of(file: Path) -> list[str]:
+    """Return what is wrong with a file, or with the file of API keys that it names."""
     try:
-        load_config(file)
+        settings = load_config(file)
+        if settings.http.api_keys is not None:
+            load_keys(settings.http.api_keys)
     except ConfigError as error:
         return [str(problem) for problem in error.problems]
+    except KeyFileError as error:
+        return [f"http.api_keys: {error}"]
     return []
 
 

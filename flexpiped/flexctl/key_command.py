@@ -2,18 +2,27 @@
 
 import hashlib
 import json
+import re
 import secrets
 from argparse import Namespace
 
+from flexpiped.flexctl.client import BadUsage
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
+from flexpiped.keys import NAME_PATTERN
 
 _KEY_PREFIX = "fp-"
 _KEY_BYTES = 32
 
 
 def key(screen: Screen, options: Namespace) -> Exit:
-    """Make a key with 256 random bits."""
+    """Make a key with 256 random bits.
+
+    Raises:
+        BadUsage: The file of keys would be refused for such a name.
+    """
+    if re.search(NAME_PATTERN, options.name) is None:
+        raise BadUsage("bad_name", f"a name of 1 to 64 letters, digits and _ . @ -, not {options.name!r}")
     made = _KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     entry = {
         "name": options.name,

@@ -74,3 +74,25 @@ def test_flexctl_makes_a_key_that_fits_its_entry(tmp_path: Path) -> None:
     assert client is not None
     assert (client.name, client.scopes) == ("alice", {Scope.INFER, Scope.READ})
     assert made not in alone(tmp_path, "key", "alice").stdout
+
+
+@pytest.mark.parametrize("name", ["", "alice smith", "a" * 65, "älice"])
+def test_flexctl_makes_no_key_of_a_name_that_the_file_cannot_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(KeyFileError, match="matching regex"):
+        load_keys(written(tmp_path, KEY.replace("alice", name)))
+
+    ran = alone(tmp_path, "key", name)
+
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "a name of 1 to 64 letters" in ran.stderr
+
+
+def test_flexctl_config_check_reads_the_file_of_keys_too(tmp_path: Path) -> None:
+    keys, config = written(tmp_path, KEY), tmp_path / "my.toml"
+    config.write_text(f'http.api_keys = "{keys}"\n')
+    right = alone(tmp_path, "config", "check", str(config))
+    keys.write_text(KEY + KEY)
+    wrong = alone(tmp_path, "config", "check", str(config))
+
+    assert (right.returncode, right.stdout) == (0, f"{config}: ok\n")
+    assert (wrong.returncode, wrong.stderr) == (2, f"http.api_keys: {keys}: two keys have the name alice\n")
