@@ -2,18 +2,18 @@
 
 import asyncio
 import json
-import os
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from flexpiped.simulation.report import Line, chart
+from tests.bench.openb import data_folder
 from tests.unit.flexctl.test_command_line import Ran, flexctl
 
 pytestmark = pytest.mark.real_loop
 SHORT = ("--rate", "4", "--duration", "60", "--prompt", "200", "--output", "40")
-CLUSTER = os.environ.get("FLEXPIPED_CLUSTER_DATA", "")
+CLUSTER = data_folder()
 
 
 async def simulate(*arguments: str) -> Ran:
@@ -52,9 +52,9 @@ async def test_a_model_on_a_topology() -> None:
     assert json.loads(ran.out)["figures"]["failed"] == 0
 
 
-@pytest.mark.skipif(not CLUSTER, reason="FLEXPIPED_CLUSTER_DATA names no folder with the openb trace")
+@pytest.mark.skipif(CLUSTER is None, reason="FLEXPIPED_CLUSTER_DATA names no folder with the openb trace")
 async def test_neighbours_of_the_openb_cluster() -> None:
-    ran = await simulate(*SHORT, "--cluster", CLUSTER, "--json")
+    ran = await simulate(*SHORT, "--cluster", str(CLUSTER), "--json")
 
     assert ran.code == 0, ran.err
     assert "neighbours hold" in json.loads(ran.out)["scenario"]["devices"]
