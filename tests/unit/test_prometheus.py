@@ -35,6 +35,11 @@ def promtool(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
     )
 
 
+def version() -> str:
+    """Return which promtool it is, as newer ones may find more."""
+    return promtool("--version").stdout.partition("\n")[0]
+
+
 def test_handovers_and_levels_are_shown() -> None:
     shown = exposition().splitlines()
 
@@ -49,7 +54,7 @@ def test_handovers_and_levels_are_shown() -> None:
 def test_promtool_has_nothing_to_say_about_the_metrics() -> None:
     ran = promtool("check", "metrics", stdin=exposition())
 
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (ran.returncode, ran.stderr) == (0, ""), version()
 
 
 @needs_promtool
@@ -59,7 +64,8 @@ def test_alerts_fire_when_they_should() -> None:
         promtool("test", "rules", "flexpiped.rules.test.yml"),
     )
 
-    assert (checked.returncode, tested.returncode) == (0, 0), checked.stderr + tested.stdout + tested.stderr
+    said = checked.stderr + tested.stdout + tested.stderr
+    assert (checked.returncode, tested.returncode) == (0, 0), f"{version()}: {said}"
 
 
 @pytest.mark.parametrize("file", ["prometheus/flexpiped.rules.yml", "grafana/flexpiped.json"])
