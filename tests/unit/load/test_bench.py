@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ async def server_that_answers(*answers: bytes) -> AsyncIterator[str]:
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
+        if length := re.search(rb"(?i)\r\ncontent-length: *(\d+)", head):
+            await reader.readexactly(int(length[1]))  # what is unread when it is closed would make that a reset
         if head.startswith(b"GET"):
             body = b'{"data": [{"id": "m"}]}'
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
