@@ -90,6 +90,7 @@ class Daemon:
         self._banner = banner
         self._num_devices = 0
         self._notifier = notifier
+        self._is_announced = False  # from ready to stop: when a service manager may be told of a reload
 
     async def live(self) -> int:
         """Start, serve until asked to stop, drain. Return the exit code."""
@@ -158,8 +159,12 @@ class Daemon:
             self._reload(service)
 
     def _reload(self, service: Service) -> ReloadReport:
-        """Read the configuration again, as SIGHUP and ``POST /reload`` ask."""
-        self._notifier.reloading(monotonic_us=time.monotonic_ns() // 1000)
+        """Read the configuration again, as SIGHUP and ``POST /reload`` ask.
+
+        While it starts or drains no service manager is told: ``READY=1``, which ends a reload, would end that too.
+        """
+        if self._is_announced:
+            self._notifier.reloading(monotonic_us=time.monotonic_ns() // 1000)
         report = self._compared()
         if report.file and not report.problems:
             service.apply(report.settings, keys=report.keys)
@@ -167,7 +172,8 @@ class Daemon:
             self._settings = report.settings
         self._log_reload(report)
         service.events.publish(EventKind.DAEMON, report.message, reload=report.to_wire())
-        self._notifier.ready(f"serving {_facts(service)}; {report.message}")
+        if self._is_announced:
+            self._notifier.ready(f"serving {_facts(service)}; {report.message}")
         return report
 
     def _compared(self) -> ReloadReport:
@@ -201,6 +207,7 @@ class Daemon:
             facts=facts, api_url=service.api_url, admin=self._admin_socket, next_stages=self._next_stages(service)
         )
         self._notifier.ready(f"serving {facts}")
+        self._is_announced = True
         service.events.publish(EventKind.DAEMON, f"ready: {facts}")
         if not self._banner.is_read_live:
             log_events.daemon_ready(start_s=took_s, http=service.api_url, admin=str(self._admin_socket))
@@ -208,6 +215,7 @@ class Daemon:
     def _announce_stop(self, service: Service) -> None:
         reason = service.health.reason if service.failed.is_set() else f"stopping on {self._signals.stopped_by}"
         self._banner.say(f"{reason}; streams in flight have {DRAIN_DEADLINE_S:.0f} s to finish (again: stop at once)")
+        self._is_announced = False
         self._notifier.stopping(reason)
         if not self._banner.is_read_live:
             log_events.daemon_draining(reason=reason, deadline_s=DRAIN_DEADLINE_S)

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,14 @@ class Daemon:
                         return message
         finally:
             ended.cancel()
+
+    def waiting_notifications(self) -> list[str]:
+        """Return the messages to the service manager that have come and were not read."""
+        found = []
+        with suppress(BlockingIOError):
+            while True:
+                found.append(self.notified.recv(4096).decode())
+        return found
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the answer of the admin API, to a POST where there is a body."""

@@ -10,7 +10,7 @@ import pytest
 
 from flexpiped.admin_socket import take_socket
 from flexpiped.servers import listen_tcp
-from tests.support.daemon import ROOT, run_until_exit, started, write_config
+from tests.support.daemon import ROOT, Daemon, run_until_exit, started, write_config
 from tests.support.fake_vllm import fake_interpreter
 from tests.support.until import until
 
@@ -66,7 +66,15 @@ async def test_asked_to_stop_while_starting(tmp_path: Path) -> None:
         assert not daemon.admin.exists()
 
 
-async def test_a_rebalance_while_it_starts_is_refused(tmp_path: Path) -> None:
+async def reload_tells_no_manager(daemon: Daemon) -> None:
+    daemon.waiting_notifications()  # they are read, so that there is room for more
+    code, _, said = await daemon.flexctl("reload")
+    assert code == 0, said
+    told = daemon.waiting_notifications()
+    assert not [message for message in told if "READY=1" in message or "RELOADING=1" in message]
+
+
+async def test_while_it_starts_a_rebalance_is_refused_and_a_reload_does_not_make_it_ready(tmp_path: Path) -> None:
     python = fake_interpreter(tmp_path)
     more = f'engines.vllm.python = "{python}"{SMALL}engines.vllm.env.FAKE_VLLM = "silent"\n'  # it is never ready
     async with started(tmp_path, ready=False, engine="vllm", stages=1, more=more) as daemon:
@@ -77,6 +85,7 @@ async def test_a_rebalance_while_it_starts_is_refused(tmp_path: Path) -> None:
         await until(waits_for_vllm, timeout_s=60.0)
         code, _, said = await daemon.flexctl("rebalance", "--stages", "2")
         assert (code, "no engine serves now" in said) == (1, True), (code, said)
+        await reload_tells_no_manager(daemon)
         daemon.process.send_signal(signal.SIGTERM)  # killed, it would leave the fake's processes
         await daemon.process.wait()
 
@@ -95,6 +104,7 @@ async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             assert (await daemon.ask("/status"))["state"] == "draining"
             code, _, said = await daemon.flexctl("rebalance", "--stages", "1")
             assert (code, "the daemon is draining: streams in flight are finishing" in said) == (4, True), said
+            await reload_tells_no_manager(daemon)
             daemon.process.send_signal(signal.SIGTERM)
             await daemon.process.wait()
 
