@@ -169,7 +169,11 @@ class Service:
         return answer_to_wire(answer, took_s=time.monotonic() - began_s)
 
     def apply(self, settings: Settings, *, keys: KeyRing | None) -> None:
-        """Use what ``settings`` say of what is live, and the API keys that their file holds now."""
+        """Use what ``settings`` say of what is live, and the API keys that their file holds now.
+
+        What is started later is started with them.
+        """
+        self._settings = settings
         self._keys = keys
         self._admission.limits = _limits(settings)
         self._candidates.expect(workload_of(settings), slo_of(settings))
@@ -279,16 +283,16 @@ class Service:
         return planned.result(), text
 
     async def _start_supervisor(self, stack: AsyncExitStack, model: Model) -> Supervisor:
-        settings = self._settings
         self._progress("planning the layout")
         offers = await asyncio.to_thread(
             EngineOffers,
-            settings,
+            self._settings,
             source=self.source,
             model=model,
             on_news=lambda news: self.events.publish(EventKind.ENGINE, news),
         )
         self._offers = offers
+        offers.use(self._settings)  # a reload may have come while they were made
         last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
         if last is not None:
             try:
@@ -296,11 +300,11 @@ class Service:
             except EngineError as error:
                 await asyncio.to_thread(self._journal.forget_intent)
                 self._not_restored(f"the engine did not start with it: {error}")
-        configured = offers.of(settings.engine.value)
-        pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
+        configured = offers.of(self._settings.engine.value)
+        pipeline = await asyncio.to_thread(configured.resolver.first, self._settings.stages)
         return await self._supervise(
             stack,
-            Beginning(offer=configured, engine=settings.engine.value, pipeline=pipeline, reason="as configured"),
+            Beginning(offer=configured, engine=self._settings.engine.value, pipeline=pipeline, reason="as configured"),
         )
 
     async def _last_layout(self, offers: EngineOffers, *, num_decoders: int) -> Beginning | None:
