@@ -26,7 +26,7 @@ def make_run_directory() -> Path:
     """Make a directory for one engine, for its user only. The path is short enough for Unix sockets in it."""
     sweep(Path(tempfile.gettempdir()))
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    (directory / _OWNER).write_text(f"{os.getpid()} {_started(os.getpid())}")
+    _write_whole(directory / _OWNER, f"{os.getpid()} {_started(os.getpid())}")
     return directory
 
 
@@ -53,9 +53,7 @@ def list_shared_memory(directory: Path, names: set[str]) -> None:
     known = set(listed.read_text().splitlines()) if listed.exists() else set()
     found = known | names
     if found != known:
-        fresh = listed.with_suffix(".new")
-        fresh.write_text("".join(f"{name}\n" for name in sorted(found)))
-        fresh.replace(listed)
+        _write_whole(listed, "".join(f"{name}\n" for name in sorted(found)))
 
 
 def shared_memory_of(pid: int) -> set[str]:
@@ -70,12 +68,19 @@ def sweep(parent: Path) -> None:
     """Remove the run directories in ``parent`` whose daemon is gone."""
     for directory in parent.glob(f"{_PREFIX}*"):
         try:
-            pid, _, started = (directory / _OWNER).read_text().partition(" ")
-            mine = directory.stat().st_uid == os.getuid()
-        except OSError:  # not finished, or not ours to read
+            number, _, started = (directory / _OWNER).read_text().partition(" ")
+            pid, mine = int(number), directory.stat().st_uid == os.getuid()
+        except (OSError, ValueError):  # not finished, on a full disk for ever, or not ours to read
             continue
-        if mine and _started(int(pid)) != started:
+        if mine and _started(pid) != started:
             remove_run_directory(directory)
+
+
+def _write_whole(path: Path, content: str) -> None:
+    """Write a file that another daemon never reads in part."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(content)
+    fresh.replace(path)
 
 
 def _started(pid: int) -> str:

@@ -63,7 +63,7 @@ def test_names_are_added_to_those_known(tmp_path: Path, mapped: shared_memory.Sh
 def test_directories_of_daemons_that_are_gone_are_swept(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-S", "-c", ""]) as child:
         pass
-    owners = {"dead": f"{child.pid} 17", "reused": f"{os.getpid()} 17", "young": None}
+    owners = {"dead": f"{child.pid} 17", "reused": f"{os.getpid()} 17", "young": None, "full-disk": "", "torn": "x"}
     for name, owner in owners.items():
         directory = tmp_path / f"flexpiped-engine-{name}"
         directory.mkdir()
@@ -73,7 +73,8 @@ def test_directories_of_daemons_that_are_gone_are_swept(tmp_path: Path) -> None:
 
     sweep(tmp_path)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["flexpiped-engine-young", "other"]
+    unknown = [f"flexpiped-engine-{name}" for name in ("full-disk", "torn", "young")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*unknown, "other"]
 
 
 def test_a_daemon_that_lives_keeps_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
