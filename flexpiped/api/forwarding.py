@@ -74,6 +74,8 @@ async def forward(
         engine: Engine | None = None
         for _ in range(FRUITLESS_DEATHS):
             engine = await backend.supervisor.ready_engine(other_than=engine)
+            if engine.capabilities.own_server is None:  # the kind of engine was changed while the request waited
+                raise no_such_route(http.path, engine=engine.capabilities.name)
             try:
                 return await _answer_of(engine, http, observation, raw)
             except _Unanswered as lost:

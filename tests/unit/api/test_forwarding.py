@@ -156,6 +156,23 @@ async def test_an_engine_without_a_server(session: aiohttp.ClientSession) -> Non
         assert error["message"] == "POST /tokenize: the fake engine has no server of its own that could answer this"
 
 
+async def test_an_engine_that_is_changed_for_one_without_a_server(
+    app: HttpApp, server: FakeOwnServer, session: aiohttp.ClientSession
+) -> None:
+    async def change(http: web.Request) -> web.StreamResponse:
+        app.engines.own_socket = None  # what is made from now on has none
+        app.engines.last.kill("killed by the test")
+        await cut(http)
+        await for_ever(http)
+        raise AssertionError
+
+    server.answer = change
+    async with session.post(f"{app.url}/v1/responses", json={"input": "x"}) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (404, "no_such_route")
+    assert len(app.engines.made) == 2
+
+
 class Dying:
     """Ends the connection, and the engine with it, the first ``times`` times; answers after that."""
 
