@@ -116,7 +116,7 @@ class SglangEngine(ServedEngine):
         try:
             async for event in self._http.generate(body):
                 self._progressed()
-                _put(stream, event, stops)
+                put(stream, event, stops)
                 if event.finish:
                     return
             raise HttpFailed("the answer has no end")
@@ -219,8 +219,13 @@ class SglangEngine(ServedEngine):
             )
 
 
-def _put(stream: Stream, event: Event, stops: frozenset[int]) -> None:
-    """Put what came into the stream; a stop token among it ends it there."""
+def put(stream: Stream, event: Event, stops: frozenset[int]) -> None:
+    """Put what came into the stream; a stop token among it ends it there.
+
+    SGLang knows nothing of that token, so it goes on until the request's abort reaches it.
+    """
+    if stream.ended:
+        return
     end = next((index + 1 for index, token in enumerate(event.token_ids) if token in stops), None)
     if end is not None:
         stream.add(event.token_ids[:end], event.logprobs[:end], FinishReason.STOP)
