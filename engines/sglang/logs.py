@@ -14,6 +14,7 @@ _UVICORN: Final = re.compile(r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(
 _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR: Final = re.compile(r"hit an exception|SIGQUIT received|crashed|[Ff]ailed to|died")
 _WARNING: Final = re.compile(r"^\S+:\d+: \w*Warning:|[Dd]eprecat|incompatible|Beware|warning", re.IGNORECASE)
+_KEY: Final = re.compile(r"""(api_key['"]?\s*[=:]\s*)('[^']*'|"[^"]*"|[^\s,)}]+)""")
 _DEBUG: Final = re.compile(
     r"^server_args=|^Ignore import error|HTTP/1\.1\" 200|^Loaded plugin|^Available plugins|^  - "
 )
@@ -31,8 +32,8 @@ _SLOW: Final = ("loading weights", "capturing CUDA graphs")
 
 
 def parse_line(line: str) -> LogLine:
-    """Return what a line says. A line that SGLang's logger did not write is kept whole, as information."""
-    plain = _COLOR.sub("", line).rstrip()
+    """Return what a line says, without keys. A line that SGLang's logger did not write is kept, as information."""
+    plain = _KEY.sub(r"\1***", _COLOR.sub("", line).rstrip())
     found = _LINE.match(plain)
     process, message = (found["process"] or "", found["message"]) if found else ("", plain)
     if told := _UVICORN.match(message):

@@ -31,6 +31,19 @@ def test_a_line_has_a_level_a_process_and_a_message(line: str, level: str, proce
     assert parse_line(line + "\r\n") == LogLine(level=level, process=process, message=message)
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("ServerArgs(api_key='s1', admin_api_key=\"s2\", tp=1)", "ServerArgs(api_key=***, admin_api_key=***, tp=1)"),
+        ("{'api_key': 's1', 'admin_api_key': 's2', 'tp': 1}", "{'api_key': ***, 'admin_api_key': ***, 'tp': 1}"),
+        ("ServerArgs(api_key=s1, admin_api_key=s2)", "ServerArgs(api_key=***, admin_api_key=***)"),
+    ],
+)  # fmt: skip
+def test_keys_do_not_get_into_the_log(said: str, kept: str) -> None:
+    line = parse_line(f"[2026-11-24 17:38:51] server_args={said}")
+    assert line == LogLine(level="debug", process="", message=f"server_args={kept}")
+
+
 def test_what_a_start_is_doing() -> None:
     said = [
         "[2026-11-24 17:38:53] server_args={}",
