@@ -21,7 +21,7 @@ from engines.served.sampling import tokens_left
 from engines.served.server import EngineServer, members_of
 from engines.served.streams import Stream
 from engines.sglang.command import KEYS_FILE, command_line, environment
-from engines.sglang.http import Event, HttpFailed, Refused, SglangHttp
+from engines.sglang.http import Event, HttpFailed, Refused, RequestFailed, SglangHttp
 from engines.sglang.interpreter import sglang_version
 from engines.sglang.logs import DIALECT
 from engines.sglang.options import SglangOptions, num_kv_tokens
@@ -122,6 +122,8 @@ class SglangEngine(ServedEngine):
             raise HttpFailed("the answer has no end")
         except Refused as refusal:
             stream.fail(InvalidRequest(str(refusal), parameter=parameter_of(str(refusal))))
+        except RequestFailed as error:
+            stream.fail(EngineError(str(error)))
         except HttpFailed as error:
             await self._fail(stream, error)
 
@@ -232,7 +234,8 @@ def put(stream: Stream, event: Event, stops: frozenset[int]) -> None:
     elif event.finish == "abort" and event.status == _BAD_REQUEST:
         stream.fail(InvalidRequest(event.reason, parameter=parameter_of(event.reason)))
     else:
-        stream.add(event.token_ids, event.logprobs, _FINISH.get(event.finish))
+        finish = _FINISH.get(event.finish, FinishReason.ABORT) if event.finish else None
+        stream.add(event.token_ids, event.logprobs, finish)
 
 
 def _write_keys(path: Path, *, key: str, admin_key: str) -> None:

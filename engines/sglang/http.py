@@ -9,11 +9,15 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
+from aiohttp.http_exceptions import LineTooLong
 
 _LINE_LIMIT: Final = 16 << 20
 _POLL_S: Final = 0.1
 _decode: Final = msgspec.json.Decoder().decode
 _BASE: Final = "http://sglang"
+_BAD_REQUEST: Final = 400
+_SERVER_ERROR: Final = 500
+_NOT_THE_REQUEST: Final = (401, 403, 429)
 
 
 class HttpFailed(Exception):
@@ -22,6 +26,10 @@ class HttpFailed(Exception):
 
 class Refused(Exception):
     """SGLang does not run this request; the message is its own."""
+
+
+class RequestFailed(Exception):
+    """SGLang runs on, but this request of it failed, or its answer is not understood."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +68,19 @@ class SglangHttp:
         """Run a request. Closing the iterator aborts it.
 
         Raises:
-            Refused, HttpFailed
+            Refused, RequestFailed, HttpFailed
         """
         try:
             async with self._session.post(f"{_BASE}/generate", json=body, headers=_bearer(self._key)) as answer:
                 if answer.status != 200:
-                    raise Refused(_error_of(await answer.read()))
+                    raise _failure(answer.status, _error_of(await answer.read()))
                 async for line in answer.content:
                     if line.startswith(b"data: {"):
-                        yield _event_of(_decode(line[6:]))
-        except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+                        yield _understood(line[6:])
+        except (aiohttp.ClientError, OSError) as error:
             raise HttpFailed(str(error) or type(error).__name__) from error
+        except LineTooLong as error:  # a parser's error, no ClientError
+            raise RequestFailed(f"SGLang's answer has a line of more than {2 * _LINE_LIMIT} bytes") from error
 
     async def abort(self, rid: str) -> None:
         """End a request, wherever it is. An unknown one is fine; a dead server has none."""
@@ -94,15 +104,30 @@ def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+def _failure(status: int, reason: str) -> Refused | RequestFailed:
+    """Return whose fault it is, by the status: the request's, or SGLang's (the key is the daemon's, too)."""
+    if _BAD_REQUEST <= status < _SERVER_ERROR and status not in _NOT_THE_REQUEST:
+        return Refused(reason)
+    return RequestFailed(f"SGLang answered with status {status}: {reason}")
+
+
+def _understood(data: bytes) -> Event:
+    try:
+        return _event_of(_decode(data))
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RequestFailed(f"SGLang's answer is not understood: {type(error).__name__}: {error}") from error
+
+
 def _event_of(message: dict[str, Any]) -> Event:
-    if "error" in message:
-        raise Refused(_text_of(message["error"]))
+    if error := message.get("error"):
+        code = error.get("code") if isinstance(error, dict) else None
+        raise _failure(code if isinstance(code, int) else _BAD_REQUEST, _text_of(error))
     meta = message["meta_info"]
     finish = meta.get("finish_reason") or {}
     return Event(
         token_ids=tuple(message.get("output_ids") or ()),
         logprobs=tuple(entry[0] for entry in meta.get("output_token_logprobs") or ()),
-        finish=finish.get("type", ""),
+        finish=finish.get("type", "unknown") if finish else "",
         status=int(finish.get("status_code") or 0),
         reason=finish.get("message") or "",
     )

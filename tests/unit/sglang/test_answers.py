@@ -1,13 +1,40 @@
-"""What SGLang answers, put into a request's stream."""
+"""What SGLang answers, put into a request's stream: what ends it, and whose fault a failure is."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from engines.protocol import FinishReason
 from engines.served.streams import Stream
 from engines.sglang.adapter import put
-from engines.sglang.http import Event
+from engines.sglang.http import Event, Refused, RequestFailed, SglangHttp
+from tests.support.fake_own_server import FakeOwnServer, fake_own_server, refusal, streaming
+
+pytestmark = pytest.mark.real_loop
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[FakeOwnServer]:
+    async with fake_own_server(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def sglang(server: FakeOwnServer) -> AsyncIterator[SglangHttp]:
+    sglang = SglangHttp(server.socket, key="k", admin_key="a")
+    yield sglang
+    await sglang.close()
 
 
 def event(*token_ids: int, finish: str = "") -> Event:
     return Event(token_ids=token_ids, logprobs=(), finish=finish, status=0, reason="")
+
+
+def sent(message: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(message).encode() + b"\n\n"
 
 
 async def test_nothing_comes_after_a_stop_token_however_events_arrive() -> None:
@@ -16,3 +43,45 @@ async def test_nothing_comes_after_a_stop_token_however_events_arrive() -> None:
         put(stream, came, frozenset({9}))
     (chunk,) = [chunk async for chunk in stream]
     assert (chunk.token_ids, chunk.finish_reason) == ((5, 9), FinishReason.STOP)
+
+
+async def test_an_end_of_an_unknown_kind_is_an_end(sglang: SglangHttp, server: FakeOwnServer) -> None:
+    server.answer = streaming(sent({"output_ids": [5], "meta_info": {"finish_reason": {"why": "?"}}}))
+    stream = Stream()
+    async for came in sglang.generate({}):
+        put(stream, came, frozenset())
+    (chunk,) = [chunk async for chunk in stream]
+    assert (chunk.token_ids, chunk.finish_reason) == ((5,), FinishReason.ABORT)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(400, Refused), (413, Refused), *((status, RequestFailed) for status in (401, 403, 429, 500, 503))],
+)
+@pytest.mark.parametrize("streams", [False, True], ids=["head", "event"])
+async def test_whose_fault_a_failure_is(
+    sglang: SglangHttp, server: FakeOwnServer, status: int, error: type[Exception], streams: bool
+) -> None:
+    body = {"error": {"message": "no such luck", "code": status}}
+    server.answer = streaming(sent(body)) if streams else refusal(status, json.dumps(body).encode())
+    with pytest.raises(error, match="no such luck"):
+        await anext(sglang.generate({}))
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        (sent({"output_ids": [5]}), "meta_info"),
+        (sent({"meta_info": {"finish_reason": {"type": "abort", "status_code": "x"}}}), "ValueError"),
+        (sent({"output_ids": 5, "meta_info": {}}), "TypeError"),
+        (b"data: {torn\n\n", "DecodeError"),
+        (b"x" * (33 << 20), "has a line of more than"),
+    ],
+    ids=["no meta_info", "status", "tokens", "torn", "long"],
+)
+async def test_an_answer_that_is_not_understood_is_named(
+    sglang: SglangHttp, server: FakeOwnServer, answer: bytes, named: str
+) -> None:
+    server.answer = streaming(answer)
+    with pytest.raises(RequestFailed, match=named):
+        await anext(sglang.generate({}))
