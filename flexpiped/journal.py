@@ -106,7 +106,7 @@ class Journal:
     async def settled(self) -> None:
         """Return when everything recorded so far is on disk."""
         if self._last is not None:
-            await asyncio.wrap_future(self._last)
+            await asyncio.shield(asyncio.wrap_future(self._last))  # one who waits no longer takes no row back
 
     def begin_start(self) -> None:
         """Note that the daemon starts with the stored intent, before it does."""

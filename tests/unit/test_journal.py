@@ -1,5 +1,6 @@
 """The journal keeps what it has settled through ``kill -9``, and a disk that fails stops nothing."""
 
+import asyncio
 import random
 import signal
 import sqlite3
@@ -188,3 +189,12 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_settled(tmp_path: Path) -> 
         assert stored.intent.pipeline == even_pipeline(1 + last % 8)  # the two are one transaction
         journal.close()
         acknowledged = last
+
+
+async def test_who_waits_no_longer_takes_no_row_back(journal: Journal) -> None:
+    journal.record(event(1), None)
+    waiting = asyncio.create_task(journal.settled())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await journal.settled()
+    assert numbers(journal) == [1]
