@@ -163,12 +163,17 @@ class AutoControl:
 
     async def _carry_out(self, action: Action, reason: str) -> None:
         """Act as an operator would, and tell the policy how that ended."""
+        ending, why = Ending.FAILED, "it was broken off"
         try:
             ending, why = await self._done(action, reason)
         except (EngineError, PlannerError) as error:
-            ending, why = Ending.FAILED, str(error)
-        self._load.layout_changed()
-        self._acting = None
+            why = str(error)
+        finally:  # whatever ended it: nothing is decided while an action counts as under way
+            self._load.layout_changed()
+            self._acting = None
+            self._settle(ending, why)
+
+    def _settle(self, ending: Ending, why: str) -> None:
         if self._state is None:
             return
         now_s, fleet = self._clock(), self._fleet()
