@@ -7,7 +7,6 @@ During a replica handover it owns two. One is in force at any time and gets the 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed
@@ -135,8 +134,7 @@ class Supervisor:
         self._apply(CloseAsked())
         if self._watching is not None:
             self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
+            await asyncio.wait([self._watching])  # one that ended by an error keeps nothing from being closed
         await self.discard_second("the daemon is shutting down")
         engine, self._engine = self._engine, None
         for each in (engine, *self._ending):

@@ -147,6 +147,9 @@ class ServedEngine(ABC):
             if isinstance(error, EngineStartFailed | UnsupportedByEngine):
                 raise
             raise EngineStartFailed(str(error)) from error
+        except (OSError, ValueError, CallFailed, ChannelClosed) as error:  # a file, a socket, or an answer of its own
+            await self.close()
+            raise EngineStartFailed(f"{self._setup.name} did not start: {error}") from error
         except BaseException:
             await self.close()
             raise
@@ -164,6 +167,9 @@ class ServedEngine(ABC):
         except ChannelClosed:
             await self._raise_end()
             raise
+        except CallFailed as error:
+            self._ensure_alive()
+            raise EngineError(f"{self._setup.name} refused to say how its stages are: {error}") from error
 
     async def check_refactor(self, target: Pipeline) -> RefactorCheck:
         return await self._ready_handovers().check(target)
