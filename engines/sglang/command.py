@@ -4,6 +4,7 @@ The daemon owns what decides layout, memory, sockets and devices: such a flag am
 with the key that sets it. Everything else passes through, after our own flags, so it wins over our defaults.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -68,6 +69,7 @@ OWNED: Final[Mapping[str, str]] = {
     "--sampling-backend": _OTHERS,
     "--incremental-streaming-output": "the daemon reads it",
 }
+_OWN_CONTEXT_TOKENS: Final = 6  # which SGLang keeps of its context for itself
 _SHORT: Final = {"--tp": "--tp-size", "--pp": "--pp-size", "--dp": "--dp-size"}
 _VARIABLES: Final[Mapping[str, str]] = {
     "SGLANG_PP_LAYER_PARTITION": _LAYOUT,
@@ -110,7 +112,7 @@ def command_line(options: SglangOptions, *, counts: Sequence[int], run_dir: Path
         "--sampling-backend": "pytorch",
     }
     if options.max_model_len:
-        flags["--context-length"] = options.max_model_len
+        flags["--context-length"] = context_tokens(options)
     if not options.cuda:
         flags["--attention-backend"] = "torch_native"
     texts = {
@@ -180,6 +182,9 @@ def environment(
         }
     if Path(options.model_directory).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
+    if options.max_model_len and options.max_model_len <= _positions(options) < context_tokens(options):
+        # no request comes near the tokens that SGLang has beyond the model's positions: the adapter refuses it
+        env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if hf_token:
         env["HF_TOKEN"] = hf_token
     env |= options.env
@@ -195,3 +200,19 @@ def thread_bindings(cores: Sequence[int], *, ranks: int, threads: int) -> str:
         for rank in range(ranks)
     ]
     return "|".join(",".join(map(str, sorted(set(field)))) for field in fields)
+
+
+def context_tokens(options: SglangOptions) -> int:
+    """Return the context that SGLang has to be told, so that prompt and output may be ``max_model_len`` long."""
+    has_room = _positions(options) >= options.max_model_len
+    return options.max_model_len + (_OWN_CONTEXT_TOKENS if has_room else 0)
+
+
+def _positions(options: SglangOptions) -> int:
+    """Return the positions of the model as its configuration says, 0 where that does not tell."""
+    try:
+        config = json.loads((Path(options.model_directory) / "config.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    found = config.get("max_position_embeddings", config.get("n_positions", 0))
+    return found if isinstance(found, int) else 0

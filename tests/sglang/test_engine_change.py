@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop]
 
 async def through(folder: Path, *engines: str, more: str) -> None:
     """Begin with the first engine and change to each of the others under streams, whose text stays the same."""
-    more = f'dtype = "float32"\n{more}'
+    more = f'dtype = "float32"\nmax_model_len = 2048\n{more}'
     async with (
         started(folder, ready=True, engine=engines[0], more=more) as daemon,
         aiohttp.ClientSession() as session,

@@ -203,10 +203,10 @@ async def test_without_the_kv_copy_the_checksums_refuse_the_commit(driver: Plugi
 async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> None:
     """The control: if this passed with the copy left out, the tests above would show nothing."""
     await move(driver, START)
-    undisturbed = await run_streams(driver, count=3, max_tokens=150, salt=6)
+    undisturbed = await run_streams(driver, count=3, max_tokens=80, salt=6)
     await leave_the_copy_out(driver, "skip")
     await driver.arm("core.verify", "skip")
-    streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=150, salt=6))
+    streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=80, salt=6))
     await until_under_way(driver)
     await move(driver, on_ranks(1, 3, 2, 2))
     await driver.arm("", "")
@@ -217,8 +217,8 @@ async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> N
 async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
     """SGLang's own pause does not under pipeline parallelism, and says that it did."""
     await move(driver, START)
-    undisturbed = await run_streams(driver, count=4, max_tokens=120, salt=7)
-    streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=120, salt=7))
+    undisturbed = await run_streams(driver, count=4, max_tokens=80, salt=7)
+    streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=80, salt=7))
     await until_under_way(driver)
     await driver.core.core("hold")
     paused = await driver.counters()

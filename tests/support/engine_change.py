@@ -30,6 +30,7 @@ class Client:
                 return answer.status, (await answer.json())["error"]["message"]
             lines = [line.decode().strip().removeprefix("data: ") async for line in answer.content]
         events = [json.loads(line) for line in lines if line not in ("", "[DONE]")]
+        assert "choices" in events[-1], events[-1]
         choices = [event["choices"][0] for event in events]
         assert choices[-1]["finish_reason"] == "length"
         return answer.status, "".join(choice["text"] for choice in choices)

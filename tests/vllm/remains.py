@@ -28,7 +28,7 @@ def run_directory_of(daemon_pid: int) -> Path:
     """Return the private directory of the vLLM that a daemon has started."""
     (directory,) = (
         owner.parent
-        for owner in Path(tempfile.gettempdir()).glob("flexpiped-vllm-*/owner")
+        for owner in Path(tempfile.gettempdir()).glob("flexpiped-engine-*/owner")
         if owner.read_text().split()[0] == str(daemon_pid)
     )
     return directory
