@@ -17,16 +17,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop]
 
 async def through(folder: Path, *engines: str, more: str) -> None:
     """Begin with the first engine and change to each of the others under streams, whose text stays the same."""
+    # one stage: the demo model ties its head to its embedding, and SGLang fails with that in several pipeline ranks
     more = f'dtype = "float32"\nmax_model_len = 2048\n{more}'
     async with (
-        started(folder, ready=True, engine=engines[0], more=more) as daemon,
+        started(folder, ready=True, engine=engines[0], stages=1, more=more) as daemon,
         aiohttp.ClientSession() as session,
     ):
         client = Client(session, (await daemon.ask("/status"))["api_url"])
         expected = {prompt: (await client.complete(prompt))[1] for prompt in PROMPTS}
         for engine in engines[1:]:
             async with client.busy(expected):
-                assert re.fullmatch(TAKEN, await changed(daemon, engine))
+                assert re.fullmatch(TAKEN, await changed(daemon, engine, stages=1))
         assert (await client.complete("Once", min_p=0.1))[0] == (400 if engines[-1] == "native" else 200)
 
 

@@ -64,12 +64,13 @@ class Client:
         assert min(await asyncio.gather(*tasks)) > 0
 
 
-async def changed(daemon: Daemon, engine: str) -> str:
-    """Change the engine and return what the record says."""
+async def changed(daemon: Daemon, engine: str, *, stages: int = 2) -> str:
+    """Change the engine of so many stages and return what the record says."""
     code, out, err = await daemon.flexctl("rebalance", "--engine", engine, "--wait")
     assert code == 0, out + err
-    assert f" -> {engine}, 2 -> 2 stages by replica: by a second instance" in out
+    noun = "stage" if stages == 1 else "stages"
+    assert f" -> {engine}, {stages} -> {stages} {noun} by replica: by a second instance" in out, out
     status = await daemon.ask("/status")
-    assert (status["engine"], len(status["stages"])) == (engine, 2)
+    assert (status["engine"], len(status["stages"])) == (engine, stages)
     message: str = status["last_handover"]["message"]
     return message
