@@ -27,6 +27,7 @@ from planner.model_graph import Layer, LayerKind, ModelGraph
 from topology.device import Device, DeviceKind
 
 SOME_TOKENS: Final = 64  # up to here a product of matrices is bound by reading weights, from here on by arithmetic
+HIGH_RESIDUAL: Final = 0.1  # mean of a fit, beyond which its predictions are not to be relied on
 _REWEIGHTED: Final = 12
 _SMALL_ERROR: Final = 0.01
 _Matrix = npt.NDArray[np.float64]
@@ -109,6 +110,12 @@ class Fit:
     def mean_residual(self) -> float:
         return fmean(map(abs, self.residuals))
 
+    @property
+    def name(self) -> str:
+        """Return which stages it is of, for people."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"stages of {threads} {'beside others' if self.beside_others else 'alone'}"
+
     def time_s(self, amounts: Mapping[Term, float]) -> float:
         return sum(self.seconds[term] * amount for term, amount in amounts.items())
 
@@ -142,10 +149,27 @@ class Profile:
 
     @property
     def source(self) -> str:
+        """Return where the times come from, and what is to be said against them."""
+        return f"{self.origin}; {self.warning}" if self.warning else self.origin
+
+    @property
+    def origin(self) -> str:
         """Return where the times come from, as a sentence."""
         return (
             f"measured {self.measured_at} on {self.key.device_name or self.key.device_kind.value}, {self.key.engine} "
             f"engine, torch {self.key.torch_version} (mean residual {self.mean_residual:.1%})"
+        )
+
+    @property
+    def warning(self) -> str:
+        """Return what is to be said of fits that explain their measurements badly; empty where all do well."""
+        bad = [fit for fit in self.fits if fit.mean_residual > HIGH_RESIDUAL]
+        if not bad:
+            return ""
+        named = ", ".join(f"{fit.mean_residual:.1%} for {fit.name}" for fit in bad)
+        return (
+            f"warning: mean residual {named}: above {HIGH_RESIDUAL:.0%}, so predictions may be as far off; "
+            "measure again while nothing else runs"
         )
 
     def fit_for(self, *, threads: int, beside_others: bool) -> Fit:

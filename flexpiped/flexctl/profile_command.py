@@ -54,7 +54,7 @@ def profile(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     if options.json:
         screen.write([json.dumps({"profile": profile_to_json(found), "file": kept})])
     else:
-        screen.write([*profile_lines(found), f"kept in {kept}"])
+        screen.write([*profile_lines(found, paint=screen.paint), f"kept in {kept}"])
     return Exit.DONE
 
 

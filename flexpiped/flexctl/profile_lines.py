@@ -5,7 +5,7 @@ from textwrap import wrap
 from typing import Final
 
 from engines.native.timing_messages import TimingPoint
-from flexpiped.flexctl.text import bar, format_duration, table
+from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, table
 from planner.profile import Fit, Profile, Term
 
 WIDTH: Final = 80
@@ -19,13 +19,15 @@ def progress_line(point: TimingPoint, *, of: int, elapsed_s: float) -> str:
     return f"{bar(point.done, of)}  {point.done}/{of}  {point.what}   {format_duration(left_s)} left"
 
 
-def profile_lines(profile: Profile) -> list[str]:
-    """Return what each term takes under each fit, and the residuals, in 80 columns."""
-    lines = wrap(f"{profile.model_name}: {profile.source}", width=WIDTH, subsequent_indent="  ")
+def profile_lines(profile: Profile, *, paint: Paint = PLAIN) -> list[str]:
+    """Return what each term takes under each fit, and the residuals, in 80 columns; a warning where those are high."""
+    lines = wrap(f"{profile.model_name}: {profile.origin}", width=WIDTH, subsequent_indent="  ")
     for first in range(0, len(profile.fits), _FITS_A_TABLE):
         lines += _table(profile.fits[first : first + _FITS_A_TABLE])
     beside = any(fit.beside_others for fit in profile.fits)
-    return [*lines, "  * while other stages compute on the same host"] if beside else lines
+    lines += ["  * while other stages compute on the same host"] if beside else []
+    warning = wrap(profile.warning, width=WIDTH, subsequent_indent="  ")
+    return lines + [paint(line, Colour.YELLOW) for line in warning]
 
 
 def _table(fits: Sequence[Fit]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from flexpiped.costs import Costs, costs_of
 from flexpiped.profiles import ProfileStore, model_digest
 from planner.layer_costs import decode_batch, layer_classes, stage_s
+from tests.unit.planner.test_planning import answer
 from tests.unit.planner.test_profile import GRAPH, KEY, observed, profile_of
 from topology.device import Device, DeviceKind, cpu_devices
 
@@ -29,6 +30,14 @@ def test_a_roofline_stands_in_until_a_profile_is_measured(tmp_path: Path) -> Non
     batch, classes = decode_batch(sequences=4, context_tokens=64), layer_classes(GRAPH.layers)
     alone, beside = (stage_s(each, classes, CPUS[0], batch) for each in (measured.alone, measured.beside))
     assert 1.9 < beside / alone < 2.1
+
+
+def test_a_plan_on_a_profile_with_high_residuals_says_so(tmp_path: Path) -> None:
+    profile = profile_of(*observed(noise=0.3))
+    ProfileStore(folder=tmp_path).save(replace(profile, key=replace(KEY, model=model_digest(GRAPH))))
+    found = answer(graph=GRAPH, costs=costs_here(tmp_path).alone)
+    assert "warning: mean residual 2" in found.times_from
+    assert found.times_from.endswith(profile.warning)
 
 
 def test_a_profile_of_other_cores_or_of_a_cpu_does_not_count(tmp_path: Path) -> None:

@@ -24,6 +24,16 @@ def test_terms_and_residuals_fit_a_terminal() -> None:
     assert any("mean residual" in line and line.count("0.0%") == 3 for line in lines)
 
 
+def test_high_residuals_are_warned_of_last() -> None:
+    lines = profile_lines(profile_of(*observed(), *observed(noise=0.3, beside=True)))
+    assert all(len(line) <= 80 for line in lines)
+    at = lines.index("  * while other stages compute on the same host")
+    text = " ".join(line.strip() for line in lines[at + 1 :])
+    assert text.startswith("warning: mean residual 2")
+    assert text.endswith("predictions may be as far off; measure again while nothing else runs")
+    assert not any("warning" in line for line in profile_lines(profile_of(*observed())))
+
+
 def test_many_fits_stand_in_several_tables() -> None:
     many = [each for threads in range(1, 8) for each in observed(threads=threads)]
     lines = profile_lines(profile_of(*many))

@@ -13,6 +13,7 @@ from planner.errors import InvalidProfile
 from planner.layer_costs import Batch, decode_batch, layer_classes, prefill_batch, stage_s
 from planner.model_graph import ModelGraph
 from planner.profile import (
+    HIGH_RESIDUAL,
     Fit,
     MeasuredCosts,
     Observation,
@@ -135,6 +136,18 @@ def test_the_source_says_when_where_and_how_well() -> None:
     assert MeasuredCosts(profile=profile_of(*observed())).source == (
         "measured 2026-01-02 03:04 UTC on Some CPU, native engine, torch 2.13.0 (mean residual 0.0%)"
     )
+
+
+def test_high_residuals_are_said_wherever_the_times_are_used() -> None:
+    profile = profile_of(*observed(), *observed(noise=0.3, threads=2))
+    share = profile.fits[1].mean_residual
+    assert share > HIGH_RESIDUAL
+    assert profile.warning == (
+        f"warning: mean residual {share:.1%} for stages of 2 threads alone: above 10%, so predictions may be as far "
+        "off; measure again while nothing else runs"
+    )
+    assert MeasuredCosts(profile=profile).source == f"{profile.origin}; {profile.warning}"
+    assert profile_of(*observed(noise=0.05)).warning == ""
 
 
 def test_another_device_or_model_is_refused() -> None:
