@@ -1,16 +1,18 @@
 """The first word from an engine's processes, over the sockets in its run directory."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from engines.errors import EngineStartFailed
 from engines.served.channel import Channel, ChannelClosed, Message
+from engines.served.life import Life
 
 ENGINE_SOCKET: Final = "engine.sock"
 POLL_S: Final = 0.1
+T = TypeVar("T")
 
 
 async def first_contact(
@@ -46,6 +48,19 @@ async def first_contact(
     finally:
         closed.cancel()
     return channel, ready.result()
+
+
+async def before_death(contact: Coroutine[Any, Any, T], life: Life) -> T:
+    """Return what ``contact`` does, as long as the engine lives. Raises: EngineError: It has ended before that."""
+    contacting, death = asyncio.create_task(contact), asyncio.create_task(life.died())
+    try:
+        await asyncio.wait([contacting, death], return_when=asyncio.FIRST_COMPLETED)
+        life.ensure()
+        return await contacting
+    finally:
+        contacting.cancel()
+        death.cancel()
+        await asyncio.gather(contacting, death, return_exceptions=True)
 
 
 async def connect_ranks(run_directory: Path, *, count: int) -> dict[int, Channel]:

@@ -11,29 +11,26 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
-from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.errors import EngineError, EngineStartFailed, UnsupportedByEngine
 from engines.protocol import EngineCapabilities, EngineCounters, RefactorCheck, RefactorProgress, StageStatus
 from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
-from engines.served.connecting import connect_ranks
-from engines.served.freed import Departed
+from engines.served.connecting import before_death
 from engines.served.handovers import AfterMoves, Handovers, HandoverSetup
-from engines.served.hang import Pulse
+from engines.served.life import Life
+from engines.served.link import EngineLink
 from engines.served.logs import LogDialect, LogLine
 from engines.served.ranks import boot_counts
+from engines.served.run_directory import HTTP_SOCKET
 from engines.served.server import EngineServer
 from engines.served.status import StageReader
 from engines.served.streams import Stream
+from engines.served.turns import note_departure, turn_to_start
+from engines.served.watch import HangWatch
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph
 
-HTTP_SOCKET: Final = "http.sock"  # in the run directory
 _DRAIN_POLL_S: Final = 0.05
-_PULSE_S: Final = 1.0
-_FREE_DEADLINE_S: Final = 30.0
-_DEPARTED: Final = Departed()  # of this daemon, whose restarts and second instances share devices
-_STARTS: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,20 +72,23 @@ class ServedEngine(ABC):
         self._epoch = epoch
         self._graph = graph
         self._on_log = on_log
-        self._clock = clock
         self._on_progress: Callable[[str], None] = lambda _message: None
         self._capabilities: EngineCapabilities | None = None
         self._server: EngineServer | None = None
-        self._channel: Channel | None = None
-        self._sides: dict[int, Channel] = {}
+        self._link: EngineLink | None = None
         self._handovers: Handovers | None = None
         self._stage_reader = StageReader(ranks=self._ranks, clock=clock)
         self._streams: dict[int, Stream] = {}
         self._last_key = 0
-        self._end: EngineError | None = EngineClosed("the engine has not been started")
-        self._death: asyncio.Future[str] | None = None
-        self._pulse = Pulse(deadline_s=setup.hang_deadline_s, patience_s=setup.start_deadline_s)
-        self._watching: asyncio.Task[None] | None = None
+        self._life = Life(on_end=self._tell_end)
+        self._watch = HangWatch(
+            deadline_s=setup.hang_deadline_s,
+            patience_s=setup.start_deadline_s,
+            counters=self.counters,
+            has_requests=lambda: bool(self._streams),
+            on_hung=lambda verdict: self._note_death(f"{setup.name} is {verdict}"),
+            clock=clock,
+        )
         self._last_progress = ""
         self.info: Message = {}  # what the engine said of itself when it was ready
 
@@ -119,7 +119,7 @@ class ServedEngine(ABC):
         """As ``Engine.generate``."""
 
     def _after_moves(self) -> AfterMoves | None:
-        """Return what follows its moves. Channels and ``info`` are set."""
+        """Return what follows its moves. The link and ``info`` are set."""
         return None
 
     # --- the protocol ---
@@ -139,7 +139,6 @@ class ServedEngine(ABC):
 
     async def start(self, *, on_progress: Callable[[str], None]) -> None:
         self._on_progress = on_progress
-        self._death = asyncio.get_running_loop().create_future()
         try:
             await self._start()
         except EngineError as error:
@@ -155,21 +154,14 @@ class ServedEngine(ABC):
             raise
 
     async def counters(self) -> EngineCounters:
-        reply = await self._core("counters")
+        reply = await self._ready_link().core("counters")
         refactorings = 0 if self._handovers is None else self._handovers.refactorings_total
         # its workers live and die with it
         return EngineCounters(**reply, worker_restarts_total=0, refactorings_total=refactorings)
 
     async def stages(self) -> tuple[StageStatus, ...]:
-        self._ensure_alive()
-        try:
-            return await self._stage_reader.read(self.pipeline, self._sides)
-        except ChannelClosed:
-            await self._raise_end()
-            raise
-        except CallFailed as error:
-            self._ensure_alive()
-            raise EngineError(f"{self._setup.name} refused to say how its stages are: {error}") from error
+        pipeline, answers = self.pipeline, await self._ready_link().rank_statuses()
+        return self._stage_reader.read(pipeline, answers)
 
     async def check_refactor(self, target: Pipeline) -> RefactorCheck:
         return await self._ready_handovers().check(target)
@@ -189,20 +181,16 @@ class ServedEngine(ABC):
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def died(self) -> str:
-        assert self._death is not None, "the engine has not been started"
-        return await asyncio.shield(self._death)
+        return await self._life.died()
 
     async def close(self) -> None:
-        if not isinstance(self._end, EngineClosed):
-            self._finish(EngineClosed("the engine was closed"))
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
-        for channel in [*self._sides.values(), *([self._channel] if self._channel else [])]:
-            await channel.close()
+        self._life.close()
+        await self._watch.stop()
+        if self._link is not None:
+            await self._link.close()
         if self._server is not None:
             await self._server.close()
-            _DEPARTED.note(self._ranks.device_ids, self._server.processes)
+            note_departure(self._ranks.device_ids, self._server.processes)
 
     # --- OwnRoutes ---
 
@@ -225,21 +213,17 @@ class ServedEngine(ABC):
 
     async def trace(self) -> Message:
         """Return when steps ended and began since the last call, by the core's clock."""
-        reply: Message = await self._core("trace")
+        reply: Message = await self._ready_link().core("trace")
         return reply
 
     async def rank_status(self, rank: int) -> Message:
         """Return what one rank says of itself."""
-        status: Message = await self._sides[rank].call("status")
+        status: Message = await self._ready_link().sides[rank].call("status")
         return status
 
     async def arm_failpoint(self, name: str, action: str, *, rank: int | None = None) -> None:
         """Arm a failpoint in the engine core, or in the worker of one rank; an empty name disarms all there."""
-        assert self._channel is not None
-        if rank is None:
-            await self._channel.core("arm", name, action)
-        else:
-            await self._sides[rank].call("arm", name=name, action=action)
+        await self._ready_link().arm_failpoint(name, action, rank=rank)
 
     # --- starting ---
 
@@ -248,13 +232,11 @@ class ServedEngine(ABC):
         version = await self._version()
         self._on_progress(f"{name} {version}: waiting for its turn to start")
         counts = self._boot_layout()
-        lock = _STARTS.setdefault(asyncio.get_running_loop(), asyncio.Lock())
-        async with lock:  # two that load at once would each measure the other's memory
-            await _DEPARTED.ensure_free(self._ranks.device_ids, deadline_s=_FREE_DEADLINE_S)
+        async with turn_to_start(self._ranks.device_ids):
             self._server = EngineServer(
                 name=name, dialect=self._setup.dialect, on_log=self._note_log, on_death=self._note_death
             )
-            self._end = None
+            self._life.begin()
             self._on_progress(f"starting {name} {version}")
             await self._launch(self._server, counts)
             try:
@@ -263,7 +245,7 @@ class ServedEngine(ABC):
             except TimeoutError:
                 words = self._server.with_last_words(f"{name} was not ready within {deadline_s:g} s")
                 raise EngineStartFailed(words) from None
-        self._watching = asyncio.create_task(self._watch(), name="engine-pulse")
+        self._watch.begin()
 
     def _boot_layout(self) -> tuple[int, ...]:
         if (refusal := self._ranks.refusal_of(self._pipeline)) is not None:
@@ -280,18 +262,21 @@ class ServedEngine(ABC):
 
     async def _become_ready(self, server: EngineServer) -> None:
         try:
-            channel, self.info = await self._first_word(server)
+            channel, self.info = await before_death(self._contact(server), self._life)
         except ChannelClosed as error:
             raise EngineStartFailed(server.with_last_words(str(error))) from error
-        self._channel = channel
+        setup = self._setup
+        self._link = link = EngineLink(
+            channel, name=setup.name, listener=setup.listener, life=self._life, on_lost=self._note_death
+        )
         server.watch(self._processes())
-        self._sides = await connect_ranks(server.run_directory, count=len(self.info["pids"]["workers"]))
-        self._ensure_alive()
+        await link.connect_ranks(server.run_directory, count=len(self.info["pids"]["workers"]))
+        self._life.ensure()
         self._handovers = Handovers(
-            self._setup.handover,
+            setup.handover,
             self._graph,
             channel,
-            self._sides,
+            link.sides,
             pipeline=self._pipeline,
             epoch=self._epoch,
             refusal=self.info["refactor_refusal"],
@@ -301,24 +286,7 @@ class ServedEngine(ABC):
         )
         self._capabilities = self._adopt()
 
-    async def _first_word(self, server: EngineServer) -> tuple[Channel, Message]:
-        """Return what ``_contact`` does. Raises: EngineError: The engine has ended before that."""
-        assert self._death is not None
-        contact = asyncio.create_task(self._contact(server))
-        try:
-            awaited: list[asyncio.Future[Any]] = [contact, self._death]
-            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-            self._ensure_alive()
-            return await contact
-        finally:
-            contact.cancel()
-            await asyncio.gather(contact, return_exceptions=True)
-
     # --- what comes from the engine ---
-
-    def _progressed(self) -> None:
-        """A token came."""
-        self._pulse = self._pulse.progressed(now_s=self._clock())
 
     def _note_log(self, line: LogLine) -> None:
         self._on_log(line)
@@ -329,79 +297,28 @@ class ServedEngine(ABC):
             self._last_progress = progress
             self._on_progress(f"{self._setup.name}: {progress}")
         if self._setup.dialect.takes_long(progress):
-            self._pulse = self._pulse.working_slowly(now_s=self._clock())
+            self._watch.works_slowly()
 
     def _note_death(self, reason: str) -> None:
-        if self._server is not None and self._end is None:
-            self._finish(EngineDied(self._server.with_last_words(reason)))
+        if self._server is not None and self._life.end is None:
+            self._life.die(self._server.with_last_words(reason))
             self._server.kill()
-
-    async def _watch(self) -> None:
-        """About once a second: is there work, and does it go on? A look that is not answered is work, too."""
-        while self._end is None:
-            looking = asyncio.create_task(self._steps_total())
-            try:
-                await self._look(looking)
-            finally:
-                looking.cancel()
-            await asyncio.sleep(_PULSE_S)
-
-    async def _look(self, looking: "asyncio.Task[int | None]") -> None:
-        """Wait for one look, and meanwhile for a hang."""
-        while not looking.done() and self._end is None:
-            await asyncio.wait([looking], timeout=min(_PULSE_S, self._setup.hang_deadline_s / 2))
-            now_s, steps = self._clock(), looking.result() if looking.done() else None
-            pending = bool(self._streams) or not looking.done()
-            self._pulse = self._pulse.seen(pending=pending, steps_total=steps, now_s=now_s)
-            if (verdict := self._pulse.verdict(now_s=now_s)) is not None:
-                self._note_death(f"{self._setup.name} is {verdict}")
-
-    async def _steps_total(self) -> int | None:
-        try:
-            return (await self.counters()).steps_total
-        except EngineError:
-            return None  # it has ended
 
     # --- inside ---
 
-    def _finish(self, end: EngineError) -> None:
+    def _tell_end(self, end: EngineError) -> None:
         """Nothing more will come: everybody who waits learns why."""
-        self._end = end
         for stream in self._streams.values():
             stream.fail(end)
         if self._handovers is not None:
             self._handovers.end(end)
-        if self._death is not None and not self._death.done() and isinstance(end, EngineDied):
-            self._death.set_result(str(end))
-
-    async def _core(self, method: str) -> Any:
-        self._ensure_alive()
-        assert self._channel is not None
-        try:
-            return await self._channel.core(method)
-        except ChannelClosed:
-            await self._raise_end()
-            raise
-        except CallFailed as error:
-            self._ensure_alive()
-            raise EngineError(f"{self._setup.name} refused {method}: {error}") from error
-
-    async def _raise_end(self) -> None:
-        """The channel is gone, so the engine is or soon will be: raise what it ended of."""
-        assert self._server is not None
-        if self._end is None:
-            self._note_death(f"{self._setup.listener} closed its channel to the daemon")
-        self._ensure_alive()
 
     def _ready_handovers(self) -> Handovers:
-        self._ensure_alive()
+        self._life.ensure()
         assert self._handovers is not None, "valid once start has returned"
         return self._handovers
 
-    def _ensure_alive(self) -> None:
-        if self._end is not None:
-            raise type(self._end)(str(self._end))
-
-    def _send(self, message: Message) -> None:
-        if self._channel is not None:
-            self._channel.send(message)
+    def _ready_link(self) -> EngineLink:
+        self._life.ensure()
+        assert self._link is not None, "valid once start has returned"
+        return self._link

@@ -15,6 +15,7 @@ from typing import Final
 
 from engines.process import state_of
 
+HTTP_SOCKET: Final = "http.sock"  # of the engine's own server
 _PREFIX: Final = "flexpiped-engine-"
 _OWNER: Final = "owner"  # pid and start time of the daemon
 _SHARED: Final = "shared-memory"  # one name in /dev/shm a line

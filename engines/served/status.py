@@ -1,10 +1,9 @@
-"""What each stage is and does, from the workers' side channels."""
+"""What each stage is and does, by what the workers answer."""
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from engines.protocol import StageStatus
-from engines.served.channel import Channel, Message
+from engines.served.channel import Message
 from engines.served.ranks import Ranks
 from planner.layout import Pipeline, Stage
 
@@ -17,11 +16,9 @@ class StageReader:
         self._clock = clock
         self._last: dict[int, tuple[float, float]] = {}  # by rank: time, busy time until then
 
-    async def read(self, pipeline: Pipeline, sides: Mapping[int, Channel]) -> tuple[StageStatus, ...]:
-        """Ask all workers at once. Raises: ChannelClosed: One of them is gone."""
-        answers = await asyncio.gather(*(side.call("status") for side in sides.values()))
-        by_rank: dict[int, Message] = dict(zip(sides, answers, strict=True))
-        return tuple(self._stage(index, stage, by_rank) for index, stage in enumerate(pipeline.stages))
+    def read(self, pipeline: Pipeline, answers: Mapping[int, Message]) -> tuple[StageStatus, ...]:
+        """Return what the answers of the workers, by global rank, say of each stage."""
+        return tuple(self._stage(index, stage, answers) for index, stage in enumerate(pipeline.stages))
 
     def _stage(self, index: int, stage: Stage, answers: Mapping[int, Message]) -> StageStatus:
         place, degree = self._ranks.rank_of(stage.device_ids), self._ranks.tensor_parallel

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,9 +15,10 @@ from engines.errors import EngineError, EngineStartFailed, InvalidRequest
 from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, TokenChunk
 from engines.served.channel import Channel, Message
 from engines.served.connecting import connect_ranks, first_contact, read_hub_token
-from engines.served.engine import HTTP_SOCKET, ServedEngine, ServedSetup
+from engines.served.engine import ServedEngine, ServedSetup
 from engines.served.logs import LogLine
 from engines.served.options import handover_setup
+from engines.served.run_directory import HTTP_SOCKET
 from engines.served.sampling import tokens_left
 from engines.served.server import EngineServer, members_of
 from engines.served.streams import Stream
@@ -60,7 +62,7 @@ class SglangEngine(ServedEngine):
         self._work: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        self._ensure_alive()
+        self._life.ensure()
         check_request(request, self.capabilities)  # an id that is not in the vocabulary would end SGLang
         left = tokens_left(request, self.capabilities)
         if left <= 0:
@@ -115,7 +117,7 @@ class SglangEngine(ServedEngine):
         assert self._http is not None
         try:
             async for event in self._http.generate(body):
-                self._progressed()
+                self._watch.progressed()
                 put(stream, event, stops)
                 if event.finish:
                     return
@@ -129,13 +131,14 @@ class SglangEngine(ServedEngine):
 
     async def _fail(self, stream: Stream, error: HttpFailed) -> None:
         """A connection broke. So does each when SGLang dies; what it died of is known in a moment."""
-        assert self._death is not None
-        await asyncio.wait([self._death], timeout=_DEATH_WAIT_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DEATH_WAIT_S):
+                await self.died()
         self._note_death(f"SGLang's API server broke a connection: {error}")
-        stream.fail(self._end or EngineError(str(error)))
+        stream.fail(self._life.end or EngineError(str(error)))
 
     def _abort(self, rid: str) -> None:
-        if self._end is None and self._http is not None:
+        if self._life.end is None and self._http is not None:
             self._keep(asyncio.create_task(self._http.abort(rid), name="sglang-abort"))
 
     def _keep(self, task: asyncio.Task[None]) -> None:

@@ -64,7 +64,7 @@ class VllmEngine(ServedEngine):
         self._parcels: VllmKvParcels | VllmKvLoans | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        self._ensure_alive()
+        self._life.ensure()
         check_request(request, self.capabilities)
         left = tokens_left(request, self.capabilities)
         if left <= 0:
@@ -76,7 +76,7 @@ class VllmEngine(ServedEngine):
         self._streams[key] = stream
         self._key_of[request.request_id] = key
         prompt = [*request.prompt_token_ids, *request.generated_token_ids]
-        self._send({"op": "generate", "key": key, "prompt": prompt, "sampling": sampling})
+        self._ready_link().send({"op": "generate", "key": key, "prompt": prompt, "sampling": sampling})
         try:
             async for chunk in stream:
                 yield chunk
@@ -84,8 +84,8 @@ class VllmEngine(ServedEngine):
             del self._streams[key]
             if self._key_of.get(request.request_id) == key:
                 del self._key_of[request.request_id]
-            if not stream.ended and self._end is None:
-                self._send({"op": "abort", "key": key})
+            if not stream.ended and self._life.end is None:
+                self._ready_link().send({"op": "abort", "key": key})
 
     # --- KvTransfers ---
 
@@ -140,10 +140,10 @@ class VllmEngine(ServedEngine):
     def _after_moves(self) -> Recompiler | None:
         if not self._options.compile:
             return None
-        assert self._channel is not None
+        link = self._ready_link()
         self._recompiler = Recompiler(
-            self._channel,
-            self._sides,
+            link.channel,
+            link.sides,
             on_end=self.on_recompiled,
             on_crash=self._note_death,
             deadline_s=self._options.start_deadline_s,
@@ -151,12 +151,11 @@ class VllmEngine(ServedEngine):
         return self._recompiler
 
     def _adopt(self) -> EngineCapabilities:
-        info = self.info
-        assert self._channel is not None
+        info, channel = self.info, self._ready_link().channel
         if info.get("kv_by_nixl"):
-            self._parcels = VllmKvLoans(self._channel, name_of=self._name_in_core)
+            self._parcels = VllmKvLoans(channel, name_of=self._name_in_core)
         else:
-            self._parcels = VllmKvParcels(self._channel, run_directory=self.run_directory, name_of=self._name_in_core)
+            self._parcels = VllmKvParcels(channel, run_directory=self.run_directory, name_of=self._name_in_core)
         return EngineCapabilities(
             name="vllm",
             max_model_len=info["max_model_len"],
@@ -176,7 +175,7 @@ class VllmEngine(ServedEngine):
     def _handle(self, message: Message) -> None:
         match message["op"]:
             case "outputs":
-                self._progressed()
+                self._watch.progressed()
                 for key, tokens, finish, logprobs in message["items"]:
                     if (stream := self._streams.get(key)) is not None:  # else aborted meanwhile
                         stream.add(tokens, logprobs or (), FinishReason(finish) if finish else None)
@@ -189,7 +188,7 @@ class VllmEngine(ServedEngine):
                 pass
 
     def _ready_parcels(self) -> VllmKvParcels | VllmKvLoans:
-        self._ensure_alive()
+        self._life.ensure()
         assert self._parcels is not None, "valid once start has returned"
         return self._parcels
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from engines.served.engine import HTTP_SOCKET
 from engines.served.inherited import inherited_environment
 from engines.served.options import threads_per_rank
 from engines.served.owned import Owned
 from engines.served.plugin_path import plugin_path
+from engines.served.run_directory import HTTP_SOCKET
 from engines.vllm.options import VllmOptions, num_kv_blocks
 from topology.cuda_order import visible_environment
 

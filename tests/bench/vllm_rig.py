@@ -9,8 +9,8 @@ import aiohttp
 
 from engines.checkpoint import read_checkpoint
 from engines.protocol import RefactorProgress
-from engines.served.engine import HTTP_SOCKET
 from engines.served.ranks import Ranks, boot_counts
+from engines.served.run_directory import HTTP_SOCKET
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.options import VllmOptions
 from planner.layout import Pipeline
