@@ -198,11 +198,17 @@ async def driven(
         finally:
             await driver.close()
     finally:
+        if process.returncode is not None:
+            print(f"SGLang had ended with {process.returncode}:\n{_last_words(Path(output.name))}")
         with suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
         await process.wait()
         output.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _last_words(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
 
 
 async def _connected(directory: Path, ranks: int, process: asyncio.subprocess.Process) -> PluginDriver:

@@ -36,6 +36,25 @@ class FakeScheduler:
     def get_next_batch_to_run(self, running_batch: str, last_batch: object) -> str:  # noqa: ARG002
         return "a batch"
 
+    def _pp_microbatches_drained(self) -> bool:
+        return True
+
+    def _collect_inflight_batches(self) -> list[object]:
+        return []
+
+
+@dataclass
+class FakeRequest:
+    ended: bool = False
+
+    def finished(self) -> bool:
+        return self.ended
+
+
+@dataclass
+class FakeBatch:
+    reqs: list[FakeRequest]
+
 
 @dataclass
 class Row:
@@ -201,3 +220,22 @@ def test_armed_failpoints_fail_where_they_are_named(row: Row) -> None:
     row.run(30)
     assert "core.commit" in row.replies[-1]["error"]
     assert row.conductor.layout == LAYOUT
+
+
+def test_what_was_prefilled_when_batches_were_held_is_neither_leaked_nor_lost(row: Row) -> None:
+    scheduler, batch = row.schedulers[0], FakeBatch([FakeRequest(ended=True), FakeRequest()])
+    row.slots[0].held_by.add("move")
+    assert scheduler.get_next_batch_to_run("running", batch) == "no batch"
+    assert not scheduler._pp_microbatches_drained()  # else SGLang would look for leaks
+    assert scheduler._collect_inflight_batches() == [batch]  # where an abort looks
+    row.slots[0].held_by.clear()
+    assert not scheduler._pp_microbatches_drained()  # until its slot comes round
+    scheduler.get_next_batch_to_run("running", batch)
+    assert scheduler._pp_microbatches_drained()
+    assert scheduler._collect_inflight_batches() == []
+
+
+def test_a_held_batch_whose_requests_have_ended_does_not_keep_sglang_from_being_idle(row: Row) -> None:
+    row.slots[0].held_by.add("move")
+    row.schedulers[0].get_next_batch_to_run("running", FakeBatch([FakeRequest(ended=True)]))
+    assert row.schedulers[0]._pp_microbatches_drained()

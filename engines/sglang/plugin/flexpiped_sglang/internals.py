@@ -66,6 +66,14 @@ def _expectations() -> list[tuple[str, bool]]:
             _parameters(Scheduler.get_next_batch_to_run) == ["self", "running_batch", "last_batch"],
         ),
         ("Scheduler.run_batch(batch, ...)", _parameters(Scheduler.run_batch)[:2] == ["self", "batch"]),
+        (
+            "Scheduler._pp_microbatches_drained()",
+            _parameters(Scheduler._pp_microbatches_drained) == ["self"],
+        ),
+        (
+            "Scheduler._collect_inflight_batches()",
+            _parameters(Scheduler._collect_inflight_batches) == ["self"],
+        ),
         ("Scheduler.event_loop_pp", callable(getattr(Scheduler, "event_loop_pp", None))),
         ("NextBatchPlan", set(NextBatchPlan.__struct_fields__) == {"batch_to_run", "running_batch"}),
         ("ScheduleBatch.out_cache_loc", "out_cache_loc" in inspect.getsource(ScheduleBatch)),

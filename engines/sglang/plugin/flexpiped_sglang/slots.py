@@ -35,9 +35,13 @@ class Slots:
         self._no_batch = no_batch
         self._outbox: list[Command] = []
         self.held_by: set[str] = set()  # while there is any, no batch is begun
+        self._unjoined: dict[
+            int, Any
+        ] = {}  # batches whose requests join the running ones of their slot when it goes on
         self._send_with_requests()
         self._take_from_requests()
         self._hold_batches()
+        self._see_held_prefills()
 
     def send(self, *command: Any) -> None:
         """Have all ranks do something at the next slot. For rank 0, in its main thread."""
@@ -73,7 +77,31 @@ class Slots:
         def get_next_batch_to_run(running_batch: Any, last_batch: Any) -> Any:
             # Under pipeline parallelism SGLang itself does not look at the flag of its own pause.
             if self.held_by or scheduler._engine_paused:
+                if last_batch is not None:
+                    self._unjoined[id(last_batch)] = last_batch
                 return self._no_batch(running_batch)
+            self._unjoined.pop(id(last_batch), None)
             return choose(running_batch=running_batch, last_batch=last_batch)
 
         scheduler.get_next_batch_to_run = get_next_batch_to_run
+
+    def _see_held_prefills(self) -> None:
+        """Keep in sight what was prefilled and has not joined the running requests of its slot when batches are held.
+
+        A slot without a batch forgets it: SGLang would not find it to abort, and without another request would think
+        itself idle, its KV cache leaked, and end itself.
+        """
+        scheduler = self._scheduler
+        drained, in_flight = scheduler._pp_microbatches_drained, scheduler._collect_inflight_batches
+
+        @wraps(drained)
+        def pp_microbatches_drained() -> bool:
+            unjoined = (request for batch in self._unjoined.values() for request in batch.reqs)
+            return bool(drained()) and all(request.finished() for request in unjoined)
+
+        @wraps(in_flight)
+        def collect_inflight_batches() -> list[Any]:
+            return [*in_flight(), *self._unjoined.values()]
+
+        scheduler._pp_microbatches_drained = pp_microbatches_drained
+        scheduler._collect_inflight_batches = collect_inflight_batches
