@@ -107,6 +107,7 @@ class EngineCapabilities:
     tensor_parallel: bool
     resumes_seeded: bool = True  # a seeded draw goes on exactly where generated tokens are handed in
     takes_engine_params: bool = False  # ``SamplingParams.engine_params``
+    caches_prefixes: bool = False  # the KV cache of a prompt's first tokens is kept for later prompts
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
     kv_form: str = ""  # engines of equal forms can load each other's KV cache: then the engine is a ``KvTransfers``
     kv_refusal: str = ""  # why there is no form, where the engine knows

@@ -11,9 +11,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from typing import Final
 
 from engines.errors import EngineError
 from engines.protocol import Engine, GenerationRequest, KvParcel, TokenChunk
+
+_OUTPUT_TOKENS: Final = 128.0  # of a request, before one has ended
+_NEWEST: Final = 0.1  # the weight of the last request in the mean
 
 
 class TakenOff(Exception):
@@ -30,13 +34,19 @@ class _Place(Enum):
 class Flight:
     """One request from its first engine to its last. ``num_tokens`` counts prompt and generated tokens.
 
-    ``has_engine_params``: it asks for what only some kinds of engine know.
+    ``prefill_tokens`` are those of them that its engine has still to compute before the next one, ``output_tokens`` how
+    many may still come. ``has_engine_params``: it asks for what only some kinds of engine know. ``destination``: the
+    engine that it is to board next, of those in force.
     """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.num_tokens = 0
+        self.prefill_tokens = 0
+        self.output_tokens = 0
+        self.generated_tokens = 0
         self.has_engine_params = False
+        self.destination: Engine | None = None
         self.engine: Engine | None = None  # None: at no engine
         self.has_ended = False
         self.kv: KvParcel | None = None  # for the next engine, which has accepted it
@@ -53,9 +63,11 @@ class Flight:
     def board(self, engine: Engine, request: GenerationRequest) -> None:
         """Begin at an engine, with the KV cache that is there for it; ``next_chunk`` must follow at once."""
         request, self.kv = replace(request, kv=self.kv), None
-        self.engine = engine
+        self.engine, self.destination = engine, None
         self.has_engine_params = bool(request.sampling.engine_params)
         self.num_tokens = len(request.prompt_token_ids) + len(request.generated_token_ids)
+        self.prefill_tokens = self.num_tokens - (0 if request.kv is None else request.kv.num_tokens)
+        self.output_tokens = request.sampling.max_tokens - len(request.generated_token_ids)
         chunks = engine.generate(request)
         if not isinstance(chunks, AsyncGenerator):
             raise TypeError(f"{type(chunks).__name__} has no aclose, as the Engine protocol promises")
@@ -90,6 +102,9 @@ class Flight:
             if self._is_interrupted:
                 reader.uncancel()
         self.num_tokens += len(chunk.token_ids)
+        self.output_tokens -= len(chunk.token_ids)
+        self.generated_tokens += len(chunk.token_ids)
+        self.prefill_tokens = 0
         if self._news is not None:
             self._news.set()
         if self._is_taken:  # the engine gave it all the same; it need not wait for the reader's next call
@@ -143,10 +158,14 @@ class Flight:
 
 
 class Flights:
-    """The requests under way, in the order in which they came; those that wait for an engine included."""
+    """The requests under way, in the order in which they came; those that wait for an engine included.
+
+    ``output_tokens_mean``: what those that ended have got of late: what to expect of one that only has a limit.
+    """
 
     def __init__(self) -> None:
         self._all: dict[Flight, None] = {}
+        self.output_tokens_mean = _OUTPUT_TOKENS
 
     def __len__(self) -> int:
         return len(self._all)
@@ -160,6 +179,7 @@ class Flights:
             yield flight
         finally:
             del self._all[flight]
+            self.output_tokens_mean += _NEWEST * (flight.generated_tokens - self.output_tokens_mean)
             flight.end()
 
     def at(self, engine: Engine) -> tuple[Flight, ...]:

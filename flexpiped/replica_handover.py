@@ -189,9 +189,9 @@ class ReplicaRunner:
         if self._flights:
             self._kv.begin(self._flights[0], first=first, second=second)
         try:
-            taken = await self._move(flight, carried)
+            taken = await self._move(flight, carried, second)
         finally:
-            flight.kv = None
+            flight.kv = flight.destination = None
             self._kv.drop(carried, first=first, second=second)
         self._tell(taken)
 
@@ -202,11 +202,11 @@ class ReplicaRunner:
         self._staying.add(flight)
         self._tell(r.Stayed())
 
-    async def _move(self, flight: Flight, carried: Carried) -> r.Taken:
+    async def _move(self, flight: Flight, carried: Carried, second: Engine) -> r.Taken:
         """Take one request off the first instance, and return when it has a token from the second."""
         if flight.engine is not self._first:  # meanwhile
             return r.Taken(goes_on=not flight.has_ended)
-        flight.kv = carried.parcel
+        flight.kv, flight.destination = carried.parcel, second
         began_s = self._clock()
         # Not taken along by a reader that is busy elsewhere, or by a request that is not admitted in time.
         is_there = await flight.take_off() and await self._has_gone_on(flight)

@@ -7,14 +7,14 @@ During a replica handover it owns two. One is in force at any time and gets the 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from engines.restarts import Restart, RestartPolicy
-from flexpiped.flight import Flights, TakenOff
+from flexpiped.continuing import continued
+from flexpiped.flight import Flight, Flights
 from flexpiped.supervision import (
-    FRUITLESS_DEATHS,
     INITIAL,
     CloseAsked,
     Died,
@@ -26,7 +26,6 @@ from flexpiped.supervision import (
     Supervision,
     SupervisorState,
     WakeAsked,
-    finish_of,
     loss_of,
     step,
 )
@@ -57,6 +56,7 @@ class Supervisor:
         wait_deadline_s: So long a request waits for an engine that starts, wakes up or recovers; None: for ever.
         on_change: Told each new state with its reason (for log, events and readiness).
         on_progress: Told what a starting engine says.
+        flights: The requests under way; those of several replicas are kept together.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Supervisor:
         wait_deadline_s: float | None = None,
         on_change: Callable[[Supervision], None] = _ignore,
         on_progress: Callable[[str], None] = _ignore,
+        flights: Flights | None = None,
     ) -> None:
         self._factory = factory
         self._pipeline = pipeline
@@ -85,7 +86,7 @@ class Supervisor:
         self._engine: Engine | None = None  # None while there is none that serves
         self._capabilities: EngineCapabilities | None = None
         self._watching: asyncio.Task[None] | None = None
-        self.flights = Flights()
+        self.flights = Flights() if flights is None else flights
         self._succession: _Succession | None = None
         self._ending: list[Engine] = []  # not in force any more
         self._wake = asyncio.Event()  # replaced at every sleep
@@ -193,7 +194,7 @@ class Supervisor:
         self._watching = asyncio.create_task(self._sleep_until_asked(engine), name="supervisor")
         return True
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """Continue the prompt as ``Engine.generate`` does, over deaths of the engine. Close it to abort.
 
         Raises:
@@ -201,32 +202,10 @@ class Supervisor:
             EngineDied: The engine has failed for good, or keeps dying over this request.
             EngineClosed: The supervisor is closing.
         """
-        generated = list(request.generated_token_ids)
-        engine: Engine | None = None
-        fruitless_deaths = 0
-        with self.flights.begin(request.request_id) as flight:
-            while fruitless_deaths < FRUITLESS_DEATHS:
-                engine = await self.ready_engine(other_than=engine)
-                finish = finish_of(request, generated, engine.capabilities)
-                if finish is not None:
-                    yield TokenChunk(token_ids=(), finish_reason=finish)
-                    return
-                flight.board(engine, replace(request, generated_token_ids=tuple(generated)))
-                try:
-                    while True:
-                        chunk = await flight.next_chunk()
-                        generated.extend(chunk.token_ids)
-                        fruitless_deaths = 0
-                        yield chunk
-                        if chunk.finish_reason is not None:
-                            return
-                except EngineDied:
-                    fruitless_deaths += 1
-                except TakenOff:
-                    pass
-                finally:
-                    await flight.leave()
-        raise EngineDied(f"the engine died {fruitless_deaths} times in a row over this request")
+        return continued(request, flights=self.flights, find=self._find)
+
+    async def _find(self, _request: GenerationRequest, _flight: Flight, *, other_than: Engine | None) -> Engine:
+        return await self.ready_engine(other_than=other_than)
 
     # --- a second instance ---
 

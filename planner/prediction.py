@@ -188,6 +188,14 @@ class Pipeline:
             attainment=attainment,
         )
 
+    def cycle_s(self, sequences: int) -> float:
+        """Return the seconds in which so many sequences get a token each; prompts beside them not counted."""
+        return self._at(self._cycles, sequences)
+
+    def prefill_s_per_token(self) -> float:
+        """Return what a token of a prompt adds to the steps that it joins, in seconds."""
+        return max(self._joining_s, _SHORTEST_S) / self._prompt
+
     # --- tables ---
 
     def _measure_prefill(self) -> None:

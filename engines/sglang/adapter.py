@@ -195,6 +195,7 @@ class SglangEngine(ServedEngine):
             max_stages=self._ranks.count,
             tensor_parallel=True,
             takes_engine_params=True,
+            caches_prefixes="--disable-radix-cache" not in self._options.args,
             kv_refusal=info["kv_refusal"],
             resident=tuple(self._ranks.devices_of(rank) for rank in range(self._ranks.count)),
         )

@@ -166,6 +166,7 @@ class VllmEngine(ServedEngine):
             tensor_parallel=True,
             resumes_seeded=False,
             takes_engine_params=True,
+            caches_prefixes="--no-enable-prefix-caching" not in self._options.args,
             own_server=own_server(self._options.args),
             kv_form=info.get("kv_form", ""),
             kv_refusal=info.get("kv_refusal", ""),

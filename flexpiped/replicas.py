@@ -1,0 +1,330 @@
+"""The replicas of the model: each a supervised engine, and all together what serves requests.
+
+    add: STARTING --started--> SERVING --remove--> DRAINING --empty, or late--> gone
+                     | failed                          requests that are late go on at the others
+                     v
+                   gone
+
+A request goes where ``planner.routing`` expects it to be finished first. When its replica dies or leaves, it goes on at
+another from its last token; with none, it waits. One replica at least stays: that one sleeps instead of leaving.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from engines.errors import EngineClosed, EngineDied, EngineError
+from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
+from flexpiped.continuing import continued
+from flexpiped.flight import Flight, Flights
+from flexpiped.replica_facts import ReplicaFacts
+from flexpiped.supervision import Supervision, SupervisorState
+from flexpiped.supervisor import EngineFactory, Supervisor
+from planner.layout import Pipeline
+from planner.routing import Job, Option, choose_replica
+
+
+class ReplicaState(Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Replica:
+    """One replica, by the number that operators know it by."""
+
+    number: int
+    supervisor: Supervisor
+    facts: ReplicaFacts
+    state: ReplicaState = ReplicaState.STARTING
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine that serves and takes requests; None while there is none."""
+        is_ready = self.supervisor.supervision.state is SupervisorState.READY
+        return self.supervisor.engine if is_ready and self.state is ReplicaState.SERVING else None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its engine has been given up."""
+        return self.supervisor.supervision.state is SupervisorState.FAILED
+
+
+class MakeSupervisor(Protocol):
+    """Makes the supervisor of a replica, not started yet."""
+
+    def __call__(
+        self,
+        *,
+        factory: EngineFactory,
+        pipeline: Pipeline,
+        flights: Flights,
+        on_change: Callable[[Supervision], None],
+        on_progress: Callable[[str], None],
+    ) -> Supervisor: ...
+
+
+class Replicas:
+    """All replicas. Used on one event loop.
+
+    Args:
+        make: Makes a supervisor; it is given whom to tell.
+        facts: Makes what is to be known of a replica for routing.
+        wait_deadline_s: So long a request waits for an engine; None: for ever.
+        on_change: Told each new state of a replica with its reason.
+    """
+
+    def __init__(
+        self,
+        *,
+        make: MakeSupervisor,
+        facts: Callable[[], ReplicaFacts] = ReplicaFacts,
+        wait_deadline_s: float | None = None,
+        on_change: Callable[[int, Supervision], None] = lambda _number, _supervision: None,
+    ) -> None:
+        self._make = make
+        self._new_facts = facts
+        self.wait_deadline_s = wait_deadline_s
+        self._on_change = on_change
+        self.flights = Flights()
+        self._all: list[Replica] = []
+        self._numbers = 0
+        self._changed = asyncio.Event()  # replaced at every change
+        self._closing = ""
+        self._leaving: set[asyncio.Task[int]] = set()
+
+    # --- what is there ---
+
+    @property
+    def all(self) -> tuple[Replica, ...]:
+        """Every replica, those that start or drain included, oldest first."""
+        return tuple(self._all)
+
+    @property
+    def main(self) -> Replica:
+        """The replica that stands for all where one is meant: the oldest that is not leaving."""
+        return next((each for each in self._all if each.state is not ReplicaState.DRAINING), self._all[0])
+
+    def numbered(self, number: int) -> Replica | None:
+        """Return a replica by its number."""
+        return next((each for each in self._all if each.number == number), None)
+
+    @property
+    def supervision(self) -> Supervision:
+        """The state of the service: that of a replica that serves, else of one that may again."""
+        best = min((self.main, *self._all), key=lambda each: (each.engine is None, each.has_failed))
+        return best.supervisor.supervision
+
+    @property
+    def engine(self) -> Engine | None:
+        """The main engine that serves now, None while there is none. Use ``ready_engine`` to wait for one."""
+        return next((each.engine for each in self._all if each.engine is not None), None)
+
+    @property
+    def capabilities(self) -> EngineCapabilities | None:
+        """Those of the last engine that served; None before the first. All replicas have alike ones."""
+        return self.main.supervisor.capabilities
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The main pipeline in force, or while there is no engine the one to start with."""
+        return self.main.supervisor.pipeline
+
+    def device_ids(self, *, but: Replica | None = None) -> frozenset[str]:
+        """Return the devices that hold stages of replicas."""
+        return frozenset(
+            device for each in self._all if each is not but for device in each.supervisor.pipeline.device_ids
+        )
+
+    def is_in_force(self, engine: Engine) -> bool:
+        """Whether an engine takes requests."""
+        return any(each.engine is engine for each in self._all)
+
+    # --- replicas come and go ---
+
+    async def add(
+        self, pipeline: Pipeline, *, factory: EngineFactory, on_progress: Callable[[str], None] = lambda _text: None
+    ) -> Replica:
+        """Start a replica beside those that are there, and return when it serves.
+
+        Raises:
+            EngineStartFailed, UnsupportedByEngine: There is no replica more than before.
+        """
+        self._numbers += 1
+        number = self._numbers
+
+        def on_change(supervision: Supervision) -> None:
+            self._supervised(number, supervision)
+
+        supervisor = self._make(
+            factory=factory, pipeline=pipeline, flights=self.flights, on_change=on_change, on_progress=on_progress
+        )
+        replica = Replica(number=number, supervisor=supervisor, facts=self._new_facts())
+        self._all.append(replica)
+        try:
+            await supervisor.start()
+        except BaseException:
+            self._all.remove(replica)
+            await supervisor.close()
+            self._tell_change()
+            raise
+        replica.state = ReplicaState.SERVING
+        self._tell_change()
+        return replica
+
+    async def remove(self, replica: Replica, *, drain_deadline_s: float) -> int:
+        """Drain a replica and end it. Return how many requests went on at others, because they were late.
+
+        Raises:
+            EngineError: There is no other replica that serves.
+        """
+        others = [each for each in self._all if each is not replica and each.engine is not None]
+        if not others:
+            raise EngineError(f"replica {replica.number} is the only one that serves")
+        replica.state = ReplicaState.DRAINING
+        self._tell_change()
+        if (engine := replica.supervisor.engine) is not None:
+            with suppress(TimeoutError, EngineError):  # one that died has no requests left
+                async with asyncio.timeout(drain_deadline_s):
+                    await engine.drain()
+        return await self._end(replica)
+
+    async def close(self) -> None:
+        """End all engines; requests in flight end with ``EngineClosed``. Idempotent."""
+        self._closing = "the daemon is shutting down"
+        for task in self._leaving:
+            task.cancel()
+        if self._leaving:
+            await asyncio.wait(self._leaving)
+        await asyncio.gather(*(each.supervisor.close() for each in self._all))
+        for each in self._all:
+            await each.facts.close()
+        self._tell_change()
+
+    # --- rest ---
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the last engine has ended because nobody used it."""
+        return len(self._all) == 1 and self.main.supervisor.is_asleep
+
+    def sleep(self, reason: str) -> bool:
+        """End the only engine until the next request. False where it is in use or not the only one."""
+        return len(self._all) == 1 and self.main.supervisor.sleep(reason)
+
+    def wake(self) -> None:
+        """Start the engine again if it sleeps."""
+        for each in self._all:
+            each.supervisor.wake()
+
+    # --- requests ---
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Continue the prompt as ``Engine.generate`` does, at one replica after the other. Close it to abort.
+
+        Raises:
+            InvalidRequest: Before the first chunk.
+            EngineDied: No engine serves any more, or they keep dying over this request.
+            EngineClosed: The daemon is shutting down.
+        """
+        return continued(request, flights=self.flights, find=self._find)
+
+    async def ready_engine(self, *, other_than: Engine | None = None) -> Engine:
+        """Return an engine that serves, that of fewest requests, waiting for it where need be, and waking it.
+
+        Raises:
+            EngineDied: All have failed for good, or none serves within the time that a request may wait.
+            EngineClosed: The daemon is shutting down.
+        """
+        return min(await self._ready(other_than), key=lambda each: len(self.flights.at(each)))
+
+    async def _find(self, request: GenerationRequest, flight: Flight, *, other_than: Engine | None) -> Engine:
+        """Return the engine that a request boards: where it is to go, else where it is finished first."""
+        if flight.destination is not None and self.is_in_force(flight.destination):
+            return flight.destination
+        flight.kv = flight.destination = None
+        ready = await self._ready(other_than)
+        engine = next(iter(ready)) if len(ready) == 1 else self._route(request, ready)
+        ready[engine].facts.boards(request)
+        return engine
+
+    async def _ready(self, other_than: Engine | None) -> dict[Engine, Replica]:
+        try:
+            async with asyncio.timeout(self.wait_deadline_s):
+                while True:
+                    serving = ((each.engine, each) for each in self._all)
+                    found = {engine: each for engine, each in serving if engine not in (None, other_than)}
+                    if found:
+                        return found
+                    self._refuse_if_hopeless()
+                    self.wake()
+                    await self._changed.wait()
+        except TimeoutError:
+            reason = f"no engine has served within {self.wait_deadline_s:g} s: {self.supervision.reason}"
+            raise EngineDied(reason) from None
+
+    def _refuse_if_hopeless(self) -> None:
+        if self._closing:
+            raise EngineClosed(self._closing)
+        if all(each.has_failed for each in self._all):
+            raise EngineDied(self.main.supervisor.supervision.reason)
+
+    def _route(self, request: GenerationRequest, ready: dict[Engine, Replica]) -> Engine:
+        tokens = (*request.prompt_token_ids, *request.generated_token_ids)
+        left = request.sampling.max_tokens - len(request.generated_token_ids)
+        job = Job(context_tokens=len(tokens), prefill_tokens=len(tokens), output_tokens=self._expected(left))
+        route = choose_replica(job, [self._option(engine, each, tokens) for engine, each in ready.items()])
+        return next(engine for engine, each in ready.items() if each.number == route.replica)
+
+    def _option(self, engine: Engine, replica: Replica, token_ids: tuple[int, ...]) -> Option:
+        replica.facts.refresh(engine)
+        return Option(
+            replica=replica.number,
+            jobs=[
+                Job(
+                    context_tokens=flight.num_tokens,
+                    prefill_tokens=flight.prefill_tokens,
+                    output_tokens=self._expected(flight.output_tokens),
+                )
+                for flight in self.flights.at(engine)
+            ],
+            kv_capacity_tokens=replica.facts.kv_capacity_tokens,
+            cached_tokens=replica.facts.cached_tokens(token_ids),
+            pace=replica.facts.pace,
+        )
+
+    def _expected(self, output_tokens: int) -> float:
+        return min(float(max(0, output_tokens)), self.flights.output_tokens_mean)
+
+    # --- inside ---
+
+    async def _end(self, replica: Replica) -> int:
+        """End a replica; return how many requests were still there, such as those of clients that read slowly."""
+        engine = replica.supervisor.engine
+        left = self.flights.at(engine) if engine is not None else ()
+        for flight in left:
+            await flight.take_off()
+        await replica.supervisor.close()
+        await replica.facts.close()
+        if replica in self._all:
+            self._all.remove(replica)
+        self._tell_change()
+        return len(left)
+
+    def _supervised(self, number: int, supervision: Supervision) -> None:
+        """A replica that has failed for good leaves, where others are."""
+        self._tell_change()
+        self._on_change(number, supervision)
+        replica = self.numbered(number)
+        if supervision.state is SupervisorState.FAILED and replica is not None and len(self._all) > 1:
+            leaving = asyncio.create_task(self._end(replica), name=f"replica-{number}-failed")
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    def _tell_change(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
