@@ -83,20 +83,6 @@ def engine_python(settings: Settings) -> str:
     return sys.executable if python is None else str(python)
 
 
-def kv_cache_bytes(settings: Settings) -> int:
-    """Return the KV capacity of the engine, over all decoders together."""
-    engines = settings.engines
-    match settings.engine:
-        case EngineKind.NATIVE | EngineKind.FAKE:
-            return engines.native.kv_cache_bytes
-        case EngineKind.VLLM:
-            return engines.vllm.kv_cache_bytes
-        case EngineKind.SGLANG:
-            return engines.sglang.kv_cache_bytes
-        case _:
-            assert_never(settings.engine)
-
-
 def ignore_news(_news: str) -> None:
     """Tell nobody."""
 

@@ -66,7 +66,8 @@ def offline_question(request: OfflineRequest) -> PlanQuestion:
     engine = question.engine
     if any(device.kind is DeviceKind.CUDA for device in topology.devices):
         degrees = (1,) if settings.engine is EngineKind.NATIVE else _DEGREES
-        engine = replace(engine, max_stages=len(topology.devices), degrees=degrees, micro_batches=0, kv_tokens=None)
+        max_stages = engine.max_stages if engine.stages_reason else len(topology.devices)
+        engine = replace(engine, max_stages=max_stages, degrees=degrees, micro_batches=0, kv_tokens=None)
     if request.workload:
         workload, slo = parse_workload(_read_table(Path(request.workload)))
         question = replace(question, workload=workload, slo=slo)

@@ -1,15 +1,18 @@
 """From settings to what the planner is asked: the part of the question that stays the same while the daemon runs."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, assert_never
 
 from engines.process import usable_cores
 from engines.sglang.options import num_kv_tokens_of
+from engines.sglang.pipelining import one_rank_reason
 from engines.vllm.options import num_kv_blocks_of
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs, costs_of
 from flexpiped.hardware import host_topology
+from flexpiped.kv_capacity import served_kv_bytes
 from flexpiped.profiles import ProfileStore, profile_folder
 from flexpiped.settings import EngineKind, Settings
 from planner.errors import InvalidProfile
@@ -18,7 +21,7 @@ from planner.question import EngineLimits, Fragmentation, PlanQuestion
 from planner.roofline import Roofline
 from planner.workload import Slo, Workload
 from topology.cluster import ClusterTopology
-from topology.device import DeviceKind
+from topology.device import Device, DeviceKind
 from topology.gpu_specs import DeviceSpec, spec_of
 from topology.topology import HostTopology
 
@@ -70,7 +73,7 @@ def question_of(
         costs=costs.alone,
         costs_beside=costs.beside,
         topology=topology,
-        engine=engine_limits(settings, graph=graph, num_devices=len(topology.devices)),
+        engine=engine_limits(settings, graph=graph, devices=topology.devices),
         workload=workload_of(settings),
         slo=slo_of(settings),
         cores=_cores(settings) if all(d.kind is DeviceKind.CPU for d in topology.devices) else None,
@@ -104,8 +107,9 @@ def slo_of(settings: Settings) -> Slo:
     return Slo(ttft_s=settings.slo.ttft_s, tpot_s=settings.slo.tpot_s)
 
 
-def engine_limits(settings: Settings, *, graph: ModelGraph, num_devices: int) -> EngineLimits:
+def engine_limits(settings: Settings, *, graph: ModelGraph, devices: Sequence[Device]) -> EngineLimits:
     """Return what the configured engine can carry out."""
+    num_devices = len(devices)
     native, vllm, sglang = settings.engines.native, settings.engines.vllm, settings.engines.sglang
     match settings.engine:
         case EngineKind.NATIVE | EngineKind.FAKE:
@@ -125,19 +129,21 @@ def engine_limits(settings: Settings, *, graph: ModelGraph, num_devices: int) ->
                 max_sequences=vllm.max_num_seqs,
                 max_step_tokens=vllm.max_num_batched_tokens,
                 kv_tokens=num_kv_blocks_of(
-                    kv_cache_bytes=vllm.kv_cache_bytes,
+                    kv_cache_bytes=served_kv_bytes(vllm, devices),
                     block_bytes=max(1, graph.kv_bytes_per_token * vllm.kv_block_tokens),
                 )
                 * vllm.kv_block_tokens,
             )
         case EngineKind.SGLANG:
+            reason = one_rank_reason(graph.model_type, tied=graph.tied)
             return EngineLimits(
-                max_stages=num_devices // sglang.tensor_parallel,
+                max_stages=1 if reason else num_devices // sglang.tensor_parallel,
+                stages_reason=reason,
                 degrees=(sglang.tensor_parallel,),
                 max_sequences=sglang.max_num_seqs,
                 max_step_tokens=sglang.max_num_batched_tokens,
                 kv_tokens=num_kv_tokens_of(
-                    kv_cache_bytes=sglang.kv_cache_bytes,
+                    kv_cache_bytes=served_kv_bytes(sglang, devices),
                     bytes_per_token=max(1, graph.kv_bytes_per_token),
                     page_tokens=sglang.kv_block_tokens,
                 ),

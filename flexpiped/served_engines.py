@@ -9,14 +9,16 @@ from engines.protocol import Engine
 from engines.served.logs import LogLine
 from engines.served.ranks import Ranks, rank_devices, widened
 from engines.sglang.options import SglangOptions
+from engines.sglang.pipelining import one_rank_reason
 from engines.vllm.options import VllmOptions
 from engines.vllm.recompile import Recompilation
 from flexpiped import log_events
 from flexpiped.config_values import Auto
 from flexpiped.engine_factory import Model, auto_as_zero, devices_of
 from flexpiped.hardware import memory_of_one
+from flexpiped.kv_capacity import served_kv_bytes
 from flexpiped.models import model_source, served_name
-from flexpiped.settings import Settings, SglangSettings, VllmSettings
+from flexpiped.settings import ServedSettings, Settings
 from planner.layout import Pipeline
 from topology.device import DeviceKind
 from topology.units import format_bytes_apart
@@ -25,12 +27,13 @@ from topology.units import format_bytes_apart
 class ServedEngines(ABC):
     """Makes engines of one kind, on the same ranks for as long as these can run the pipeline."""
 
-    def __init__(self, settings: Settings, model: Model, own: VllmSettings | SglangSettings) -> None:
+    def __init__(self, settings: Settings, model: Model, own: ServedSettings) -> None:
         self._settings = settings
         self._model = model
         self._own = own
         self._name = settings.engine.value
         self._devices = devices_of(settings)
+        self._kv_bytes = served_kv_bytes(own, self._devices)
         self._known: list[Ranks] = []  # of all instances so far, the last first
 
     def __call__(self, pipeline: Pipeline, epoch: int) -> Engine:
@@ -64,7 +67,7 @@ class ServedEngines(ABC):
             "tokenizer": "" if settings.tokenizer is None else str(self._model.tokenizer_directory),
             "trust_remote_code": settings.trust_remote_code,
             "hf_token_file": "" if settings.hf_token_file is None else str(settings.hf_token_file),
-            "kv_cache_bytes": own.kv_cache_bytes,
+            "kv_cache_bytes": self._kv_bytes,
             "kv_block_tokens": own.kv_block_tokens,
             "max_num_seqs": own.max_num_seqs,
             "max_num_batched_tokens": own.max_num_batched_tokens,
@@ -88,8 +91,8 @@ class ServedEngines(ABC):
     def _refuse_too_small_a_cache(self) -> None:
         """One sequence must fit. The engine says so too, after a minute."""
         graph, wanted = self._model.graph, auto_as_zero(self._settings.max_model_len)
-        needed, offered = format_bytes_apart(graph.kv_bytes(wanted), self._own.kv_cache_bytes)
-        if graph.kv_bytes(wanted) > self._own.kv_cache_bytes:
+        needed, offered = format_bytes_apart(graph.kv_bytes(wanted), self._kv_bytes)
+        if graph.kv_bytes(wanted) > self._kv_bytes:
             raise UnsupportedByEngine(
                 f"engines.{self._name}.kv_cache: a sequence of max_model_len {wanted} needs {needed}, "
                 f"offered are {offered}"
@@ -161,5 +164,8 @@ class SglangEngines(ServedEngines):
     def _make(self, ranks: Ranks, pipeline: Pipeline, epoch: int) -> Engine:
         from engines.sglang.adapter import SglangEngine
 
+        graph = self._model.graph
+        if ranks.count > 1 and (reason := one_rank_reason(graph.model_type, tied=graph.tied)):
+            raise UnsupportedByEngine(f"stages and engines.sglang.ranks ask for {ranks.count} pipeline ranks: {reason}")
         options = SglangOptions(**self._common(ranks))
-        return SglangEngine(options, pipeline, epoch=epoch, graph=self._model.graph, on_log=self._log)
+        return SglangEngine(options, pipeline, epoch=epoch, graph=graph, on_log=self._log)

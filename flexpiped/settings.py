@@ -144,15 +144,16 @@ class NativeSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VllmSettings:
+class ServedSettings:
+    """Of an engine with a server and an environment of its own."""
+
     python: Annotated[Path | None, optional_path] = None
-    kv_cache_bytes: Annotated[int, size_bytes(64 * 1024), Named(word="kv_cache")] = 1024 * MIB
+    kv_cache_bytes: Annotated[int | Auto, or_auto(size_bytes(64 * 1024)), Named(word="kv_cache")] = Auto.AUTO
     kv_block_tokens: Annotated[int, integer(1, 1024)] = 32
     max_num_seqs: Annotated[int, integer(1)] = 64
     max_num_batched_tokens: Annotated[int, integer(1)] = 2048
     tensor_parallel: Annotated[int, integer(1, 64)] = 1
     ranks: Annotated[int | Auto, or_auto(integer(1, 64))] = Auto.AUTO
-    compile: Annotated[bool, boolean] = False
     threads: Annotated[int | Auto, or_auto(integer(1, 1024))] = Auto.AUTO
     nice: Annotated[int, integer(0, 19)] = 10
     start_deadline_s: Annotated[float, seconds] = 600.0
@@ -162,20 +163,13 @@ class VllmSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SglangSettings:
-    python: Annotated[Path | None, optional_path] = None
-    kv_cache_bytes: Annotated[int, size_bytes(64 * 1024), Named(word="kv_cache")] = 1024 * MIB
+class VllmSettings(ServedSettings):
+    compile: Annotated[bool, boolean] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SglangSettings(ServedSettings):
     kv_block_tokens: Annotated[int, integer(1, 1024)] = 1
-    max_num_seqs: Annotated[int, integer(1)] = 64
-    max_num_batched_tokens: Annotated[int, integer(1)] = 2048
-    tensor_parallel: Annotated[int, integer(1, 64)] = 1
-    ranks: Annotated[int | Auto, or_auto(integer(1, 64))] = Auto.AUTO
-    threads: Annotated[int | Auto, or_auto(integer(1, 1024))] = Auto.AUTO
-    nice: Annotated[int, integer(0, 19)] = 10
-    start_deadline_s: Annotated[float, seconds] = 600.0
-    hang_deadline_s: Annotated[float, seconds] = 60.0
-    args: Annotated[tuple[str, ...], texts] = ()
-    env: Annotated[Mapping[str, str], named_texts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

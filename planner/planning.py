@@ -68,6 +68,8 @@ def stage_counts(question: PlanQuestion) -> tuple[int, ...]:
     num_places = min(len(resident) if resident else len(question.topology.devices), question.engine.max_stages)
     limit = min(num_pieces, num_places)
     if question.num_stages is not None:
+        if refusal := question.engine.refusal_of(question.num_stages):
+            raise NoFeasiblePlan(refusal)
         if question.num_stages > limit:
             raise NoFeasiblePlan(stage_limit_sentence(num_decoders=num_pieces, num_devices=num_places))
         return (question.num_stages,)
@@ -226,12 +228,21 @@ def _answer(question: PlanQuestion, looked: Sequence[_Looked]) -> PlanAnswer:
         plans = [each.plan for each in looked]
         reason = _why_nothing(plans)
     return PlanAnswer(
-        candidates=tuple(plans),
+        candidates=(*plans, *_ruled_out(question)),
         reason=reason,
         times_from=question.costs.source,
         workload=question.workload,
         slo=question.slo,
     )
+
+
+def _ruled_out(question: PlanQuestion) -> Iterator[CandidatePlan]:
+    """Yield the number of stages from which on the engine refuses, where devices and layers would allow it."""
+    count = question.engine.max_stages + 1
+    could_be = count <= min(len(piece_bounds(question.graph)) - 1, len(question.topology.devices))
+    reason = question.engine.refusal_of(count)
+    if reason and could_be and question.num_stages is None:
+        yield CandidatePlan(num_stages=count, degree=_degrees(question)[0], verdict=Verdict.INFEASIBLE, reason=reason)
 
 
 def _with_best_cvs(question: PlanQuestion, looked: Sequence[_Looked]) -> Mapping[int, Found]:

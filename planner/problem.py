@@ -154,6 +154,8 @@ def check_pipeline(question: PlanQuestion, pipeline: Pipeline) -> tuple[str, ...
     degrees = {len(stage.device_ids) for stage in stages}
     if len(degrees) != 1:
         return (f"stages have {' and '.join(map(str, sorted(degrees)))} devices: all must have the same number",)
+    if refusal := question.engine.refusal_of(len(stages)):
+        return (refusal,)
     asked = replace(question, engine=replace(question.engine, resident=()), headroom=0.0)
     posed = pose(asked, num_stages=len(stages), degree=degrees.pop())
     known = {frozenset(place.device_ids) for place in posed.problem.places}

@@ -22,6 +22,7 @@ class EngineLimits:
         micro_batches: In flight at once; 0: one for each stage.
         kv_tokens: KV capacity that it is configured to have; None: whatever fits.
         resident: Device groups of ranks that run already, in their order; empty: any device may carry any stage.
+        stages_reason: Why ``max_stages``, where it is the engine that sets a limit and not the number of devices.
     """
 
     max_stages: int
@@ -31,10 +32,15 @@ class EngineLimits:
     micro_batches: int = 0
     kv_tokens: int | None = None
     resident: tuple[tuple[str, ...], ...] = ()
+    stages_reason: str = ""
 
     def __post_init__(self) -> None:
         if min(self.max_stages, self.max_sequences, self.max_step_tokens, *self.degrees) < 1 or not self.degrees:
             raise ValueError(f"impossible limits of an engine: {self}")
+
+    def refusal_of(self, num_stages: int) -> str:
+        """Say why the engine does not run so many stages; empty where it may."""
+        return self.stages_reason if num_stages > self.max_stages else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from engines.vllm.adapter import VllmEngine
 from engines.vllm.recompile import Recompilation
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs
-from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files, kv_cache_bytes
+from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files
 from flexpiped.handover_records import Wanted
 from flexpiped.models import demo_model_places, for_people, model_source, served_name
 from flexpiped.planner_question import question_of
@@ -110,12 +110,11 @@ def test_tensor_parallel_stages_take_groups_of_devices(model: Model) -> None:
 
 def test_what_vllm_is_told(model: Model) -> None:
     settings = vllm_settings(kv_cache_bytes=1 << 20, nice=3, args=("--seed", "1"), env={"A": "b"})
-    assert kv_cache_bytes(settings) == 1 << 20
-    assert kv_cache_bytes(DEFAULTS) == DEFAULTS.engines.native.kv_cache_bytes
     factory = engine_factory(replace(settings, dtype=DType.FLOAT32, max_model_len=99, hf_token_file=Path("/t")), model)
     engine = factory(pipeline_of(device_ids=["cpu:0"], cuts=[], num_decoders=8), 0)
     options = engine.options
     assert (options.dtype, options.max_model_len, options.hf_token_file) == ("float32", 99, "/t")
+    assert options.kv_cache_bytes == 1 << 20
     assert (options.args, options.env, options.nice, options.num_decoders) == (("--seed", "1"), {"A": "b"}, 3, 8)
     assert options.kv_bytes_per_token == model.graph.decoders[0].kv_bytes_per_token
 

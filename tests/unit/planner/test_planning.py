@@ -290,6 +290,22 @@ def test_marks_do_not_drive_a_layout_away_from_where_it_is() -> None:
     assert chosen(topology=cluster, scaling=marks, num_stages=2, current=current).pipelines == (current,)
 
 
+def test_a_limit_of_the_engine_is_a_candidate_with_its_reason() -> None:
+    one = EngineLimits(max_stages=1, kv_tokens=4096, stages_reason="one rank only")
+    found = answer(engine=one)
+    assert {count: each.verdict for count, each in by_stages(found).items()} == {
+        1: Verdict.CHOSEN,
+        2: Verdict.INFEASIBLE,
+    }
+    assert by_stages(found)[2].reason == "one rank only"
+    assert chosen(engine=one, num_stages=1).pipelines[0].granularity == 1
+    with pytest.raises(NoFeasiblePlan, match="one rank only"):
+        answer(engine=one, num_stages=2)
+    two = chosen(num_stages=2).pipelines[0]
+    assert check_pipeline(question(engine=one), two) == ("one rank only",)
+    assert check_pipeline(question(), two) == ()
+
+
 def test_more_replicas_are_added_while_traffic_asks_for_them() -> None:
     busy = Workload(rate_per_s=150.0, prompt_tokens_mean=64, output_tokens_mean=32)
     engine = EngineLimits(max_stages=1, max_sequences=16, kv_tokens=4096)
