@@ -12,7 +12,7 @@ from engines.text.child import Child, spawn
 from engines.text.errors import TextClosed, TextError, TextProcessDied, TextStartFailed
 from engines.text.ledger import Ledger
 from engines.text.protocol import PROMPT_TAIL_TOKENS, TextDelta
-from engines.text.wire import Chat, Delta, Encode, Encoded, Feed, Open, Refused, Reply, Request
+from engines.text.wire import Call, Chat, Decode, Decoded, Delta, Encode, Encoded, Feed, Open, Refused, Reply, Request
 
 
 def _ignore(_reason: str) -> None:
@@ -85,10 +85,16 @@ class TextService:
         return self._ledger.num_open
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        return await self._call(Encode(call_id=self._ledger.new_id(), text=text, add_special_tokens=add_special_tokens))
+        request = Encode(call_id=self._ledger.new_id(), text=text, add_special_tokens=add_special_tokens)
+        return self._token_ids(await self._call(request))
 
     async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        return await self._call(Chat(call_id=self._ledger.new_id(), messages=tuple(messages)))
+        return self._token_ids(await self._call(Chat(call_id=self._ledger.new_id(), messages=tuple(messages))))
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        reply = await self._call(Decode(call_id=self._ledger.new_id(), token_ids=tuple(token_ids)))
+        assert isinstance(reply, Decoded)
+        return reply.text
 
     def open(
         self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False
@@ -117,7 +123,12 @@ class TextService:
         if closing is not None:
             self._send(closing)
 
-    async def _call(self, request: Encode | Chat) -> tuple[int, ...]:
+    @staticmethod
+    def _token_ids(reply: Encoded | Decoded) -> tuple[int, ...]:
+        assert isinstance(reply, Encoded)
+        return reply.token_ids
+
+    async def _call(self, request: Call) -> Encoded | Decoded:
         self._ensure_open()
         answer = self._ledger.add_call(request)
         self._send(request)
@@ -135,7 +146,7 @@ class TextService:
         match reply:
             case Delta():
                 self._ledger.settle_feed(reply)
-            case Encoded() | Refused():
+            case Encoded() | Decoded() | Refused():
                 self._ledger.settle_call(reply)
             case _:
                 raise AssertionError(f"{reply} is the channel's business")

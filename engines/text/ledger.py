@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 
 from engines.text.errors import TextError, TextProcessDied, TextRefused
 from engines.text.incremental import TextDelta
-from engines.text.wire import Chat, Close, Delta, Encode, Encoded, Feed, Open, Refused, Request
+from engines.text.wire import Call, Close, Decoded, Delta, Encoded, Feed, Open, Refused, Request
 
 _CALL_ATTEMPTS = 2  # a call that was under way at two deaths is taken to be their cause
 
 
 @dataclass(slots=True, eq=False)
-class Call:
-    request: Encode | Chat
-    answer: asyncio.Future[tuple[int, ...]]
+class OpenCall:
+    request: Call
+    answer: asyncio.Future[Encoded | Decoded]
     attempts: int = 1
 
 
@@ -43,7 +43,7 @@ class Ledger:
     """Calls and streams that are open. All methods are plain; futures are how answers reach those who wait."""
 
     def __init__(self) -> None:
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, OpenCall] = {}
         self._streams: dict[int, Stream] = {}
         self._next_id = 0
 
@@ -55,9 +55,9 @@ class Ledger:
         self._next_id += 1
         return self._next_id
 
-    def add_call(self, request: Encode | Chat) -> asyncio.Future[tuple[int, ...]]:
-        answer: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
-        self._calls[request.call_id] = Call(request=request, answer=answer)
+    def add_call(self, request: Call) -> asyncio.Future[Encoded | Decoded]:
+        answer: asyncio.Future[Encoded | Decoded] = asyncio.get_running_loop().create_future()
+        self._calls[request.call_id] = OpenCall(request=request, answer=answer)
         return answer
 
     def add_stream(self, opened: Open) -> None:
@@ -75,13 +75,13 @@ class Ledger:
         """Forget a stream; return what to tell the process when it still knows it."""
         return None if self._streams.pop(stream_id, None) is None else Close(stream_id=stream_id)
 
-    def settle_call(self, reply: Encoded | Refused) -> None:
+    def settle_call(self, reply: Encoded | Decoded | Refused) -> None:
         call = self._calls.pop(reply.call_id)
         if not call.answer.done():
-            if isinstance(reply, Encoded):
-                call.answer.set_result(reply.token_ids)
-            else:
+            if isinstance(reply, Refused):
                 call.answer.set_exception(TextRefused(reply.message))
+            else:
+                call.answer.set_result(reply)
 
     def settle_feed(self, delta: Delta) -> None:
         stream = self._streams.get(delta.stream_id)
@@ -116,7 +116,7 @@ class Ledger:
 
     def fail_all(self, error: TextError) -> None:
         """Everyone who waits, waits in vain."""
-        futures: list[asyncio.Future[tuple[int, ...]] | asyncio.Future[TextDelta] | None] = [
+        futures: list[asyncio.Future[Encoded | Decoded] | asyncio.Future[TextDelta] | None] = [
             *(call.answer for call in self._calls.values()),
             *(stream.answer for stream in self._streams.values()),
         ]

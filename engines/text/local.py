@@ -33,6 +33,9 @@ class PlainTokenizer:
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         return self.encode("".join(lines) + "assistant: ", add_special_tokens=True)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
     def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer:
         return self._detokenizers(prompt_tail)
 
@@ -50,6 +53,9 @@ class LocalText:
 
     async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         return self._tokenizer.chat(messages)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids)
 
     def open(
         self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False

@@ -20,7 +20,7 @@ from engines.text.detokenize import Detokenizer
 from engines.text.errors import TextRefused
 from engines.text.session import Calls, Streams
 from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
-from engines.text.wire import Chat, Encode, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
+from engines.text.wire import Call, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
 
 _PR_SET_PDEATHSIG = 1
 _RECEIVE_BYTES = 1 << 18
@@ -76,6 +76,14 @@ class HuggingFaceTokenizer:
             raise TextRefused(f"the model's chat template refuses these messages: {error}") from error
         return tuple(token_ids)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        try:
+            return str(
+                self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            )
+        except Exception as error:  # as in ``encode``
+            raise TextRefused(f"the tokenizer refuses these tokens: {error}") from error
+
     def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer:
         return self._detokenizers(prompt_tail)
 
@@ -86,7 +94,7 @@ class Process:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._sending = threading.Lock()
-        self._pending: queue.SimpleQueue[Encode | Chat] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[Call] = queue.SimpleQueue()
 
     def send(self, replies: list[Reply]) -> None:
         frame = pack(replies)
@@ -102,7 +110,7 @@ class Process:
             replies: list[Reply] = []
             for body in reader.feed(data):
                 for request in unpack_requests(body):
-                    if isinstance(request, Encode | Chat):
+                    if isinstance(request, Call):
                         self._pending.put(request)
                     elif (reply := streams.answer(request)) is not None:
                         replies.append(reply)

@@ -34,6 +34,9 @@ class Text(Protocol):
     async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Render the chat template up to where the answer begins. Raises: as ``encode``."""
 
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special ones included. Raises: as ``encode``."""
+
     def open(
         self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False
     ) -> TextFeed: ...

@@ -6,18 +6,20 @@ from engines.text.errors import TextRefused
 from engines.text.incremental import TextStream
 from engines.text.stops import StopMatcher
 from engines.text.tokenizer import TextTokenizer
-from engines.text.wire import Chat, Close, Delta, Encode, Encoded, Feed, Open, Refused
+from engines.text.wire import Call, Chat, Close, Decode, Decoded, Delta, Encode, Encoded, Feed, Open, Refused
 
 
 class Calls:
-    """Encoding: calls that stand alone and may take long, so that they run on a thread of their own."""
+    """Calls that stand alone and may take long, as encoding does, so that they run on a thread of their own."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def answer(self, request: Encode | Chat) -> Encoded | Refused:
+    def answer(self, request: Call) -> Encoded | Decoded | Refused:
         try:
             match request:
+                case Decode():
+                    return Decoded(call_id=request.call_id, text=self._tokenizer.decode(request.token_ids))
                 case Encode():
                     token_ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
                 case Chat():

@@ -31,6 +31,9 @@ class TextTokenizer(Protocol):
     def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Render the chat template up to where the answer begins. Raises: TextRefused."""
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special ones included. Raises: TextRefused."""
+
     def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer: ...
 
 

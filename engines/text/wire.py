@@ -27,6 +27,13 @@ class Chat(msgspec.Struct, tag=2, array_like=True, frozen=True):
     messages: tuple[dict[str, str], ...]
 
 
+class Decode(msgspec.Struct, tag=6, array_like=True, frozen=True):
+    """The text of token ids, special ones included. Answered by ``Decoded`` or ``Refused``."""
+
+    call_id: int
+    token_ids: tuple[int, ...]
+
+
 class Open(msgspec.Struct, tag=3, array_like=True, frozen=True):
     """Begin a stream, or go on with one that was fed ``token_ids`` and gave ``characters_sent`` for them."""
 
@@ -63,6 +70,11 @@ class Encoded(msgspec.Struct, tag=2, array_like=True, frozen=True):
     token_ids: tuple[int, ...]
 
 
+class Decoded(msgspec.Struct, tag=6, array_like=True, frozen=True):
+    call_id: int
+    text: str
+
+
 class Refused(msgspec.Struct, tag=3, array_like=True, frozen=True):
     call_id: int
     message: str
@@ -83,8 +95,9 @@ class LastWords(msgspec.Struct, tag=5, array_like=True, frozen=True):
     reason: str
 
 
-Request = Encode | Chat | Open | Feed | Close
-Reply = Ready | Encoded | Refused | Delta | LastWords
+Call = Encode | Chat | Decode  # stands alone
+Request = Call | Open | Feed | Close
+Reply = Ready | Encoded | Decoded | Refused | Delta | LastWords
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(list[Request])

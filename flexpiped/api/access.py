@@ -27,7 +27,7 @@ def scopes_for(path: str) -> frozenset[Scope]:
         return frozenset()
     if path == "/metrics":
         return frozenset({Scope.READ})
-    if path == "/v1/models" or path.startswith("/v1/models/"):
+    if path in ("/openapi.json", "/version", "/v1/models") or path.startswith("/v1/models/"):
         return frozenset({Scope.INFER, Scope.READ})
     return frozenset({Scope.INFER})
 

@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+import flexpiped
 from engines.errors import EngineError
 from engines.protocol import EngineCounters
 from flexpiped.api.access import keys_asked_for
@@ -16,7 +17,9 @@ from flexpiped.api.errors import ApiError, from_http_status
 from flexpiped.api.forwarding import OWN_PATHS
 from flexpiped.api.handlers import chat_completions, completions, engine_route
 from flexpiped.api.metrics import Levels
+from flexpiped.api.openapi import describe
 from flexpiped.api.parameters import ensure_model
+from flexpiped.api.text_routes import detokenize, tokenize
 from flexpiped.status import ServiceState
 
 _COUNTERS_TIMEOUT_S = 1.0
@@ -33,6 +36,10 @@ def create_app(backend: Backend, *, max_body_bytes: int = _MAX_BODY_BYTES) -> we
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
             *(web.post(path, engine_route) for path in OWN_PATHS),
+            web.post("/tokenize", tokenize),
+            web.post("/detokenize", detokenize),
+            web.get("/version", version),
+            web.get("/openapi.json", openapi),
             web.get("/v1/models", models),
             web.get("/v1/models/{model:.+}", model),
             web.get("/healthz", healthz),
@@ -85,6 +92,26 @@ async def model(http: web.Request) -> web.Response:
     backend = http.app[BACKEND]
     ensure_model(http.match_info["model"], served=backend.model)
     return _json(_model_card(backend))
+
+
+async def version(http: web.Request) -> web.Response:
+    """GET /version"""
+    capabilities = http.app[BACKEND].supervisor.capabilities
+    engine = None if capabilities is None else capabilities.name
+    return _json({"version": flexpiped.__version__, "engine": engine})
+
+
+async def openapi(http: web.Request) -> web.Response:
+    """GET /openapi.json: with what the engine of now takes."""
+    backend = http.app[BACKEND]
+    return _json(
+        describe(
+            model=backend.model,
+            capabilities=backend.supervisor.capabilities,
+            version=flexpiped.__version__,
+            asks_for_keys=backend.keys() is not None,
+        )
+    )
 
 
 async def healthz(_http: web.Request) -> web.Response:

@@ -15,7 +15,7 @@ from flexpiped.api.errors import invalid, too_late
 from flexpiped.api.generation import Piece
 
 HEADER: Final = "X-Request-Deadline-Ms"
-_LONGEST_MS: Final = 24 * 3600 * 1000
+LONGEST_MS: Final = 24 * 3600 * 1000
 
 
 def deadline_of(http: web.Request) -> float:
@@ -27,8 +27,8 @@ def deadline_of(http: web.Request) -> float:
     given = http.headers.get(HEADER)
     if given is None:
         return math.inf
-    if not (given.isascii() and given.isdecimal()) or len(given) > 8 or not 1 <= int(given) <= _LONGEST_MS:
-        message = f"{HEADER} must be a whole number of milliseconds, 1 to {_LONGEST_MS}"
+    if not (given.isascii() and given.isdecimal()) or len(given) > 8 or not 1 <= int(given) <= LONGEST_MS:
+        message = f"{HEADER} must be a whole number of milliseconds, 1 to {LONGEST_MS}"
         raise invalid(message, param=HEADER, code="invalid_value")
     return asyncio.get_running_loop().time() + int(given) / 1000
 

@@ -3,29 +3,28 @@
 Where the engine has none of them (``EngineCapabilities.takes_engine_params``), ``unsupported`` refuses them by name.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from flexpiped.api.errors import invalid
-from flexpiped.api.fields import Body, read_integer, read_number, read_token_ids, wrong_type
+from flexpiped.api.fields import Body, Reader, integer, number, strings, token_ids, wrong_type
 from flexpiped.api.unsupported import COMPLETION_NEUTRAL, has_no_effect
 
-_MAX_TOKENS = 2**31 - 1
-_MAX_BIAS = 100.0  # vLLM's route draws larger ones in
+_MAX_TOKENS: Final = 2**31 - 1
+_MAX_BIAS: Final = 100.0  # vLLM's route draws larger ones in
 
 
 def read_engine_params(body: Body) -> dict[str, Any]:
-    """Return those that are given and have an effect. Raises: ApiError, with the parameter named."""
-    return {
+    """Return those that are given and have an effect, as JSON values. Raises: ApiError, with the parameter named."""
+    given = {
         name: read(body, name)
         for name, read in ENGINE_PARAMETERS.items()
         if not has_no_effect(body.get(name), COMPLETION_NEUTRAL[name])
     }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
-def _logit_bias(body: Body, name: str) -> dict[str, float]:
-    value = body[name]
+def _logit_bias(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
     biases = {}
@@ -38,27 +37,20 @@ def _logit_bias(body: Body, name: str) -> dict[str, float]:
     return biases
 
 
-def _token_ids(body: Body, name: str) -> list[int]:
-    value = body[name]
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array of token ids", value)
-    return list(read_token_ids(name, value))
-
-
-def _words(body: Body, name: str) -> list[str]:
-    value = body[name]
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise wrong_type(name, "an array of strings", value)
-    return value
-
-
-ENGINE_PARAMETERS: Mapping[str, Callable[[Body, str], Any]] = {
-    "allowed_token_ids": _token_ids,
-    "bad_words": _words,
-    "frequency_penalty": partial(read_number, minimum=-2, maximum=2),
-    "logit_bias": _logit_bias,
-    "min_p": partial(read_number, minimum=0, maximum=1),
-    "min_tokens": partial(read_integer, minimum=0, maximum=_MAX_TOKENS),
-    "presence_penalty": partial(read_number, minimum=-2, maximum=2),
-    "repetition_penalty": partial(read_number, minimum=0, maximum=1e6, above=True),
+ENGINE_PARAMETERS: Final[Mapping[str, Reader[Any]]] = {
+    "allowed_token_ids": token_ids,
+    "bad_words": strings,
+    "frequency_penalty": number(-2, 2),
+    "logit_bias": Reader(
+        parse=_logit_bias,
+        schema={
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "additionalProperties": {"type": "number"},
+        },
+    ),
+    "min_p": number(0, 1),
+    "min_tokens": integer(0, _MAX_TOKENS),
+    "presence_penalty": number(-2, 2),
+    "repetition_penalty": number(0, 1e6, above=True),
 }

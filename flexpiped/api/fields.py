@@ -1,16 +1,19 @@
 """Reading single fields of a JSON object: absent and null are one, and what is wrong is said by name.
 
-All functions raise ``ApiError`` with status 400 and the parameter's name.
+What reads a value has its JSON schema too, from which ``/openapi.json`` is made. All functions raise ``ApiError`` with
+status 400 and the parameter's name.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
 from flexpiped.api.errors import invalid
 
 Body = Mapping[str, Any]
+T_co = TypeVar("T_co", covariant=True)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -49,51 +52,93 @@ def refuse_unknown(body: Body, known: Iterable[str]) -> None:
             raise invalid(f"unknown parameter: {name}", param=name, code="unknown_parameter")
 
 
-def read_bool(body: Body, name: str) -> bool | None:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader(Generic[T_co]):
+    """Reads one kind of value, and has the JSON schema of what it takes.
+
+    ``parse`` gets the parameter's name and a value that is not null.
+    """
+
+    parse: Callable[[str, Any], T_co]
+    schema: Mapping[str, Any]
+
+    def __call__(self, body: Body, name: str) -> T_co | None:
+        """Return the value that ``body`` has under ``name``, None where it has none."""
+        value = body.get(name)
+        return None if value is None else self.parse(name, value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
         raise wrong_type(name, "a boolean", value)
     return value
 
 
-def read_text(body: Body, name: str) -> str | None:
-    value = body.get(name)
-    if value is not None and not isinstance(value, str):
+boolean: Final = Reader(parse=_boolean, schema={"type": "boolean"})
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
         raise wrong_type(name, "a string", value)
     return value
 
 
-def read_integer(body: Body, name: str, *, minimum: int, maximum: int | None = None) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise wrong_type(name, "an integer", value)
-    if value < minimum or (maximum is not None and value > maximum):
-        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-        raise invalid(f"{name} must be {bounds}, not {value}", param=name, code="invalid_value")
-    return value
+text: Final = Reader(parse=_text, schema={"type": "string"})
 
 
-def read_number(body: Body, name: str, *, minimum: float, maximum: float, above: bool = False) -> float | None:
-    """Read a number from ``minimum`` (or, with ``above``, greater than it) to ``maximum``."""
-    value = body.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise wrong_type(name, "a number", value)
-    if not minimum <= value <= maximum or (above and value == minimum):
-        bounds = f"above {minimum:g} and at most {maximum:g}" if above else f"between {minimum:g} and {maximum:g}"
-        raise invalid(f"{name} must be {bounds}, not {value}", param=name, code="invalid_value")
-    return float(value)
+def integer(minimum: int, maximum: int) -> Reader[int]:
+    """Return a reader of whole numbers from ``minimum`` to ``maximum``; 5.0 is one, as in JSON schemas."""
+
+    def read(name: str, value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise wrong_type(name, "an integer", value)
+        if not minimum <= value <= maximum:
+            raise invalid(
+                f"{name} must be between {minimum} and {maximum}, not {value}", param=name, code="invalid_value"
+            )
+        return value
+
+    return Reader(parse=read, schema={"type": "integer", "minimum": minimum, "maximum": maximum})
 
 
-def read_token_ids(name: str, value: list[Any]) -> tuple[int, ...]:
+def number(minimum: float, maximum: float, *, above: bool = False) -> Reader[float]:
+    """Return a reader of numbers from ``minimum`` (or, with ``above``, greater than it) to ``maximum``."""
+
+    def read(name: str, value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise wrong_type(name, "a number", value)
+        if not minimum <= value <= maximum or (above and value == minimum):
+            bounds = f"above {minimum:g} and at most {maximum:g}" if above else f"between {minimum:g} and {maximum:g}"
+            raise invalid(f"{name} must be {bounds}, not {value}", param=name, code="invalid_value")
+        return float(value)
+
+    least = "exclusiveMinimum" if above else "minimum"
+    return Reader(parse=read, schema={"type": "number", least: minimum, "maximum": maximum})
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     """Read token ids; whether the vocabulary has them is checked where it is known."""
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of token ids", value)
     for item in value:
         if not isinstance(item, int) or isinstance(item, bool):
             raise invalid(f"{name} must hold token ids, not {name_of(item)}", param=name, code="invalid_type")
     return tuple(value)
+
+
+TOKEN_ID: Final[Mapping[str, Any]] = {"type": "integer", "minimum": 0}  # the description sets the vocabulary's bound
+token_ids: Final = Reader(parse=_token_ids, schema={"type": "array", "items": TOKEN_ID})
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise wrong_type(name, "an array of strings", value)
+    return tuple(value)
+
+
+strings: Final = Reader(parse=_strings, schema={"type": "array", "items": {"type": "string"}})
 
 
 def wrong_type(name: str, wanted: str, value: object) -> Exception:

@@ -27,7 +27,7 @@ from flexpiped.supervision import FRUITLESS_DEATHS
 
 # Paths of OpenAI-like servers that the daemon has nothing for; a server that has one of them not says so itself.
 OWN_PATHS: Final = (
-    *("/tokenize", "/detokenize", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
     *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
 )
 GENERATING_PATHS: Final = ("/v1/responses", "/v1/messages")

@@ -1,11 +1,26 @@
 """What a request is about: its prompt or its messages."""
 
-from typing import Any
+from typing import Any, Final
 
 from flexpiped.api.errors import invalid
-from flexpiped.api.fields import name_of, read_token_ids, wrong_type
+from flexpiped.api.fields import TOKEN_ID, Reader, name_of, token_ids, wrong_type
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # as given: as rendered
+_TEXT_PART: Final = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_MESSAGE: Final = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": list(_ROLES)},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
+    },
+    "required": ["role", "content"],
+    "additionalProperties": {"enum": [None, [], {}]},  # of what is not supported, only what says nothing
+}
+_TOKEN_IDS: Final = {"type": "array", "items": TOKEN_ID, "minItems": 1}
 
 
 def read_prompt(value: Any) -> str | tuple[int, ...]:
@@ -21,7 +36,7 @@ def read_prompt(value: Any) -> str | tuple[int, ...]:
         case str():
             return value
         case list():
-            return read_token_ids("prompt", value)
+            return token_ids.parse("prompt", value)
         case _:
             raise wrong_type("prompt", "a string or an array of token ids", value)
 
@@ -64,3 +79,20 @@ def _content(name: str, value: Any) -> str:
             raise invalid(f"{where}: only parts of type text are supported", param=where, code="unsupported_value")
         texts.append(part["text"])
     return "".join(texts)
+
+
+PROMPT: Final = Reader(
+    parse=lambda _name, value: read_prompt(value),
+    schema={
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1},
+            _TOKEN_IDS,
+            {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": 1},
+        ]
+    },
+)
+MESSAGES: Final = Reader(
+    parse=lambda _name, value: read_messages(value),
+    schema={"type": "array", "items": _MESSAGE, "minItems": 1},
+)

@@ -5,35 +5,92 @@ Every parameter is honoured, refused by name, or (``unsupported``) accepted wher
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from engines.protocol import EngineCapabilities, SamplingParams
 from flexpiped.api.engine_parameters import ENGINE_PARAMETERS, read_engine_params
 from flexpiped.api.errors import ApiError, ErrorType, invalid
 from flexpiped.api.fields import (
     Body,
-    read_bool,
-    read_integer,
-    read_number,
-    read_text,
-    read_token_ids,
+    Reader,
+    boolean,
+    integer,
+    number,
     refuse_unknown,
+    text,
+    token_ids,
     wrong_type,
 )
-from flexpiped.api.inputs import read_messages, read_prompt
+from flexpiped.api.inputs import MESSAGES, PROMPT, read_messages, read_prompt
 from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NeutralValues, refuse_unsupported
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
+_MAX_COUNT: Final = 2**31 - 1
 
-_SHARED = {
-    *("model", "stream", "stream_options", "user"),
-    *("max_tokens", "temperature", "top_p", "top_k", "seed"),
-    *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
+
+def _stop(_name: str, value: Any) -> tuple[str, ...]:
+    stop = [value] if isinstance(value, str) else value
+    if not isinstance(stop, list):
+        raise wrong_type("stop", "a string or an array of strings", value)
+    if len(stop) > MAX_STOP_STRINGS:
+        message = f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stop)}"
+        raise invalid(message, param="stop", code="invalid_value")
+    for item in stop:
+        if not isinstance(item, str):
+            raise wrong_type("stop", "a string or an array of strings", value)
+        if not item:
+            raise invalid("stop must not hold an empty string", param="stop", code="invalid_value")
+    return tuple(stop)
+
+
+_STREAM_OPTIONS: Final[NeutralValues] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+
+
+def _stream_options(name: str, value: Any) -> bool:
+    """Return whether the usage is asked for."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object", value)
+    options = {f"{name}.{key}": each for key, each in value.items()}
+    neutral = {f"{name}.{key}": values for key, values in _STREAM_OPTIONS.items()}
+    refuse_unknown(options, {f"{name}.include_usage", *neutral})
+    refuse_unsupported(options, neutral)
+    return boolean(options, f"{name}.include_usage") or False
+
+
+_ONE_STOP: Final = {"type": "string", "minLength": 1}
+_SHARED: Final[Mapping[str, Reader[Any]]] = {
+    "model": text,
+    "stream": boolean,
+    "stream_options": Reader(
+        parse=_stream_options,
+        schema={
+            "type": "object",
+            "properties": {"include_usage": {"type": ["boolean", "null"]}}
+            | {name: {"enum": [None, *values]} for name, values in _STREAM_OPTIONS.items()},
+            "additionalProperties": False,
+        },
+    ),
+    "user": text,
+    "max_tokens": integer(1, _MAX_COUNT),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1, above=True),
+    "top_k": integer(-1, _MAX_COUNT),
+    "seed": integer(-(2**63), MAX_SEED),
+    "stop": Reader(
+        parse=_stop,
+        schema={"anyOf": [_ONE_STOP, {"type": "array", "items": _ONE_STOP, "maxItems": MAX_STOP_STRINGS}]},
+    ),
+    "stop_token_ids": token_ids,
+    "ignore_eos": boolean,
+    "include_stop_str_in_output": boolean,
 }
-COMPLETION_NAMES = _SHARED | {"prompt"} | COMPLETION_NEUTRAL.keys()
-CHAT_NAMES = _SHARED | {"messages", "max_completion_tokens"} | CHAT_NEUTRAL.keys()
+_OF_CHAT: Final = {"max_completion_tokens": integer(1, _MAX_COUNT), **_SHARED}
+COMPLETION_READERS: Final[Mapping[str, Reader[Any]]] = {"prompt": PROMPT, **_SHARED}
+CHAT_READERS: Final[Mapping[str, Reader[Any]]] = {"messages": MESSAGES, **_OF_CHAT}
+COMPLETION_NAMES: Final = COMPLETION_READERS.keys() | COMPLETION_NEUTRAL.keys()
+CHAT_NAMES: Final = CHAT_READERS.keys() | CHAT_NEUTRAL.keys()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +131,7 @@ def parse_completion(body: Body, *, takes_engine_params: bool = False) -> Comple
     """Raises: ApiError, with the parameter named."""
     refuse_unknown(body, COMPLETION_NAMES)
     refuse_unsupported(body, _refused(COMPLETION_NEUTRAL, takes_engine_params))
-    parameters = _parameters(body, chat=False, takes_engine_params=takes_engine_params)
+    parameters = _parameters(body, _SHARED, takes_engine_params=takes_engine_params)
     return CompletionRequest(prompt=read_prompt(body.get("prompt")), parameters=parameters)
 
 
@@ -82,7 +139,7 @@ def parse_chat(body: Body, *, takes_engine_params: bool = False) -> ChatRequest:
     """Raises: ApiError, with the parameter named."""
     refuse_unknown(body, CHAT_NAMES)
     refuse_unsupported(body, _refused(CHAT_NEUTRAL, takes_engine_params))
-    parameters = _parameters(body, chat=True, takes_engine_params=takes_engine_params)
+    parameters = _parameters(body, _OF_CHAT, takes_engine_params=takes_engine_params)
     return ChatRequest(messages=read_messages(body.get("messages")), parameters=parameters)
 
 
@@ -121,8 +178,8 @@ def sampling_of(
     Raises:
         ApiError: The prompt is empty, too long or outside the vocabulary, or the context is too short for it all.
     """
-    _ensure_in_vocabulary(prompt_name, prompt, capabilities.vocab_size)
-    _ensure_in_vocabulary("stop_token_ids", parameters.stop_token_ids, capabilities.vocab_size)
+    ensure_in_vocabulary(prompt_name, prompt, capabilities.vocab_size)
+    ensure_in_vocabulary("stop_token_ids", parameters.stop_token_ids, capabilities.vocab_size)
     if not prompt:
         raise invalid(f"{prompt_name} must give at least one token", param=prompt_name, code="invalid_value")
     limit, room = capabilities.max_model_len, capabilities.max_model_len - len(prompt)
@@ -153,76 +210,39 @@ def sampling_of(
     )
 
 
-def _ensure_in_vocabulary(name: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+def ensure_in_vocabulary(name: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         raise invalid(f"{name} must hold token ids from 0 to {vocab_size - 1}", param=name, code="invalid_value")
 
 
-def _parameters(body: Body, *, chat: bool, takes_engine_params: bool) -> Parameters:
-    stream = read_bool(body, "stream") or False
-    max_tokens_name, max_tokens = _max_tokens(body, chat=chat)
-    temperature = read_number(body, "temperature", minimum=0, maximum=2)
-    top_p = read_number(body, "top_p", minimum=0, maximum=1, above=True)
-    top_k = read_integer(body, "top_k", minimum=-1)
-    stop_token_ids = body.get("stop_token_ids")
-    if stop_token_ids is not None and not isinstance(stop_token_ids, list):
-        raise wrong_type("stop_token_ids", "an array", stop_token_ids)
-    read_text(body, "user")
+def _parameters(body: Body, readers: Mapping[str, Reader[Any]], *, takes_engine_params: bool) -> Parameters:
+    given = {name: read(body, name) for name, read in readers.items()}
+    max_tokens_name, max_tokens = _max_tokens(given)
+    stream = given["stream"] or False
+    if given["stream_options"] is not None and not stream:
+        raise invalid("stream_options needs stream: true", param="stream_options", code="invalid_value")
     return Parameters(
-        model=read_text(body, "model"),
+        model=given["model"],
         stream=stream,
-        include_usage=_include_usage(body, stream=stream),
+        include_usage=given["stream_options"] or False,
         max_tokens=max_tokens,
         max_tokens_name=max_tokens_name,
-        temperature=1.0 if temperature is None else temperature,
-        top_p=1.0 if top_p is None else top_p,
-        top_k=max(top_k or 0, 0),  # -1 is vLLM's word for off
-        seed=read_integer(body, "seed", minimum=-(2**63), maximum=MAX_SEED),
-        stop=_stop(body.get("stop")),
-        include_stop=read_bool(body, "include_stop_str_in_output") or False,
-        stop_token_ids=read_token_ids("stop_token_ids", stop_token_ids or []),
-        ignore_eos=read_bool(body, "ignore_eos") or False,
+        temperature=1.0 if given["temperature"] is None else given["temperature"],
+        top_p=1.0 if given["top_p"] is None else given["top_p"],
+        top_k=max(given["top_k"] or 0, 0),  # -1 is vLLM's word for off
+        seed=given["seed"],
+        stop=given["stop"] or (),
+        include_stop=given["include_stop_str_in_output"] or False,
+        stop_token_ids=given["stop_token_ids"] or (),
+        ignore_eos=given["ignore_eos"] or False,
         engine_params=read_engine_params(body) if takes_engine_params else {},
     )
 
 
-def _max_tokens(body: Body, *, chat: bool) -> tuple[str, int | None]:
+def _max_tokens(given: Mapping[str, Any]) -> tuple[str, int | None]:
     """Return the name under which it was given, and the value."""
-    old = read_integer(body, "max_tokens", minimum=1)
-    new = read_integer(body, "max_completion_tokens", minimum=1) if chat else None
+    old, new = given["max_tokens"], given.get("max_completion_tokens")
     if old is not None and new is not None and old != new:
         message = f"max_tokens {old} and max_completion_tokens {new} contradict each other; give one"
-        raise invalid(message, param="max_tokens", code="invalid_value")
+        raise invalid(message, param="max_tokens", code="contradiction")
     return ("max_tokens", old) if new is None else ("max_completion_tokens", new)
-
-
-def _include_usage(body: Body, *, stream: bool) -> bool:
-    options = body.get("stream_options")
-    if options is None:
-        return False
-    if not isinstance(options, dict):
-        raise wrong_type("stream_options", "an object", options)
-    if not stream:
-        raise invalid("stream_options needs stream: true", param="stream_options", code="invalid_value")
-    known = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
-    prefixed = {f"stream_options.{name}": value for name, value in options.items()}
-    refuse_unknown(prefixed, {f"stream_options.{name}" for name in known})
-    refuse_unsupported(
-        prefixed, {"stream_options.include_obfuscation": (False,), "stream_options.continuous_usage_stats": (False,)}
-    )
-    return read_bool(prefixed, "stream_options.include_usage") or False
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    stop = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stop, list):
-        raise wrong_type("stop", "a string or an array of strings", value)
-    if len(stop) > MAX_STOP_STRINGS:
-        message = f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stop)}"
-        raise invalid(message, param="stop", code="invalid_value")
-    for item in stop:
-        if not isinstance(item, str):
-            raise wrong_type("stop", "a string or an array of strings", value)
-        if not item:
-            raise invalid("stop must not hold an empty string", param="stop", code="invalid_value")
-    return tuple(stop)

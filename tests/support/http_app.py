@@ -88,6 +88,7 @@ class HttpApp:
     url: str
     backend: Backend
     engines: FakeEngines
+    app: web.Application
 
     async def is_idle(self) -> bool:
         """Nothing of any request is left, anywhere."""
@@ -148,6 +149,6 @@ async def http_app(
     app: web.Application = create_app(backend, max_body_bytes=max_body_bytes)
     try:
         async with serving(app, listener, shutdown_s=1.0):
-            yield HttpApp(url=url, backend=backend, engines=engines)
+            yield HttpApp(url=url, backend=backend, engines=engines, app=app)
     finally:
         await supervisor.close()

@@ -150,10 +150,10 @@ async def test_routes_that_only_the_engine_has(
 
 
 async def test_an_engine_without_a_server(session: aiohttp.ClientSession) -> None:
-    async with http_app() as app, session.post(f"{app.url}/tokenize", json={"prompt": "x"}) as response:
+    async with http_app() as app, session.post(f"{app.url}/pooling", json={"input": "x"}) as response:
         error = (await response.json())["error"]
         assert (response.status, error["code"]) == (404, "no_such_route")
-        assert error["message"] == "POST /tokenize: the fake engine has no server of its own that could answer this"
+        assert error["message"] == "POST /pooling: the fake engine has no server of its own that could answer this"
 
 
 async def test_an_engine_that_is_changed_for_one_without_a_server(

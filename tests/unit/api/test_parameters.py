@@ -121,7 +121,7 @@ def test_unknown_names_are_refused(name: str) -> None:
         ("model", 3),
         ("max_tokens", 0),
         ("max_tokens", "5"),
-        ("max_tokens", 5.0),
+        ("max_tokens", 5.5),
         ("max_tokens", True),
         ("temperature", -0.1),
         ("temperature", 2.1),

@@ -69,7 +69,7 @@ async def test_calls_are_answered_or_refused() -> None:
     encoded, refused = ledger.add_call(encode(1)), ledger.add_call(encode(2))
     ledger.settle_call(Encoded(call_id=1, token_ids=(3, 4)))
     ledger.settle_call(Refused(call_id=2, message="no"))
-    assert await encoded == (3, 4)
+    assert await encoded == Encoded(call_id=1, token_ids=(3, 4))
     with pytest.raises(TextRefused, match="no"):
         await refused
     assert ledger.num_open == 0

@@ -47,6 +47,7 @@ async def test_encode_as_the_tokenizer_does(service: TextService) -> None:
     text = "Once upon 漢字 🙂"
     assert await service.encode(text, add_special_tokens=False) == ids_of(text)
     assert await service.encode(text) == (0, *ids_of(text))
+    assert await service.decode(ids_of(text)) == text
 
 
 async def test_chat_renders_the_template(service: TextService) -> None:
