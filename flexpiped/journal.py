@@ -92,8 +92,7 @@ class Journal:
             raise JournalError(self.failure) from error
 
     def close(self) -> None:
-        """Write what is left, then close: who ends in good order has not started fruitlessly. Idempotent."""
-        self.got_ready()
+        """Write what is left, then close. A start that has not ``got_ready`` stays a fruitless one. Idempotent."""
         if self._connection is not None:
             self._thread.submit(self._close).result()
         self._thread.shutdown()

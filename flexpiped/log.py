@@ -29,6 +29,10 @@ def configure_logging(settings: LogSettings, *, stream: TextIO | None = None) ->
 
 
 def _renderers(chosen: LogFormat, *, is_terminal: bool) -> list[structlog.typing.Processor]:
+    """Return what makes lines of events. Tracebacks go without local variables, which may hold what clients wrote."""
     if chosen is LogFormat.CONSOLE or (chosen is LogFormat.AUTO and is_terminal):
-        return [structlog.dev.ConsoleRenderer(colors=is_terminal)]
-    return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        return [
+            structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=structlog.dev.plain_traceback),
+        ]
+    without_locals = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    return [structlog.processors.ExceptionRenderer(without_locals), structlog.processors.JSONRenderer()]

@@ -29,6 +29,11 @@ def daemon_stopped(*, up_s: float) -> None:
     _log.info("daemon stopped", up_s=round(up_s, 3))
 
 
+def background_task_failed(*, task: str, error: BaseException) -> None:
+    """A bug: work that should go on as long as the daemon does has ended, with its traceback."""
+    _log.error("background task failed", task=task, exc_info=error)
+
+
 def engine_recovering(*, reason: str) -> None:
     _log.warning("engine died, starting it again", reason=reason)
 

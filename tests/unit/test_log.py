@@ -42,6 +42,26 @@ def test_a_console_gets_lines_for_people() -> None:
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
+def test_a_traceback_shows_where_and_no_values(form: LogFormat) -> None:
+    """Local variables may hold keys, prompts and completions."""
+    out = io.StringIO()
+    configure_logging(LogSettings(format=form), stream=out)
+    prompt = "prompt" * 2
+    try:
+        fail_over(prompt)
+    except ZeroDivisionError as error:
+        log_events.background_task_failed(task="auto", error=error)
+
+    assert "background task failed" in out.getvalue()
+    assert "fail_over" in out.getvalue()
+    assert "promptprompt" not in out.getvalue()
+
+
+def fail_over(prompt: str) -> None:
+    _ = len(prompt) / 0
+
+
 def test_what_is_below_the_level_is_left_out() -> None:
     assert len(logged(LogSettings(level=LogLevel.ERROR)).splitlines()) == 1
 

@@ -1,0 +1,127 @@
+"""The engine that serves now, as those see it who change it: what it is, what may take its place, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engines.errors import EngineDied, RefactoringRefused
+from engines.protocol import Engine
+from flexpiped.engine_offers import EngineOffer, EngineOffers
+from flexpiped.handover_records import TargetResolver
+from flexpiped.kv_carrier import KvCarrier
+from flexpiped.replica_handover import ReplicaRunner
+from flexpiped.settings import Settings
+from flexpiped.supervisor import Supervisor
+from planner.layout import Pipeline
+from planner.replica_steps import ReplicaLimits
+
+
+class EngineInForce:
+    """Has no engine before ``supervisor`` and ``offers`` are set, each once.
+
+    Args:
+        settings: Those in force.
+        reason: Why there is no engine, in words.
+        against_change: Why the layout may not be changed now; empty: it may.
+    """
+
+    def __init__(
+        self, *, settings: Callable[[], Settings], reason: Callable[[], str], against_change: Callable[[], str]
+    ) -> None:
+        self._settings = settings
+        self._reason = reason
+        self._against_change = against_change
+        self.supervisor: Supervisor | None = None
+        self.offers: EngineOffers | None = None
+
+    @property
+    def name(self) -> str:
+        """The engine in force; before there is one, the one that is configured."""
+        capabilities = None if self.supervisor is None else self.supervisor.capabilities
+        return self._settings().engine.value if capabilities is None else capabilities.name
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline in force, None before there is one."""
+        return None if self.supervisor is None else self.supervisor.pipeline
+
+    def use(self, settings: Settings) -> None:
+        """Use what ``settings`` say of what is live."""
+        if self.supervisor is not None:
+            self.supervisor.wait_deadline_s = settings.admission.engine_wait_s
+        if self.offers is not None:
+            self.offers.use(settings)
+
+    def named_pipeline(self) -> tuple[str, Pipeline] | None:
+        """Return engine and pipeline of now; while an engine is started again, those with which it will be."""
+        return None if self.supervisor is None else (self.name, self.supervisor.pipeline)
+
+    def engine(self) -> Engine:
+        """Return the engine that serves.
+
+        Raises:
+            EngineDied: None does.
+        """
+        if self.supervisor is None or self.supervisor.engine is None:
+            raise EngineDied(f"no engine serves now: {self._reason()}")
+        return self.supervisor.engine
+
+    def engine_to_change(self) -> Engine:
+        """Return the engine that serves, for one who will change its layout.
+
+        Raises:
+            RefactoringRefused: Nothing may be changed now.
+            EngineDied: None serves.
+        """
+        if against := self._against_change():
+            raise RefactoringRefused(against)
+        return self.engine()
+
+    def offer(self) -> EngineOffer:
+        """Return the kind of engine that is in force.
+
+        Raises:
+            EngineError: It cannot be had any more.
+        """
+        return self._known_offers().of(self.name)
+
+    def other(self, name: str) -> "Other":
+        """Return what makes an engine of another kind take over.
+
+        Raises:
+            EngineError: It cannot be had.
+        """
+        offer = self._known_offers().of(name)
+        return Other(offer.resolver, lambda target: self._replica(target, offer))
+
+    def replica(self, target: Pipeline) -> ReplicaRunner:
+        """Return what makes a second instance of the same kind take over.
+
+        Raises:
+            EngineError: None serves, or no second one can be had.
+        """
+        return self._replica(target, self.offer())
+
+    def _replica(self, target: Pipeline, offer: EngineOffer) -> ReplicaRunner:
+        if self.supervisor is None:
+            raise EngineDied(f"no engine serves now: {self._reason()}")
+        handover = self._settings().handover
+        return ReplicaRunner(
+            self.supervisor,
+            target,
+            factory=offer.factory,
+            carrier=KvCarrier(kv_bytes_per_token=offer.resolver.kv_bytes_per_token, preference=handover.kv),
+            limits=ReplicaLimits(drain_deadline_s=handover.drain_deadline_s),
+        )
+
+    def _known_offers(self) -> EngineOffers:
+        if self.offers is None:
+            raise EngineDied(f"no engine serves now: {self._reason()}")
+        return self.offers
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """An ``OtherEngine``."""
+
+    resolver: TargetResolver
+    replica: Callable[[Pipeline], ReplicaRunner]

@@ -1,0 +1,133 @@
+"""Starts the engine: with the layout last asked for, where that can be restored, else as configured."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from engines.errors import EngineError
+from flexpiped import log_events
+from flexpiped.engine_factory import Model
+from flexpiped.engine_in_force import EngineInForce
+from flexpiped.engine_offers import EngineOffers
+from flexpiped.events import EventKind, EventLog
+from flexpiped.intent import IntentKeeper, basis_of
+from flexpiped.journal import Journal, JournalError
+from flexpiped.refactoring import Refactorings
+from flexpiped.restore import Beginning, restored
+from flexpiped.settings import Settings
+from flexpiped.supervision import Supervision
+from flexpiped.supervisor import Supervisor
+
+
+class EngineStart:
+    """One start. What it finds and makes goes into ``in_force``, and ends with the scope that ``run`` is given.
+
+    Args:
+        settings: Those in force; a reload may come meanwhile.
+        on_change: Told how the engine fares from here on.
+        on_progress: Told what the start is doing.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Callable[[], Settings],
+        source: str,
+        in_force: EngineInForce,
+        journal: Journal,
+        intents: IntentKeeper,
+        events: EventLog,
+        refactorings: Refactorings,
+        on_change: Callable[[Supervision], None],
+        on_progress: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._source = source
+        self._in_force = in_force
+        self._journal = journal
+        self._intents = intents
+        self._events = events
+        self._refactorings = refactorings
+        self._on_change = on_change
+        self._on_progress = on_progress
+
+    async def run(self, stack: AsyncExitStack, model: Model) -> Supervisor:
+        """Return when the engine serves.
+
+        Raises:
+            EngineError, PlannerError
+        """
+        self._on_progress("planning the layout")
+        offers = await asyncio.to_thread(
+            EngineOffers,
+            self._settings(),
+            source=self._source,
+            model=model,
+            on_news=lambda news: self._events.publish(EventKind.ENGINE, news),
+        )
+        self._in_force.offers = offers
+        offers.use(self._settings())  # a reload may have come while they were made
+        last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
+        if last is not None:
+            try:
+                return await self._supervise(stack, last)
+            except EngineError as error:
+                await asyncio.to_thread(self._journal.forget_intent)
+                self._not_restored(f"the engine did not start with it: {error}")
+        settings = self._settings()
+        configured = offers.of(settings.engine.value)
+        pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
+        return await self._supervise(
+            stack,
+            Beginning(offer=configured, engine=settings.engine.value, pipeline=pipeline, reason="as configured"),
+        )
+
+    async def _last_layout(self, offers: EngineOffers, *, num_decoders: int) -> Beginning | None:
+        """Return what was last asked for, None where there is nothing or it cannot be; the reason is told."""
+        if not self._settings().journal.restore or self._journal.failure:
+            return None
+        try:
+            stored = await asyncio.to_thread(self._journal.stored)
+        except JournalError as error:
+            self._not_restored(str(error))
+            return None
+        if stored is None:
+            return None
+        beginning, against = await asyncio.to_thread(
+            restored, stored, offers, basis=basis_of(self._settings()), num_decoders=num_decoders
+        )
+        if beginning is None:
+            await asyncio.to_thread(self._journal.forget_intent)
+            self._not_restored(against)
+            return None
+        self._intents.intent = stored.intent
+        await asyncio.to_thread(self._journal.begin_start)
+        stages = beginning.pipeline.granularity
+        log_events.layout_restored(engine=beginning.engine, stages=stages, reason=beginning.reason)
+        self._events.publish(EventKind.DAEMON, f"last layout restored: {stages} stages, {beginning.reason}")
+        return beginning
+
+    def _not_restored(self, reason: str) -> None:
+        self._intents.intent = None
+        log_events.layout_not_restored(reason=reason)
+        self._events.publish(EventKind.DAEMON, f"last layout not restored: {reason}")
+
+    async def _supervise(self, stack: AsyncExitStack, beginning: Beginning) -> Supervisor:
+        """Start an engine, to be started again whenever it dies.
+
+        Raises:
+            EngineError: It did not start.
+        """
+        supervisor = Supervisor(
+            factory=beginning.offer.factory,
+            pipeline=beginning.pipeline,
+            wait_deadline_s=self._settings().admission.engine_wait_s,
+            on_change=self._on_change,
+            on_progress=self._on_progress,
+        )
+        stack.push_async_callback(supervisor.close)
+        stack.push_async_callback(self._refactorings.close)
+        self._in_force.supervisor = supervisor
+        self._on_progress("starting the engine")
+        await supervisor.start()
+        return supervisor
