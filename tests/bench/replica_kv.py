@@ -18,6 +18,7 @@ from engines.checkpoint import read_checkpoint
 from engines.closing import closing
 from engines.protocol import GenerationRequest, KvParcel, SamplingParams
 from engines.vllm.adapter import VllmEngine
+from engines.vllm.options import VllmOptions
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.supervisor import Supervisor
@@ -63,9 +64,11 @@ class Maker:
         self._options = options_for(model, graph, setup, python=python)
         self._graph = graph
 
+    def options(self, pipeline: Pipeline) -> VllmOptions:
+        return msgspec.structs.replace(self._options, device_ids=DEVICES[: pipeline.granularity])
+
     def __call__(self, pipeline: Pipeline, epoch: int) -> VllmEngine:
-        options = msgspec.structs.replace(self._options, device_ids=DEVICES[: pipeline.granularity])
-        return VllmEngine(options, pipeline, epoch=epoch, graph=self._graph)
+        return VllmEngine(self.options(pipeline), pipeline, epoch=epoch, graph=self._graph)
 
 
 async def _passage(first: VllmEngine, second: VllmEngine, prompt: list[int], *, copies: bool) -> Passage:

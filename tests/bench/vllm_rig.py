@@ -10,7 +10,6 @@ import aiohttp
 from engines.checkpoint import read_checkpoint
 from engines.protocol import RefactorProgress
 from engines.served.ranks import Ranks, boot_counts
-from engines.served.run_directory import HTTP_SOCKET
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.options import VllmOptions
 from planner.layout import Pipeline
@@ -39,7 +38,7 @@ class VllmRig:
 
     async def begin(self, streams: int, prompt_tokens: int) -> None:
         # Each leg begins with an empty prefix cache: what earlier legs left there would have to move, too.
-        await self._post("/reset_prefix_cache")
+        await post(self.engine, "/reset_prefix_cache")
         given = prompts(count=streams, length=prompt_tokens, seed=streams)
         self._streams = direct.HeldStreams(given, max_tokens=longest_output(streams, prompt_tokens))
         await self._streams.start(self.engine, warm_tokens=WARM)
@@ -71,22 +70,23 @@ class VllmRig:
 
     async def pause(self, hold_s: float) -> None:
         """Pause generation as vLLM itself offers it (``mode=keep``), hold it, and resume."""
-        await self._post("/pause?mode=keep")
+        await post(self.engine, "/pause?mode=keep")
         await asyncio.sleep(hold_s)
-        await self._post("/resume")
-
-    async def _post(self, path: str) -> None:
-        """Ask vLLM's own server, which offers this to developers."""
-        socket = aiohttp.UnixConnector(path=str(self.engine.run_directory / HTTP_SOCKET))
-        async with (
-            aiohttp.ClientSession(connector=socket, base_url="http://vllm", raise_for_status=True) as session,
-            session.post(path),
-        ):
-            pass
+        await post(self.engine, "/resume")
 
     async def close(self) -> None:
         await self._streams.stop()
         await self.engine.close()
+
+
+async def post(engine: VllmEngine, path: str) -> None:
+    """Ask vLLM's own server, which offers this to developers."""
+    socket = aiohttp.UnixConnector(path=str(engine.own_routes_socket))
+    async with (
+        aiohttp.ClientSession(connector=socket, base_url="http://vllm", raise_for_status=True) as session,
+        session.post(path),
+    ):
+        pass
 
 
 def options_for(model: Path, graph: ModelGraph, setup: EngineSetup, *, python: Path) -> VllmOptions:
