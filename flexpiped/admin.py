@@ -25,6 +25,7 @@ import msgspec
 from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineError, RefactoringBusy, RefactoringRefused, UnsupportedByEngine
+from flexpiped.admin_answers import error_answer, json_answer
 from flexpiped.config_values import Auto
 from flexpiped.events import Event, EventLog
 from flexpiped.handover_records import Proposal, Wanted, proposal_to_wire
@@ -133,36 +134,36 @@ class _Admin:
         self._events = events
 
     async def get_status(self, _request: web.Request) -> web.Response:
-        return _json(await self._status.status())
+        return json_answer(await self._status.status())
 
     async def post_plan(self, request: web.Request) -> web.Response:
         body = msgspec.json.decode(await request.read() or b"{}", type=PlanBody)
-        return _json(await self._plans.plan(body.stages if isinstance(body.stages, int) else Auto.AUTO))
+        return json_answer(await self._plans.plan(body.stages if isinstance(body.stages, int) else Auto.AUTO))
 
     async def post_rebalance(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read(), type=RebalanceBody)
         if body.dry_run:
-            return _json(_answer("dry_run", await self._refactorings.propose(body.wanted())))
+            return json_answer(_answer("dry_run", await self._refactorings.propose(body.wanted())))
         started = await self._refactorings.start(body.wanted())
         if isinstance(started, Proposal):
-            return _json(_answer("unchanged", started))
+            return json_answer(_answer("unchanged", started))
         if not body.wait:
-            return _json(_answer("started", started.proposal) | {"handover": started.number}, HTTPStatus.ACCEPTED)
+            return json_answer(_answer("started", started.proposal) | {"handover": started.number}, HTTPStatus.ACCEPTED)
         return await _stream(request, self._progress_of(started))
 
     async def post_cancel(self, _request: web.Request) -> web.Response:
         under_way = self._refactorings.under_way
         if await self._refactorings.cancel():
-            return _json({"state": "cancelled", "message": f"rolling back: {under_way}"})
+            return json_answer({"state": "cancelled", "message": f"rolling back: {under_way}"})
         reason = "no refactoring is under way" if under_way is None else f"past its commit point: {under_way}"
-        return _error("nothing_to_cancel", reason, HTTPStatus.CONFLICT)
+        return error_answer("nothing_to_cancel", reason, HTTPStatus.CONFLICT)
 
     async def get_topology(self, _request: web.Request) -> web.Response:
-        return _json(await asyncio.to_thread(self._hardware.look))
+        return json_answer(await asyncio.to_thread(self._hardware.look))
 
     async def post_links(self, request: web.Request) -> web.Response:
         file = await asyncio.to_thread(self._hardware.keep, await request.read())
-        return _json({"state": "kept", "file": file})
+        return json_answer({"state": "kept", "file": file})
 
     async def get_events(self, request: web.Request) -> web.StreamResponse:
         return await send_log(request, self._events)
@@ -186,13 +187,13 @@ async def _errors_as_json(
         return await handler(request)
     except (EngineError, PlannerError) as error:
         code, http_status = next((code, status) for kind, code, status in _CODES if isinstance(error, kind))
-        return _error(code, str(error), http_status)
+        return error_answer(code, str(error), http_status)
     except NotMeasured as error:
-        return _error("not_kept", str(error), HTTPStatus.CONFLICT)
+        return error_answer("not_kept", str(error), HTTPStatus.CONFLICT)
     except msgspec.MsgspecError as error:
-        return _error("bad_request", str(error), HTTPStatus.BAD_REQUEST)
+        return error_answer("bad_request", str(error), HTTPStatus.BAD_REQUEST)
     except web.HTTPException as error:
-        return _error("bad_request", error.reason, HTTPStatus(error.status))
+        return error_answer("bad_request", error.reason, HTTPStatus(error.status))
 
 
 async def send_log(request: web.Request, log: EventLog) -> web.StreamResponse:
@@ -200,7 +201,7 @@ async def send_log(request: web.Request, log: EventLog) -> web.StreamResponse:
     try:
         since = int(request.query.get("since", "0"))
     except ValueError:
-        return _error("bad_request", "since must be a number of an event", HTTPStatus.BAD_REQUEST)
+        return error_answer("bad_request", "since must be a number of an event", HTTPStatus.BAD_REQUEST)
     if request.query.get("follow") == "1":
         return await _stream(request, log.follow(since=since))
     lines = b"".join(_line(event) for event in log.since(since))
@@ -226,11 +227,3 @@ def _line(event: Event) -> bytes:
 
 def _answer(state: str, proposal: Proposal) -> dict[str, Any]:
     return {"state": state, "proposal": proposal_to_wire(proposal)}
-
-
-def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
-
-
-def _error(code: str, message: str, status: HTTPStatus) -> web.Response:
-    return _json({"error": {"code": code, "message": message}}, status)

@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 
-import msgspec
 from aiohttp import web
 
+from flexpiped.admin_answers import error_answer, json_answer
 from flexpiped.config_text import settings_to_wire
 from flexpiped.reload import ReloadReport
 from flexpiped.settings import Settings
@@ -25,24 +26,20 @@ def config_routes(configuration: Configuration) -> tuple[web.RouteDef, ...]:
     """Return the routes that show and reload ``configuration``."""
 
     async def get_config(_request: web.Request) -> web.Response:
-        return _json(settings_to_wire(configuration.settings()))
+        return json_answer(settings_to_wire(configuration.settings()))
 
     async def get_diff(_request: web.Request) -> web.Response:
-        return _json((await asyncio.to_thread(configuration.compare)).to_wire())
+        return json_answer((await asyncio.to_thread(configuration.compare)).to_wire())
 
     async def post_reload(_request: web.Request) -> web.Response:
         report = configuration.reload()
         if report.problems:
             message = "\n".join(("the old configuration stays in force", *report.problems))
-            return _json({"error": {"code": "refused", "message": message}}, status=409)
-        return _json(report.to_wire())
+            return error_answer("refused", message, HTTPStatus.CONFLICT)
+        return json_answer(report.to_wire())
 
     return (
         web.get("/config", get_config),
         web.get("/config/diff", get_diff),
         web.post("/reload", post_reload),
     )
-
-
-def _json(value: object, *, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")

@@ -1,11 +1,12 @@
 """The journal on the admin API: ``GET /history?limit=N&kind=KIND``, what ``flexctl history`` shows."""
 
 import asyncio
+from http import HTTPStatus
 from typing import Any, Final
 
-import msgspec
 from aiohttp import web
 
+from flexpiped.admin_answers import error_answer, json_answer
 from flexpiped.events import EventKind
 from flexpiped.intent import intent_to_wire
 from flexpiped.journal import Journal, JournalError
@@ -20,9 +21,13 @@ def history_routes(journal: Journal) -> tuple[web.RouteDef, ...]:
     async def get_history(request: web.Request) -> web.Response:
         limit, kinds = request.query.get("limit", "50"), request.query.getall("kind", [])
         if not limit.isdecimal() or not 1 <= int(limit) <= _LARGEST_LIMIT:
-            return _error("bad_request", f"limit must be a number from 1 to {_LARGEST_LIMIT}", status=400)
+            return error_answer(
+                "bad_request", f"limit must be a number from 1 to {_LARGEST_LIMIT}", HTTPStatus.BAD_REQUEST
+            )
         if unknown := [kind for kind in kinds if kind not in _KINDS]:
-            return _error("bad_request", f"no kind {unknown[0]!r}; there are {', '.join(_KINDS)}", status=400)
+            return error_answer(
+                "bad_request", f"no kind {unknown[0]!r}; there are {', '.join(_KINDS)}", HTTPStatus.BAD_REQUEST
+            )
 
         def read() -> dict[str, Any]:
             stored = journal.stored()
@@ -33,16 +38,12 @@ def history_routes(journal: Journal) -> tuple[web.RouteDef, ...]:
             }
 
         try:
-            return _json(await asyncio.to_thread(read))
+            return json_answer(await asyncio.to_thread(read))
         except JournalError as error:
-            return _error("journal_failed", str(error), status=503)
+            return error_answer("journal_failed", str(error), HTTPStatus.SERVICE_UNAVAILABLE)
 
     return (web.get("/history", get_history),)
 
 
-def _json(value: object, *, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
-
-
-def _error(code: str, message: str, *, status: int) -> web.Response:
-    return _json({"error": {"code": code, "message": message}}, status=status)
+def _bad_request(message: str) -> web.Response:
+    return error_answer("bad_request", message, HTTPStatus.BAD_REQUEST)

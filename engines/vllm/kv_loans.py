@@ -1,13 +1,13 @@
 """The KV caches of single requests on their way from one vLLM to another by NIXL: vLLM's connectors transfer them."""
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from engines.errors import KvTransferFailed
 from engines.protocol import KvParcel
-from engines.served.channel import CallFailed, Channel, ChannelClosed
+from engines.served.channel import Channel
+from engines.vllm.kv_calls import transferred
 
 _DEADLINE_S: Final = 60.0  # the first transfer between two vLLMs waits until NIXL has connected them
 
@@ -47,10 +47,5 @@ class VllmKvLoans:
         """Nothing has to be done: vLLM lets go of what has been read, and of the rest when its lease has run out."""
 
     async def _call(self, op: str, **fields: Any) -> Any:
-        try:
-            async with asyncio.timeout(_DEADLINE_S):
-                return await self._channel.call(op, **fields)
-        except TimeoutError:
-            raise KvTransferFailed(f"NIXL did not transfer it within {_DEADLINE_S:g} s") from None
-        except (CallFailed, ChannelClosed) as error:
-            raise KvTransferFailed(str(error)) from error
+        answer = self._channel.call(op, **fields)
+        return await transferred(answer, deadline_s=_DEADLINE_S, late="NIXL did not transfer it")

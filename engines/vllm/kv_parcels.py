@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from engines.errors import EngineError, KvTransferFailed
 from engines.protocol import KvParcel
-from engines.served.channel import CallFailed, Channel, ChannelClosed
+from engines.served.channel import Channel
 from engines.served.run_directory import list_shared_memory
+from engines.vllm.kv_calls import transferred
 
 _SHM: Final = Path("/dev/shm")
 _PREFIX: Final = "flexpiped-kv-"
@@ -80,10 +81,5 @@ class VllmKvParcels:
         return self._directory
 
     async def _call(self, method: str, *arguments: object) -> Any:
-        try:
-            async with asyncio.timeout(_DEADLINE_S):
-                return await self._channel.core(f"kv_{method}", *arguments)
-        except TimeoutError:
-            raise KvTransferFailed(f"vLLM did not answer within {_DEADLINE_S:g} s") from None
-        except (CallFailed, ChannelClosed) as error:
-            raise KvTransferFailed(str(error)) from error
+        answer = self._channel.core(f"kv_{method}", *arguments)
+        return await transferred(answer, deadline_s=_DEADLINE_S, late="vLLM did not answer")
