@@ -1,6 +1,7 @@
 """Why no placement can exist, in a sentence with numbers."""
 
 from planner.placement_problem import PlacementProblem
+from planner.segments import cheapest_hops
 from topology.units import format_bytes, format_bytes_apart
 
 
@@ -22,7 +23,19 @@ def why_impossible(problem: PlacementProblem) -> str | None:
     if largest > rooms[0] and problem.num_stages > 1:
         need, have = format_bytes_apart(largest, rooms[0])
         return f"the largest piece needs {need}{_with_kv(problem)}, the roomiest device offers {have}"
-    return None
+    return _why_too_slow(problem)
+
+
+def _why_too_slow(problem: PlacementProblem) -> str | None:
+    """Return why no step keeps the limit on its time, were all layers on the fastest devices with the shortest hops."""
+    if problem.latency_limit_ns is None:
+        return None
+    classes = {place.speed_class for place in problem.places}
+    fastest = sum(min(problem.class_ns[row][piece] for row in classes) for piece in range(len(problem.pieces)))
+    least = fastest + sum(sorted(cheapest_hops(problem))[: problem.num_stages - 1])
+    if least <= problem.latency_limit_ns:
+        return None
+    return f"a step takes {least / 1e6:.3g} ms at least, {problem.latency_limit_ns / 1e6:.3g} ms are allowed"
 
 
 def why_no_way(problem: PlacementProblem) -> str:

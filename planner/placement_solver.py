@@ -148,7 +148,7 @@ class _Solver:
         if best.impossible == len(ladder) - 1:
             raise NoFeasiblePlan(why_no_way(self.problem))
         if best.stages is None:
-            raise PlanTimeout(f"nothing found in {self.budget.limit_s:g} s for {self.problem.num_stages} stages")
+            raise PlanTimeout(f"nothing found in {self.budget.limit_s:.2g} s for {self.problem.num_stages} stages")
         return best.stages, Proof(aim=Aim.BOTTLENECK, value=best.value, bound=best.bound)
 
     def _close_in(self, ladder: Ladder) -> None:

@@ -9,7 +9,7 @@ from planner.budget import Budget
 from planner.candidate_plan import StageMemory
 from planner.canonical import in_order
 from planner.checker import check, check_stages
-from planner.errors import BrokenPlan, NoFeasiblePlan
+from planner.errors import BrokenPlan, NoFeasiblePlan, PlanTimeout
 from planner.first_guess import first_guess
 from planner.layer_costs import Batch
 from planner.layout import Pipeline, Stage
@@ -22,6 +22,7 @@ from planner.replanner import Replanner
 from planner.stage_times import DeviceGroups, ReferenceStep, reference_step
 
 _NS = 1e9
+_LIMITED_SHARE = 0.8  # of the time, for a placement that keeps the limit on a step's time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class Posed:
         return replace(self, problem=merged(self.problem, cuts), bounds=bounds)
 
     def solve(self, budget: Budget, replanner: Replanner | None = None) -> Placement:
-        """Return the best placement. Where no step can be as fast as the targets ask, the limit is left out.
+        """Return the best placement. Where no step is found that is as fast as the targets ask, that limit is left out.
 
         Args:
             replanner: Knows earlier answers to much the same question, and remembers this one.
@@ -59,8 +60,8 @@ class Posed:
         if apart < stages:
             raise NoFeasiblePlan(_too_few(apart, degree=self.degree, num_stages=stages))
         if self.problem.latency_limit_ns is not None:
-            with suppress(NoFeasiblePlan):
-                return self._placed(self.problem, budget, replanner)
+            with suppress(NoFeasiblePlan, PlanTimeout):
+                return self._placed(self.problem, budget.part(_LIMITED_SHARE), replanner)
         return self._placed(replace(self.problem, latency_limit_ns=None), budget, replanner)
 
     def _placed(self, problem: PlacementProblem, budget: Budget, replanner: Replanner | None) -> Placement:

@@ -105,9 +105,7 @@ def test_what_cannot_be_has_the_numbers() -> None:
     smaller = tuple(device(f"gpu{index}", free_bytes=46 * GIB) for index in range(3))
     with pytest.raises(NoFeasiblePlan, match="the largest piece needs 47 GiB, the roomiest device offers 46 GiB"):
         solve(replace(large, pieces=one_heavy, places=smaller))
-    with pytest.raises(
-        NoFeasiblePlan, match=r"no way to place 2 stages of 30 B together fits within 0[.]0003 ms a step"
-    ):
+    with pytest.raises(NoFeasiblePlan, match=r"a step takes 0[.]000\d+ ms at least, 0[.]0003 ms are allowed"):
         solve(even_problem(pieces=3, devices=3, stages=2, latency_limit_ns=300))
 
 

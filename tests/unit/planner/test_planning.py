@@ -128,6 +128,26 @@ def test_a_deadline_that_has_passed_still_has_the_first_guess_and_proves_nothing
     assert not found.optimal
 
 
+def test_a_guess_that_is_too_slow_for_the_targets_is_better_than_none() -> None:
+    """The roomiest devices, which a guess takes, are the slow ones; there is no time to find out about the others."""
+    devices = tuple(
+        Device(id=f"cpu:{n}", kind=DeviceKind.CPU, memory_total_bytes=size, host_id="h", name=name)
+        for n, (size, name) in enumerate(
+            [(64 * MIB, "slow"), (64 * MIB, "slow"), (32 * MIB, "fast"), (32 * MIB, "fast")]
+        )
+    )
+    asked = question(
+        num_stages=2,
+        slo=Slo(tpot_s=0.05),
+        topology=HostTopology(host_id="h", devices=devices),
+        costs=FlatCosts(slowness={"slow": 10.0}),
+    )
+    assert set(require_plan(plan(asked, clock=time.monotonic)).pipelines[0].device_ids) == {"cpu:2", "cpu:3"}
+    hurried = require_plan(plan(asked, clock=itertools.count(0.0, 100.0).__next__))
+    assert set(hurried.pipelines[0].device_ids) == {"cpu:0", "cpu:1"}
+    assert not hurried.optimal
+
+
 def test_a_deadline_that_has_passed_is_not_infeasible() -> None:
     """Only the second device takes the large decoder, which comes first: a guess in the order of the devices fails."""
     small, large = (
