@@ -14,14 +14,15 @@ from flexpiped.flexctl.rebalance_lines import (
     View,
     advance,
     current_line,
-    end_line,
+    end_lines,
     is_by_replica,
+    named_lines,
     need_lines,
-    plan_line,
+    plan_lines,
 )
 from flexpiped.flexctl.status_lines import status_lines
 from flexpiped.flexctl.terminal import Screen
-from flexpiped.flexctl.text import Colour, Paint
+from flexpiped.flexctl.text import Paint, wrapped
 
 
 class Exit(IntEnum):
@@ -126,14 +127,14 @@ def _body(options: Namespace) -> dict[str, Any]:
 def _answer_lines(answer: dict[str, Any], paint: Paint) -> list[str]:
     proposal = answer["proposal"]
     if not proposal["feasible"]:
-        return [f"{paint('infeasible', Colour.RED)}: {'; '.join(proposal['sentences'])}"]
+        return named_lines("infeasible", "; ".join(proposal["sentences"]), paint=paint)
     if not proposal["changes_something"]:
-        return [f"nothing to do: {'; '.join(proposal['sentences'])}"]
+        return wrapped("; ".join(proposal["sentences"]), head="nothing to do: ")
     if answer["state"] == "dry_run":
-        return [plan_line(proposal), *need_lines(proposal), "dry run: nothing was moved"]
+        return [*plan_lines(proposal), *need_lines(proposal), "dry run: nothing was moved"]
     return [
-        plan_line(proposal),
-        f"started handover #{answer['handover']}; to follow it: flexctl events --follow (next time: --wait)",
+        *plan_lines(proposal),
+        f"started handover #{answer['handover']}; follow it: flexctl events --follow (next time: --wait)",
     ]
 
 
@@ -162,12 +163,12 @@ def _wait(answers: Iterator[dict[str, Any]], screen: Screen, *, as_json: bool) -
 def _show(fields: dict[str, Any], view: View, screen: Screen) -> View:
     match fields["state"]:
         case "plan":
-            screen.write([plan_line(fields)])
+            screen.write(plan_lines(fields))
             view = View(by_replica=is_by_replica(fields))
         case "progress":
             view, lines = advance(view, fields["progress"])
             screen.write(lines)
             screen.live(current_line(view))
         case _:
-            screen.write([end_line(fields["record"], paint=screen.paint)])
+            screen.write(end_lines(fields["record"], paint=screen.paint))
     return view

@@ -1,17 +1,15 @@
 """``flexctl plan``: from a plan as JSON values to lines for people, 80 columns wide. Pure functions."""
 
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from flexpiped.flexctl.text import PLAIN, Colour, Paint, format_duration, format_latency, plural, table
+from flexpiped.flexctl.text import PLAIN, Colour, Paint, format_duration, format_latency, plural, table, wrapped
 from topology.units import format_bytes, format_bytes_of
 
 Json = Mapping[str, Any]
 
-_WIDTH: Final = 80
 _INDENT: Final = " " * 8
 _NO_BREAK: Final = "\N{NO-BREAK SPACE}"
 _UUID: Final = re.compile(r"(GPU|MIG)-[0-9a-f]{8}-")
@@ -23,8 +21,8 @@ def plan_lines(answer: Json, *, explain: bool, paint: Paint = PLAIN) -> list[str
     lines = list(_answer_lines(answer, paint))
     if explain:
         lines += _candidates_lines(answer["candidates"], paint)
-    lines += _wrapped("workload", f"{_workload(answer['workload'])}; {_targets(answer['slo'])}")
-    lines += _wrapped("times", answer["times_from"])
+    lines += wrapped(f"{_workload(answer['workload'])}; {_targets(answer['slo'])}", head="workload  ")
+    lines += wrapped(answer["times_from"], head="times     ")
     return lines
 
 
@@ -32,17 +30,17 @@ def _answer_lines(answer: Json, paint: Paint) -> Iterator[str]:
     chosen = next((each for each in answer["candidates"] if each["verdict"] == "chosen"), None)
     if chosen is None:
         word = "infeasible" if answer["state"] == "infeasible" else "timeout"
-        first, *rest = textwrap.wrap(answer["reason"], _WIDTH - len(word) - 2)
-        yield f"{paint(word, Colour.RED)}: {first}"
-        yield from (f"{' ' * (len(word) + 2)}{line}" for line in rest)
+        first, *rest = wrapped(answer["reason"], head=f"{word}: ")
+        yield paint(word, Colour.RED) + first.removeprefix(word)
+        yield from rest
         return
     found = chosen["found"]
     proof = "optimal" if found["optimal"] else f"slowest stage within {found['gap'] * 100:.2g} % of the best"
     where = f"{label(chosen)} on {_places(found)} ({proof}, {format_duration(answer['took_s'])})"
-    first, *rest = textwrap.wrap(where, _WIDTH - len(_INDENT))
-    yield f"{paint('chosen', Colour.GREEN)}  {first}"
-    yield from (_INDENT + line for line in rest)
-    yield from (_INDENT + line for line in textwrap.wrap(answer["reason"], _WIDTH - len(_INDENT)))
+    first, *rest = wrapped(where, head="chosen  ")
+    yield paint("chosen", Colour.GREEN) + first.removeprefix("chosen")
+    yield from rest
+    yield from wrapped(answer["reason"], head=_INDENT)
     yield _INDENT + "   ".join(_predicted(found))
     yield _INDENT + _cuts(found)
     yield from _stage_lines(found)
@@ -119,13 +117,13 @@ def _stage_lines(found: Json) -> list[str]:
                 format_bytes(memory["workspace_bytes"]),
             )
         )
-    return table(rows, indent=_INDENT, gap="  ")
+    return table(rows, gap="  ")
 
 
 def _candidates_lines(candidates: Sequence[Json], paint: Paint) -> list[str]:
     header = ("", "stages", "TTFT", "TPOT", "tok/s", "in time/s", "KV tokens", "best CV", "fullest")
     rows = [header] + [_row(candidate) for candidate in candidates]
-    lines = [f"{len(candidates)} candidates"]
+    lines = [plural(len(candidates), "candidate")]
     title, *drawn = table(rows, indent="", gap="  ")
     lines.append(title)
     for candidate, line in zip(candidates, drawn, strict=True):
@@ -134,8 +132,8 @@ def _candidates_lines(candidates: Sequence[Json], paint: Paint) -> list[str]:
         if candidate["verdict"] != "chosen":
             word = "" if candidate["verdict"] == "lost" else f"{candidate['verdict']}: "
             painted = paint(word, _VERDICT_COLOURS[candidate["verdict"]]) if word else ""
-            first, *rest = textwrap.wrap(word + candidate["reason"], _WIDTH - len(_INDENT))
-            lines += [_INDENT + painted + first.removeprefix(word), *(_INDENT + part for part in rest)]
+            first, *rest = wrapped(word + candidate["reason"], head=_INDENT)
+            lines += [_INDENT + painted + first.removeprefix(_INDENT + word), *rest]
     return lines
 
 
@@ -145,13 +143,13 @@ def _memory_lines(found: Json) -> list[str]:
         (stage, format_bytes_of(memory["needed_bytes"], memory["usable_bytes"]))
         for stage, memory in zip(found["pipelines"][0], found["memory"], strict=True)
     ]
-    stages.sort(key=lambda pair: _in_order(pair[0]["device_ids"][0]))
-    parts = []
-    for text, alike in groupby(stages, key=lambda pair: pair[1]):
-        names = device_names([stage for stage, _ in alike])
-        parts.append(f"{', '.join(names)}: {text}".replace(" ", _NO_BREAK))
-    lines = textwrap.wrap("memory " + "; ".join(parts), _WIDTH - len(_INDENT), subsequent_indent=" " * 7)
-    return [_INDENT + line.replace(_NO_BREAK, " ") for line in lines]
+    alike: dict[str, list[Json]] = {}
+    for stage, text in sorted(stages, key=lambda pair: _in_order(pair[0]["device_ids"][0])):
+        alike.setdefault(text, []).append(stage)
+    parts = [
+        f"{', '.join(device_names(held))}:{_NO_BREAK}{text.replace(' ', _NO_BREAK)}" for text, held in alike.items()
+    ]
+    return [line.replace(_NO_BREAK, " ") for line in wrapped("; ".join(parts), head=f"{_INDENT}memory ")]
 
 
 def _in_order(device_id: str) -> tuple[str, int]:
@@ -201,8 +199,3 @@ def _workload(workload: Json) -> str:
 def _targets(slo: Json) -> str:
     named = [f"{name} {format_latency(slo[key])}" for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")) if slo[key]]
     return f"targets: {', '.join(named)}" if named else "no targets for TTFT and TPOT"
-
-
-def _wrapped(name: str, text: str) -> list[str]:
-    head = f"{name:<10}"
-    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))

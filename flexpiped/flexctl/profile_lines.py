@@ -1,14 +1,12 @@
 """A profile as lines for people: progress while it is measured, then terms and how well they explain it. Pure."""
 
 from collections.abc import Sequence
-from textwrap import wrap
 from typing import Final
 
 from engines.native.timing_messages import TimingPoint
-from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, table
+from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, table, wrapped
 from planner.profile import Fit, Profile, Term
 
-WIDTH: Final = 80
 _FITS_A_TABLE: Final = 3
 _NANOSECONDS: Final = 1e9
 
@@ -21,13 +19,12 @@ def progress_line(point: TimingPoint, *, of: int, elapsed_s: float) -> str:
 
 def profile_lines(profile: Profile, *, paint: Paint = PLAIN) -> list[str]:
     """Return what each term takes under each fit, and the residuals, in 80 columns; a warning where those are high."""
-    lines = wrap(f"{profile.model_name}: {profile.origin}", width=WIDTH, subsequent_indent="  ")
+    lines = wrapped(profile.origin, head=f"{profile.model_name}: ")
     for first in range(0, len(profile.fits), _FITS_A_TABLE):
         lines += _table(profile.fits[first : first + _FITS_A_TABLE])
     beside = any(fit.beside_others for fit in profile.fits)
     lines += ["  * while other stages compute on the same host"] if beside else []
-    warning = wrap(profile.warning, width=WIDTH, subsequent_indent="  ")
-    return lines + [paint(line, Colour.YELLOW) for line in warning]
+    return lines + [paint(line, Colour.YELLOW) for line in wrapped(profile.warning) if line]
 
 
 def _table(fits: Sequence[Fit]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
-from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, plural
+from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, plural, wrapped
 from topology.units import format_bytes
 
 Json = Mapping[str, Any]
+
+_HEAD: Final = 9  # columns before what is said of a phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ def advance(view: View, progress: Json) -> tuple[View, list[str]]:
     told_itself = view.by_replica and view.phase not in (None, "sync")
     ended = {**progress, "message": view.last["message"]} if told_itself else progress
     done = "" if view.phase is None else _line_of(view, ended)
-    return replace(view, phase=phase, began_s=progress["elapsed_s"], last=progress), [done] if done else []
+    return replace(view, phase=phase, began_s=progress["elapsed_s"], last=progress), _wrapped(done) if done else []
 
 
 def current_line(view: View) -> str:
@@ -78,7 +80,7 @@ def phase_line(phase: str, progress: Json, *, began_s: float) -> str:
             return ""
 
 
-def plan_line(proposal: Json) -> str:
+def plan_lines(proposal: Json) -> list[str]:
     """Return what will move, in the engine's words."""
     before, after = str(len(proposal["current"])), plural(len(proposal["target"]), "stage")
     if is_by_replica(proposal):
@@ -86,7 +88,7 @@ def plan_line(proposal: Json) -> str:
     if proposal.get("engine_after"):
         before = f"{proposal['engine_before']} -> {proposal['engine_after']}, {before}"
     moves = ", ".join(proposal["moves"]) or "nothing moves"
-    return _line("plan", f"{before} -> {after}: {moves}")
+    return _wrapped(_line("plan", f"{before} -> {after}: {moves}"))
 
 
 def is_by_replica(answer: Json) -> bool:
@@ -96,19 +98,29 @@ def is_by_replica(answer: Json) -> bool:
 
 def need_lines(proposal: Json) -> list[str]:
     """Return the numbers of the feasibility check, one line for each device that gains something."""
-    return [_line("", sentence) for sentence in proposal["sentences"]]
+    return [line for sentence in proposal["sentences"] for line in _wrapped(_line("", sentence))]
 
 
-def end_line(record: Json, *, paint: Paint = PLAIN) -> str:
+def end_lines(record: Json, *, paint: Paint = PLAIN) -> list[str]:
     """Return how a refactoring ended."""
     if record["result"] != "done":
-        return f"{paint(record['result'], Colour.RED)}: {record['message']}"
+        return named_lines(record["result"], record["message"], paint=paint)
     went_on = plural(record["progress"]["requests_live"], "request")
-    return f"{paint('done', Colour.GREEN)} in {format_duration(record['duration_s'])}, {went_on} went on"
+    return [f"{paint('done', Colour.GREEN)} in {format_duration(record['duration_s'])}, {went_on} went on"]
+
+
+def named_lines(bad: str, message: str, *, paint: Paint = PLAIN) -> list[str]:
+    """Return a message behind the word for what went wrong, in red."""
+    first, *rest = wrapped(message, head=f"{bad}: ")
+    return [paint(bad, Colour.RED) + first.removeprefix(bad), *rest]
 
 
 def _line(phase: str, *parts: str) -> str:
-    return f"{phase:<7}  " + "   ".join(part for part in parts if part)
+    return f"{phase:<{_HEAD - 2}}  " + "   ".join(part for part in parts if part)
+
+
+def _wrapped(line: str) -> list[str]:
+    return wrapped(line[_HEAD:], head=line[:_HEAD])
 
 
 def _prepared(progress: Json, *, is_over: bool) -> str:

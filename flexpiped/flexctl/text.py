@@ -1,9 +1,12 @@
 """How things are written on a terminal: durations, bars, tables, colour. Pure functions."""
 
+import textwrap
 from collections.abc import Sequence
 from enum import Enum
+from typing import Final
 
-BAR_WIDTH = 20
+WIDTH: Final = 80  # columns of the terminal that all is written for
+BAR_WIDTH: Final = 20
 
 
 class Colour(Enum):
@@ -70,6 +73,15 @@ def table(rows: Sequence[Sequence[str]], *, indent: str = "  ", gap: str = "   "
     return [
         (indent + gap.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip() for row in rows
     ]
+
+
+def wrapped(text: str, *, head: str = "", width: int = WIDTH) -> list[str]:
+    """Return ``text`` behind ``head`` in lines that fit, all but the first indented as far as the first begins.
+
+    Nothing is broken at a hyphen, which most are of UUIDs.
+    """
+    lines = textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+    return lines or [head.rstrip()]
 
 
 def plural(count: int, noun: str) -> str:

@@ -16,8 +16,8 @@ from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, Failed, No
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.measuring import measure, plan
 from flexpiped.flexctl.terminal import Screen
-from flexpiped.flexctl.text import format_age
-from flexpiped.flexctl.topology_lines import WIDTH, topology_lines
+from flexpiped.flexctl.text import WIDTH, format_age, wrapped
+from flexpiped.flexctl.topology_lines import topology_lines
 from flexpiped.hardware import Hardware, keep_measurement
 from flexpiped.settings import Settings
 from topology.cluster import ClusterTopology
@@ -58,7 +58,8 @@ def topology(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
         return Exit.DONE
     width = max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if sys.stdout.isatty() else WIDTH
     lines = topology_lines(view.topology, width=width, paint=screen.paint, source=view.source)
-    screen.write([*lines, *(f"  {note}" for note in view.notes)])
+    notes = [line for note in view.notes for line in wrapped(note, head="  ", width=width)]
+    screen.write([*lines, *notes])
     if options.save is not None:
         screen.write([f"saved to {options.save}"])
     return Exit.DONE

@@ -3,16 +3,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from flexpiped.flexctl.text import PLAIN, Colour, Paint, plural, table
+from flexpiped.flexctl.text import PLAIN, WIDTH, Colour, Paint, plural, table, wrapped
 from topology.cluster import ClusterTopology
 from topology.device import DeviceKind
 from topology.gpu import GpuRecord, MigMode
 from topology.link import Link, LinkKind
-from topology.states import DriverState
+from topology.states import DriverState, Health
 from topology.topology import HostTopology, pairs
 from topology.units import format_bytes, format_bytes_of
 
-WIDTH: Final = 80
 _MOST_DEVICES_OF_A_MATRIX: Final = 64
 _MEANINGS: Final = {
     LinkKind.NVLINK: "NVLink lanes from GPU to GPU",
@@ -43,7 +42,7 @@ def topology_lines(
         lines.append(f"  {topology.title}")
     lines += _matrix_lines(topology, width)
     lines += ["", *_device_lines(topology)]
-    lines += _oddities(topology, paint)
+    lines += _oddities(topology, width, paint)
     lines += ["", *_legend(topology)]
     return lines
 
@@ -167,24 +166,35 @@ def _cpu_lines(host: HostTopology, labels: Mapping[str, str]) -> list[str]:
     return table(rows, gap="  ")
 
 
-def _oddities(host: HostTopology, paint: Paint) -> list[str]:
+def _oddities(host: HostTopology, width: int, paint: Paint) -> list[str]:
     """Return what a user should know: the driver, GPUs that take no work, and what others hold."""
     labels, driver = labels_of(host), host.driver
-    lines = [f"  {sentence}" for sentence in (*driver.unreadable, *driver.notes)]
+    told: list[tuple[str, str, Colour | None]] = [("", text, None) for text in (*driver.unreadable, *driver.notes)]
     if driver.sentence:
         head = "no GPUs" if not host.gpus and driver.state is not DriverState.OLD_DRIVER else "driver"
-        lines.insert(0, f"  {head}: {driver.sentence}")
+        told.insert(0, (head, f": {driver.sentence}", None))
     for gpu in host.gpus:
+        label = labels[gpu.uuid]
         if not gpu.health.is_usable:
-            why = f"{gpu.health.state.value}, {gpu.health.sentence}"
-            lines.append(f"  {paint(labels[gpu.uuid], Colour.RED)} {gpu.pci_bus_id} {gpu.uuid}: {why}")
+            told.append((label, f" {gpu.pci_bus_id} {gpu.uuid}: {_unusable(gpu.health)}", Colour.RED))
         elif gpu.health.sentence:
-            lines.append(f"  {paint(labels[gpu.uuid], Colour.YELLOW)}: {gpu.health.sentence}")
+            told.append((label, f": {gpu.health.sentence}", Colour.YELLOW))
         if gpu.mig_mode is MigMode.ENABLED:
-            lines.append(f"  {labels[gpu.uuid]} is divided into MIG instances: work goes to them")
+            told.append((label, " is divided into MIG instances: work goes to them", None))
         if gpu.memory_others_bytes:
-            lines.append(f"  {labels[gpu.uuid]}: others hold {format_bytes(gpu.memory_others_bytes)}{_holders(gpu)}")
-    return ["", *lines] if lines else []
+            told.append((label, f": others hold {format_bytes(gpu.memory_others_bytes)}{_holders(gpu)}", None))
+    lines = [""] if told else []
+    for label, text, colour in told:
+        first, *rest = wrapped(label + text, head="  ", width=width - 2)
+        lines.append("  " + (paint(label, colour) if colour else label) + first.removeprefix("  " + label))
+        lines += ["  " + line for line in rest]
+    return lines
+
+
+def _unusable(health: Health) -> str:
+    """Return the state and its reason, which may begin with the same word."""
+    state = health.state.value
+    return health.sentence if health.sentence.startswith(state) else f"{state}, {health.sentence}"
 
 
 def _holders(gpu: GpuRecord) -> str:

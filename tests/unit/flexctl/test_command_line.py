@@ -77,7 +77,7 @@ async def test_without_wait_it_says_how_to_follow(stand: AdminStand) -> None:
     ran = await flexctl("rebalance", "--stages", "4", "--socket", str(stand.socket))
 
     assert ran.code == 0
-    assert "started handover #1; to follow it: flexctl events --follow" in ran.out
+    assert "started handover #1; follow it: flexctl events --follow" in ran.out
 
 
 async def test_a_dry_run_and_nothing_to_do(stand: AdminStand) -> None:

@@ -86,9 +86,9 @@ def test_the_answer_comes_first_then_what_it_rests_on() -> None:
         "        serves 3.2 of 3.2 requests/s in time; best of 2 candidates by goodput",
         "        TTFT 19 ms   TPOT 4.0 ms   430 tok/s at most   KV 10,240 tokens",
         "        cuts: nested in those of finer granularities, 0.4 % slower than free",
-        "        stage  device  decoders  needs          weights  KV      workspace",
-        "        0      cpu:0   0-3       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
-        "        1      cpu:1   4-7       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
+        "  stage  device  decoders  needs          weights  KV      workspace",
+        "  0      cpu:0   0-3       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
+        "  1      cpu:1   4-7       40 of 512 MiB  20 MiB   10 MiB  10 MiB",
         "workload  3.2 requests/s, CV 1.04, 180 tokens in, 96 out; targets: TTFT 500 ms",
         "times     profile measured 2 h ago on this machine (mean residual 4 %)",
     ]
@@ -104,14 +104,35 @@ def test_every_candidate_says_why_it_lost() -> None:
 
 
 def test_every_candidate_says_what_it_takes_of_each_device() -> None:
-    order = (3, 0, 2, 1)
+    order = (3, 0, 2, 1, 4)
     uneven = found([stage(f"cpu:{device}", n, n + 1) for n, device in enumerate(order)])
-    uneven["memory"] = [memory(f"cpu:{device}", (60, 40, 40, 50)[device] * MIB) for device in order]
+    uneven["memory"] = [memory(f"cpu:{device}", (60, 40, 40, 50, 40)[device] * MIB) for device in order]
     lines = plan_lines(answer(ONE, TWO | {"found": uneven}), explain=True)
     assert "        memory cpu:0: 40 of 512 MiB" in lines
-    at = lines.index("        memory cpu:0: 60 of 512 MiB; cpu:1-2: 40 of 512 MiB;")
+    at = lines.index("        memory cpu:0: 60 of 512 MiB; cpu:1-2, cpu:4: 40 of 512 MiB;")
     assert lines[at + 1] == "               cpu:3: 50 of 512 MiB"
     assert max(map(len, lines)) <= 80
+
+
+def test_a_group_of_gpus_fits_beside_all_that_a_stage_takes_and_no_uuid_is_broken() -> None:
+    ids = [UUID.replace("96a", f"{n}6a") for n in range(8)]
+    stages = [
+        {"device_ids": [each] * 8, "first_decoder": 100 + n, "end_decoder": 120 + n} for n, each in enumerate(ids)
+    ]
+    large = found(stages)
+    large["memory"] = [
+        memory(each, 0)
+        | {
+            "needed_bytes": 131 << 30,
+            "usable_bytes": 140 << 30,
+            "weight_bytes": 126 << 30,
+            "workspace_bytes": 464 * MIB,
+        }
+        for each in ids
+    ]
+    lines = plan_lines(answer(ONE, TWO | {"found": large, "degree": 8}), explain=True)
+    assert max(map(len, lines)) <= 80
+    assert not any(line.endswith("GPU-") for line in lines)
 
 
 def test_nothing_that_fits_is_an_answer_with_its_reason() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flexpiped.flexctl.rebalance_lines import View, advance, current_line, end_line, need_lines, plan_line
+from flexpiped.flexctl.rebalance_lines import View, advance, current_line, end_lines, need_lines, plan_lines
 
 from .test_status_lines import PROGRESS, RECORD
 
@@ -51,7 +51,7 @@ def test_a_change_of_the_engine_is_named() -> None:
         "engine_after": "vllm",
         "moves": ["by a second instance on cpu:0"],
     }
-    assert plan_line(proposal) == "plan     native -> vllm, 2 -> 1 stage by replica: by a second instance on cpu:0"
+    assert plan_lines(proposal) == ["plan     native -> vllm, 2 -> 1 stage by replica: by a second instance on cpu:0"]
 
 
 def test_one_line_for_each_phase() -> None:
@@ -98,14 +98,37 @@ def test_the_plan_has_moves_and_numbers() -> None:
         "sentences": ["needs 9 of 96 MiB free on cpu:2"],
     }
 
-    assert plan_line(proposal) == "plan     2 -> 4 stages: layers 2-3 cpu:0 -> cpu:2; 4.3 MiB weights, 812 KiB KV"
+    assert plan_lines(proposal) == ["plan     2 -> 4 stages: layers 2-3 cpu:0 -> cpu:2; 4.3 MiB weights, 812 KiB KV"]
     assert need_lines(proposal) == ["         needs 9 of 96 MiB free on cpu:2"]
-    assert plan_line(proposal | {"moves": []}) == "plan     2 -> 4 stages: nothing moves"
+    assert plan_lines(proposal | {"moves": []}) == ["plan     2 -> 4 stages: nothing moves"]
+
+
+def test_no_line_is_longer_than_a_terminal_is_wide() -> None:
+    moves = [f"{n} cpu:{n % 2} -> cpu:{n}" for n in range(2, 9)]
+    proposal = {
+        "current": [{}, {}],
+        "target": [{}] * 8,
+        "moves": moves,
+        "sentences": ["GPU-96a87751-3e8a-50b4-bdf0-e1cfd0ff750c needs 12 of 512 MiB more, of which 8 MiB are KV cache"],
+    }
+    rounds = NOTHING | {"kv_round_bytes": [812 * KIB] * 9}
+    written, _ = shown([rounds | {"phase": "sync", "elapsed_s": 0.0}, rounds | {"phase": "commit", "elapsed_s": 0.1}])
+    lines = [
+        *plan_lines(proposal),
+        *need_lines(proposal),
+        *written,
+        *end_lines(RECORD | {"result": "failed", "message": "the engine died of " + "this and that " * 9}),
+    ]
+    assert max(map(len, lines)) <= 80
+    assert plan_lines(proposal) == [
+        "plan     2 -> 8 stages: 2 cpu:0 -> cpu:2, 3 cpu:1 -> cpu:3, 4 cpu:0 -> cpu:4, 5",
+        "         cpu:1 -> cpu:5, 6 cpu:0 -> cpu:6, 7 cpu:1 -> cpu:7, 8 cpu:0 -> cpu:8",
+    ]
 
 
 def test_the_end() -> None:
-    assert end_line(RECORD) == "done in 0.11 s, 8 requests went on"
-    assert end_line(RECORD | {"result": "failed", "message": "the engine died"}) == "failed: the engine died"
+    assert end_lines(RECORD) == ["done in 0.11 s, 8 requests went on"]
+    assert end_lines(RECORD | {"result": "failed", "message": "the engine died"}) == ["failed: the engine died"]
 
 
 def test_a_replica_handover_is_told_in_words() -> None:
@@ -134,6 +157,6 @@ def test_a_replica_handover_is_told_in_words() -> None:
         "retire   the second instance serves, the first one ends   0.40 s",
     ]
     assert live[3] == "sync     7 of 8 requests taken over   0.40 s"
-    assert plan_line({"current": [{}], "target": [{}] * 2, "moves": ["by a second instance"], "way": "replica"}) == (
+    assert plan_lines({"current": [{}], "target": [{}] * 2, "moves": ["by a second instance"], "way": "replica"}) == [
         "plan     1 -> 2 stages by replica: by a second instance"
-    )
+    ]
