@@ -5,13 +5,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from flexpiped.flexctl.text import PLAIN, Colour, Paint, format_duration, format_latency, plural, table, wrapped
+from flexpiped.flexctl.text import (
+    NO_BREAK,
+    PLAIN,
+    Colour,
+    Paint,
+    format_duration,
+    format_latency,
+    plural,
+    table,
+    wrapped,
+)
 from topology.units import format_bytes, format_bytes_of
 
 Json = Mapping[str, Any]
 
 _INDENT: Final = " " * 8
-_NO_BREAK: Final = "\N{NO-BREAK SPACE}"
 _UUID: Final = re.compile(r"(GPU|MIG)-[0-9a-f]{8}-")
 _VERDICT_COLOURS: Final = {"chosen": Colour.GREEN, "infeasible": Colour.RED, "timeout": Colour.RED}
 
@@ -146,10 +155,8 @@ def _memory_lines(found: Json) -> list[str]:
     alike: dict[str, list[Json]] = {}
     for stage, text in sorted(stages, key=lambda pair: _in_order(pair[0]["device_ids"][0])):
         alike.setdefault(text, []).append(stage)
-    parts = [
-        f"{', '.join(device_names(held))}:{_NO_BREAK}{text.replace(' ', _NO_BREAK)}" for text, held in alike.items()
-    ]
-    return [line.replace(_NO_BREAK, " ") for line in wrapped("; ".join(parts), head=f"{_INDENT}memory ")]
+    parts = [f"{', '.join(device_names(held))}:{NO_BREAK}{text.replace(' ', NO_BREAK)}" for text, held in alike.items()]
+    return wrapped("; ".join(parts), head=f"{_INDENT}memory ")
 
 
 def _in_order(device_id: str) -> tuple[str, int]:

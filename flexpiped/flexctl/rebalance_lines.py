@@ -1,15 +1,17 @@
 """``flexctl rebalance``: from the events of a refactoring to one line for each phase. Pure functions and values."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, plural, wrapped
+from flexpiped.flexctl.text import NO_BREAK, PLAIN, Colour, Paint, bar, format_duration, plural, wrapped
 from topology.units import format_bytes
 
 Json = Mapping[str, Any]
 
 _HEAD: Final = 9  # columns before what is said of a phase
+_MOVE: Final = re.compile(r"\S+ \S+ -> \S+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ def plan_lines(proposal: Json) -> list[str]:
         after += " by replica"
     if proposal.get("engine_after"):
         before = f"{proposal['engine_before']} -> {proposal['engine_after']}, {before}"
-    moves = ", ".join(proposal["moves"]) or "nothing moves"
+    moves = _MOVE.sub(lambda move: move[0].replace(" ", NO_BREAK), ", ".join(proposal["moves"])) or "nothing moves"
     return _wrapped(_line("plan", f"{before} -> {after}: {moves}"))
 
 

@@ -7,6 +7,7 @@ from typing import Final
 
 WIDTH: Final = 80  # columns of the terminal that all is written for
 BAR_WIDTH: Final = 20
+NO_BREAK: Final = "\N{NO-BREAK SPACE}"  # keeps words on one line where text is wrapped; written as a space
 
 
 class Colour(Enum):
@@ -78,10 +79,10 @@ def table(rows: Sequence[Sequence[str]], *, indent: str = "  ", gap: str = "   "
 def wrapped(text: str, *, head: str = "", width: int = WIDTH) -> list[str]:
     """Return ``text`` behind ``head`` in lines that fit, all but the first indented as far as the first begins.
 
-    Nothing is broken at a hyphen, which most are of UUIDs.
+    Nothing is broken at a hyphen, which most are of UUIDs, nor at ``NO_BREAK``.
     """
     lines = textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
-    return lines or [head.rstrip()]
+    return [line.replace(NO_BREAK, " ") for line in lines] or [head.rstrip()]
 
 
 def plural(count: int, noun: str) -> str:

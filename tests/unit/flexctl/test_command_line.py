@@ -61,7 +61,8 @@ async def test_rebalance_and_wait_has_one_line_for_each_phase(stand: AdminStand)
     ran = await flexctl("rebalance", "--stages", "4", "--wait", "--socket", str(stand.socket))
 
     assert ran.code == 0
-    words = [line.split()[0] for line in ran.out.splitlines()]
+    assert max(map(len, ran.out.splitlines())) <= 80
+    words = [line.split()[0] for line in ran.out.splitlines() if not line.startswith(" ")]
     assert words == ["plan", "prepare", "sync", "commit", "retire", "done"]
     assert ran.out.startswith("plan     2 -> 4 stages: decoder 2 cpu:0 -> cpu:1, ")
 
