@@ -9,8 +9,10 @@ program finds the best prices; the same values then tell a search which places t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.reach import Floats, Ints, KindTable, Reach
 from planner.solver import FlowArcs, Outcome, cheapest_flow, whole_flow
@@ -117,32 +119,36 @@ class PricedPaths:
     def values(self, reach: Reach, prices: Floats) -> Values:
         """Return the least prices from every state and piece, by dynamic programming from the last piece."""
         stage = self.stage_prices(prices)
-        count = reach.network.shape[1] - 1
-        network, rack = reach.network[self.entry_kind], reach.rack[self.entry_kind]
-        host = reach.host[self.inner_kind]
-        relays = self._relays(reach)
+        count, states = reach.network.shape[1] - 1, self.num_states
         entry_price = stage[self.entry_row]
         able = reach.able
-        # by piece; a relay that cannot have held any piece before is none
-        network_price = np.where(able[self.entry_kind], entry_price[:, None], np.inf)
-        inner_price = np.where(able[self.inner_kind], stage[self.inner_row][:, None], np.inf)
-        after = np.full((self.num_states, count + 1), np.inf)
-        after[:, count] = 0.0
+        # by piece, as all below; a relay that cannot have held any piece before is none
+        network_price = _by_piece(np.where(able[self.entry_kind], entry_price[:, None], np.inf))
+        inner_price = _by_piece(np.where(able[self.inner_kind], stage[self.inner_row][:, None], np.inf))
+        # where in ``known`` a stage leads to
+        network = _by_piece(reach.network[self.entry_kind]) * states + self.entry_state
+        rack = _by_piece(reach.rack[self.entry_kind]) * states + self.entry_state
+        host = _by_piece(reach.host[self.inner_kind]) * states + self.inner_state
+        relays = self._relays(reach)
+        after = np.full((count + 1, states), np.inf)
+        after[count] = 0.0
+        known = after.reshape(-1)  # the same memory
         for piece in range(count - 1, 0, -1):
+            here = after[piece]
             if len(self.inner_states):
                 for _ in range(self.deepest if relays[piece] else 1):  # what a relay leads to has to be known before it
-                    followed = inner_price[:, piece] + after[self.inner_state, host[:, piece]]
-                    after[self.inner_states, piece] = np.minimum.reduceat(followed, self.inner_starts)
-            best = (network_price[:, piece] + after[self.entry_state, network[:, piece]]).min()
+                    followed = inner_price[piece] + known[host[piece]]
+                    here[self.inner_states] = np.minimum.reduceat(followed, self.inner_starts)
+            best = (network_price[piece] + known[network[piece]]).min()
             if self.rack_entries:
-                arrived = network_price[:, piece] + after[self.entry_state, rack[:, piece]]
+                arrived = network_price[piece] + known[rack[piece]]
                 racks = np.asarray([np.inf, *(arrived[entries].min() for entries in self.rack_entries)])
                 best = min(best, (entry_price + racks[self.rack_of_entry]).min())
-                after[:, piece] = np.minimum(after[:, piece], racks[self.rack_of_state])
-            after[:, piece] = np.minimum(after[:, piece], best)
-        started = entry_price + after[self.entry_state, reach.from_start[self.entry_kind]]
+                np.minimum(here, racks[self.rack_of_state], out=here)
+            np.minimum(here, best, out=here)
+        started = entry_price + known[reach.from_start[self.entry_kind] * states + self.entry_state]
         fixed = float((prices * self.limits()).sum())
-        return Values(total=float(started.min()) - fixed, after=after, fixed=fixed)
+        return Values(total=float(started.min()) - fixed, after=after.T, fixed=fixed)
 
     def _relays(self, reach: Reach) -> list[bool]:
         """Say for each piece whether a place may serve as a relay there.
@@ -254,3 +260,8 @@ class PricedPaths:
             if row in rows:
                 found.append((len(self.rows) + index, float(self.kinds.kinds[self.rows[row][1]].width)))
         return found
+
+
+def _by_piece(values: NDArray[Any]) -> NDArray[Any]:
+    """Return what has a column for each piece with a row for each, one after the other in memory."""
+    return np.ascontiguousarray(values.T)

@@ -194,18 +194,22 @@ async def test_more_ranks_than_are_resident_take_a_second_instance(tmp_path: Pat
         status = await flexctl("status", "--socket", socket)
 
     assert dry.out.splitlines() == [
-        "plan     2 -> 4 stages by replica: by a second instance on cpu:0, cpu:1, cpu:2, cpu:3, "
-        "as 4 stages need as many ranks, 2 are resident",
-        "         needs 2.1 of 60 MiB free on cpu:0: 2 MiB weights, 128 KiB KV (0 B live) for embedding and 0-1",
-        "         needs 2.1 of 60 MiB free on cpu:1: 2 MiB weights, 128 KiB KV (0 B live) for 2-3",
-        "         needs 2.1 of 64 MiB free on cpu:2: 2 MiB weights, 128 KiB KV (0 B live) for 4-5",
-        "         needs 2.1 of 64 MiB free on cpu:3: 2 MiB weights, 128 KiB KV (0 B live) for 6-7 and head",
+        "plan     2 -> 4 stages by replica: by a second instance on cpu:0, cpu:1, cpu:2,",
+        "         cpu:3, as 4 stages need as many ranks, 2 are resident",
+        "         needs 2.1 of 60 MiB free on cpu:0: 2 MiB weights, 128 KiB KV (0 B",
+        "         live) for embedding and 0-1",
+        "         needs 2.1 of 60 MiB free on cpu:1: 2 MiB weights, 128 KiB KV (0 B",
+        "         live) for 2-3",
+        "         needs 2.1 of 64 MiB free on cpu:2: 2 MiB weights, 128 KiB KV (0 B",
+        "         live) for 4-5",
+        "         needs 2.1 of 64 MiB free on cpu:3: 2 MiB weights, 128 KiB KV (0 B",
+        "         live) for 6-7 and head",
         "dry run: nothing was moved",
     ]
     assert ran.code == 0
     took = r"\d[\d.]* m?s"
     assert re.fullmatch(
-        r"plan     2 -> 4 stages by replica: by a second instance on .*\n"
+        r"plan     2 -> 4 stages by replica: by a second instance on .*\n.*\n"
         rf"prepare  second instance: ready   {took}\n"
         rf"sync     no request to take over   {took}\n"
         r"commit   the second instance is in force, epoch 1\n"
@@ -225,7 +229,7 @@ async def test_a_second_instance_that_does_not_fit_is_refused_with_the_numbers(t
         "by a second instance on cpu:0, cpu:1, cpu:2, cpu:3, as 4 stages need as many ranks, 2 are resident: "
         "no room beside the first; needs 2.1 of 0.8 MiB free on cpu:0, 1.4 MiB too few: "
     )
-    assert (dry.code, dry.out.startswith(f"infeasible: {why}")) == (4, True)
+    assert (dry.code, " ".join(dry.out.split()).startswith(f"infeasible: {why}")) == (4, True)
     assert (ran.code, ran.err.startswith(f"refused: {why}")) == (4, True)
 
 
@@ -233,7 +237,7 @@ async def test_a_replica_is_had_for_the_asking_and_cancelled(tmp_path: Path) -> 
     async with replica_stand(tmp_path, resident_ranks=8) as stand:
         socket = str(stand.socket)
         dry = await flexctl("rebalance", "--stages", "4", "--replica", "--dry-run", "--socket", socket)
-        assert dry.out.splitlines()[0].endswith("cpu:3, as it was asked for")
+        assert "cpu:3, as it was asked for" in dry.out
         stand.may_start.clear()
         waiting = asyncio.create_task(flexctl("rebalance", "--stages", "4", "--replica", "--wait", "--socket", socket))
         await until(lambda: "waiting for the gate" in (stand.refactorings.under_way or ""))
@@ -245,8 +249,9 @@ async def test_a_replica_is_had_for_the_asking_and_cancelled(tmp_path: Path) -> 
         in_place = await flexctl("rebalance", "--stages", "4", "--dry-run", "--socket", socket)
 
     assert ended.code == 1
-    assert ended.out.splitlines()[-2] == "roll back  ending the second instance: cancelled"
-    assert ended.out.splitlines()[-1] == (
-        "aborted: the second instance was given up: cancelled; the first instance serves on, no request disturbed"
-    )
+    assert ended.out.splitlines()[-3:] == [
+        "roll back  ending the second instance: cancelled",
+        "aborted: the second instance was given up: cancelled; the first instance serves",
+        "         on, no request disturbed",
+    ]
     assert in_place.out.startswith("plan     2 -> 4 stages: decoder 2 cpu:0 -> cpu:1, ")
