@@ -196,14 +196,14 @@ async def test_more_ranks_than_are_resident_take_a_second_instance(tmp_path: Pat
     assert dry.out.splitlines() == [
         "plan     2 -> 4 stages by replica: by a second instance on cpu:0, cpu:1, cpu:2,",
         "         cpu:3, as 4 stages need as many ranks, 2 are resident",
-        "         needs 2.1 of 60 MiB free on cpu:0: 2 MiB weights, 128 KiB KV (0 B",
-        "         live) for embedding and 0-1",
-        "         needs 2.1 of 60 MiB free on cpu:1: 2 MiB weights, 128 KiB KV (0 B",
-        "         live) for 2-3",
-        "         needs 2.1 of 64 MiB free on cpu:2: 2 MiB weights, 128 KiB KV (0 B",
-        "         live) for 4-5",
-        "         needs 2.1 of 64 MiB free on cpu:3: 2 MiB weights, 128 KiB KV (0 B",
-        "         live) for 6-7 and head",
+        "         needs 2.1 of 60 MiB free on cpu:0: 2 MiB weights, 128 KiB KV (0 B live)",
+        "         for embedding and 0-1",
+        "         needs 2.1 of 60 MiB free on cpu:1: 2 MiB weights, 128 KiB KV (0 B live)",
+        "         for 2-3",
+        "         needs 2.1 of 64 MiB free on cpu:2: 2 MiB weights, 128 KiB KV (0 B live)",
+        "         for 4-5",
+        "         needs 2.1 of 64 MiB free on cpu:3: 2 MiB weights, 128 KiB KV (0 B live)",
+        "         for 6-7 and head",
         "dry run: nothing was moved",
     ]
     assert ran.code == 0
