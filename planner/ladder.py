@@ -11,6 +11,7 @@ from planner.placement import PlacedStage
 from planner.placement_search import Limits, PlacementSearch
 
 _STEPS_UP = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 5.0)  # over the bound, where a first pipeline is looked for
+_STEPS_DOWN = (1.01, 1.02, 1.04, 1.1)  # from what was found, where its bound is looked for
 _WIDE = 1.05  # times the value that is open, from which a proof of all of it is not to be hoped for
 _FAR = 2.0  # times the other, where a value between two is a better middle than a position
 _NEAR_ENOUGH = 0.002  # share of the value to which known prices are asked before better ones are sought
@@ -188,16 +189,29 @@ class Climb:
                 ladder.impossible = max(ladder.impossible, middle if look.impossible else -1)
 
     def _raise_bound(self) -> None:
-        """Find how far the prices that are known prove impossible: for fixed prices one bisection tells."""
+        """Find how far the prices that are known prove impossible: for fixed prices one bisection tells.
+
+        The bound is mostly near what was found, so the search begins there, in longer and longer steps.
+        """
         ladder = self.ladder
         low, high = ladder.impossible, ladder.open_until
+        nearby = iter(_STEPS_DOWN if ladder.stages is not None else ())
         while low + 1 < high and not self.budget.is_spent() and not self._is_near(low + 1, high):
-            middle = self._middle(low + 1, high)
+            step = next(nearby, None)
+            middle = self._middle(low + 1, high) if step is None else self._away(low + 1, high, step)
             if self.search.is_impossible(self._limits(middle), improve=False):
-                low = middle
+                low, nearby = middle, iter(())
             else:
                 high = middle
         ladder.impossible = max(ladder.impossible, low)
+
+    def _away(self, low: int, high: int, times: float) -> int:
+        """Return the last position from ``low`` up to below ``high`` with a value so many times that of ``high``."""
+
+        def is_beyond(position: int) -> bool:
+            return self._apart(position, high) < times
+
+        return max(low, min(high, bisect_left(range(low, high), True, key=is_beyond) + low) - 1)
 
     def _find_first(self) -> None:
         """Look for a first pipeline a little above the bound, then farther and farther above it."""

@@ -5,7 +5,7 @@ cluster of thousands of devices comes down to some hundred kinds. Everything tha
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -73,6 +73,16 @@ class Kinds:
         self.hosts = self._classes()
         self.class_of_host = {host: index for index, found in enumerate(self.hosts) for host in found.hosts}
         self.table = KindTable(kinds=self.kinds, hosts=self.hosts)
+        self.entries: dict[tuple[int, int], int] = {}  # speed class and hop into the stage: kinds have few together
+        self.network_entry = self._entries(lambda kind: kind.network_ns)
+        self.rack_entry = self._entries(lambda kind: kind.rack_ns)
+        self.host_entry = self._entries(lambda kind: kind.rack_ns if kind.host_ns is None else kind.host_ns)
+        self.start_entry = self._entries(lambda _: 0)
+
+    def _entries(self, hop: Callable[[Kind], int]) -> Ints:
+        """Return the number of each kind's entry."""
+        keys = [(kind.speed_class, hop(kind)) for kind in self.kinds]
+        return np.asarray([self.entries.setdefault(key, len(self.entries)) for key in keys])
 
     def _classes(self) -> list[HostClass]:
         classes: dict[tuple[str, int, tuple[tuple[int, int], ...]], list[str]] = {}
@@ -134,22 +144,17 @@ class Reach:
     def __init__(self, kinds: Kinds, costs: SegmentCosts, *, bottleneck_ns: int, memory: Ints) -> None:
         self.memory = memory
         times = [np.asarray(row, dtype=np.int64) for row in costs.times]
-        self._reached: dict[tuple[int, int], Ints] = {}
-
-        def by_time(speed_class: int, hop: int) -> Ints:
-            key = (speed_class, hop)
-            if key not in self._reached:
-                row = times[speed_class]
-                self._reached[key] = np.searchsorted(row, row + (bottleneck_ns - hop), side="right") - 1
-            return self._reached[key]
-
-        found = kinds.kinds
+        by_time = np.stack(
+            [
+                np.searchsorted(times[speed_class], times[speed_class] + (bottleneck_ns - hop), side="right") - 1
+                for speed_class, hop in kinds.entries
+            ]
+        )
         floor = np.arange(len(times[0]))
-        self.network = self._within([by_time(kind.speed_class, kind.network_ns) for kind in found], floor)
-        self.rack = self._within([by_time(kind.speed_class, kind.rack_ns) for kind in found], floor)
-        near = [kind.rack_ns if kind.host_ns is None else kind.host_ns for kind in found]
-        self.host = self._within([by_time(kind.speed_class, ns) for kind, ns in zip(found, near, strict=True)], floor)
-        self.from_start = self._within([by_time(kind.speed_class, 0) for kind in found], floor)[:, 0]
+        self.network = np.maximum(np.minimum(memory, by_time[kinds.network_entry]), floor)
+        self.rack = np.maximum(np.minimum(memory, by_time[kinds.rack_entry]), floor)
+        self.host = np.maximum(np.minimum(memory, by_time[kinds.host_entry]), floor)
+        self.from_start = np.maximum(np.minimum(memory[:, 0], by_time[kinds.start_entry, 0]), 0)
 
     @property
     def able(self) -> NDArray[np.bool_]:
@@ -163,9 +168,6 @@ class Reach:
         some.memory, some.network, some.rack = self.memory[kinds], self.network[kinds], self.rack[kinds]
         some.host, some.from_start = self.host[kinds], self.from_start[kinds]
         return some
-
-    def _within(self, by_time: Sequence[Ints], floor: Ints) -> Ints:
-        return np.maximum(np.minimum(self.memory, np.stack(by_time)), floor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
