@@ -5,9 +5,14 @@
 # make test-long   what is too long for the gate
 # make check       ruff and mypy --strict
 # make format      let ruff rewrite the sources
+# make install     into prefix=/usr/local, below DESTDIR if that is set (WITH=native: torch and transformers, too)
+# make uninstall   and out of there again; a configuration that was changed stays
+# make deb         build a Debian package into dist/
 # make clean       remove .venv and caches here; what is in ~/.cache/flexpiped stays, the tests' engines too
 
 PYTHON ?= python3
+prefix ?= /usr/local
+sysconfdir ?= /etc
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -25,7 +30,7 @@ REAL := $(if $(filter all,$(ENGINES)),vllm="$$($(BIN)/python -m tests.engines.in
 	sglang="$$($(BIN)/python -m tests.engines.install_sglang)" && \
 	FLEXPIPED_VLLM_PYTHON="$$vllm" FLEXPIPED_SGLANG_PYTHON="$$sglang")
 
-.PHONY: run test test-long check format clean
+.PHONY: run test test-long check format install uninstall deb clean
 
 run: $(VENV)/run.stamp
 	@exec $(BIN)/flexpiped $(if $(CONFIG),--config "$(CONFIG)")
@@ -45,6 +50,12 @@ format: $(VENV)/dev.stamp
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
+install uninstall:
+	@DESTDIR="$(DESTDIR)" PREFIX="$(prefix)" SYSCONFDIR="$(sysconfdir)" PYTHON="$(PYTHON)" WITH="$(WITH)" packaging/install.sh $@
+
+deb:
+	@packaging/build_deb.sh dist
+
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
@@ -54,10 +65,10 @@ $(VENV)/run.stamp: pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch and flexpiped into $(VENV): once, a minute or two"
 	@$(PIP) install "$$(grep '^torch==' $(CONSTRAINTS))"
-	@$(PIP) install --editable . --constraint $(CONSTRAINTS)
+	@$(PIP) install --editable '.[native]' --constraint $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "installing what tests and checks need"
-	@$(PIP) install --editable '.[dev]' --constraint $(CONSTRAINTS)
+	@$(PIP) install --editable '.[native,dev]' --constraint $(CONSTRAINTS)
 	@touch $@

@@ -16,7 +16,7 @@ _WRONG_CONFIG = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 wrong configuration or usage."""
-    options = _parser().parse_args(arguments)
+    options = daemon_parser().parse_args(arguments)
     try:
         settings = Settings() if options.config is None else load_config(options.config)
     except ConfigError as error:
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(settings, config_file=options.config, environment=os.environ)
 
 
-def _parser() -> argparse.ArgumentParser:
+def daemon_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``flexpiped``; its manual page is made from it, too."""
     parser = argparse.ArgumentParser(
         prog="flexpiped",
         description="Serve a large language model as a pipeline whose layout changes while requests are running.",

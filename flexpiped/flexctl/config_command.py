@@ -11,7 +11,7 @@ from typing import Any
 
 from flexpiped.config_file import ConfigError, load_config
 from flexpiped.config_text import schema, toml_value
-from flexpiped.flexctl.client import AdminClient, BadUsage
+from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import Colour, Paint
@@ -56,21 +56,6 @@ def reload(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     if not answer["changes"] and not options.json:
         return Exit.DONE
     return _show_report(answer, screen, as_json=options.json)
-
-
-def run(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
-    """Run the part of ``flexctl config`` that was asked for."""
-    match options.part:
-        case "show":
-            return show(client, screen, options)
-        case "check":
-            return check(client, screen, options)
-        case "schema":
-            return schema_(client, screen, options)
-        case "diff":
-            return diff(client, screen, options)
-        case part:
-            raise BadUsage("unknown_part", f"no flexctl config {part}")
 
 
 def _problems_of(file: Path) -> list[str]:

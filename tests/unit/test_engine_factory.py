@@ -1,13 +1,14 @@
 """From settings to model, layout and engine. The demo model is the model here: only its headers are read."""
 
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from engines.errors import UnsupportedByEngine
+from engines.errors import EngineStartFailed, UnsupportedByEngine
 from engines.fake import FakeEngine
 from engines.native.adapter import NativeEngine
 from engines.vllm.adapter import VllmEngine
@@ -151,6 +152,16 @@ def test_devices_and_interpreter_are_as_configured() -> None:
         (f"cpu:{index}", 1 << 20) for index in range(3)
     ]
     assert engine_python(settings) == "/opt/engine/bin/python"
+
+
+def test_a_daemon_without_transformers_takes_an_engine_s_interpreter_or_says_what_to_do() -> None:
+    vllm = Settings(engines=EnginesSettings(vllm=VllmSettings(python=Path("/opt/vllm/bin/python"))))
+
+    assert engine_python(Settings(), own_has_transformers=True) == sys.executable
+    assert engine_python(vllm, own_has_transformers=True) == sys.executable
+    assert engine_python(vllm, own_has_transformers=False) == "/opt/vllm/bin/python"
+    with pytest.raises(EngineStartFailed, match=r"set python under \[engines.native\]"):
+        engine_python(Settings(), own_has_transformers=False)
 
 
 def test_stages_and_layout_files_become_pipelines(resolver: PlannerResolver) -> None:

@@ -43,7 +43,7 @@ def test_many_fits_stand_in_several_tables() -> None:
 
 def test_other_commands_import_neither_numpy_nor_the_planner() -> None:
     code = (
-        "import sys; from flexpiped.flexctl.__main__ import _parser; _parser(); "
+        "import sys; from flexpiped.flexctl.parser import flexctl_parser; flexctl_parser(); "
         "print([name for name in ('numpy', 'planner', 'engines', 'msgspec', 'asyncio') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,78 @@
+"""``make install`` puts everything where a host looks for it, and it runs; ``make uninstall`` leaves nothing."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = (
+    "usr/bin/flexctl",
+    "usr/bin/flexpiped",
+    "usr/lib/flexpiped/bin/python",
+    "usr/lib/systemd/system/flexpiped.service",
+    "usr/lib/sysusers.d/flexpiped.conf",
+    "usr/lib/tmpfiles.d/flexpiped.conf",
+    "usr/share/bash-completion/completions/flexctl",
+    "usr/share/doc/flexpiped/README.md",
+    "usr/share/flexpiped/demo-model/config.json",
+    "usr/share/flexpiped/topologies/dgx-h100.json",
+    "usr/share/man/man1/flexctl.1",
+    "usr/share/man/man8/flexpiped.8",
+    "usr/share/zsh/site-functions/_flexctl",
+    "etc/flexpiped/flexpiped.toml",
+)
+
+pytestmark = pytest.mark.long  # pip installs the daemon's libraries: half a minute to a minute
+
+
+def run(*command: object) -> str:
+    ran = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd="/")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def make(target: str, place: Path) -> str:
+    return run("make", "-C", ROOT, target, f"DESTDIR={place}", "prefix=/usr")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install, and move it to where it was not installed."""
+    made = tmp_path_factory.mktemp("install") / "made"
+    make("install", made)
+    return made.rename(made.with_name("moved"))
+
+
+def test_everything_is_where_a_host_looks_for_it(place: Path) -> None:
+    assert [name for name in FILES if not (place / name).exists()] == []
+    unit = (place / "usr/lib/systemd/system/flexpiped.service").read_text()
+    assert "ExecStart=/usr/bin/flexpiped --config /etc/flexpiped/flexpiped.toml\n" in unit
+
+
+def test_it_runs_from_where_it_is(place: Path) -> None:
+    assert run(place / "usr/bin/flexctl", "--version").startswith("flexctl ")
+    assert run(place / "usr/bin/flexctl", "topology", "--topology", "dgx-h100").startswith("dgx-h100")
+    config = place / "etc/flexpiped/flexpiped.toml"
+    assert run(place / "usr/bin/flexpiped", "--check-config", "--config", config) == f"{config}: ok\n"
+
+
+def test_nothing_in_it_names_the_place_where_it_was_made(place: Path) -> None:
+    named = subprocess.run(
+        ["grep", "-rlF", place.with_name("made"), place], capture_output=True, text=True, check=False
+    )
+
+    assert named.stdout == ""
+
+
+def test_uninstall_leaves_nothing_but_a_configuration_that_was_changed(place: Path) -> None:
+    config = place / "etc/flexpiped/flexpiped.toml"
+    shipped = config.read_text()
+    config.write_text(shipped + "# changed\n")
+
+    assert make("uninstall", place) == f"{config} was changed, and stays\n"
+    assert [path for path in place.rglob("*") if not path.is_dir()] == [config]
+
+    config.write_text(shipped)
+    make("uninstall", place)
+    assert list(place.iterdir()) == []
