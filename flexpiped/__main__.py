@@ -8,8 +8,10 @@ from pathlib import Path
 
 from flexpiped import __version__
 from flexpiped.config_file import ConfigError, load_config
-from flexpiped.keys import KeyFileError, load_keys
+from flexpiped.keys import KeyFileError
+from flexpiped.reload import load_files
 from flexpiped.settings import Settings
+from flexpiped.tls import TlsError
 
 _WRONG_CONFIG = 2
 
@@ -23,10 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return _WRONG_CONFIG
     try:
-        if settings.http.api_keys is not None:
-            load_keys(settings.http.api_keys)
-    except KeyFileError as error:
-        print(f"http.api_keys: {error}", file=sys.stderr)
+        load_files(settings)
+    except (KeyFileError, TlsError) as error:
+        print(error, file=sys.stderr)
         return _WRONG_CONFIG
     if options.check_config:
         print(f"{options.config or 'built-in defaults'}: ok")

@@ -86,6 +86,9 @@ def parse_config(document: str, *, file: str) -> Settings:
 
 def _contradictions(settings: Settings) -> Iterator[tuple[str, str]]:
     """Yield keys whose values cannot be together, with what is wrong."""
+    http = settings.http
+    if http.tls_key is not None and http.tls_certificate is None:
+        yield "http.tls_key", "http.tls_key needs http.tls_certificate"
     auto = settings.auto
     if auto.target_load > auto.load_limit:
         yield (

@@ -30,9 +30,10 @@ from flexpiped.servers import PortTaken
 from flexpiped.service import DRAIN_DEADLINE_S, Service
 from flexpiped.settings import Settings
 from flexpiped.signals import Signals
+from flexpiped.tls import TlsError
 from planner.errors import PlannerError
 
-_START_ERRORS = (PortTaken, AdminSocketError, NoDemoModel, KeyFileError, EngineError, PlannerError)
+_START_ERRORS = (PortTaken, AdminSocketError, NoDemoModel, KeyFileError, TlsError, EngineError, PlannerError)
 
 
 def run(settings: Settings, *, config_file: Path | None, environment: Mapping[str, str]) -> int:
@@ -167,7 +168,7 @@ class Daemon:
             self._notifier.reloading(monotonic_us=time.monotonic_ns() // 1000)
         report = self._compared()
         if report.file and not report.problems:
-            service.apply(report.settings, keys=report.keys)
+            service.apply(report.settings, keys=report.keys, tls=report.tls)
             configure_logging(report.settings.log)
             self._settings = report.settings
         self._log_reload(report)

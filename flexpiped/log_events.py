@@ -62,6 +62,11 @@ def engine_stays_eager(*, ranks: Sequence[int], reason: str) -> None:
     _log.warning("stays eager after a move", ranks=list(ranks), reason=reason)
 
 
+def request_failed(*, method: str, error: str, frames: Sequence[str]) -> None:
+    """A mistake of ours. ``frames`` say where; what the error says may be a part of the request, so it is left out."""
+    _log.error("request failed", method=method, error=error, frames=list(frames))
+
+
 def text_process_died(*, reason: str) -> None:
     _log.warning("text process died, starting it again", reason=reason)
 

@@ -1,6 +1,7 @@
 """Listening sockets and the applications behind them."""
 
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from aiohttp import web
 
 from flexpiped.admin_socket import inode_of, release_socket, take_socket
+from flexpiped.connections import ConnectionLimits, Runner
 
 _BACKLOG = 1024
 
@@ -40,26 +42,34 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, *, is_tls: bool = False) -> str:
     """Return the base URL of a listening TCP socket."""
-    return base_url(*listener.getsockname()[:2])
+    return base_url(*listener.getsockname()[:2], is_tls=is_tls)
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int, *, is_tls: bool = False) -> str:
     """Return the URL of an address; an IPv6 address is bracketed."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 @asynccontextmanager
-async def serving(app: web.Application, listener: socket.socket, *, shutdown_s: float) -> AsyncIterator[None]:
+async def serving(
+    app: web.Application,
+    listener: socket.socket,
+    *,
+    shutdown_s: float,
+    limits: ConnectionLimits = ConnectionLimits(),
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[None]:
     """Serve ``app`` on ``listener`` while the scope lasts; handlers get ``shutdown_s`` to end by themselves.
 
     A client that leaves cancels its handler: that is how a request in flight is freed.
     """
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_s)
+    runner = Runner(app, limits=limits, shutdown_s=shutdown_s)
     await runner.setup()
     try:
-        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+        await web.SockSite(runner, listener, backlog=_BACKLOG, ssl_context=tls).start()
         yield
     finally:
         await runner.cleanup()

@@ -5,11 +5,15 @@ sockets -> admin API and a port that says "starting" -> model files -> engine an
 
 import asyncio
 import os
+import socket
+import ssl
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
+
+from aiohttp import web
 
 import flexpiped
 from engines.text.client import TextService
@@ -27,6 +31,7 @@ from flexpiped.auto import DECISIONS_KEPT, AutoControl
 from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
+from flexpiped.connections import ConnectionLimits
 from flexpiped.engine_factory import Model, engine_python, find_files
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_start import EngineStart
@@ -34,18 +39,20 @@ from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.hardware import Hardware
 from flexpiped.intent import IntentKeeper, basis_of
 from flexpiped.journal import Journal, JournalError, journal_of
-from flexpiped.keys import KeyRing, load_keys
+from flexpiped.keys import KeyRing
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.models import model_source, served_name
 from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings
+from flexpiped.reload import load_files
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
 from flexpiped.settings import Settings
 from flexpiped.starting_app import starting_app
 from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
 from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.supervisor import Supervisor
+from flexpiped.tls import LiveTls
 from flexpiped.watches import watch_hardware, watch_text
 from planner.layout import Pipeline
 
@@ -68,7 +75,7 @@ class Service:
         configuration: What the admin API shows and reloads.
 
     Raises:
-        KeyFileError
+        KeyFileError, TlsError
     """
 
     def __init__(
@@ -81,7 +88,8 @@ class Service:
     ) -> None:
         self._settings = settings
         self._configuration = configuration
-        self._keys = None if settings.http.api_keys is None else load_keys(settings.http.api_keys)
+        self._keys, tls = load_files(settings)
+        self._tls = None if tls is None else LiveTls(tls)
         self._admission = Admission(limits=_limits(settings))
         self._admin_socket = admin_socket
         self._on_progress = on_progress
@@ -157,13 +165,15 @@ class Service:
         )
         return answer_to_wire(answer, took_s=time.monotonic() - began_s)
 
-    def apply(self, settings: Settings, *, keys: KeyRing | None) -> None:
-        """Use what ``settings`` say of what is live, and the API keys that their file holds now.
+    def apply(self, settings: Settings, *, keys: KeyRing | None, tls: ssl.SSLContext | None) -> None:
+        """Use what ``settings`` say of what is live, and the API keys and certificate that their files hold now.
 
         What is started later is started with them.
         """
         self._settings = settings
         self._keys = keys
+        if self._tls is not None and tls is not None:
+            self._tls.current = tls
         self._admission.limits = _limits(settings)
         self._candidates.expect(workload_of(settings), slo_of(settings))
         self._in_force.use(settings)
@@ -176,10 +186,10 @@ class Service:
         """
         listener = listen_tcp(self._settings.http.host, self._settings.http.port)
         stack.callback(listener.close)
-        self.api_url = f"{url_of(listener)}/v1"
+        self.api_url = f"{url_of(listener, is_tls=self._tls is not None)}/v1"
         await self._open_journal(stack)
         gate = await stack.enter_async_context(AsyncExitStack())
-        await gate.enter_async_context(serving(starting_app(lambda: self.health), listener.dup(), shutdown_s=1.0))
+        await gate.enter_async_context(self._serving(starting_app(lambda: self.health), listener, shutdown_s=1.0))
         await self._open_admin(stack)
         self._progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
@@ -197,7 +207,7 @@ class Service:
             ),
             max_body_bytes=self._settings.http.max_body_bytes,
         )
-        await stack.enter_async_context(serving(app, listener.dup(), shutdown_s=DRAIN_DEADLINE_S))
+        await stack.enter_async_context(self._serving(app, listener, shutdown_s=DRAIN_DEADLINE_S))
         await gate.aclose()
         self._run_beside(stack, watch_text(text, on_failure=self._fail), name="text-watch")
         stack.push_async_callback(self._auto.close)
@@ -205,6 +215,20 @@ class Service:
         stack.callback(self._begin_drain)
         self._phase, self._text = ServiceState.READY, text
         self._journal.got_ready()
+
+    def _serving(
+        self, app: web.Application, listener: socket.socket, *, shutdown_s: float
+    ) -> AbstractAsyncContextManager[None]:
+        http = self._settings.http
+        return serving(
+            app,
+            listener.dup(),
+            shutdown_s=shutdown_s,
+            limits=ConnectionLimits(
+                header_deadline_s=http.header_deadline_s, max_header_line_bytes=http.max_header_line_bytes
+            ),
+            tls=None if self._tls is None else self._tls.front,
+        )
 
     async def _open_journal(self, stack: AsyncExitStack) -> None:
         """Open it; where that cannot be, the daemon serves without, and says so."""

@@ -18,6 +18,7 @@ Schema = Mapping[str, Any]
 _ANY: Final[Schema] = {}
 # Of those, the engine's own server takes more than the daemon does.
 _WIDER_THERE: Final = frozenset({"model", "prompt", "messages", "stream_options", "n", "logprobs", "echo"})
+_OUTPUT_TOKENS: Final = frozenset({"max_tokens", "max_completion_tokens", "min_tokens"})
 _STREAM_FIRST: Final[Schema] = {  # "stream_options" needs "stream"
     "anyOf": [
         {"properties": {"stream": {"const": True}}, "required": ["stream"]},
@@ -158,7 +159,10 @@ def _parameter(name: str, parameter: Parameter, capabilities: EngineCapabilities
         return {"description": told}
     if parameter.reader is None or (parameter.by is HonouredBy.ENGINE and not takes):
         return {**_only(parameter.neutral), "description": f"{told}; not with this engine"}
-    return {**_or_null(_within(parameter.reader.schema, capabilities)), "description": told}
+    schema = _within(parameter.reader.schema, capabilities)
+    if name in _OUTPUT_TOKENS and capabilities is not None:
+        schema["maximum"] = capabilities.max_model_len - 1  # the prompt has one token at least
+    return {**_or_null(schema), "description": told}
 
 
 def _within(schema: Schema, capabilities: EngineCapabilities | None) -> dict[str, Any]:
@@ -209,11 +213,11 @@ def _body(schema: Schema) -> dict[str, Any]:
 
 
 def _content(description: str, schema: Schema, *others: str) -> dict[str, Any]:
-    """Describe an answer in JSON, or as text of the types ``others``."""
+    """Describe an answer in JSON, or as events of the types ``others``."""
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     return {
         "description": description,
-        "content": content | {each: {"schema": {"type": "string"}} for each in others},
+        "content": content | {each: {"schema": answers.EVENT} for each in others},
     }
 
 

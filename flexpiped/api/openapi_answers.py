@@ -65,6 +65,11 @@ SCHEMAS: Final[dict[str, Any]] = {
         }
     ),
 }
+EVENT: Final = {  # one server-sent event; the last one of a stream is "[DONE]"
+    "type": "object",
+    "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+    "required": ["data"],
+}
 _STATUSES: Final = {
     "400": "what is asked for is wrong or not supported; the parameter is named",
     "401": "no API key, or one that is not known",

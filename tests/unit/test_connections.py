@@ -1,0 +1,120 @@
+"""Heads of requests that are too large or too slow, and errors that no handler sees, over real sockets."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+from structlog.testing import capture_logs
+
+from flexpiped.connections import ConnectionLimits
+from flexpiped.servers import listen_tcp, serving
+
+pytestmark = pytest.mark.real_loop
+SECRET = "sk-very-secret"
+
+
+async def hello(_request: web.Request) -> web.Response:
+    return web.Response(text="hello")
+
+
+async def broken(request: web.Request) -> web.Response:
+    raise RuntimeError(f"cannot go on with {request.headers['Authorization']}")
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    app, listener = web.Application(), listen_tcp("127.0.0.1", 0)
+    app.add_routes([web.get("/", hello), web.get("/broken", broken)])
+    number: int = listener.getsockname()[1]
+    limits = ConnectionLimits(header_deadline_s=0.3, max_header_line_bytes=1024)
+    async with serving(app, listener, shutdown_s=1.0, limits=limits):
+        yield number
+
+
+async def answer_to(port: int, head: str, *, then_close: bool = True) -> str:
+    """Return all that comes until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head.encode("latin-1"))
+        if then_close:
+            await writer.drain()
+        async with asyncio.timeout(10.0):
+            return (await reader.read()).decode()
+    finally:
+        writer.close()
+
+
+def error_of(answer: str) -> tuple[int, dict[str, Any]]:
+    head, _, body = answer.partition("\r\n\r\n")
+    assert "application/json" in head
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SECRET}{'x' * 1200}\r\n\r\n",
+        f"GET /?{SECRET}{'x' * 1200} HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+async def test_a_line_that_is_too_long_is_431(port: int, head: str, capfd: pytest.CaptureFixture[str]) -> None:
+    status, error = error_of(await answer_to(port, head))
+    assert (status, error["message"]) == (431, "a line of the request's head is too long")
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+async def test_a_line_that_is_just_short_enough_is_taken(port: int) -> None:
+    answer = await answer_to(port, f"GET / HTTP/1.1\r\nHost: x\r\nX-Long: {'x' * 1000}\r\nConnection: close\r\n\r\n")
+    assert answer.endswith("hello")
+
+
+async def test_too_many_headers_are_refused(port: int) -> None:
+    status, _error = error_of(await answer_to(port, "GET / HTTP/1.1\r\nHost: x\r\n" + "X-A: 1\r\n" * 200 + "\r\n"))
+    assert status in (400, 431)
+
+
+@pytest.mark.parametrize("rubbish", [f"{SECRET}\r\n\r\n", f"GET / HTTP/1.1\r\nBad\x00{SECRET}\r\n\r\n"])
+async def test_what_is_not_http_is_refused_and_not_logged(
+    port: int, rubbish: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    status, error = error_of(await answer_to(port, rubbish))
+    assert (status, error["message"], error["type"]) == (400, "this is not valid HTTP", "invalid_request_error")
+    assert SECRET not in caplog.text + "".join(capfd.readouterr())
+
+
+async def test_a_mistake_of_ours_is_logged_without_the_request(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    with capture_logs() as logs:
+        answer = await answer_to(port, f"GET /broken HTTP/1.1\r\nHost: x\r\nAuthorization: {SECRET}\r\n\r\n")
+    status, error = error_of(answer)
+    assert (status, error["type"]) == (500, "internal_error")
+    (event,) = logs
+    assert (event["event"], event["method"], event["error"]) == ("request failed", "GET", "RuntimeError")
+    assert "in broken" in event["frames"][-1]
+    assert SECRET not in answer + str(logs) + caplog.text
+
+
+@pytest.mark.parametrize("sent", ["", "GET / HTTP/1.1\r\nHost: x\r\n", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_a_head_that_does_not_come_in_time_closes_the_connection(port: int, sent: str) -> None:
+    """None at all, half of one, and none after a first request."""
+    answer = await answer_to(port, sent)
+    assert answer.endswith("hello") is sent.endswith("\r\n\r\n")
+
+
+async def test_bytes_that_trickle_in_do_not_put_it_off(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def trickle() -> None:
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n")
+        while True:
+            writer.write(b"X-A: b\r\n")
+            await asyncio.sleep(0.02)
+
+    trickling = asyncio.create_task(trickle())
+    async with asyncio.timeout(10.0):
+        assert await reader.read() == b""
+    trickling.cancel()
+    writer.close()
