@@ -23,7 +23,7 @@ async def test_what_is_reloaded_before_there_is_an_engine_is_not_lost(tmp_path: 
 
     def reload_early(message: str) -> None:
         if message == "planning the layout":
-            service.apply(reloaded, keys=None)
+            service.apply(reloaded, keys=None, tls=None)
 
     report = ReloadReport(file="", settings=settings)
     service = Service(
