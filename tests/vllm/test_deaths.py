@@ -12,8 +12,9 @@ from engines.restarts import RestartPolicy
 from engines.vllm.adapter import VllmEngine
 from flexpiped.supervisor import Supervisor
 from tests.support.vllm import layout
+from tests.vllm.recovering import Streams
 from tests.vllm.streams import Result, move, run_streams
-from tests.vllm.test_recovery import STREAMS, Made, Streams
+from tests.vllm.test_recovery import STREAMS, Made
 
 pytestmark = [
     pytest.mark.engine,
@@ -65,7 +66,7 @@ async def mortal() -> AsyncIterator[Mortal]:
 
 @pytest.mark.parametrize(("name", "rank"), DEATHS)
 async def test_streams_survive_a_death(mortal: Mortal, name: str, rank: int | None) -> None:
-    engine, streams = mortal.engine, Streams(mortal.supervisor)
+    engine, streams = mortal.engine, Streams(mortal.supervisor, count=STREAMS)
     await streams.begin(TOKENS)
     await engine.arm_failpoint(name, "kill", rank=rank)
     is_committed = name == "worker.release"  # then the move has succeeded, and may still end before the death is seen
