@@ -29,6 +29,7 @@ from flexpiped.supervision import (
     loss_of,
     step,
 )
+from flexpiped.warming import warm_up
 from planner.layout import Pipeline
 
 EngineFactory = Callable[[Pipeline, int], Engine]  # not started yet; called per start with pipeline and epoch
@@ -212,7 +213,7 @@ class Supervisor:
     async def start_second(
         self, pipeline: Pipeline, *, on_progress: Callable[[str], None], factory: EngineFactory | None = None
     ) -> None:
-        """Start a second instance beside the engine. It gets no request before ``switch_over``.
+        """Start a second instance beside the engine, and try it out. Clients' requests come with ``switch_over``.
 
         ``factory`` makes one of another kind, which is then the kind that is started again after a death.
 
@@ -229,6 +230,7 @@ class Supervisor:
         loss = loss_of(self._capabilities, second.capabilities)
         if loss is not None:
             raise EngineStartFailed(loss)
+        await warm_up(second)
 
     def switch_over(self) -> Engine | None:
         """Put the second instance in force, at once. Return the first, None when it has died meanwhile.

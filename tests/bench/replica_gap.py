@@ -10,12 +10,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 from engines.checkpoint import read_checkpoint
+from engines.protocol import GenerationRequest, SamplingParams
 from engines.vllm.adapter import VllmEngine
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.replica_handover import ReplicaRunner
@@ -128,6 +129,7 @@ class Stand:
         self._longest_s = _WINDOW_S
         self.supervisor = Supervisor(factory=lambda pipeline, _epoch: kept[pipeline], pipeline=_PLACES[0])
         self.loop = Loop()
+        self.first_uses: list[FirstUse] = []
 
     async def hand_over(self, way: str, *, factory: EngineFactory | None = None, target: Pipeline) -> Seen:
         """Hand streams over to ``target`` between two undisturbed windows. They begin when it is ready."""
@@ -199,6 +201,7 @@ async def _stand(options: argparse.Namespace, maker: Maker, graph: ModelGraph) -
         say("the first vLLM serves")
         await kept[_PLACES[1]].start(on_progress=lambda _message: None)
         say("the second vLLM serves")
+        stand.first_uses = await _first_uses(kept[_PLACES[1]])
         yield stand
     finally:
         watching.cancel()
@@ -206,6 +209,43 @@ async def _stand(options: argparse.Namespace, maker: Maker, graph: ModelGraph) -
         for engine in kept.values():
             engine.release()
             await engine.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstUse:
+    """The largest wait for a token of requests of one kind at a vLLM that was just started, and of the same again."""
+
+    kind: str
+    first_s: float
+    again_s: float
+
+
+async def _first_uses(engine: VllmEngine) -> list[FirstUse]:
+    """Measure what ``flexpiped.warming`` is for."""
+    scored = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=True)
+    kinds = {
+        "greedy": [replace(scored, logprobs=False)],
+        "with log-probabilities": [scored],
+        "two of these together": [scored, scored],
+        "one of these sampled": [scored, replace(scored, temperature=0.8, top_p=0.9, seed=1)],
+    }
+    found = []
+    for number, (kind, together) in enumerate(kinds.items()):
+        waits = [await _longest_wait(engine, together, seed=10 * number + turn) for turn in range(3)]
+        found.append(FirstUse(kind=kind, first_s=waits[0], again_s=min(waits[1:])))
+    return found
+
+
+async def _longest_wait(engine: VllmEngine, together: list[SamplingParams], *, seed: int) -> float:
+    given = prompts(count=len(together), length=64, seed=5000 + seed)
+    began_s = time.monotonic()
+
+    async def times_of(prompt: list[int], sampling: SamplingParams) -> list[float]:
+        request = GenerationRequest(request_id=f"use-{prompt[:4]}", prompt_token_ids=tuple(prompt), sampling=sampling)
+        return [began_s, *[time.monotonic() async for _ in engine.generate(request)]]
+
+    seen = await asyncio.gather(*map(times_of, given, together))
+    return largest_gap_of(seen, began_s, time.monotonic())
 
 
 def _row(way: str, seen: list[Seen]) -> list[str]:
@@ -238,6 +278,8 @@ async def main() -> int:
     seen: dict[str, list[Seen]] = {way: [] for way in WAYS}
     started: list[Seen] = []
     async with _stand(options, maker, graph) as stand:
+        uses = [[use.kind, ms(use.first_s), ms(use.again_s)] for use in stand.first_uses]
+        table("longest wait for a token at a vLLM that was just started", ["requests", "first ms", "again ms"], uses)
         turn = 0
         for number in range(options.rounds + 1):  # the first round warms up
             for way in WAYS:
@@ -253,6 +295,7 @@ async def main() -> int:
             started.append(await stand.hand_over(next(iter(WAYS)), factory=maker, target=_PLACES[turn % 2]))
             _print("one to a vLLM that was started for it", [_row("copied, the next one ahead", started)])
     raw: dict[str, Any] = {way: [_wire(each) for each in each_way] for way, each_way in seen.items()}
+    raw["first_uses"] = [[use.kind, use.first_s, use.again_s] for use in stand.first_uses]
     write_json(options.json, raw | {"started": [_wire(each) for each in started]}, [])
     return 0
 

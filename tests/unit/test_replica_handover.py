@@ -42,6 +42,10 @@ class GatedEngine(FakeEngine):
         await self._may_start.wait()
         await super().start(on_progress=on_progress)
 
+    @property
+    def is_trying(self) -> bool:
+        return bool(self._batch.waiting or self._batch.running)
+
     async def close(self) -> None:
         self.is_closed = True
         await super().close()
@@ -253,6 +257,26 @@ async def test_a_second_instance_that_does_not_start_changes_nothing(
     await assert_idle(workshop.engines[0], supervisor)
     await take_over(supervisor)
     assert supervisor.pipeline == FOUR
+
+
+async def test_it_is_tried_out_before_it_takes_over(
+    supervisor: Supervisor, streams: Streams, workshop: Workshop
+) -> None:
+    workshop.may_start.clear()
+    streams.begin(1)
+    await streams.reach(5)
+    handing_over = background(ReplicaRunner(supervisor, FOUR, limits=LIMITS))
+    await until(lambda: len(workshop.engines) == 2)
+    first, second = workshop.engines
+    second.hold()
+    workshop.may_start.set()
+    await until(lambda: second.is_trying)
+    assert supervisor.engine is first
+    second.kill("it cannot compute")
+    with pytest.raises(RefactoringAborted, match="given up: it cannot compute; the first instance serves on"):
+        await handing_over
+    assert supervisor.engine is first
+    await streams.assert_exact()
 
 
 @pytest.mark.parametrize(
