@@ -166,6 +166,9 @@ def environment(
         del env["VLLM_PP_LAYER_PARTITION"]  # vLLM refuses it for one rank of some models, and it says nothing
     if cache := inherited.get("CACHE_DIRECTORY"):  # a service may have no home
         env["VLLM_CACHE_ROOT"] = str(Path(cache) / "vllm")
+    if not options.compile and (kept := _cache_of(inherited)) is not None:
+        # Torch compiles parts of vLLM in eager mode, too. By itself it keeps them in TMPDIR, which ends with vLLM.
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(kept / "eager_inductor_cache")
     if options.cuda:
         env |= visible_environment(options.device_ids)
     else:
@@ -192,6 +195,15 @@ def side_channel_address(run_dir: Path) -> str:
     """Return a loopback address that is this vLLM's: NIXL's port is the same in every vLLM, and there may be two."""
     number = int.from_bytes(hashlib.blake2b(str(run_dir).encode(), digest_size=3).digest())
     return f"127.{number >> 16 & 127}.{number >> 8 & 255}.{number & 255 or 1}"
+
+
+def _cache_of(inherited: Mapping[str, str]) -> Path | None:
+    """Return where vLLM keeps what it may need again."""
+    if service := inherited.get("CACHE_DIRECTORY"):
+        return Path(service) / "vllm"
+    if named := inherited.get("XDG_CACHE_HOME"):
+        return Path(named) / "vllm"
+    return Path(inherited["HOME"]) / ".cache" / "vllm" if "HOME" in inherited else None
 
 
 def _nice(options: VllmOptions) -> int:

@@ -182,6 +182,16 @@ def test_a_service_without_a_home_has_a_cache(options: VllmOptions) -> None:
     assert "VLLM_CACHE_ROOT" not in env(options)
 
 
+def test_what_torch_compiles_in_eager_mode_is_kept(options: VllmOptions) -> None:
+    name, kept = "TORCHINDUCTOR_CACHE_DIR", "vllm/eager_inductor_cache"
+    assert env(options, HOME="/root")[name] == f"/root/.cache/{kept}"
+    assert env(options, HOME="/root", XDG_CACHE_HOME="/cache")[name] == f"/cache/{kept}"
+    assert env(options, CACHE_DIRECTORY="/var/cache/flexpiped")[name] == f"/var/cache/flexpiped/{kept}"
+    assert name not in env(options)
+    assert name not in env(replace(options, compile=True), HOME="/root")  # vLLM has a place of its own then
+    assert env(replace(options, env={name: "/mine"}), HOME="/root")[name] == "/mine"
+
+
 def test_the_plugin_folder_can_be_found_by_its_entry_points() -> None:
     from importlib.metadata import distributions
 
