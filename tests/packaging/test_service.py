@@ -1,0 +1,190 @@
+"""The Debian package in a machine that a real systemd has booted: installed, run as a service, upgraded, removed.
+
+One machine for all of it, so the tests stand in the order in which an operator does these things.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.machine import ENGINE_PYTHON, Machine, machine_in, missing_tools, until
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "/etc/flexpiped/flexpiped.toml"
+START_DEADLINE_S = 180.0
+ASK = """
+import json, sys, urllib.request
+body = json.dumps({"prompt": "Once", "max_tokens": 20, "temperature": 0}).encode()
+ask = urllib.request.Request("http://127.0.0.1:8100/v1/completions", body, {"content-type": "application/json"})
+print(json.load(urllib.request.urlopen(ask))["choices"][0]["text"])
+"""
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.engine,
+    pytest.mark.skipif(os.getuid() != 0, reason="booting a machine needs root"),
+    pytest.mark.skipif(bool(missing_tools()), reason=f"not installed: {', '.join(missing_tools())}"),
+]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    built = subprocess.run([ROOT / "packaging" / "build_deb.sh", out], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return Path(built.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("machine")
+    with machine_in(folder, bind=[f"--bind-ro={package.parent}:/srv/dist"]) as machine:
+        machine.boot()
+        machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
+        yield machine
+
+
+def shown(machine: Machine, name: str) -> str:
+    return machine.do("systemctl", "show", "flexpiped", "--property", name, "--value").strip()
+
+
+def journal(machine: Machine) -> list[dict[str, object]]:
+    """Return the log events of the service, oldest first."""
+    lines = machine.do("journalctl", "--unit", "flexpiped", "--output", "cat", "--no-pager").splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def events(machine: Machine) -> list[object]:
+    return [entry["event"] for entry in journal(machine)]
+
+
+def completion(machine: Machine) -> str:
+    return machine.do("python3", "-c", ASK)
+
+
+def test_the_package_is_there_and_nothing_runs_before_it_is_configured(machine: Machine) -> None:
+    assert machine.do("flexctl", "--version").startswith("flexctl ")
+    assert shown(machine, "ActiveState") == "inactive"
+    assert machine.do("stat", "-c", "%a %U %G", "/etc/flexpiped").split() == ["750", "root", "flexpiped"]
+    assert machine.do("stat", "-c", "%a %U %G", CONFIG).split() == ["640", "root", "flexpiped"]
+    assert machine.run("systemd-analyze", "verify", "flexpiped.service").stderr == ""
+
+
+def test_without_an_engine_it_says_what_to_do(machine: Machine) -> None:
+    assert machine.run("systemctl", "start", "flexpiped").returncode != 0
+    until(lambda: "daemon start failed" in events(machine), deadline_s=START_DEADLINE_S)
+
+    reasons = [entry["reason"] for entry in journal(machine) if entry["event"] == "daemon start failed"]
+    assert "set python under [engines.native]" in str(reasons[0])
+    machine.do("systemctl", "stop", "flexpiped")
+    machine.do("systemctl", "reset-failed", "flexpiped")
+
+
+def test_it_starts_and_serves(machine: Machine) -> None:
+    machine.write(CONFIG, f'engine = "native"\nstages = 2\n[engines.native]\npython = "{ENGINE_PYTHON}"\n')
+
+    machine.do("systemctl", "start", "flexpiped")
+
+    assert shown(machine, "StatusText") == "serving demo-model, 8 decoder layers in 2 stages"
+    assert completion(machine).strip()
+    assert machine.do("flexctl", "status").startswith("demo-model   native   epoch 0   2 stages")
+    assert machine.do("systemctl", "show", "flexpiped", "--property", "User", "--value").strip() == "flexpiped"
+    assert "daemon ready" in events(machine)
+
+
+def test_a_reload_applies_what_it_can_and_a_wrong_one_changes_nothing(machine: Machine) -> None:
+    before = machine.do("cat", CONFIG)
+    machine.write(CONFIG, before + "[admission]\nmax_requests_queued = 7\n")
+    machine.do("systemctl", "reload", "flexpiped")
+    until(lambda: "configuration changed and applied" in events(machine), deadline_s=START_DEADLINE_S)
+    assert "admission.max_requests_queued = 7" in machine.do("flexctl", "config", "show")
+
+    machine.write(CONFIG, before + "[admission]\nmax_requests_queued = -1\n")
+    machine.do("systemctl", "reload", "flexpiped")
+    until(lambda: any("rejected" in str(event) for event in events(machine)), deadline_s=START_DEADLINE_S)
+    assert "admission.max_requests_queued = 7" in machine.do("flexctl", "config", "show")
+    assert shown(machine, "ActiveState") == "active"
+    machine.write(CONFIG, before)
+
+
+def test_killed_it_comes_back_with_the_layout_last_asked_for_and_nothing_is_left_behind(machine: Machine) -> None:
+    machine.do("flexctl", "rebalance", "--stages", "4", "--wait")
+    killed = shown(machine, "MainPID")
+    group = processes(machine)
+    machine.do("kill", "-9", killed)
+
+    until(lambda: came_back(machine, instead_of=killed), deadline_s=START_DEADLINE_S)
+
+    assert machine.do("flexctl", "status").startswith("demo-model   native   epoch 0   4 stages")
+    assert not group & processes(machine)
+    assert completion(machine).strip()
+
+
+def processes(machine: Machine) -> set[str]:
+    return set(machine.do("cat", "/sys/fs/cgroup/system.slice/flexpiped.service/cgroup.procs").split())
+
+
+def came_back(machine: Machine, *, instead_of: str) -> bool:
+    return shown(machine, "ActiveState") == "active" and shown(machine, "MainPID") not in ("0", instead_of)
+
+
+def test_the_watchdog_ends_one_that_hangs(machine: Machine) -> None:
+    """With a shorter time, as the test would take a minute and more with the unit's own."""
+    machine.write("/run/systemd/system/flexpiped.service.d/watchdog.conf", "[Service]\nWatchdogSec=4\n")
+    machine.do("systemctl", "daemon-reload")
+    machine.do("systemctl", "restart", "flexpiped")
+    hung = shown(machine, "MainPID")
+
+    machine.do("kill", "-STOP", hung)
+    until(lambda: came_back(machine, instead_of=hung), deadline_s=START_DEADLINE_S)
+
+    said = machine.do("journalctl", "--unit", "flexpiped", "--output", "cat", "--no-pager")
+    assert re.search(r"Watchdog timeout \(limit 4s\)!", said)
+    assert completion(machine).strip()
+
+
+def test_an_upgrade_keeps_the_configuration_and_restarts_it(machine: Machine, package: Path) -> None:
+    before, config = shown(machine, "MainPID"), machine.do("cat", CONFIG)
+
+    machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
+
+    assert came_back(machine, instead_of=before)
+    assert machine.do("cat", CONFIG) == config
+    assert completion(machine).strip()
+
+
+def test_enabled_it_is_there_after_a_reboot(machine: Machine) -> None:
+    machine.do("systemctl", "enable", "flexpiped")
+    machine.power_off()
+    machine.boot()
+
+    until(lambda: shown(machine, "ActiveState") == "active", deadline_s=START_DEADLINE_S)
+    assert completion(machine).strip()
+
+
+def test_it_stops_in_good_order(machine: Machine) -> None:
+    machine.do("systemctl", "stop", "flexpiped")
+
+    assert (shown(machine, "Result"), shown(machine, "ExecMainStatus")) == ("success", "0")
+    assert events(machine)[-1] == "daemon stopped"
+    assert machine.run("test", "-e", "/run/flexpiped").returncode != 0
+    assert machine.run("pgrep", "-u", "flexpiped").stdout == ""
+
+
+def test_removing_keeps_the_configuration_and_purging_does_not(machine: Machine) -> None:
+    machine.do("systemctl", "start", "flexpiped")
+    machine.do("dpkg", "--remove", "flexpiped")
+    assert machine.run("test", "-e", CONFIG).returncode == 0
+    assert machine.run("test", "-e", "/usr/lib/flexpiped").returncode != 0
+    assert machine.run("systemctl", "is-active", "flexpiped").stdout.strip() == "inactive"
+
+    machine.do("dpkg", "--purge", "flexpiped")
+    left = machine.do(
+        "sh", "-c", "ls -d /etc/flexpiped /var/lib/flexpiped /usr/share/doc/flexpiped 2>/dev/null || true"
+    )
+    assert left == ""

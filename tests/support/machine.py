@@ -1,0 +1,141 @@
+"""A Debian of its own, booted by a real systemd in a container: what a service does there it does on a host.
+
+The base is made by debootstrap once and kept in ``~/.cache/flexpiped``; a machine writes into a layer above it.
+"""
+
+import fcntl
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+RELEASE = "bookworm"
+BASE = Path.home() / ".cache" / "flexpiped" / f"debian-{RELEASE}"
+PACKAGES = "systemd,systemd-sysv,dbus,python3"
+TOOLS = ("systemd-nspawn", "debootstrap", "nsenter", "dpkg-deb")
+ENGINE_PYTHON = "/srv/engine/bin/python"  # of the environment of these tests, inside
+_BOOT_DEADLINE_S = 60.0
+_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def missing_tools() -> list[str]:
+    """Return what has to be installed here to boot a machine."""
+    return [tool for tool in TOOLS if shutil.which(tool) is None]
+
+
+def ensure_base() -> Path:
+    """Return the base, made if there is none: a minute, and 300 MB."""
+    BASE.parent.mkdir(parents=True, exist_ok=True)
+    with BASE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (BASE / "usr/bin/systemctl").exists():
+            shutil.rmtree(BASE, ignore_errors=True)
+            made = BASE.with_suffix(".part")
+            shutil.rmtree(made, ignore_errors=True)
+            done = _run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", RELEASE, str(made)])
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            (made / "root").chmod(0o755)  # a Python of root's own is bound there
+            made.rename(BASE)
+    return BASE
+
+
+class Machine:
+    """A machine that is off. What it writes while it runs is in ``folder``, over reboots."""
+
+    def __init__(self, folder: Path, *, bind: Sequence[str] = ()) -> None:
+        self._root = folder / "root"
+        self._log = folder / "console.log"
+        self._bind = [f"--bind-ro={sys.prefix}:/srv/engine", f"--bind-ro={sys.base_prefix}", *bind]
+        self._nspawn: subprocess.Popen[bytes] | None = None
+        self._leader = 0
+
+    def boot(self) -> None:
+        """Return when everything that is enabled has started, or has failed to."""
+        with self._log.open("ab") as log:
+            self._nspawn = subprocess.Popen(
+                [
+                    *("systemd-nspawn", "--boot", "--quiet", "--directory", str(self._root)),
+                    *("--machine", f"flexpiped-{self._root.parent.name}"[:60], "--register=no", "--keep-unit"),
+                    *("--console=pipe", "--private-network", *self._bind),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        until(lambda: bool(self._children()), deadline_s=_BOOT_DEADLINE_S)
+        self._leader = int(self._children()[0])
+        until(lambda: self.state() in ("running", "degraded"), deadline_s=_BOOT_DEADLINE_S)
+
+    def power_off(self) -> None:
+        """Shut down in good order: services are stopped."""
+        assert self._nspawn is not None
+        self.run("systemctl", "poweroff", "--no-block")
+        self._nspawn.wait(timeout=_BOOT_DEADLINE_S)
+        self._nspawn = None
+
+    def destroy(self) -> None:
+        """Pull the plug, if it runs."""
+        if self._nspawn is not None:
+            self._nspawn.send_signal(signal.SIGTERM)
+            try:
+                self._nspawn.wait(timeout=_BOOT_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                self._nspawn.kill()
+                self._nspawn.wait()
+        self._nspawn = None
+
+    def state(self) -> str:
+        return self.run("systemctl", "is-system-running").stdout.strip()
+
+    def run(self, *command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command inside, as root."""
+        inside = ["nsenter", "-t", str(self._leader), "-m", "-u", "-i", "-p", "-n", "-C", "-r", "-w", "--"]
+        return _run([*inside, "env", "-i", _PATH, *command], stdin=stdin)
+
+    def do(self, *command: str, stdin: str = "") -> str:
+        """Run a command inside that has to succeed; return its output."""
+        ran = self.run(*command, stdin=stdin)
+        assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
+        return ran.stdout
+
+    def write(self, file: str, text: str) -> None:
+        self.do("sh", "-c", f"mkdir -p $(dirname {file}) && cat > {file}", stdin=text)
+
+    def _children(self) -> list[str]:
+        assert self._nspawn is not None
+        assert self._nspawn.poll() is None, self._log.read_text()
+        pid = self._nspawn.pid
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@contextmanager
+def machine_in(folder: Path, *, bind: Sequence[str] = ()) -> Iterator[Machine]:
+    """Make a machine whose disk is a layer above the base, and destroy it afterwards."""
+    root, upper, work = (folder / name for name in ("root", "upper", "work"))
+    for each in (root, upper, work):
+        each.mkdir()
+    layers = f"lowerdir={ensure_base()},upperdir={upper},workdir={work}"
+    mounted = _run(["mount", "-t", "overlay", "overlay", "-o", layers, str(root)])
+    assert mounted.returncode == 0, mounted.stderr
+    machine = Machine(folder, bind=bind)
+    try:
+        yield machine
+    finally:
+        machine.destroy()
+        _run(["umount", str(root)])
+
+
+def until(holds: Callable[[], bool], *, deadline_s: float) -> None:
+    """Wait until something holds on a machine, which tells nobody when it does."""
+    ends_s = time.monotonic() + deadline_s
+    while not holds():
+        assert time.monotonic() < ends_s, f"not within {deadline_s:g} s"
+        time.sleep(0.1)
+
+
+def _run(command: Sequence[str], *, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
