@@ -29,11 +29,19 @@ class EngineOffers:
         source: Of the model.
         model: As the configured engine has it.
         on_news: Told what operators should know of an engine that runs, one sentence each.
+        on_plan: Told how many seconds each plan took, in the thread that planned.
     """
 
     def __init__(
-        self, settings: Settings, *, source: str, model: Model, on_news: Callable[[str], object] = ignore_news
+        self,
+        settings: Settings,
+        *,
+        source: str,
+        model: Model,
+        on_news: Callable[[str], object] = ignore_news,
+        on_plan: Callable[[float], object] = lambda _took_s: None,
     ) -> None:
+        self._on_plan = on_plan
         self._settings = settings
         self._source = source
         self._on_news = on_news
@@ -74,5 +82,7 @@ class EngineOffers:
     def _offer(self, settings: Settings, model: Model) -> EngineOffer:
         return EngineOffer(
             factory=engine_factory(settings, model, on_news=self._on_news),
-            resolver=PlannerResolver(lambda: question_here(self._planned_for(settings), model.graph)),
+            resolver=PlannerResolver(
+                lambda: question_here(self._planned_for(settings), model.graph), on_plan=self._on_plan
+            ),
         )

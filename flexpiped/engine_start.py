@@ -26,6 +26,7 @@ class EngineStart:
         settings: Those in force; a reload may come meanwhile.
         on_change: Told how the engine fares from here on.
         on_progress: Told what the start is doing.
+        on_plan: Told how many seconds each plan took, in the thread that planned.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class EngineStart:
         refactorings: Refactorings,
         on_change: Callable[[Supervision], None],
         on_progress: Callable[[str], None],
+        on_plan: Callable[[float], None],
     ) -> None:
+        self._on_plan = on_plan
         self._settings = settings
         self._source = source
         self._in_force = in_force
@@ -64,6 +67,7 @@ class EngineStart:
             source=self._source,
             model=model,
             on_news=lambda news: self._events.publish(EventKind.ENGINE, news),
+            on_plan=self._on_plan,
         )
         self._in_force.offers = offers
         offers.use(self._settings())  # a reload may have come while they were made

@@ -142,6 +142,10 @@ class Hardware:
             "python": self._python,
         }
 
+    def devices(self) -> tuple[Device, ...]:
+        """Return the devices of this host as they are now."""
+        return _look(self._settings, self._here)[0].devices
+
     @property
     def may_change(self) -> bool:
         """Whether it is worth looking again: not where no driver was found."""

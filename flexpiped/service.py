@@ -190,7 +190,8 @@ class Service:
         await self._open_journal(stack)
         gate = await stack.enter_async_context(AsyncExitStack())
         await gate.enter_async_context(self._serving(starting_app(lambda: self.health), listener, shutdown_s=1.0))
-        await self._open_admin(stack)
+        hardware = Hardware(self._settings, python=engine_python(self._settings))
+        await self._open_admin(stack, hardware)
         self._progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
         supervisor, text = await self._start_engine(stack, model)
@@ -204,6 +205,7 @@ class Service:
                 body_deadline_s=self._settings.http.body_deadline_s,
                 metrics=self._metrics,
                 health=lambda: self.health,
+                devices=hardware.devices,
             ),
             max_body_bytes=self._settings.http.max_body_bytes,
         )
@@ -240,7 +242,7 @@ class Service:
             self.events.publish(EventKind.DAEMON, f"journal failed: {error}")
         self.events.publish(EventKind.DAEMON, f"starting flexpiped {flexpiped.__version__} with {self.source}")
 
-    async def _open_admin(self, stack: AsyncExitStack) -> None:
+    async def _open_admin(self, stack: AsyncExitStack, hardware: Hardware) -> None:
         status = DaemonStatus(
             identity=Identity(
                 model_name=self.name,
@@ -254,7 +256,6 @@ class Service:
             latencies=self._metrics.latencies,
             auto=lambda: {"mode": self._auto.mode.value, "decision": self._auto.last},
         )
-        hardware = Hardware(self._settings, python=engine_python(self._settings))
         profiles = profile_routes(self._settings, source=self.source, environment=os.environ)
         app = admin_app(
             status=status,
@@ -303,6 +304,7 @@ class Service:
             refactorings=self._refactorings,
             on_change=self._on_supervision,
             on_progress=self._progress,
+            on_plan=self._metrics.planned,
         )
 
     def _keep(self, event: Event) -> None:
@@ -313,7 +315,8 @@ class Service:
             self._journal.record(event, self._intents.after(event))
 
     def _tell_change(self, decision: Event) -> None:
-        """A decision that changes something belongs to what happened, and to the journal."""
+        """Count it; a decision that changes something belongs to what happened, and to the journal."""
+        self._metrics.decided(decision.fields["verb"])
         if decision.fields["verb"] != "keep":
             self.events.publish(EventKind.DECISION, decision.message, **decision.fields)
 

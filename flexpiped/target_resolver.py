@@ -23,9 +23,17 @@ class PlannerResolver:
     Args:
         question: Asked anew for each plan, in the thread that plans: what is free on the devices, and what has been
             measured, may have changed. Number of stages, layout in force and resident ranks come with each call.
+        on_plan: Told in that thread how many seconds a plan took, also one that found nothing.
     """
 
-    def __init__(self, question: Callable[[], PlanQuestion], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        question: Callable[[], PlanQuestion],
+        *,
+        on_plan: Callable[[float], object] = lambda _took_s: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._on_plan = on_plan
         self._ask = question
         self._clock = clock
         self._graph = question().graph
@@ -84,7 +92,11 @@ class PlannerResolver:
             shares_current=in_place,
         )
         self._session = self._session or PlanSession()
-        return plan(question, clock=self._clock, session=self._session)
+        began_s = self._clock()
+        try:
+            return plan(question, clock=self._clock, session=self._session)
+        finally:
+            self._on_plan(self._clock() - began_s)
 
     def broken_rules(
         self, target: Pipeline, *, current: Pipeline | None, second_instance: bool = False

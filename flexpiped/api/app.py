@@ -1,7 +1,7 @@
 """The application: routes, probes, and errors in one shape."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 import flexpiped
 from engines.errors import EngineError
-from engines.protocol import EngineCounters
+from engines.protocol import EngineCounters, StageStatus
 from flexpiped.api.access import keys_asked_for
 from flexpiped.api.backend import BACKEND, Backend
 from flexpiped.api.errors import ApiError, from_http_status
@@ -137,15 +137,17 @@ async def metrics(http: web.Request) -> web.Response:
         requests_queued=backend.admission.requests_queued,
         tokens_in_flight=backend.admission.tokens_in_flight,
     )
-    body = backend.metrics.render(await _engine_counters(backend), levels)
+    counters, stages = await _engine_readings(backend)
+    devices = await asyncio.to_thread(backend.devices)  # asks the driver
+    body = backend.metrics.render(counters, levels, stages=stages, devices=devices)
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def _engine_counters(backend: Backend) -> EngineCounters | None:
+async def _engine_readings(backend: Backend) -> tuple[EngineCounters | None, Sequence[StageStatus]]:
     engine = backend.supervisor.engine
     if engine is None:
-        return None
+        return None, ()
     with suppress(EngineError, TimeoutError):
         async with asyncio.timeout(_COUNTERS_TIMEOUT_S):
-            return await engine.counters()
-    return None
+            return await engine.counters(), await engine.stages()
+    return None, ()

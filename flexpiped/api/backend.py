@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -15,6 +15,7 @@ from flexpiped.api.metrics import Metrics
 from flexpiped.keys import KeyRing
 from flexpiped.status import Health, ServiceState
 from flexpiped.supervisor import Supervisor
+from topology.device import Device
 
 
 def random_seed() -> int:
@@ -35,6 +36,7 @@ class Backend:
     admission: Admission
     metrics: Metrics
     health: Callable[[], Health]
+    devices: Callable[[], Sequence[Device]] = lambda: ()  # of this host, as they are now; blocks
     new_seed: Callable[[], int] = random_seed
     wall_clock: Callable[[], float] = time.time
     keys: Callable[[], KeyRing | None] = lambda: None  # None: no key is asked for

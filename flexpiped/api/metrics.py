@@ -16,12 +16,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engines.protocol import EngineCounters
+from engines.protocol import EngineCounters, StageStatus
+from flexpiped.api.engine_metrics import DevicesCollector, StagesCollector
 from flexpiped.status import Latencies, Percentiles, ServiceState
+from topology.device import Device
 
 _REMEMBERED = 1000  # requests whose latencies make the percentiles of the status
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _HANDOVER_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_PLANNER_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TPOT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -175,6 +178,15 @@ class Metrics:
             buckets=_TPOT_BUCKETS_S,
             registry=self.registry,
         )
+        self._decisions = Counter(
+            "flexpiped_decisions", "Decisions of automatic control", ["verb"], registry=self.registry
+        )
+        self._planner_s = Histogram(
+            "flexpiped_planner_duration_seconds",
+            "From a question to the planner to its answer",
+            buckets=_PLANNER_BUCKETS_S,
+            registry=self.registry,
+        )
         self._recent_ttft_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._recent_tpot_s: deque[float] = deque(maxlen=_REMEMBERED)
 
@@ -202,13 +214,32 @@ class Metrics:
         """Return percentiles over the last requests."""
         return Latencies(ttft=percentiles_of(self._recent_ttft_s), tpot=percentiles_of(self._recent_tpot_s))
 
-    def render(self, counters: EngineCounters | None, levels: Levels | None = None) -> bytes:
+    def decided(self, verb: str) -> None:
+        """Count a decision of automatic control, also one to keep everything as it is."""
+        self._decisions.labels(verb).inc()
+
+    def planned(self, took_s: float) -> None:
+        """Count a plan, whoever asked for it. May be called from any thread."""
+        self._planner_s.observe(took_s)
+
+    def render(
+        self,
+        counters: EngineCounters | None,
+        levels: Levels | None = None,
+        *,
+        stages: Sequence[StageStatus] = (),
+        devices: Sequence[Device] = (),
+    ) -> bytes:
         """Return the exposition in Prometheus's text format, with the engine's counters where they can be had."""
         engine = CollectorRegistry(auto_describe=False)
         if counters is not None:
             engine.register(_EngineCollector(counters))
         if levels is not None:
             engine.register(_LevelsCollector(levels))
+        if stages:
+            engine.register(StagesCollector(stages))
+        if devices:
+            engine.register(DevicesCollector(devices))
         return generate_latest(self.registry) + generate_latest(engine)
 
     def _record(self, endpoint: Endpoint, observation: Observation) -> None:

@@ -33,7 +33,7 @@ def run(*command: object) -> str:
 
 
 def make(target: str, place: Path) -> str:
-    return run("make", "-C", ROOT, target, f"DESTDIR={place}", "prefix=/usr")
+    return run("make", "--no-print-directory", "-C", ROOT, target, f"DESTDIR={place}", "prefix=/usr")
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engines.protocol import EngineCounters
+from engines.protocol import EngineCounters, StageStatus
 from flexpiped.api.metrics import Endpoint, Levels, Metrics, Outcome
 from flexpiped.status import ServiceState
+from topology.device import cpu_devices
 
 ETC = Path(__file__).parents[2] / "etc"
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
@@ -24,9 +26,24 @@ def exposition() -> str:
     for result in ("done", "aborted", "failed"):
         metrics.handover_ended({"result": result, "duration_s": 0.2, "progress": {"commit_pause_s": 0.003}})
     metrics.handover_ended({"result": "failed", "duration_s": 0.1, "progress": None})
+    metrics.decided("keep")
+    metrics.planned(0.02)
+    stage = StageStatus(
+        index=0,
+        device_ids=("cpu:0",),
+        first_decoder=0,
+        end_decoder=3,
+        pids=(1,),
+        weights_bytes=1000,
+        kv_mapped_bytes=200,
+        busy=0.5,
+    )
     counters = EngineCounters(**dict.fromkeys(EngineCounters.__dataclass_fields__, 1))
     levels = Levels(state=ServiceState.READY, requests_queued=2, tokens_in_flight=40)
-    return metrics.render(counters, levels).decode()
+    devices = cpu_devices(count=2, memory_bytes=1 << 20)
+    return metrics.render(
+        counters, levels, stages=[stage, replace(stage, index=1, busy=None)], devices=devices
+    ).decode()
 
 
 def promtool(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -48,6 +65,20 @@ def test_handovers_and_levels_are_shown() -> None:
     assert "flexpiped_requests_queued 2.0" in shown
     assert 'flexpiped_state{state="ready"} 1.0' in shown
     assert 'flexpiped_state{state="failed"} 0.0' in shown
+
+
+def test_stages_devices_decisions_and_plans_are_shown() -> None:
+    shown = exposition().splitlines()
+
+    assert 'flexpiped_stage_busy_ratio{stage="0"} 0.5' in shown
+    assert not any(line.startswith('flexpiped_stage_busy_ratio{stage="1"}') for line in shown)
+    assert 'flexpiped_stage_weights_bytes{stage="1"} 1000.0' in shown
+    assert 'flexpiped_stage_kv_mapped_bytes{stage="0"} 200.0' in shown
+    assert 'flexpiped_stage_decoders{stage="0"} 3.0' in shown
+    assert 'flexpiped_device_memory_bytes{device="cpu:1"} 1.048576e+06' in shown
+    assert 'flexpiped_device_memory_usable_bytes{device="cpu:1"} 1.048576e+06' in shown
+    assert 'flexpiped_decisions_total{verb="keep"} 1.0' in shown
+    assert "flexpiped_planner_duration_seconds_count 1.0" in shown
 
 
 @needs_promtool
