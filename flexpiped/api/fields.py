@@ -86,12 +86,16 @@ def _text(name: str, value: Any) -> str:
 text: Final = Reader(parse=_text, schema={"type": "string"})
 
 
+def _whole(value: Any) -> Any:
+    """Return 5 for 5.0: to JSON schemas, and to vLLM, it is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def integer(minimum: int, maximum: int) -> Reader[int]:
-    """Return a reader of whole numbers from ``minimum`` to ``maximum``; 5.0 is one, as in JSON schemas."""
+    """Return a reader of whole numbers from ``minimum`` to ``maximum``."""
 
     def read(name: str, value: Any) -> int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
+        value = _whole(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise wrong_type(name, "an integer", value)
         if not minimum <= value <= maximum:
@@ -122,10 +126,11 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     """Read token ids; whether the vocabulary has them is checked where it is known."""
     if not isinstance(value, list):
         raise wrong_type(name, "an array of token ids", value)
-    for item in value:
+    found = tuple(map(_whole, value))
+    for item in found:
         if not isinstance(item, int) or isinstance(item, bool):
             raise invalid(f"{name} must hold token ids, not {name_of(item)}", param=name, code="invalid_type")
-    return tuple(value)
+    return found
 
 
 TOKEN_ID: Final[Mapping[str, Any]] = {"type": "integer", "minimum": 0}  # the description sets the vocabulary's bound

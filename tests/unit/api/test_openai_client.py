@@ -1,5 +1,7 @@
 """The official ``openai`` client against the application, over a real socket."""
 
+import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 
 import openai
@@ -8,6 +10,8 @@ from openai import AsyncOpenAI
 
 from engines.protocol import GenerationRequest
 from engines.restarts import RestartPolicy
+from flexpiped.admission import AdmissionLimits
+from flexpiped.keys import Client, KeyRing, Scope
 from tests.support.http_app import CREATED_UNIX_S, MODEL, FakeEngines, HttpApp, http_app, ids_of, saying
 from tests.support.until import until
 
@@ -149,3 +153,79 @@ async def test_an_error_after_the_stream_began_reaches_the_client() -> None:
             [chunk async for chunk in stream]
         await until(lambda: app.backend.admission.requests_in_flight == 0)
         assert app.backend.admission.tokens_in_flight == 0
+
+
+async def test_a_retry_waits_as_it_is_told_and_is_served() -> None:
+    """429 with Retry-After, then the client's own second try."""
+    limits = AdmissionLimits(max_requests_in_flight=1, max_requests_queued=0)
+    async with (
+        http_app(limits=limits) as app,
+        AsyncOpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=1) as client,
+    ):
+        app.engines.last.hold()
+        first = asyncio.create_task(client.completions.create(model=MODEL, prompt="x"))
+        await until(lambda: app.backend.admission.tokens_in_flight > 0)
+        began_s = asyncio.get_running_loop().time()
+        second = asyncio.create_task(client.completions.create(model=MODEL, prompt="x"))
+        refused = b'flexpiped_requests_total{endpoint="completions",outcome="overloaded"} 1.0'
+        await until(lambda: refused in app.backend.metrics.render(None))
+        app.engines.last.release()
+        assert (await second).choices[0].text == (await first).choices[0].text
+        assert asyncio.get_running_loop().time() - began_s >= 1.0
+        await app.becomes_idle()
+
+
+async def test_without_retries_it_raises_what_it_has_for_each_status() -> None:
+    limits = AdmissionLimits(max_requests_in_flight=1, max_requests_queued=0)
+    async with (
+        http_app(limits=limits, policy=RestartPolicy(max_deaths=1)) as app,
+        AsyncOpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        app.engines.last.hold()
+        first = asyncio.create_task(client.completions.create(model=MODEL, prompt="x"))
+        await until(lambda: app.backend.admission.tokens_in_flight > 0)
+        with pytest.raises(openai.RateLimitError) as full:
+            await client.completions.create(model=MODEL, prompt="x")
+        assert (full.value.code, full.value.response.headers["Retry-After"]) == ("too_many_requests_in_flight", "1")
+        app.engines.last.kill("no memory left")
+        with pytest.raises(openai.InternalServerError):
+            await first
+        with pytest.raises(openai.InternalServerError) as gone:
+            await client.completions.create(model=MODEL, prompt="x")
+        assert (gone.value.status_code, gone.value.response.headers["Retry-After"]) == (503, "5")
+
+
+async def test_keys() -> None:
+    digest = hashlib.sha256(b"sk-right").digest()
+    ring = KeyRing(hashes=(digest,), clients=(Client(name="grafana", scopes=frozenset({Scope.READ})),))
+    async with http_app(keys=lambda: ring) as app:
+        for key, error in (("sk-right", openai.PermissionDeniedError), ("sk-wrong", openai.AuthenticationError)):
+            async with AsyncOpenAI(base_url=f"{app.url}/v1", api_key=key, max_retries=0) as client:
+                with pytest.raises(error):
+                    await client.completions.create(model=MODEL, prompt="x")
+
+
+async def test_what_the_engine_has_not_is_not_found_with_a_reason(client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="no server of its own"):
+        await client.embeddings.create(model=MODEL, input="x")
+    with pytest.raises(openai.NotFoundError, match="no server of its own"):
+        await client.responses.create(model=MODEL, input="x")
+
+
+async def test_a_client_that_gives_up_frees_its_request(app: HttpApp, client: AsyncOpenAI) -> None:
+    app.engines.last.hold()
+    with pytest.raises(openai.APITimeoutError):
+        await client.with_options(timeout=0.2).completions.create(model=MODEL, prompt="x")
+    await app.becomes_idle()
+    app.engines.last.release()
+    stream = await client.completions.create(model=MODEL, prompt="x", max_tokens=200, stream=True)
+    await anext(stream)
+    await stream.close()  # in mid-stream
+
+
+async def test_several_at_once(client: AsyncOpenAI) -> None:
+    answers = await asyncio.gather(
+        *(client.completions.create(model=MODEL, prompt="Once", max_tokens=200) for _ in range(20))
+    )
+    assert {answer.choices[0].text for answer in answers} == {TEXT}
+    assert len({answer.id for answer in answers}) == 20
