@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -121,6 +122,14 @@ class Api:
         assert self.backend.admission.requests_in_flight == 0
 
 
+@asynccontextmanager
+async def own_server_of(engine: VllmEngine) -> AsyncIterator[aiohttp.ClientSession]:
+    """Yield a session with vLLM's own server, past the daemon."""
+    connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
+    async with aiohttp.ClientSession("http://vllm", connector=connector) as session:
+        yield session
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def api(engine: VllmEngine) -> AsyncIterator[Api]:
     text = TextService(model=llama())
@@ -144,11 +153,7 @@ async def api(engine: VllmEngine) -> AsyncIterator[Api]:
 
 
 async def test_the_names_are_those_of_this_vllm(engine: VllmEngine) -> None:
-    connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
-    async with (
-        aiohttp.ClientSession(connector=connector) as session,
-        session.get("http://vllm/openapi.json") as response,
-    ):
+    async with own_server_of(engine) as session, session.get("/openapi.json") as response:
         schemas = (await response.json())["components"]["schemas"]
     own = own_server(())
     assert set(schemas["CompletionRequest"]["properties"]) == own.completion_parameters
