@@ -110,6 +110,11 @@ class SglangEngine(ServedEngine):
         """What SGLang's own routes ask for."""
         return self._key
 
+    @property
+    def admin_key(self) -> str:
+        """What those of its routes ask for that only the daemon may use."""
+        return self._admin_key
+
     # --- requests ---
 
     async def _feed(self, stream: Stream, body: dict[str, Any], stops: frozenset[int]) -> None:

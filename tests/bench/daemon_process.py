@@ -20,7 +20,7 @@ from tests.bench.processes import command_of, descendants, leashed
 from tests.bench.program import DEVICES, EngineSetup
 
 _START_DEADLINE_S = 300.0
-VLLM_BATCHED_TOKENS = 2048  # of one step, wherever vLLM is measured
+BATCHED_TOKENS = 2048  # of one step, wherever vLLM or SGLang is measured
 _SOCKET = "admin.sock"
 
 
@@ -91,9 +91,9 @@ class DaemonProcess:
 
 @asynccontextmanager
 async def daemon(
-    model: Path, setup: EngineSetup, *, stages: int, vllm_python: Path | None = None
+    model: Path, setup: EngineSetup, *, stages: int, engine: str = "native", python: Path | None = None
 ) -> AsyncIterator[DaemonProcess]:
-    """Start a daemon, with vLLM as its engine where an interpreter is named; it ends with the scope.
+    """Start a daemon, with ``vllm`` or ``sglang`` as its engine where its interpreter is named; it ends with the scope.
 
     Its log is shown when it does not come up.
 
@@ -103,7 +103,7 @@ async def daemon(
     with TemporaryDirectory(prefix="flexpiped-bench-") as name:
         folder = Path(name)
         config, log = folder / "bench.toml", folder / "log"
-        engine, keys = ("native", _native(setup)) if vllm_python is None else ("vllm", _vllm(setup, vllm_python))
+        keys = _native(setup) if python is None else _served(engine, setup, python)
         config.write_text(_configuration(model, setup, engine=engine, stages=stages, folder=folder) + keys)
         command = [sys.executable, "-m", "flexpiped", "--config", str(config)]
         async with leashed(command, environment={}, folder=folder, log=log) as process:
@@ -141,12 +141,12 @@ kv_cache = {setup.kv_cache_bytes}
 """
 
 
-def _vllm(setup: EngineSetup, python: Path) -> str:
+def _served(engine: str, setup: EngineSetup, python: Path) -> str:
     return f"""
-[engines.vllm]
+[engines.{engine}]
 python = "{python}"
 threads = {setup.threads}
 nice = {setup.nice}
 kv_cache = {setup.kv_cache_bytes}
-max_num_batched_tokens = {VLLM_BATCHED_TOKENS}
+max_num_batched_tokens = {BATCHED_TOKENS}
 """

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines.process import memory_pss_bytes
 from tests.bench.handover_measure import add_options, measure, shorten
 from tests.bench.program import checkpoint, parser, run, setup_of
+from tests.bench.served_rig import measure_memory
 from tests.bench.stats import largest_gap_of, median
-from tests.bench.tables import Bound, mib, ms, table, verdicts, write_json
+from tests.bench.tables import Bound, ms, table, verdicts, write_json
 from tests.bench.vllm_rig import VllmRig, vllm_rig
 
 _COMMIT_LIMIT_MS = 15.0
@@ -54,23 +54,6 @@ async def _pauses(rig: VllmRig, options: argparse.Namespace) -> None:
     table("vLLM's own pause?mode=keep and resume, nothing done between", ["streams", "times", "client gap ms"], rows)
 
 
-async def _memory(rig: VllmRig, raw: dict[str, Any]) -> None:
-    """What each rank holds, and its PSS, in each layout."""
-    rows = []
-    for target in (*rig.laps[1:], rig.laps[0]):
-        await rig.move(target)
-        stages = {stage.device_ids: stage for stage in await rig.engine.stages()}
-        for device, pid in zip(rig.laps[0].stages, rig.engine.pids["workers"], strict=True):
-            stage = stages.get(device.device_ids)
-            pss = memory_pss_bytes(pid) or 0
-            held = "-" if stage is None else f"{stage.first_decoder}-{stage.end_decoder - 1}"
-            weights, kv = (0, 0) if stage is None else (stage.weights_bytes, stage.kv_mapped_bytes)
-            name = f"{target.granularity} stages, {device.device_ids[0]}"
-            rows.append([name, held, mib(weights), mib(kv), mib(pss)])
-    table("memory of the ranks (MiB)", ["layout, rank", "decoders", "weights", "KV capacity", "PSS"], rows)
-    raw["memory"] = rows
-
-
 async def _kill(rig: VllmRig, raw: dict[str, Any]) -> None:
     """Kill the engine core under streams; they go on in a new vLLM from their tokens."""
     await rig.begin(8, 64)
@@ -92,7 +75,7 @@ async def main() -> int:
     raw: dict[str, Any] = {"options": {key: str(value) for key, value in vars(options).items()}}
     bounds: list[Bound] = []
     async with vllm_rig(model, setup_of(options), python=options.vllm_python) as rig:
-        await _memory(rig, raw)
+        await measure_memory(rig, raw)
         await _pauses(rig, options)
         bounds += await measure(rig, options, raw, is_direct=True, commit_limit_ms=_COMMIT_LIMIT_MS)
         await _kill(rig, raw)

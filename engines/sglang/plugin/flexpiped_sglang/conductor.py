@@ -6,7 +6,7 @@ A piece of work is a generator in the scheduler's main thread that goes on once 
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from flexpiped_served.failpoints import Failpoints
@@ -30,7 +30,7 @@ class Conductor:
     Args:
         layout: The pipeline rank of each layer, at start.
         ranks: How many processes answer a command, all stages together.
-        drain_slots: After so many without a new batch, nothing is in flight.
+        drain_slots: After so many without a new batch the results of all are in, on every rank.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class Conductor:
         self._answers: dict[int, dict[int, Answer]] = {}  # by ticket and rank; filled by a thread
         self._calls: deque[tuple[str, list[Any], Reply, int]] = deque()  # filled by a thread
         self._work: tuple[Work, Reply, int] | None = None
-        self._last_result_s = self._committed_s = self._first_dispatch_s = 0.0
+        self._switching: tuple[int, Callable[[str], None]] | None = None  # the ticket, and what tells of a crash
+        self._pause_s: float | None = None  # of the last commit, once a batch has been begun after it
         self._ends: deque[tuple[float, int]] = deque(maxlen=_TRACE_LENGTH)
         self._dispatches: deque[float] = deque(maxlen=_TRACE_LENGTH)
 
@@ -59,6 +60,10 @@ class Conductor:
         self._calls.append((method.removeprefix("flexpiped_"), arguments, reply, call))
 
     def on_answer(self, ticket: int, rank: int, answer: Answer) -> None:
+        switching = self._switching
+        if switching is not None and switching[0] == ticket and "error" in answer:
+            # Told from here: by now the main thread may wait for what that rank no longer computes.
+            switching[1](_failed_switch(answer["error"]))
         if ticket in self._answers:  # else of work that was given up
             self._answers[ticket][rank] = answer
 
@@ -68,13 +73,13 @@ class Conductor:
         """A batch is about to run."""
         now_s = time.monotonic()
         self._dispatches.append(now_s)
-        if self._first_dispatch_s == 0.0:
-            self._first_dispatch_s = now_s
+        if self._pause_s is None:
+            held_back_s = self._slots.held_back_s
+            self._pause_s = 0.0 if held_back_s is None else now_s - held_back_s
 
     def ended(self) -> None:
         """The results of a batch are in."""
-        self._last_result_s = time.monotonic()
-        self._ends.append((self._last_result_s, self._epoch))
+        self._ends.append((time.monotonic(), self._epoch))
 
     def on_slot(self) -> None:
         """Begin what was asked for, and go on with what is under way."""
@@ -120,10 +125,8 @@ class Conductor:
         return {"ends_s": [t for t, _ in ends], "epochs": [e for _, e in ends], "dispatches_s": dispatches}
 
     def _pause(self) -> dict[str, Any]:
-        """Return the commit pause: from the last result of the old epoch to the first dispatch of the new one."""
-        if not self._first_dispatch_s:
-            return {"pause_s": None}
-        return {"pause_s": max(0.0, self._first_dispatch_s - self._committed_s)}
+        """Return the commit pause: from the first batch that was held back to the first dispatch of the new epoch."""
+        return {"pause_s": self._pause_s}
 
     def _abandon(self, number: int) -> dict[str, Any]:
         """Forget a handover that was not committed, whatever of it is under way."""
@@ -137,7 +140,9 @@ class Conductor:
 
     def _hold(self) -> Work:
         """Pause: no batch is begun, and nothing is in flight when this is answered. Requests stay."""
-        yield from self._drain(_PAUSE)
+        self._slots.send("hold", _PAUSE)
+        for _ in range(self._drain_slots):
+            yield
         return {}
 
     def _resume(self) -> dict[str, Any]:
@@ -165,7 +170,10 @@ class Conductor:
         }
 
     def _commit(self, number: int, deadline_s: float, verify: bool) -> Work:
-        """Drain, copy the remainder, compare if asked to, and switch all ranks to the new layout.
+        """Hold batches, copy the remainder, compare if asked to, and switch all ranks to the new layout.
+
+        Each rank copies in the slot from which on it begins no batch: it has run all that were begun before, and their
+        results are still on their way. So the pipeline is not drained: the batches of a few slots are left out.
 
         Returns ``{"crash": reason}`` when some ranks may have switched and others not.
 
@@ -177,60 +185,56 @@ class Conductor:
         return self._committing(number, deadline_s, verify)
 
     def _committing(self, number: int, deadline_s: float, verify: bool) -> Work:
-        watch = self._watch(_PATIENCE * deadline_s)
+        tell_crash, patience_s = self._crash_teller(), _PATIENCE * deadline_s
+        # From a thread: when a rank hangs, this one's loop hangs, too, waiting for it.
+        watch = threading.Timer(patience_s, tell_crash, [f"the ranks did not commit within {patience_s:g} s"])
+        watch.daemon = True
+        watch.start()
         try:
-            done = yield from self._commit_drained(number, deadline_s, verify)
+            copied = yield from self._copy_held(number, deadline_s, verify)
+            return (yield from self._switch(tell_crash)) | copied
         except RuntimeError:
             self._slots.send("release", _MOVE)
             raise
         finally:
             watch.cancel()
-        if "crash" not in done:  # else no step may run any more
-            self._slots.send("release", _MOVE)
-        return done
 
-    def _commit_drained(self, number: int, deadline_s: float, verify: bool) -> Work:
+    def _copy_held(self, number: int, deadline_s: float, verify: bool) -> Work:
         held_s = time.monotonic()
-        yield from self._drain(_MOVE)
-        drained_s = time.monotonic()
+        self._slots.send("hold", _MOVE)
         self._failpoints.hit("core.commit")
         answers = yield from self._ask("commit_copy", number, deadline_s)
+        drain_s = time.monotonic() - held_s  # until the last rank had come to that slot and had copied
         if len({answer["live"] for answer in answers}) != 1:
             raise RuntimeError("the ranks do not agree about which KV blocks are live")
         if verify and not self._failpoints.hit("core.verify"):
             _compare((yield from self._ask("checksums", number)))
         self._failpoints.hit("core.commit.last")
-        try:
-            yield from self._ask("switch", number, self._epoch + 1)
-        except RuntimeError as error:
-            return {"crash": f"a rank failed while it switched: {error}"}
+        remainder_blocks = max(answer["blocks"] for answer in answers)
+        return {"drain_s": drain_s, "remainder_blocks": remainder_blocks}
+
+    def _switch(self, tell_crash: Callable[[str], None]) -> Work:
+        number = self._number
+        # What is dispatched from now on is of the new layout: ranks run batches again in the slot in which they switch.
         self._epoch += 1
         self.layout, self._number = self._new_layout, 0
-        self._committed_s, self._first_dispatch_s = self._last_result_s, 0.0
-        return {
-            "epoch": self._epoch,
-            "drain_s": drained_s - held_s,
-            "switch_s": time.monotonic() - drained_s,
-            "remainder_blocks": max(answer["blocks"] for answer in answers),
-        }
+        self._pause_s = None
+        self._switching = (self._tickets + 1, tell_crash)
+        try:
+            yield from self._ask("switch", number, self._epoch, _MOVE)
+        except RuntimeError as error:
+            return {"crash": _failed_switch(error)}
+        finally:
+            self._switching = None
+        return {"epoch": self._epoch}
 
     # --- inside ---
 
-    def _watch(self, deadline_s: float) -> threading.Timer:
-        """Answer from a thread when a rank hangs: then this one's loop hangs, too, waiting for it."""
+    def _crash_teller(self) -> Callable[[str], None]:
+        """Return what answers the call under way with a crash, from any thread."""
         assert self._work is not None
         _, reply, call = self._work
-        crash = {"crash": f"the ranks did not commit within {deadline_s:g} s"}
-        timer = threading.Timer(deadline_s, reply, [{"op": "reply", "call": call, "result": crash}])
-        timer.daemon = True
-        timer.start()
-        return timer
-
-    def _drain(self, holder: str) -> Generator[None, None, None]:
-        """Have all ranks begin no batch from the same slot on; return when none is in flight."""
-        self._slots.send("hold", holder)
-        for _ in range(self._drain_slots + 1):
-            yield
+        return lambda reason: reply({"op": "reply", "call": call, "result": {"crash": reason}})
 
     def _ask(self, command: str, *arguments: Any) -> Generator[None, None, list[Answer]]:
         """Have all ranks do something at the same slot, and return their answers. Raises: RuntimeError."""
@@ -252,6 +256,10 @@ class Conductor:
     def _of(self, number: int) -> None:
         if self._number != number:
             raise RuntimeError(f"handover {number} has not begun")
+
+
+def _failed_switch(error: object) -> str:
+    return f"a rank failed while it switched: {error}"
 
 
 def _compare(answers: list[Answer]) -> None:

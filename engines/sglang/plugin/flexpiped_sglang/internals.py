@@ -47,6 +47,7 @@ __all__ = [
     "process_weights",
     "refusal_of",
     "safetensors_files",
+    "would_run",
 ]
 
 
@@ -165,6 +166,12 @@ def process_weights(layer: torch.nn.Module) -> None:
 def no_batch(running_batch: Any) -> Any:
     """Return the plan of a slot in which nothing runs."""
     return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+
+
+def would_run(scheduler: Any, running_batch: Any, last_batch: Any) -> bool:
+    """Return whether a slot with these batches has something to run."""
+    batches = (running_batch, last_batch)
+    return bool(scheduler.waiting_queue) or any(batch is not None and not batch.is_empty() for batch in batches)
 
 
 def live_pages(allocator: Any) -> torch.Tensor:

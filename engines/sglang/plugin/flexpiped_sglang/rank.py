@@ -56,7 +56,11 @@ class Rank:
         self._watch_steps()
         if not internals.check():
             self._slots = Slots(
-                scheduler, on_command=self._on_command, on_slot=self._on_slot, no_batch=internals.no_batch
+                scheduler,
+                on_command=self._on_command,
+                on_slot=self._on_slot,
+                no_batch=internals.no_batch,
+                would_run=partial(internals.would_run, scheduler),
             )
         if self._number == 0:
             self._lead(parallel)
@@ -100,7 +104,9 @@ class Rank:
                 self._slots,
                 layout=_layout(num_layers, parallel.pp_size),
                 ranks=parallel.pp_size * parallel.tp_size,
-                drain_slots=2 * (parallel.pp_size + parallel.pp_async_batch_depth),
+                # A batch's results are in one slot before its turn comes again. Without pipeline parallelism there is
+                # one micro-batch, whose results may be processed a slot later.
+                drain_slots=max(2, parallel.pp_size + parallel.pp_async_batch_depth),
                 failpoints=self._failpoints,
             )
             self._receiver = AnswerReceiver(self._settings.directory, self._conductor.on_answer)
@@ -155,15 +161,21 @@ class Rank:
                 self._try(ticket, lambda sending: sending.commit_copy(number, deadline_s))
             case ("checksums", ticket, number):
                 self._try(ticket, lambda sending: sending.checksums(number))
-            case ("switch", ticket, number, epoch):
-                self._try(ticket, lambda sending: sending.switch(number))
-                self._epoch = epoch
+            case ("switch", ticket, number, epoch, holder):
+                self._try(ticket, lambda sending: self._switch(sending, number, epoch, holder))
 
     def _begin_round(self, ticket: int, number: int) -> None:
         try:
             self._ready_sending().begin_round(number, partial(self._answers.send, ticket))
         except EXPECTED as error:
             self._answers.send(ticket, {"error": _words(error)})
+
+    def _switch(self, sending: Sending, number: int, epoch: int, holder: str) -> Answer:
+        """Switch and let batches run again: those of this slot are the first. A rank that fails lets none pass."""
+        answer = sending.switch(number)
+        self._epoch = epoch
+        self._slots.held_by.discard(holder)
+        return answer
 
     def _try(self, ticket: int, work: Callable[[Sending], Answer]) -> None:
         """Do a piece of a handover and answer. An exception would end the scheduler, so it becomes an answer."""

@@ -4,6 +4,7 @@ Rank 0 sends each slot's requests to the next rank, which sends them on: what ra
 the same slot, before that slot's batch is chosen. So the ranks need no other agreement. A command is a plain tuple.
 """
 
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -19,6 +20,7 @@ class Slots:
         on_command: Told each command, in the scheduler's main thread.
         on_slot: Called once in each slot, after its commands.
         no_batch: Returns SGLang's word for a slot in which nothing runs, given the batch of running requests.
+        would_run: Whether a slot with this running and this last batch has something to run.
     """
 
     def __init__(
@@ -28,16 +30,20 @@ class Slots:
         on_command: Callable[[Command], None],
         on_slot: Callable[[], None],
         no_batch: Callable[[Any], Any],
+        would_run: Callable[[Any, Any], bool],
     ) -> None:
         self._scheduler = scheduler
         self._on_command = on_command
         self._on_slot = on_slot
         self._no_batch = no_batch
+        self._would_run = would_run
         self._outbox: list[Command] = []
         self.held_by: set[str] = set()  # while there is any, no batch is begun
         self._unjoined: dict[
             int, Any
         ] = {}  # batches whose requests join the running ones of their slot when it goes on
+        self.held_back_s: float | None = None  # since when there was something to begin, the last time it was held
+        self._is_holding = False
         self._send_with_requests()
         self._take_from_requests()
         self._hold_batches()
@@ -76,12 +82,17 @@ class Slots:
         @wraps(choose)
         def get_next_batch_to_run(running_batch: Any, last_batch: Any) -> Any:
             # Under pipeline parallelism SGLang itself does not look at the flag of its own pause.
-            if self.held_by or scheduler._engine_paused:
-                if last_batch is not None:
-                    self._unjoined[id(last_batch)] = last_batch
-                return self._no_batch(running_batch)
-            self._unjoined.pop(id(last_batch), None)
-            return choose(running_batch=running_batch, last_batch=last_batch)
+            was_holding, self._is_holding = self._is_holding, bool(self.held_by or scheduler._engine_paused)
+            if not self._is_holding:
+                self._unjoined.pop(id(last_batch), None)
+                return choose(running_batch=running_batch, last_batch=last_batch)
+            if last_batch is not None:
+                self._unjoined[id(last_batch)] = last_batch
+            if not was_holding:
+                self.held_back_s = None
+            if self.held_back_s is None and self._would_run(running_batch, last_batch):
+                self.held_back_s = time.monotonic()
+            return self._no_batch(running_batch)
 
         scheduler.get_next_batch_to_run = get_next_batch_to_run
 

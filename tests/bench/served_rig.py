@@ -1,0 +1,129 @@
+"""An engine with a server of its own in this process's hands: moved in place, or stopped and started again."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from engines.checkpoint import read_checkpoint
+from engines.process import memory_pss_bytes
+from engines.protocol import RefactorProgress
+from engines.served.engine import HTTP_SOCKET, ServedEngine
+from engines.served.ranks import Ranks, boot_counts
+from planner.layout import Pipeline
+from planner.model_graph import ModelGraph, build_model_graph
+from tests.bench import direct
+from tests.bench.program import DEVICES, EngineSetup, prompts
+from tests.bench.rigs import WARM, longest_output
+from tests.bench.tables import mib, table
+
+RANKS = 4
+_PLACES = Ranks(device_ids=DEVICES[:RANKS])
+# In place, with another number of stages each: layers leave two ranks, come back, and go to the last one.
+LAPS = tuple(_PLACES.pipeline_of(counts) for counts in ((2, 2, 2, 2), (4, 0, 0, 4), (3, 0, 3, 2)))
+
+
+class ServedRig(ABC):
+    """One engine of four pipeline ranks."""
+
+    name: str
+    laps = LAPS
+
+    def __init__(self) -> None:
+        self.engine = self._make(LAPS[0])
+        self._streams = direct.HeldStreams([], max_tokens=1)
+
+    @abstractmethod
+    def _make(self, pipeline: Pipeline) -> ServedEngine:
+        """Return an engine that boots with this layout."""
+
+    @abstractmethod
+    async def _empty_prefix_cache(self) -> None:
+        """What earlier legs left there would have to move, too."""
+
+    async def start(self) -> None:
+        await self.engine.start(on_progress=lambda _message: None)
+
+    async def begin(self, streams: int, prompt_tokens: int) -> None:
+        await self._empty_prefix_cache()
+        given = prompts(count=streams, length=prompt_tokens, seed=streams)
+        self._streams = direct.HeldStreams(given, max_tokens=longest_output(streams, prompt_tokens))
+        await self._streams.start(self.engine, warm_tokens=WARM)
+        await self.engine.trace()
+        self._streams.take()
+
+    async def end(self) -> None:
+        await self._streams.stop()
+        await self.engine.drain()
+
+    async def times(self) -> list[list[float]]:
+        return self._streams.take()
+
+    async def step_ends(self) -> list[float]:
+        ends: list[float] = (await self.engine.trace())["ends_s"]
+        return ends
+
+    async def move(self, target: Pipeline) -> list[RefactorProgress]:
+        return await direct.move(self.engine, target)
+
+    async def restart(self, target: Pipeline) -> None:
+        """Stop the engine, start it with the new partition (the nearest it boots with), resubmit with the tokens."""
+        await self.engine.close()
+        await self._streams.stop()
+        self.engine = self._make(_PLACES.pipeline_of(boot_counts(_PLACES.counts_of(target))))
+        await self.start()
+        await self._streams.start(self.engine, warm_tokens=1)
+
+    async def post(self, path: str, *, key: str = "") -> None:
+        """Ask the engine's own server."""
+        socket = aiohttp.UnixConnector(path=str(self.engine.run_directory / HTTP_SOCKET))
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with (
+            aiohttp.ClientSession(connector=socket, base_url="http://engine", raise_for_status=True) as session,
+            session.post(path, headers=headers),
+        ):
+            pass
+
+    async def close(self) -> None:
+        await self._streams.stop()
+        await self.engine.close()
+
+
+def common_options(model: str, graph: ModelGraph, setup: EngineSetup, *, python: str) -> dict[str, Any]:
+    """Return the engine's options by name, as the daemon's defaults where ``setup`` says nothing."""
+    return {
+        "python": python,
+        "model_directory": model,
+        "device_ids": DEVICES[:RANKS],
+        "device_memory_bytes": setup.device_memory_bytes,
+        "num_decoders": graph.num_decoders,
+        "kv_bytes_per_token": graph.decoders[0].kv_bytes_per_token,
+        "dtype": "float32",
+        "kv_cache_bytes": setup.kv_cache_bytes,
+        "threads": setup.threads,
+        "nice": setup.nice,
+    }
+
+
+def graph_of(model: Path) -> ModelGraph:
+    """Return the graph of a checkpoint in float32."""
+    checkpoint = read_checkpoint(model)
+    return build_model_graph(checkpoint.config, checkpoint.tensors, dtype="float32")
+
+
+async def measure_memory(rig: ServedRig, raw: dict[str, Any]) -> None:
+    """Print what each rank holds, and its PSS, in each layout."""
+    rows = []
+    for target in (*rig.laps[1:], rig.laps[0]):
+        await rig.move(target)
+        stages = {stage.device_ids: stage for stage in await rig.engine.stages()}
+        for device, pid in zip(rig.laps[0].stages, rig.engine.pids["workers"], strict=True):
+            stage = stages.get(device.device_ids)
+            pss = memory_pss_bytes(pid) or 0
+            held = "-" if stage is None else f"{stage.first_decoder}-{stage.end_decoder - 1}"
+            weights, kv = (0, 0) if stage is None else (stage.weights_bytes, stage.kv_mapped_bytes)
+            name = f"{target.granularity} stages, {device.device_ids[0]}"
+            rows.append([name, held, mib(weights), mib(kv), mib(pss)])
+    table("memory of the ranks (MiB)", ["layout, rank", "decoders", "weights", "KV capacity", "PSS"], rows)
+    raw["memory"] = rows
