@@ -16,7 +16,7 @@ from engines.protocol import RefactorProgress
 from flexpiped.flexctl.client import AdminClient, CtlError
 from planner.layout import Pipeline
 from planner.layout_file import format_layout
-from tests.bench.processes import command_of, descendants, leashed
+from tests.bench.processes import command_of, descendants, leashed, pss_bytes
 from tests.bench.program import DEVICES, EngineSetup
 
 _START_DEADLINE_S = 300.0
@@ -65,6 +65,10 @@ class DaemonProcess:
     async def move(self, target: Pipeline) -> list[RefactorProgress]:
         """Change the layout and return all reports, none if it is in force already. Raises: DaemonFailed."""
         return await asyncio.to_thread(self._move, target)
+
+    def memory_bytes(self) -> int:
+        """Return the proportional set size of the daemon and everything under it."""
+        return pss_bytes(descendants(self._leash_pid))
 
     def pids(self) -> DaemonPids:
         """Return the processes as they are now."""

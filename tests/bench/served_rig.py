@@ -117,13 +117,10 @@ async def measure_memory(rig: ServedRig, raw: dict[str, Any]) -> None:
     rows = []
     for target in (*rig.laps[1:], rig.laps[0]):
         await rig.move(target)
-        stages = {stage.device_ids: stage for stage in await rig.engine.stages()}
-        for device, pid in zip(rig.laps[0].stages, rig.engine.pids["workers"], strict=True):
-            stage = stages.get(device.device_ids)
-            pss = memory_pss_bytes(pid) or 0
-            held = "-" if stage is None else f"{stage.first_decoder}-{stage.end_decoder - 1}"
-            weights, kv = (0, 0) if stage is None else (stage.weights_bytes, stage.kv_mapped_bytes)
-            name = f"{target.granularity} stages, {device.device_ids[0]}"
-            rows.append([name, held, mib(weights), mib(kv), mib(pss)])
+        for rank, pid in enumerate(rig.engine.pids["workers"]):
+            status = await rig.engine.rank_status(rank)
+            held = ",".join(map(str, status["layers"])) or "-"
+            sizes = (status["weights_bytes"], status["kv_mapped_bytes"], memory_pss_bytes(pid) or 0)
+            rows.append([f"{target.granularity} stages, rank {rank}", held, *map(mib, sizes)])
     table("memory of the ranks (MiB)", ["layout, rank", "decoders", "weights", "KV capacity", "PSS"], rows)
     raw["memory"] = rows
