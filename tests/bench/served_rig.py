@@ -19,6 +19,7 @@ from tests.bench.rigs import WARM, longest_output
 from tests.bench.tables import mib, table
 
 RANKS = 4
+_MEMORY_STREAMS, _MEMORY_PROMPT_TOKENS = 8, 512  # while memory is measured
 _PLACES = Ranks(device_ids=DEVICES[:RANKS])
 # In place, with another number of stages each: layers leave two ranks, come back, and go to the last one.
 LAPS = tuple(_PLACES.pipeline_of(counts) for counts in ((2, 2, 2, 2), (4, 0, 0, 4), (3, 0, 3, 2)))
@@ -113,14 +114,21 @@ def graph_of(model: Path) -> ModelGraph:
 
 
 async def measure_memory(rig: ServedRig, raw: dict[str, Any]) -> None:
-    """Print what each rank holds, and its PSS, in each layout."""
+    """Print what each rank holds, and its PSS under streams, as it began and in each layout after moves.
+
+    Without streams nothing would have touched the weights that came in a move, nor the KV caches.
+    """
     rows = []
-    for target in (*rig.laps[1:], rig.laps[0]):
-        await rig.move(target)
+    for number, target in enumerate((*rig.laps, rig.laps[0])):
+        if number:
+            await rig.move(target)
+        await rig.begin(_MEMORY_STREAMS, _MEMORY_PROMPT_TOKENS)
         for rank, pid in enumerate(rig.engine.pids["workers"]):
             status = await rig.engine.rank_status(rank)
             held = ",".join(map(str, status["layers"])) or "-"
             sizes = (status["weights_bytes"], status["kv_mapped_bytes"], memory_pss_bytes(pid) or 0)
-            rows.append([f"{target.granularity} stages, rank {rank}", held, *map(mib, sizes)])
+            since = f"{target.granularity} stages, after {number} moves"
+            rows.append([f"{since}, rank {rank}", held, *map(mib, sizes)])
+        await rig.end()
     table("memory of the ranks (MiB)", ["layout, rank", "decoders", "weights", "KV capacity", "PSS"], rows)
     raw["memory"] = rows
