@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 import uvloop
 
-from tests.bench.load_messages import Command, Hold, Load, Run, Stop, Take
+from tests.bench.load_messages import Command, Hold, Load, Prompt, Run, Stop, Take
 from tests.bench.sse import SseStream, StreamFailed, request_bytes
 
 _WARM_DEADLINE_S = 60.0
@@ -70,12 +70,12 @@ class Client:
         self._held.clear()
         return self._take()
 
-    async def _repeat(self, command: Hold, prompt: list[int], times: list[float]) -> None:
+    async def _repeat(self, command: Hold, prompt: Prompt, times: list[float]) -> None:
         while True:
             await self._complete(command, prompt, times)
             self._restarts += 1
 
-    async def _complete(self, command: Run | Hold, prompt: list[int], times: list[float]) -> None:
+    async def _complete(self, command: Run | Hold, prompt: Prompt, times: list[float]) -> None:
         address = urlsplit(command.url)
         assert address.hostname is not None
         assert address.port is not None

@@ -1,11 +1,11 @@
 """The benchmark's side of the client process."""
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from tests.bench.child import Child, ChildFailed, child
-from tests.bench.load_messages import Command, Hold, Load, Run, Stop, Take
+from tests.bench.load_messages import Command, Hold, Load, Prompt, Run, Stop, Take
 
 
 class HttpClient:
@@ -18,7 +18,7 @@ class HttpClient:
     def pid(self) -> int:
         return self._process.pid
 
-    async def run(self, url: str, prompts: list[list[int]], *, max_tokens: int) -> Load:
+    async def run(self, url: str, prompts: Sequence[Prompt], *, max_tokens: int) -> Load:
         """Complete all prompts at once. Raises: ChildFailed, when a stream fails."""
         return await self._ask(Run(url=url, model="bench", prompts=prompts, max_tokens=max_tokens))
 

@@ -2,10 +2,11 @@
 
 import argparse
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tests.bench.http_client import HttpClient
+from tests.bench.load_messages import Prompt
 from tests.bench.program import prompts, whole_numbers
 from tests.bench.stats import median, percentile
 from tests.bench.tables import Bound, ms, say, table, times
@@ -31,10 +32,10 @@ class Figures:
         self.rates: dict[int, list[float]] = {}
         self.ttft_s: dict[int, list[float]] = {}
 
-    async def turn(self, client: HttpClient, url: str, streams: int, seed: int, options: argparse.Namespace) -> None:
-        given = prompts(count=streams, length=options.prompt_tokens, seed=seed)
+    async def turn(self, client: HttpClient, url: str, given: Sequence[Prompt], *, max_tokens: int) -> None:
+        streams = len(given)
         await asyncio.sleep(_SETTLE_S)
-        load = await client.run(url, given, max_tokens=options.tokens)
+        load = await client.run(url, given, max_tokens=max_tokens)
         self.rates.setdefault(streams, []).append(load.tokens / (load.ended_s - load.started_s))
         self.ttft_s.setdefault(streams, []).extend(times_s[0] - load.started_s for times_s in load.times_s)
 
@@ -43,11 +44,17 @@ class Figures:
         return {"rates": self.rates, "ttft_s": self.ttft_s}
 
 
-async def take_turns(client: HttpClient, urls: Mapping[str, str], options: argparse.Namespace) -> dict[str, Figures]:
+async def take_turns(
+    client: HttpClient,
+    urls: Mapping[str, str],
+    options: argparse.Namespace,
+    *,
+    as_prompt: Callable[[list[int]], Prompt] = lambda ids: ids,
+) -> dict[str, Figures]:
     """Let all ways take a turn at each number of streams in each round, each round in another order.
 
     One round more is held before the others and not counted. All ways of one turn get prompts of their own, so that
-    no prefix cache behind two of them knows the second's.
+    no prefix cache behind two of them knows the second's. ``as_prompt`` makes of token ids what is sent.
     """
     figures = {name: Figures() for name in urls}
     warm = {name: Figures() for name in urls}
@@ -58,7 +65,8 @@ async def take_turns(client: HttpClient, urls: Mapping[str, str], options: argpa
             for name in [*names[shift:], *names[:shift]]:
                 seed += 1
                 into = figures if number else warm
-                await into[name].turn(client, urls[name], streams, seed, options)
+                ids = prompts(count=streams, length=options.prompt_tokens, seed=seed)
+                await into[name].turn(client, urls[name], list(map(as_prompt, ids)), max_tokens=options.tokens)
         say(f"round {number} of {options.rounds}")
     return figures
 

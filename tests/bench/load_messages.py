@@ -1,6 +1,10 @@
 """What the client process is told and what it answers: one JSON object a line. Times are of the monotonic clock."""
 
+from collections.abc import Sequence
+
 import msgspec
+
+Prompt = list[int] | str
 
 
 class ToClient(msgspec.Struct, frozen=True, kw_only=True, tag_field="do"):
@@ -12,7 +16,7 @@ class Run(ToClient, frozen=True, kw_only=True, tag="run"):
 
     url: str  # http://HOST:PORT
     model: str
-    prompts: list[list[int]]
+    prompts: Sequence[Prompt]
     max_tokens: int
 
 
@@ -21,7 +25,7 @@ class Hold(ToClient, frozen=True, kw_only=True, tag="hold"):
 
     url: str
     model: str
-    prompts: list[list[int]]
+    prompts: Sequence[Prompt]
     max_tokens: int
     warm_events: int
 

@@ -2,12 +2,14 @@
 
 One rank of two threads, fp32, streams over HTTP with the same client: tokens per second, and the time from a request to
 its first token (p99 over all requests of all rounds). The router stands in front of the SGLang that is asked directly.
+It takes no token ids as prompts, so all ways get text.
 """
 
 import argparse
 import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from tests.bench.daemon_process import BATCHED_TOKENS, daemon
 from tests.bench.http_client import http_client
@@ -30,6 +32,12 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def _tokenizer(model: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(model / "tokenizer.json"))
+
+
 async def main() -> int:
     options = _options()
     model = await asyncio.to_thread(checkpoint, options)
@@ -44,7 +52,7 @@ async def main() -> int:
             say("sglang-router is left out: --router-python PATH names the interpreter of its environment")
         else:
             urls[ROUTER] = await stack.enter_async_context(sglang_router(options.router_python.absolute(), url))
-        figures = await take_turns(client, urls, options)
+        figures = await take_turns(client, urls, options, as_prompt=_tokenizer(model).decode)
     bounds = report("SGLang, one rank of two threads", figures, options)
     verdicts(bounds)
     write_json(options.json, {name: seen.to_wire() for name, seen in figures.items()}, bounds)

@@ -7,6 +7,8 @@ from typing import Final
 
 import msgspec
 
+from tests.bench.load_messages import Prompt
+
 _EVENT: Final = b'data: {"'  # cannot be within a JSON string, where a quote is escaped
 _DONE: Final = b"data: [DONE]"
 _USAGE: Final = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -74,7 +76,7 @@ class SseStream(asyncio.Protocol):
             self.done.set_exception(StreamFailed(reason))
 
 
-def request_bytes(*, host: str, model: str, prompt: list[int], max_tokens: int) -> bytes:
+def request_bytes(*, host: str, model: str, prompt: Prompt, max_tokens: int) -> bytes:
     """Return a streaming completion request as it goes over the wire: greedy, to the last token, with usage."""
     body = msgspec.json.encode(
         {
