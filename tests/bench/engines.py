@@ -21,7 +21,7 @@ from tests.bench.handover_legs import run_leg
 from tests.bench.http_client import HttpClient, http_client
 from tests.bench.program import DEVICES, NUM_DECODERS, checkpoint, parser, run, setup_of, whole_numbers
 from tests.bench.rigs import HttpRig
-from tests.bench.rounds import Rates, RoundsPlan, hold_rounds
+from tests.bench.rounds import Rates, hold_rounds, plan_of
 from tests.bench.stats import median
 from tests.bench.tables import mib, ms, say, table, times, write_json
 
@@ -116,13 +116,7 @@ def _print(
 async def main() -> int:
     options = _options()
     model = await asyncio.to_thread(checkpoint, options)
-    plan = RoundsPlan(
-        rounds=options.rounds,
-        streams=options.streams,
-        prompt_tokens=options.prompt_tokens,
-        max_tokens=options.tokens,
-        turn_s=options.turn_s,
-    )
+    plan = plan_of(options)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(http_client())
         booted = await _boot(stack, model, options)

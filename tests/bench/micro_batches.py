@@ -15,7 +15,7 @@ from engines.process import usable_cores
 from tests.bench import direct
 from tests.bench.contestants import Direct
 from tests.bench.program import checkpoint, even, parser, run, setup_of, whole_numbers
-from tests.bench.rounds import Rates, RoundsPlan, hold_rounds
+from tests.bench.rounds import Rates, RoundsPlan, hold_rounds, plan_of
 from tests.bench.tables import Bound, say, table, verdicts, write_json
 
 
@@ -63,13 +63,7 @@ async def main() -> int:
     options = _options()
     model = await asyncio.to_thread(checkpoint, options)
     setup = setup_of(options)
-    plan = RoundsPlan(
-        rounds=options.rounds,
-        streams=options.streams,
-        prompt_tokens=options.prompt_tokens,
-        max_tokens=options.tokens,
-        turn_s=options.turn_s,
-    )
+    plan = plan_of(options)
     found: dict[int, Rates] = {}
     async with AsyncExitStack() as stack:
         engines: dict[int, NativeEngine] = {}

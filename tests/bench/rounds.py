@@ -1,5 +1,6 @@
 """Rounds in which contestants take turns, so that a machine that is busy for a while is busy for all of them."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,17 @@ class RoundsPlan:
     prompt_tokens: int
     max_tokens: int
     turn_s: float
+
+
+def plan_of(options: argparse.Namespace) -> RoundsPlan:
+    """Return the plan that a program's options ask for."""
+    return RoundsPlan(
+        rounds=options.rounds,
+        streams=options.streams,
+        prompt_tokens=options.prompt_tokens,
+        max_tokens=options.tokens,
+        turn_s=options.turn_s,
+    )
 
 
 @dataclass(slots=True)

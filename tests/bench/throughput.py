@@ -19,7 +19,7 @@ from tests.bench.contestants import (
 )
 from tests.bench.http_client import HttpClient, http_client
 from tests.bench.program import checkpoint, parser, run, setup_of, whole_numbers
-from tests.bench.rounds import Rates, RoundsPlan, hold_rounds
+from tests.bench.rounds import Rates, hold_rounds, plan_of
 from tests.bench.tables import Bound, say, table, verdicts, write_json
 
 ONE_HTTP, ONE_DIRECT = "flexpiped, 1 stage, HTTP", "flexpiped, 1 stage, direct"
@@ -90,13 +90,7 @@ def _bounds(rates: Rates, names: list[str], streams: int) -> list[Bound]:
 async def main() -> int:
     options = _options()
     model = await asyncio.to_thread(checkpoint, options)
-    plan = RoundsPlan(
-        rounds=options.rounds,
-        streams=options.streams,
-        prompt_tokens=options.prompt_tokens,
-        max_tokens=options.tokens,
-        turn_s=options.turn_s,
-    )
+    plan = plan_of(options)
     contestants: list[Contestant] = []
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(http_client())
