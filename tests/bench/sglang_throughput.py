@@ -1,8 +1,8 @@
 """What flexpiped and sglang-router cost in front of SGLang: the same SGLang, set up alike, three ways in turns.
 
-One rank of two threads, fp32, streams over HTTP with the same client: tokens per second, and the time from a request to
-its first token (p99 over all requests of all rounds). The router stands in front of the SGLang that is asked directly.
-It takes no token ids as prompts, so all ways get text.
+One rank, two threads by default, fp32, streams over HTTP with the same client: tokens per second, and the time from a
+request to its first token (p99 over all requests of all rounds). The router stands in front of the SGLang that is asked
+directly. It takes no token ids as prompts, so all ways get text.
 """
 
 import argparse
@@ -53,7 +53,7 @@ async def main() -> int:
         else:
             urls[ROUTER] = await stack.enter_async_context(sglang_router(options.router_python.absolute(), url))
         figures = await take_turns(client, urls, options, as_prompt=_tokenizer(model).decode)
-    bounds = report("SGLang, one rank of two threads", figures, options)
+    bounds = report(f"SGLang, one rank, threads: {setup.threads}", figures, options)
     verdicts(bounds)
     write_json(options.json, {name: seen.to_wire() for name, seen in figures.items()}, bounds)
     return 0

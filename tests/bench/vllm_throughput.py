@@ -1,7 +1,7 @@
 """What flexpiped costs in front of vLLM: the same vLLM, set up alike, through flexpiped and directly, in turns.
 
-One rank of two threads, eager, fp32, streams over HTTP with the same client: tokens per second, and the time from a
-request to its first token (p99 over all requests of all rounds).
+One rank, two threads by default, eager, fp32, streams over HTTP with the same client: tokens per second, and the time
+from a request to its first token (p99 over all requests of all rounds).
 """
 
 import argparse
@@ -40,7 +40,7 @@ async def main() -> int:
         vllm_server(python, model, threads=setup.threads, eager=True, flags=flags) as url,
     ):
         figures = await take_turns(client, {THROUGH: served.url, DIRECTLY: url}, options)
-    bounds = report("vLLM, one rank of two threads, eager", figures, options)
+    bounds = report(f"vLLM, one rank, eager, threads: {setup.threads}", figures, options)
     verdicts(bounds)
     write_json(options.json, {name: seen.to_wire() for name, seen in figures.items()}, bounds)
     return 0
