@@ -29,9 +29,9 @@ from tests.bench.direct import HeldStreams
 from tests.bench.program import checkpoint, even, parser, prompts, run, setup_of
 from tests.bench.replica_kv import Maker
 from tests.bench.rigs import WARM, longest_output
+from tests.bench.served_rig import post
 from tests.bench.stats import largest_gap, largest_gap_of, median, slices
 from tests.bench.tables import ms, say, table, times, write_json
-from tests.bench.vllm_rig import post
 
 _WINDOW_S: Final = 2.0  # at least, and as long as the longest handover so far
 _WINDOW_LIMIT_S: Final = 8.0

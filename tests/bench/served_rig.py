@@ -9,7 +9,7 @@ import aiohttp
 from engines.checkpoint import read_checkpoint
 from engines.process import memory_pss_bytes
 from engines.protocol import RefactorProgress
-from engines.served.engine import HTTP_SOCKET, ServedEngine
+from engines.served.engine import ServedEngine
 from engines.served.ranks import Ranks, boot_counts
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
@@ -76,19 +76,20 @@ class ServedRig(ABC):
         await self.start()
         await self._streams.start(self.engine, warm_tokens=1)
 
-    async def post(self, path: str, *, key: str = "") -> None:
-        """Ask the engine's own server."""
-        socket = aiohttp.UnixConnector(path=str(self.engine.run_directory / HTTP_SOCKET))
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        async with (
-            aiohttp.ClientSession(connector=socket, base_url="http://engine", raise_for_status=True) as session,
-            session.post(path, headers=headers),
-        ):
-            pass
-
     async def close(self) -> None:
         await self._streams.stop()
         await self.engine.close()
+
+
+async def post(engine: ServedEngine, path: str, *, key: str = "") -> None:
+    """Ask the engine's own server."""
+    socket = aiohttp.UnixConnector(path=str(engine.own_routes_socket))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with (
+        aiohttp.ClientSession(connector=socket, base_url="http://engine", raise_for_status=True) as session,
+        session.post(path, headers=headers),
+    ):
+        pass
 
 
 def common_options(model: str, graph: ModelGraph, setup: EngineSetup, *, python: str) -> dict[str, Any]:

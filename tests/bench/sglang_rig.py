@@ -9,7 +9,7 @@ from engines.sglang.options import SglangOptions
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph
 from tests.bench.program import EngineSetup
-from tests.bench.served_rig import ServedRig, common_options, graph_of
+from tests.bench.served_rig import ServedRig, common_options, graph_of, post
 
 
 class SglangRig(ServedRig):
@@ -27,7 +27,7 @@ class SglangRig(ServedRig):
         return self._made
 
     async def _empty_prefix_cache(self) -> None:
-        await self.post("/flush_cache", key=self._made.admin_key)
+        await post(self.engine, "/flush_cache", key=self._made.admin_key)
 
 
 @asynccontextmanager
