@@ -11,6 +11,7 @@ from flexpiped.flexctl import auto_commands, bench_command, commands, plan_comma
 from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
+from flexpiped.flexctl.traffic_options import positive
 
 
 class Run(Protocol):
@@ -52,6 +53,11 @@ def _late(module: str, function: str) -> Run:
         return found(client, screen, options)
 
     return run
+
+
+def _top_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--control", action="store_true", help="let keys change the number of stages")
+    parser.add_argument("--every", metavar="S", type=positive, default=1.0, help="seconds between readings (default 1)")
 
 
 def _rebalance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +144,12 @@ COMMANDS = (
         name="status",
         about="what is served, on which devices, how busy, and the last handover",
         run=commands.status,
+    ),
+    Command(
+        name="top",
+        about="the status as a live screen, with what happens; changes nothing unless --control is given",
+        run=_late("top_command", "top"),
+        add_arguments=_top_arguments,
     ),
     Command(
         name="rebalance",

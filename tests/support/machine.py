@@ -15,7 +15,7 @@ from pathlib import Path
 
 RELEASE = "bookworm"
 BASE = Path.home() / ".cache" / "flexpiped" / f"debian-{RELEASE}"
-PACKAGES = "systemd,systemd-sysv,dbus,python3"
+PACKAGES = "systemd,systemd-sysv,dbus,python3,procps"
 TOOLS = ("systemd-nspawn", "debootstrap", "nsenter", "dpkg-deb")
 ENGINE_PYTHON = "/srv/engine/bin/python"  # of the environment of these tests, inside
 _BOOT_DEADLINE_S = 60.0
