@@ -2,7 +2,8 @@
 
 GET  /status            everything about the daemon
 POST /rebalance         {"stages": N | "auto"}, {"layout": TEXT} or neither with {"engine": NAME};
-                        with "replica", "dry_run" and "wait"
+                        with "replica", "dry_run" and "wait"; {"on": NUMBER} for another replica than the main one;
+                        {"replicas": N} for more or fewer of them, with "stages" or "layout" of those that come
 POST /rebalance/cancel  roll back the refactoring under way
 GET  /topology          devices, links and what was measured, as they are now
 POST /topology/links    keep measured figures of links
@@ -58,18 +59,29 @@ class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: str | None = None
     replica: bool = False
     engine: Literal["native", "vllm", "sglang"] | None = None
+    replicas: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    on: Annotated[int, msgspec.Meta(ge=1)] | None = None
     dry_run: bool = False
     wait: bool = False
 
     def __post_init__(self) -> None:
         if self.stages is not None and self.layout is not None:
             raise ValueError('"stages" and "layout" cannot be asked for together')
+        if self.replicas is not None and (self.engine is not None or self.replica):
+            raise ValueError('"replicas" cannot be asked for together with "engine" or "replica"')
 
     def wanted(self) -> Wanted:
         """Return what is asked for: nothing at all means what the planner finds best."""
-        asked_nothing = self.stages is None and self.layout is None and self.engine is None
+        asked_nothing = {self.stages, self.layout, self.engine, self.replicas} == {None}
         stages = Auto.AUTO if self.stages == "auto" or asked_nothing else self.stages
-        return Wanted(stages=stages, layout=self.layout, replica=self.replica, engine=self.engine)
+        return Wanted(
+            stages=stages,
+            layout=self.layout,
+            replica=self.replica,
+            engine=self.engine,
+            replicas=self.replicas,
+            on=self.on,
+        )
 
 
 class PlanBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ Every cycle leaves one reason with its numbers in a log of decisions. A change b
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
@@ -55,6 +55,9 @@ class AutoControl:
     Args:
         engine: The one of now; raises ``EngineError`` while there is none.
         rest: What can end the engine while nobody uses it; None before there is one.
+        fleet: Number of stages of each replica that serves, by its number, the main one first; None: there is only the
+            ``engine``, and never more.
+        engines: All that serve, whose load counts together; None: that one.
         decided: The log of decisions.
     """
 
@@ -67,6 +70,8 @@ class AutoControl:
         candidates: Candidates,
         refactorings: Refactorings,
         rest: Callable[[], Rest | None] = lambda: None,
+        fleet: Callable[[], Mapping[int, int]] | None = None,
+        engines: Callable[[], Sequence[Engine]] | None = None,
         decided: EventLog,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,6 +84,8 @@ class AutoControl:
         self._candidates = candidates
         self._refactorings = refactorings
         self._rest = rest
+        self._replicas = fleet
+        self._engines = engines
         self._found: tuple[Candidate, ...] = ()
         self._clock = clock
         self._state: PolicyState | None = None
@@ -126,7 +133,7 @@ class AutoControl:
         if self._is_asleep:
             return
         engine = self._engine()
-        await self._load.sample(engine)
+        await self._load.sample(*(self._engines() if self._engines is not None else (engine,)))
         if self.mode is not AutoMode.OFF:
             self._found = await self._candidates.of(engine, self._load.observe())
 
@@ -158,14 +165,16 @@ class AutoControl:
         if self._is_asleep:
             return ()
         with suppress(EngineError):
-            return (self._engine().pipeline.granularity,)
+            if self._replicas is None:
+                return (self._engine().pipeline.granularity,)
+            return tuple(sorted(self._replicas().values())) or None
         return None
 
     async def _carry_out(self, action: Action, reason: str) -> None:
         """Act as an operator would, and tell the policy how that ended."""
         ending, why = Ending.FAILED, "it was broken off"
         try:
-            ending, why = await self._done(action, reason)
+            ending, why = await self.carried_out(action, reason)
         except (EngineError, PlannerError) as error:
             why = str(error)
         finally:  # whatever ended it: nothing is decided while an action counts as under way
@@ -182,12 +191,24 @@ class AutoControl:
         if ending is not Ending.DONE:
             self._record(Decision(action=None, reason=f"not done: {why}", at_s=now_s), took_s=0.0)
 
-    async def _done(self, action: Action, reason: str) -> tuple[Ending, str]:
-        """Carry an action out. There is one replica: to remove it is to sleep, and to add it is to wake up."""
+    async def carried_out(self, action: Action, reason: str = "asked for") -> tuple[Ending, str]:
+        """Carry an action out. The last replica is not removed but sleeps, and to add the first is to wake it up.
+
+        Raises:
+            EngineError, PlannerError
+        """
         rest = self._rest()
+        serving = {} if self._replicas is None or self._is_asleep else self._replicas()
         match action.verb:
             case Verb.CHANGE | Verb.UNDO:
-                return await self._changed(Wanted(stages=action.num_stages))
+                return await self._all_changed(action, serving)
+            case Verb.ADD if serving:
+                wanted = Wanted(stages=action.num_stages, replicas=len(serving) + action.count)
+                return await self._changed(wanted)
+            case Verb.REMOVE if (left := len(serving) - action.count) > 0:
+                return await self._changed(Wanted(stages=action.num_stages, replicas=left))
+            case Verb.REMOVE if len(serving) > 1:  # all of them: one stays, to sleep when nobody has come since
+                return await self._changed(Wanted(stages=action.num_stages, replicas=1))
             case Verb.REMOVE if rest is not None:
                 if self._refactorings.under_way is not None:
                     return Ending.BUSY, f"busy: {self._refactorings.under_way}"
@@ -197,6 +218,18 @@ class AutoControl:
                 return Ending.DONE, ""
             case _:
                 return Ending.FAILED, f"nothing here can {action.verb.value}"
+
+    async def _all_changed(self, action: Action, serving: Mapping[int, int]) -> tuple[Ending, str]:
+        """Change as many replicas as are meant, one after the other; the first that does not ends it."""
+        if len(serving) < 2:
+            return await self._changed(Wanted(stages=action.num_stages))
+        having = [number for number, stages in serving.items() if stages == action.from_stages]
+        ending, why = Ending.FAILED, f"no replica of {action.from_stages} stages serves any more"
+        for number in having[: action.count]:
+            ending, why = await self._changed(Wanted(stages=action.num_stages, on=number))
+            if ending is not Ending.DONE:
+                return ending, why
+        return ending, why
 
     async def _changed(self, wanted: Wanted) -> tuple[Ending, str]:
         try:
@@ -227,7 +260,7 @@ class AutoControl:
 
 
 def constants_of(settings: AutoSettings) -> PolicyConstants:
-    """Return the policy's constants. There is one replica, which the engine of the daemon is."""
+    """Return the policy's constants."""
     names = [name for name in PolicyConstants.__dataclass_fields__ if hasattr(settings, name)]
     return PolicyConstants(
         score=ScoreConstants(**{name: getattr(settings, name) for name in ScoreConstants.__dataclass_fields__}),

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 from engines.protocol import Engine
@@ -16,6 +17,7 @@ from planner.policy_candidates import Granularity, candidates_for, granularities
 from planner.policy_state import known
 from planner.workload import Slo, Workload
 
+_Asked = tuple[str, Pipeline, tuple[Pipeline, ...]]  # engine, main pipeline, all pipelines
 PLAN_AGE_S: Final = 300.0  # then devices may have other neighbours
 _KEPT: Final = 32  # kinds of load
 
@@ -24,9 +26,17 @@ class Answers(Protocol):
     """Plans for a number of stages; may take a while, and is called in a thread."""
 
     def answer(
-        self, stages: int | Auto, *, current: Pipeline | None, resident: Sequence[tuple[str, ...]] = ()
+        self,
+        stages: int | Auto,
+        *,
+        current: Pipeline | None,
+        resident: Sequence[tuple[str, ...]] = (),
+        taken: frozenset[str] = frozenset(),
     ) -> PlanAnswer:
-        """Return the whole plan, with every candidate. Raises ``PlannerError``."""
+        """Return the whole plan on devices that are not ``taken``, with every candidate. Raises ``PlannerError``."""
+
+    def free_devices(self, *, taken: frozenset[str]) -> int:
+        """Return how many devices are not ``taken``."""
 
 
 class PlannedCandidates:
@@ -34,6 +44,7 @@ class PlannedCandidates:
 
     Args:
         resolver: That of the engine in force.
+        serving: The pipelines of all replicas; empty: there is only the one that is asked about.
         expected: The workload that the configuration expects: it counts as long as nothing has been seen.
     """
 
@@ -43,13 +54,15 @@ class PlannedCandidates:
         resolver: Callable[[], Answers],
         expected: Workload,
         slo: Slo,
+        serving: Callable[[], Sequence[Pipeline]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._serving = serving
         self._resolver = resolver
         self._expected = expected
         self._slo = slo
         self._clock = clock
-        self._planned: tuple[tuple[str, Pipeline], float, tuple[Granularity, ...]] | None = None
+        self._planned: tuple[_Asked, float, tuple[Granularity, ...]] | None = None
         self._known: dict[Workload, tuple[Candidate, ...]] = {}
 
     def expect(self, expected: Workload, slo: Slo) -> None:
@@ -72,14 +85,36 @@ class PlannedCandidates:
         return self._known[workload]
 
     async def _granularities(self, engine: Engine) -> tuple[Granularity, ...]:
-        asked, now_s = (engine.capabilities.name, engine.pipeline), self._clock()
+        asked, now_s = (engine.capabilities.name, engine.pipeline, tuple(self._serving())), self._clock()
         if self._planned is None or self._planned[0] != asked or now_s - self._planned[1] > PLAN_AGE_S:
-            answer = await asyncio.to_thread(
-                self._resolver().answer, Auto.AUTO, current=engine.pipeline, resident=engine.capabilities.resident
+            taken = devices_beside(engine.pipeline, self._serving())
+            answer, free = await asyncio.to_thread(self._plan, engine, taken)
+            found = tuple(
+                replace(each, most_replicas=most_replicas(each, serving=self._serving(), free_devices=free))
+                for each in granularities_of(answer)
             )
-            self._planned = (asked, now_s, granularities_of(answer))
+            self._planned = (asked, now_s, found)
             self._known.clear()
         return self._planned[2]
+
+    def _plan(self, engine: Engine, taken: frozenset[str]) -> tuple[PlanAnswer, int]:
+        """Return the plan for the main replica, and how many devices no replica has."""
+        resolver, current = self._resolver(), engine.pipeline
+        answer = resolver.answer(Auto.AUTO, current=current, resident=engine.capabilities.resident, taken=taken)
+        return answer, resolver.free_devices(taken=taken | set(current.device_ids))
+
+
+def devices_beside(main: Pipeline, serving: Sequence[Pipeline]) -> frozenset[str]:
+    """Return the devices of all pipelines but the main one."""
+    return frozenset(device for each in serving if each != main for device in each.device_ids)
+
+
+def most_replicas(granularity: Granularity, *, serving: Sequence[Pipeline], free_devices: int) -> int:
+    """Return how many replicas there could be with further ones of this granularity: each has devices of its own.
+
+    Whether the free devices have the memory is for the plan of each that comes; one that does not fit is refused.
+    """
+    return max(1, len(serving)) + free_devices // max(1, granularity.devices)
 
 
 def workload_seen(seen: Observation, expected: Workload) -> Workload:

@@ -9,14 +9,16 @@ from flexpiped.engine_offers import EngineOffer, EngineOffers
 from flexpiped.handover_records import TargetResolver
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.replica_handover import ReplicaRunner
+from flexpiped.replicas import Replicas
+from flexpiped.scaling import Fleet
 from flexpiped.settings import Settings
-from flexpiped.supervisor import Supervisor
 from planner.layout import Pipeline
 from planner.replica_steps import ReplicaLimits
+from planner.routing import Pace
 
 
 class EngineInForce:
-    """Has no engine before ``supervisor`` and ``offers`` are set, each once.
+    """Has no engine before ``replicas`` and ``offers`` are set, each once.
 
     Args:
         settings: Those in force.
@@ -30,30 +32,30 @@ class EngineInForce:
         self._settings = settings
         self._reason = reason
         self._against_change = against_change
-        self.supervisor: Supervisor | None = None
+        self.replicas: Replicas | None = None
         self.offers: EngineOffers | None = None
 
     @property
     def name(self) -> str:
         """The engine in force; before there is one, the one that is configured."""
-        capabilities = None if self.supervisor is None else self.supervisor.capabilities
+        capabilities = None if self.replicas is None else self.replicas.capabilities
         return self._settings().engine.value if capabilities is None else capabilities.name
 
     @property
     def pipeline(self) -> Pipeline | None:
         """The pipeline in force, None before there is one."""
-        return None if self.supervisor is None else self.supervisor.pipeline
+        return None if self.replicas is None else self.replicas.pipeline
 
     def use(self, settings: Settings) -> None:
         """Use what ``settings`` say of what is live."""
-        if self.supervisor is not None:
-            self.supervisor.wait_deadline_s = settings.admission.engine_wait_s
+        if self.replicas is not None:
+            self.replicas.wait_deadline_s = settings.admission.engine_wait_s
         if self.offers is not None:
             self.offers.use(settings)
 
     def named_pipeline(self) -> tuple[str, Pipeline] | None:
         """Return engine and pipeline of now; while an engine is started again, those with which it will be."""
-        return None if self.supervisor is None else (self.name, self.supervisor.pipeline)
+        return None if self.replicas is None else (self.name, self.replicas.pipeline)
 
     def engine(self) -> Engine:
         """Return the engine that serves.
@@ -61,9 +63,9 @@ class EngineInForce:
         Raises:
             EngineDied: None does.
         """
-        if self.supervisor is None or self.supervisor.engine is None:
+        if self.replicas is None or self.replicas.engine is None:
             raise EngineDied(f"no engine serves now: {self._reason()}")
-        return self.supervisor.engine
+        return self.replicas.engine
 
     def engine_to_change(self) -> Engine:
         """Return the engine that serves, for one who will change its layout.
@@ -93,20 +95,38 @@ class EngineInForce:
         offer = self._known_offers().of(name)
         return Other(offer.resolver, lambda target: self._replica(target, offer))
 
-    def replica(self, target: Pipeline) -> ReplicaRunner:
-        """Return what makes a second instance of the same kind take over.
+    def replica(self, target: Pipeline, on: int | None = None) -> ReplicaRunner:
+        """Return what makes a second instance of the same kind take over, for the replica of that number.
 
         Raises:
             EngineError: None serves, or no second one can be had.
         """
-        return self._replica(target, self.offer())
+        return self._replica(target, self.offer(), on=on)
 
-    def _replica(self, target: Pipeline, offer: EngineOffer) -> ReplicaRunner:
-        if self.supervisor is None:
+    def known_replicas(self) -> Replicas:
+        """Return all replicas. Raises ``EngineDied``: there are none yet."""
+        if self.replicas is None:
             raise EngineDied(f"no engine serves now: {self._reason()}")
+        return self.replicas
+
+    @property
+    def fleet(self) -> Fleet:
+        """The replicas, as those see them who want more or fewer."""
+        return Fleet(
+            replicas=self.known_replicas,
+            factory=lambda: self.offer().factory,
+            drain_deadline_s=self._settings().handover.drain_deadline_s,
+        )
+
+    def pace_of(self, pipeline: Pipeline) -> Pace:
+        """Return how fast a pipeline is predicted to be; may block. Raises ``PlannerError``, ``EngineError``."""
+        return self.offer().resolver.pace_of(pipeline)
+
+    def _replica(self, target: Pipeline, offer: EngineOffer, *, on: int | None = None) -> ReplicaRunner:
+        replica = self.known_replicas().main if on is None else self.fleet.replica(on)
         handover = self._settings().handover
         return ReplicaRunner(
-            self.supervisor,
+            replica.supervisor,
             target,
             factory=offer.factory,
             carrier=KvCarrier(kv_bytes_per_token=offer.resolver.kv_bytes_per_token, preference=handover.kv),

@@ -10,13 +10,17 @@ from flexpiped.engine_factory import Model
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_offers import EngineOffers
 from flexpiped.events import EventKind, EventLog
+from flexpiped.flight import Flights
 from flexpiped.intent import IntentKeeper, basis_of
 from flexpiped.journal import Journal, JournalError
 from flexpiped.refactoring import Refactorings
+from flexpiped.replica_facts import ReplicaFacts
+from flexpiped.replicas import Replicas
 from flexpiped.restore import Beginning, restored
 from flexpiped.settings import Settings
 from flexpiped.supervision import Supervision
-from flexpiped.supervisor import Supervisor
+from flexpiped.supervisor import EngineFactory, Supervisor
+from planner.layout import Pipeline
 
 
 class EngineStart:
@@ -24,7 +28,7 @@ class EngineStart:
 
     Args:
         settings: Those in force; a reload may come meanwhile.
-        on_change: Told how the engine fares from here on.
+        on_change: Told how each replica fares from here on.
         on_progress: Told what the start is doing.
         on_plan: Told how many seconds each plan took, in the thread that planned.
     """
@@ -39,7 +43,7 @@ class EngineStart:
         intents: IntentKeeper,
         events: EventLog,
         refactorings: Refactorings,
-        on_change: Callable[[Supervision], None],
+        on_change: Callable[[int, Supervision], None],
         on_progress: Callable[[str], None],
         on_plan: Callable[[float], None],
     ) -> None:
@@ -54,7 +58,7 @@ class EngineStart:
         self._on_change = on_change
         self._on_progress = on_progress
 
-    async def run(self, stack: AsyncExitStack, model: Model) -> Supervisor:
+    async def run(self, stack: AsyncExitStack, model: Model) -> Replicas:
         """Return when the engine serves.
 
         Raises:
@@ -116,22 +120,44 @@ class EngineStart:
         log_events.layout_not_restored(reason=reason)
         self._events.publish(EventKind.DAEMON, f"last layout not restored: {reason}")
 
-    async def _supervise(self, stack: AsyncExitStack, beginning: Beginning) -> Supervisor:
-        """Start an engine, to be started again whenever it dies.
+    async def _supervise(self, stack: AsyncExitStack, beginning: Beginning) -> Replicas:
+        """Start the first replica, to be started again whenever it dies.
 
         Raises:
             EngineError: It did not start.
         """
-        supervisor = Supervisor(
-            factory=beginning.offer.factory,
-            pipeline=beginning.pipeline,
+        replicas = Replicas(
+            make=self._supervisor,
+            facts=lambda: ReplicaFacts(self._in_force.pace_of),
             wait_deadline_s=self._settings().admission.engine_wait_s,
             on_change=self._on_change,
-            on_progress=self._on_progress,
         )
-        stack.push_async_callback(supervisor.close)
+        stack.push_async_callback(replicas.close)
         stack.push_async_callback(self._refactorings.close)
-        self._in_force.supervisor = supervisor
+        self._in_force.replicas = replicas
         self._on_progress("starting the engine")
-        await supervisor.start()
-        return supervisor
+        try:
+            await replicas.add(beginning.pipeline, factory=beginning.offer.factory, on_progress=self._on_progress)
+        except BaseException:
+            self._in_force.replicas = None
+            raise
+        return replicas
+
+    def _supervisor(
+        self,
+        *,
+        factory: EngineFactory,
+        pipeline: Pipeline,
+        flights: Flights,
+        on_change: Callable[[Supervision], None],
+        on_progress: Callable[[str], None],
+    ) -> Supervisor:
+        """A ``MakeSupervisor``."""
+        return Supervisor(
+            factory=factory,
+            pipeline=pipeline,
+            wait_deadline_s=self._settings().admission.engine_wait_s,
+            on_change=on_change,
+            on_progress=on_progress,
+            flights=flights,
+        )

@@ -16,6 +16,7 @@ class Way(Enum):
 
     IN_PLACE = "in place"  # layers and KV cache move within the engine
     REPLICA = "replica"  # a second instance starts beside the first and takes over its requests
+    SCALE = "scale"  # no layout changes: replicas come or leave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +24,16 @@ class Wanted:
     """What is asked for: a number of stages, or the text of a layout file. ``replica``: by a second instance.
 
     ``engine``: by an engine of that name; then stages and layout may be left out, and their number stays as it is.
+    ``replicas``: so many instead of a change: stages and layout are then of those that come. ``on``: the number of the
+    replica that changes or leaves; None: the main one, or any.
     """
 
     stages: int | Auto | None = None
     layout: str | None = None
     replica: bool = False
     engine: str | None = None
+    replicas: int | None = None
+    on: int | None = None
 
     @property
     def names_a_layout(self) -> bool:
@@ -38,14 +43,26 @@ class Wanted:
 class TargetResolver(Protocol):
     """Turns what is asked for into a pipeline. Pure work, which may take a while: it is called in a thread."""
 
-    def resolve(self, wanted: Wanted, *, current: Pipeline, resident: Sequence[tuple[str, ...]] = ()) -> Pipeline:
-        """Return the pipeline to change to.
+    def resolve(
+        self,
+        wanted: Wanted,
+        *,
+        current: Pipeline,
+        resident: Sequence[tuple[str, ...]] = (),
+        taken: frozenset[str] = frozenset(),
+    ) -> Pipeline:
+        """Return the pipeline to change to, on devices that are not ``taken``.
 
         Raises:
             PlannerError: Nothing fits, or the layout is malformed; the message is for people.
         """
 
-    def broken_rules(self, target: Pipeline, *, current: Pipeline, second_instance: bool = False) -> tuple[str, ...]:
+    def beside(self, wanted: Wanted, *, taken: frozenset[str]) -> Pipeline:
+        """Return the pipeline of a replica more, on devices that are not ``taken``. Raises as ``resolve``."""
+
+    def broken_rules(
+        self, target: Pipeline, *, current: Pipeline | None, second_instance: bool = False
+    ) -> tuple[str, ...]:
         """Return a sentence for each rule of the planner that ``target`` breaks: asked before every handover."""
 
     def check_second(
@@ -60,9 +77,32 @@ class TargetResolver(Protocol):
         """
 
 
+def stages_in_words(pipeline: Pipeline) -> str:
+    """Return how many stages it has: ``2 stages``."""
+    return f"{pipeline.granularity} stage{'s' * (pipeline.granularity != 1)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalePlan:
+    """Replicas that come, by their pipelines, or leave, by their numbers; how many serve ``before`` and ``after``."""
+
+    before: int
+    after: int
+    add: tuple[Pipeline, ...] = ()
+    remove: tuple[int, ...] = ()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What comes and leaves, in words."""
+        coming = tuple(
+            f"a replica of {stages_in_words(each)} on {', '.join(each.device_ids)} comes" for each in self.add
+        )
+        return coming + tuple(f"replica {number} drains and ends" for number in self.remove)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What a refactoring would do, with the numbers of the feasibility check."""
+    """What a refactoring would do, with the numbers of the feasibility check. ``on``: the replica that it concerns."""
 
     current: Pipeline
     target: Pipeline
@@ -70,10 +110,12 @@ class Proposal:
     way: Way = Way.IN_PLACE
     engine_before: str = ""
     engine_after: str = ""  # empty: the engine stays
+    on: int | None = None
+    scale: ScalePlan | None = None
 
     @property
     def changes_something(self) -> bool:
-        return self.current != self.target or bool(self.engine_after)
+        return self.current != self.target or bool(self.engine_after) or self.scale is not None
 
     @property
     def layers_moved(self) -> int:
@@ -85,6 +127,8 @@ class Proposal:
 
     @property
     def stages_text(self) -> str:
+        if self.scale is not None:
+            return f"{self.scale.before} -> {self.scale.after} replicas"
         text = f"{self.current.granularity} -> {self.target.granularity} stages"
         engines = f"{self.engine_before} -> {self.engine_after}, " if self.engine_after else ""
         return text if self.way is Way.IN_PLACE else f"{engines}{text} by replica"
@@ -112,6 +156,7 @@ class HandoverRecord:
     way: Way = Way.IN_PLACE
     engine_before: str = ""
     engine_after: str = ""  # empty: the engine stayed
+    what: str = ""  # in words: ``2 -> 4 stages``
 
 
 def pipeline_to_wire(pipeline: Pipeline) -> list[dict[str, Any]]:
@@ -129,6 +174,8 @@ def proposal_to_wire(proposal: Proposal) -> dict[str, Any]:
         "target": pipeline_to_wire(proposal.target),
         "way": proposal.way.value,
         **_engines_to_wire(proposal),
+        "what": proposal.stages_text,
+        "on": proposal.on,
         "changes_something": proposal.changes_something,
         "feasible": proposal.check.feasible,
         "sentences": list(proposal.check.sentences),
@@ -168,6 +215,7 @@ def record_to_wire(record: HandoverRecord) -> dict[str, Any]:
         "number": record.number,
         "way": record.way.value,
         **_engines_to_wire(record),
+        "what": record.what,
         "stages_before": record.stages_before,
         "stages_after": record.stages_after,
         "result": record.result.value,

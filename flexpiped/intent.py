@@ -13,7 +13,7 @@ import msgspec
 
 from flexpiped.config_values import shown
 from flexpiped.events import Event, EventKind
-from flexpiped.handover_records import pipeline_to_wire
+from flexpiped.handover_records import Way, pipeline_to_wire
 from flexpiped.settings import KEYS, Settings, value_of
 from planner.errors import InvalidLayout
 from planner.layout import Pipeline, Stage
@@ -76,6 +76,8 @@ class IntentKeeper:
         if event.kind is not EventKind.REFACTORING:
             return None
         match event.fields.get("state"):
+            case "plan" if event.fields.get("way") == Way.SCALE.value:  # no layout changes
+                return None
             case "plan":
                 return self._asked_for(event)
             case "ended":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from engines.errors import EngineError
 from engines.protocol import Engine, EngineCounters, StageStatus
+from flexpiped.total_counters import total_counters
 from planner.arrivals import Absence, Reading
 from planner.load import WINDOWS_S, EngineSample, LoadMonitor, Observation
 
@@ -46,13 +47,15 @@ class LoadSampler:
         """Another layout is in force: latencies from here on are its own."""
         self._monitor.layout_changed()
 
-    async def sample(self, engine: Engine) -> None:
-        """Ask the engine. One that is gone says nothing, and what it said last becomes stale."""
+    async def sample(self, *engines: Engine) -> None:
+        """Ask the engines of all replicas. One that is gone says nothing, and what was said last becomes stale."""
         try:
-            counters, stages = await engine.counters(), await engine.stages()
+            counters = await total_counters(engines)
+            stages = [stage for engine in engines for stage in await engine.stages()]
         except EngineError:
             return
-        self._monitor.sampled(self._clock(), sample_of(counters, stages))
+        if counters is not None:
+            self._monitor.sampled(self._clock(), sample_of(counters, stages))
 
     def observe(self) -> Observation:
         """Return what is known now."""

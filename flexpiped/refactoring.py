@@ -5,13 +5,13 @@
           +--> NoFeasiblePlan  +--> RefactoringRefused              +--> failed  (the engine died)
 
 It is carried out by the engine in place, or where that cannot be by a second instance: a replica handover.
-Progress is published as events; whoever waits follows those.
+Replicas that come or leave enter here, too. Progress is published as events; whoever waits follows those.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
@@ -31,6 +31,7 @@ from flexpiped.handover_records import (
     HandoverRecord,
     HandoverResult,
     Proposal,
+    ScalePlan,
     TargetResolver,
     Wanted,
     Way,
@@ -69,6 +70,22 @@ class OtherEngine(Protocol):
         """Return a handover to an instance of it."""
 
 
+class ReplicaFleet(Protocol):
+    """The replicas that there are, and how they become more or fewer."""
+
+    def engine_of(self, number: int) -> Engine:
+        """Return the engine of a replica. Raises ``RefactoringRefused``."""
+
+    def devices_beside(self, number: int | None) -> frozenset[str]:
+        """Return the devices of all other replicas than this one; None: than the main one."""
+
+    def plan(self, wanted: Wanted, *, resolver: TargetResolver) -> ScalePlan:
+        """Return which come or leave. Raises ``RefactoringRefused``, ``PlannerError``; may block."""
+
+    def carry_out(self, plan: ScalePlan) -> ReplicaHandover:
+        """Return what does that."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _Running:
     number: int
@@ -96,7 +113,9 @@ class Refactorings:
 
     Args:
         engine, resolver: Those of now; they raise ``EngineError`` while there is none.
-        replica: Makes a replica handover to a pipeline; None where no second instance can be had.
+        replica: Makes a replica handover to a pipeline, of the replica of that number (None: the main one); None where
+            no second instance can be had.
+        fleet: The replicas; None where there is only one, and never more.
         other_engine: Finds an engine by its name, or raises ``UnsupportedByEngine``; it may block.
         settled: Returns when what was published is on disk: a refactoring that has been promised is not forgotten.
     """
@@ -107,7 +126,8 @@ class Refactorings:
         engine: Callable[[], Engine],
         resolver: Callable[[], TargetResolver],
         events: EventLog,
-        replica: Callable[[Pipeline], ReplicaHandover] | None = None,
+        replica: Callable[[Pipeline, int | None], ReplicaHandover] | None = None,
+        fleet: ReplicaFleet | None = None,
         other_engine: Callable[[str], OtherEngine] | None = None,
         settled: Callable[[], Awaitable[None]] = nothing_to_settle,
         monotonic_clock: Callable[[], float] = time.monotonic,
@@ -118,6 +138,7 @@ class Refactorings:
         self._resolver = resolver
         self._events = events
         self._replica = replica
+        self._fleet = fleet
         self._other_engine = other_engine
         self._monotonic_clock = monotonic_clock
         self._wall_clock = wall_clock
@@ -143,7 +164,9 @@ class Refactorings:
         Raises:
             PlannerError, EngineError
         """
-        engine = self._engine()
+        if wanted.replicas is not None:
+            return await self._propose_scale(wanted)
+        engine, taken = self._engine_on(wanted.on), self._devices_beside(wanted.on)
         current = engine.pipeline
         if wanted.engine not in (None, engine.capabilities.name):
             return await self._propose_other(engine, wanted)
@@ -151,18 +174,46 @@ class Refactorings:
             return Proposal(current=current, target=current, check=UNCHANGED)
         resolver = self._resolver()
         resident = engine.capabilities.resident
-        target = await asyncio.to_thread(resolver.resolve, wanted, current=current, resident=resident)
+        target = await asyncio.to_thread(resolver.resolve, wanted, current=current, resident=resident, taken=taken)
         if target == current:
-            return Proposal(current=current, target=target, check=UNCHANGED)
+            return Proposal(current=current, target=target, check=UNCHANGED, on=wanted.on)
+        if held := sorted(taken & set(target.device_ids)):
+            return Proposal(current=current, target=target, check=_held_by_others(held), on=wanted.on)
         check = await engine.check_refactor(target)
         why = why_replica(wanted, capabilities=engine.capabilities, check=check)
         if why is None or self._replica is None:
-            return await _by_the_rules(Proposal(current=current, target=target, check=check), resolver)
+            proposal = Proposal(current=current, target=target, check=check, on=wanted.on)
+            return await _by_the_rules(proposal, resolver)
         check = await check_replica(engine, target, resolver=resolver, check=check, why=why)
-        return await _by_the_rules(Proposal(current=current, target=target, check=check, way=Way.REPLICA), resolver)
+        proposal = Proposal(current=current, target=target, check=check, way=Way.REPLICA, on=wanted.on)
+        return await _by_the_rules(proposal, resolver)
+
+    def _engine_on(self, number: int | None) -> Engine:
+        if number is None:
+            return self._engine()
+        if self._fleet is None:
+            raise RefactoringRefused(f"there is no replica {number}; there is only one, which needs no number")
+        return self._fleet.engine_of(number)
+
+    def _devices_beside(self, number: int | None) -> frozenset[str]:
+        return frozenset() if self._fleet is None else self._fleet.devices_beside(number)
+
+    async def _propose_scale(self, wanted: Wanted) -> Proposal:
+        """Say which replicas would come or leave."""
+        current = self._engine().pipeline
+        if self._fleet is None:
+            raise RefactoringRefused("there is only one replica here, and never more")
+        plan = await asyncio.to_thread(self._fleet.plan, wanted, resolver=self._resolver())
+        if plan.before == plan.after:
+            check = RefactorCheck(feasible=True, sentences=(f"{plan.after} replicas serve already",))
+            return Proposal(current=current, target=current, check=check)
+        check = RefactorCheck(feasible=True, sentences=(), moves=plan.sentences)
+        return Proposal(current=current, target=current, check=check, way=Way.SCALE, scale=plan)
 
     async def _propose_other(self, engine: Engine, wanted: Wanted) -> Proposal:
         """Say what it would mean to put another engine in the place of this one."""
+        if self._devices_beside(None):
+            raise RefactoringRefused("the engine is changed with one replica: flexctl scale --replicas 1 comes first")
         current, before, after = engine.pipeline, engine.capabilities.name, wanted.engine or ""
         if not wanted.names_a_layout:
             wanted = replace(wanted, stages=current.granularity)
@@ -249,10 +300,13 @@ class Refactorings:
         if proposal.engine_after:
             replica = self._find_other(proposal.engine_after).replica(proposal.target)
             return replica.run(), replica.cancel
+        if proposal.scale is not None and self._fleet is not None:
+            scaling = self._fleet.carry_out(proposal.scale)
+            return scaling.run(), scaling.cancel
         if proposal.way is Way.REPLICA and self._replica is not None:
-            replica = self._replica(proposal.target)
+            replica = self._replica(proposal.target, proposal.on)
             return replica.run(), replica.cancel
-        engine = self._engine()
+        engine = self._engine_on(proposal.on)
         return engine.refactor(proposal.target), engine.cancel_refactor
 
     async def _run(self, running: _Running, reports: AsyncIterator[RefactorProgress]) -> None:
@@ -286,6 +340,7 @@ class Refactorings:
             way=running.proposal.way,
             engine_before=running.proposal.engine_before,
             engine_after=running.proposal.engine_after,
+            what=running.proposal.stages_text,
         )
         self._history.append(record)
         self._running = None
@@ -295,6 +350,11 @@ class Refactorings:
 
     def _publish(self, running: _Running, message: str, **fields: Any) -> None:
         self._events.publish(EventKind.REFACTORING, message, handover=running.number, **fields)
+
+
+def _held_by_others(device_ids: Sequence[str]) -> RefactorCheck:
+    verb = "has a stage" if len(device_ids) == 1 else "have stages"
+    return RefactorCheck(feasible=False, sentences=(f"{', '.join(device_ids)} {verb} of another replica",))
 
 
 async def _by_the_rules(proposal: Proposal, resolver: TargetResolver) -> Proposal:

@@ -21,6 +21,7 @@ from engines.protocol import Engine, EngineCapabilities, GenerationRequest, Toke
 from flexpiped.continuing import continued
 from flexpiped.flight import Flight, Flights
 from flexpiped.replica_facts import ReplicaFacts
+from flexpiped.status import ReplicaStatus
 from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.supervisor import EngineFactory, Supervisor
 from planner.layout import Pipeline
@@ -122,7 +123,12 @@ class Replicas:
     @property
     def engine(self) -> Engine | None:
         """The main engine that serves now, None while there is none. Use ``ready_engine`` to wait for one."""
-        return next((each.engine for each in self._all if each.engine is not None), None)
+        return next(iter(self.engines), None)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that serve now, the main one first."""
+        return tuple(each.engine for each in self._all if each.engine is not None)
 
     @property
     def capabilities(self) -> EngineCapabilities | None:
@@ -134,6 +140,26 @@ class Replicas:
         """The main pipeline in force, or while there is no engine the one to start with."""
         return self.main.supervisor.pipeline
 
+    def status(self) -> tuple[ReplicaStatus, ...]:
+        """Return how each of them is."""
+        return tuple(self._status(each) for each in self._all)
+
+    def _status(self, replica: Replica) -> ReplicaStatus:
+        supervision, engine = replica.supervisor.supervision, replica.supervisor.engine
+        is_ready = supervision.state is SupervisorState.READY
+        return ReplicaStatus(
+            number=replica.number,
+            state=replica.state.value if is_ready else supervision.state.value,
+            reason="" if is_ready else supervision.reason,
+            requests=0 if engine is None else len(self.flights.at(engine)),
+            engine=engine,
+        )
+
+    @property
+    def pipelines(self) -> tuple[Pipeline, ...]:
+        """The pipelines of all replicas, the main one first."""
+        return tuple(each.supervisor.pipeline for each in self._all)
+
     def device_ids(self, *, but: Replica | None = None) -> frozenset[str]:
         """Return the devices that hold stages of replicas."""
         return frozenset(
@@ -142,7 +168,7 @@ class Replicas:
 
     def is_in_force(self, engine: Engine) -> bool:
         """Whether an engine takes requests."""
-        return any(each.engine is engine for each in self._all)
+        return engine in self.engines
 
     # --- replicas come and go ---
 

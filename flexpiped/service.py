@@ -46,12 +46,12 @@ from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings
 from flexpiped.reload import load_files
+from flexpiped.replicas import Replicas
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
 from flexpiped.settings import Settings
 from flexpiped.starting_app import starting_app
 from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
 from flexpiped.supervision import Supervision, SupervisorState
-from flexpiped.supervisor import Supervisor
 from flexpiped.tls import LiveTls
 from flexpiped.watches import watch_hardware, watch_text
 from planner.layout import Pipeline
@@ -108,6 +108,7 @@ class Service:
             resolver=lambda: self._in_force.offer().resolver,
             events=self.events,
             replica=self._in_force.replica,
+            fleet=self._in_force.fleet,
             other_engine=self._in_force.other,
             settled=lambda: self._journal.settled(),
         )
@@ -123,7 +124,10 @@ class Service:
         )
         self._metrics = Metrics(listener=self._load)
         self._candidates = PlannedCandidates(
-            resolver=lambda: self._in_force.offer().resolver, expected=workload_of(settings), slo=slo_of(settings)
+            resolver=lambda: self._in_force.offer().resolver,
+            serving=lambda: self._in_force.known_replicas().pipelines,
+            expected=workload_of(settings),
+            slo=slo_of(settings),
         )
         self._auto = AutoControl(
             settings.auto,
@@ -131,19 +135,21 @@ class Service:
             load=self._load,
             candidates=self._candidates,
             refactorings=self._refactorings,
-            rest=lambda: self._in_force.supervisor,
+            rest=lambda: self._in_force.replicas,
+            fleet=lambda: self._in_force.fleet.serving,
+            engines=lambda: self._in_force.known_replicas().engines,
             decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
         )
 
     @property
     def health(self) -> Health:
         """The state of the service: what the daemon is doing comes first, then what the engine is doing."""
-        supervisor = self._in_force.supervisor
-        if self._phase is not ServiceState.READY or supervisor is None:
+        replicas = self._in_force.replicas
+        if self._phase is not ServiceState.READY or replicas is None:
             return Health(state=self._phase, reason=self._reason)
         if self._text is not None and self._text.failure is not None:
             return Health(state=ServiceState.FAILED, reason=self._text.failure)
-        supervision = supervisor.supervision
+        supervision = replicas.supervision
         state = _STATES[supervision.state]
         return Health(state=state, reason="" if state is ServiceState.READY else supervision.reason)
 
@@ -194,11 +200,11 @@ class Service:
         await self._open_admin(stack, hardware)
         self._progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
-        supervisor, text = await self._start_engine(stack, model)
+        replicas, text = await self._start_engine(stack, model)
         app = create_app(
             Backend(
                 model=self.name,
-                supervisor=supervisor,
+                serving=replicas,
                 text=text,
                 admission=self._admission,
                 keys=lambda: self._keys,
@@ -254,6 +260,7 @@ class Service:
             engine=self._in_force.engine,
             refactorings=self._refactorings,
             latencies=self._metrics.latencies,
+            fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
             auto=lambda: {"mode": self._auto.mode.value, "decision": self._auto.last},
         )
         profiles = profile_routes(self._settings, source=self.source, environment=os.environ)
@@ -277,7 +284,7 @@ class Service:
         self._run_beside(stack, watch_hardware(hardware, self.events), name="hardware-watch")
         self._run_beside(stack, status.sample_forever(), name="status-sampler")
 
-    async def _start_engine(self, stack: AsyncExitStack, model: Model) -> tuple[Supervisor, TextService]:
+    async def _start_engine(self, stack: AsyncExitStack, model: Model) -> tuple[Replicas, TextService]:
         """Start the text process, and beside it plan the layout and start the engine."""
         text = TextService(
             model=model.tokenizer_directory,
@@ -320,13 +327,18 @@ class Service:
         if decision.fields["verb"] != "keep":
             self.events.publish(EventKind.DECISION, decision.message, **decision.fields)
 
-    def _on_supervision(self, supervision: Supervision) -> None:
-        self.events.publish(EventKind.ENGINE, supervision.reason, state=supervision.state.value)
+    def _on_supervision(self, number: int, supervision: Supervision) -> None:
+        """Tell how a replica fares. One that fails for good is the end only where no other one may serve."""
+        replicas = () if self._in_force.replicas is None else self._in_force.replicas.all
+        reason = f"replica {number}: {supervision.reason}" if len(replicas) > 1 else supervision.reason
+        self.events.publish(EventKind.ENGINE, reason, state=supervision.state.value, replica=number)
         match supervision.state:
             case SupervisorState.RECOVERING:
-                log_events.engine_recovering(reason=supervision.reason)
+                log_events.engine_recovering(reason=reason)
+            case SupervisorState.FAILED if all(each.has_failed for each in replicas):
+                self._fail(reason)
             case SupervisorState.FAILED:
-                self._fail(supervision.reason)
+                log_events.engine_failed(reason=reason)
             case _:
                 pass
 

@@ -249,7 +249,10 @@ class AutoSettings:
     guard_s: Annotated[float, seconds] = 30.0
     guard_tolerance: Annotated[float, number(0)] = 0.25
     bar_s: Annotated[float, seconds] = 600.0
-    min_replicas: Annotated[int, integer(0, 1)] = 1
+    min_replicas: Annotated[int, integer(0)] = 1
+    max_replicas: Annotated[int, integer(1)] = 1
+    reclaim_s: Annotated[float, number(0)] = 300.0
+    deadline_s: Annotated[float, seconds] = 30.0
     idle_s: Annotated[float, seconds] = 300.0
 
 

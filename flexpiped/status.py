@@ -15,6 +15,7 @@ from engines.protocol import Engine, EngineCounters, StageStatus
 from flexpiped.handover_records import record_to_wire
 from flexpiped.refactoring import Refactorings
 from flexpiped.throughput import TokenRate
+from flexpiped.total_counters import total_counters
 
 SAMPLE_PERIOD_S = 1.0
 
@@ -61,6 +62,17 @@ class Latencies:
     tpot: Percentiles | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One replica. ``engine`` None: it does not serve now, and ``reason`` says why."""
+
+    number: int
+    state: str
+    reason: str
+    requests: int
+    engine: Engine | None
+
+
 class StatusSource(Protocol):
     """Gives the status as JSON values."""
 
@@ -72,7 +84,8 @@ class DaemonStatus:
 
     Args:
         engine_name: Of the kind in force, which a handover may change.
-        engine: The one of now; raises ``EngineError`` while there is none.
+        engine: The main one of now; raises ``EngineError`` while there is none.
+        fleet: Every replica; without it there is that engine only.
         latencies: None while nothing measures them.
         auto: Mode and last decision of automatic control; None before there is any.
     """
@@ -87,6 +100,7 @@ class DaemonStatus:
         refactorings: Refactorings,
         latencies: Callable[[], Latencies | None],
         auto: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        fleet: Callable[[], Sequence[ReplicaStatus]] = tuple,
         monotonic_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -96,6 +110,7 @@ class DaemonStatus:
         self._refactorings = refactorings
         self._latencies = latencies
         self._auto = auto
+        self._fleet = fleet
         self._monotonic_clock = monotonic_clock
         self._started_s = monotonic_clock()
         self._rate = TokenRate()
@@ -103,27 +118,38 @@ class DaemonStatus:
     async def sample_forever(self) -> None:
         """Read the engine's token counter once a second."""
         while True:
-            try:
-                counters = await self._engine().counters()
-            except EngineError:
+            counters = await self._counters()
+            if counters is None:
                 self._rate.clear()
             else:
                 self._rate.add(self._monotonic_clock(), counters.generated_tokens_total)
             await asyncio.sleep(SAMPLE_PERIOD_S)
 
+    async def _counters(self) -> EngineCounters | None:
+        """Return those of all engines together."""
+        fleet = [each.engine for each in self._fleet() if each.engine is not None]
+        try:
+            return await total_counters(fleet or [self._engine()])
+        except EngineError:
+            return None
+
     async def status(self) -> dict[str, Any]:
-        """Return everything ``flexctl status`` shows."""
-        counters: EngineCounters | None = None
-        stages: Sequence[StageStatus] = ()
-        epoch: int | None = None
+        """Return everything ``flexctl status`` shows: stages and epoch of the main replica, counters of all."""
+        main: Engine | None = None
         with suppress(EngineError):  # starting, or between two engines: the state says which
-            engine = self._engine()
-            counters, stages, epoch = await engine.counters(), await engine.stages(), engine.epoch
+            main = self._engine()
+        fleet = self._fleet()
+        # Each engine is asked once: how busy a stage was is told since it was asked before.
+        wires = [await replica_to_wire(each) for each in fleet]
+        of_main = next((wire for each, wire in zip(fleet, wires, strict=True) if each.engine is main), None)
+        shown = of_main if of_main is not None and main is not None else await engine_to_wire(main)
+        counters = await self._counters()
         return self._overview() | {
-            "epoch": epoch,
-            "stages": await asyncio.to_thread(stages_to_wire, stages),
+            "epoch": shown["epoch"],
+            "stages": shown["stages"],
             "engine_counters": None if counters is None else counters_to_wire(counters),
             "tokens_per_s": self._rate.tokens_per_s,
+            "replicas": wires,
         }
 
     def _overview(self) -> dict[str, Any]:
@@ -142,6 +168,32 @@ class DaemonStatus:
             "auto": self._auto(),
             "last_handover": record_to_wire(history[-1]) if history else None,
         }
+
+
+async def replica_to_wire(replica: ReplicaStatus) -> dict[str, Any]:
+    """Return a replica as JSON values."""
+    return {
+        "number": replica.number,
+        "state": replica.state,
+        "reason": replica.reason,
+        "requests": replica.requests,
+        **await engine_to_wire(replica.engine),
+    }
+
+
+async def engine_to_wire(engine: Engine | None) -> dict[str, Any]:
+    """Return what runs in an engine; None and nothing where there is none, or it ends right now."""
+    counters: EngineCounters | None = None
+    stages: Sequence[StageStatus] = ()
+    epoch: int | None = None
+    if engine is not None:
+        with suppress(EngineError):
+            counters, stages, epoch = await engine.counters(), await engine.stages(), engine.epoch
+    return {
+        "epoch": epoch,
+        "stages": await asyncio.to_thread(stages_to_wire, stages),
+        "engine_counters": None if counters is None else counters_to_wire(counters),
+    }
 
 
 def stages_to_wire(stages: Sequence[StageStatus]) -> list[dict[str, Any]]:

@@ -102,6 +102,11 @@ class Supervisor:
         return self._engine
 
     @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engine that serves now, as one of one."""
+        return () if self._engine is None else (self._engine,)
+
+    @property
     def capabilities(self) -> EngineCapabilities | None:
         """Those of the last engine that served; None before the first."""
         return self._capabilities

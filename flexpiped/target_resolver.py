@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from flexpiped.config_values import Auto
 from flexpiped.handover_records import Wanted
+from planner import prediction
 from planner.candidate_plan import PlanAnswer
+from planner.errors import NoFeasiblePlan
 from planner.layout import Pipeline
 from planner.layout_file import parse_layout
 from planner.memory import KvBudget, MemoryCheck, check_memory
 from planner.question import PlanQuestion
+from planner.routing import Pace
 
 if TYPE_CHECKING:
     from planner.replanner import PlanSession
@@ -52,7 +55,14 @@ class PlannerResolver:
         """
         return self._pipeline(self.answer(stages, current=None))
 
-    def resolve(self, wanted: Wanted, *, current: Pipeline, resident: Sequence[tuple[str, ...]] = ()) -> Pipeline:
+    def resolve(
+        self,
+        wanted: Wanted,
+        *,
+        current: Pipeline,
+        resident: Sequence[tuple[str, ...]] = (),
+        taken: frozenset[str] = frozenset(),
+    ) -> Pipeline:
         """Return the pipeline to change to. Raises as ``first``; ``InvalidLayout`` for a malformed layout file.
 
         1. A layout file is what it says.
@@ -63,7 +73,22 @@ class PlannerResolver:
             return parse_layout(wanted.layout)
         stages = Auto.AUTO if wanted.stages is None else wanted.stages
         second = wanted.replica or wanted.engine is not None
-        return self._pipeline(self.answer(stages, current=current, resident=resident, second_instance=second))
+        return self._pipeline(
+            self.answer(stages, current=current, resident=resident, second_instance=second, taken=taken)
+        )
+
+    def beside(self, wanted: Wanted, *, taken: frozenset[str]) -> Pipeline:
+        """Return the pipeline of a replica more, which shares no device with the others. Raises as ``resolve``."""
+        if wanted.layout is None:
+            if all(device.id in taken for device in self._ask().topology.devices):
+                raise NoFeasiblePlan("no device is left")
+            return self._pipeline(self.answer(wanted.stages or Auto.AUTO, current=None, taken=taken))
+        pipeline = parse_layout(wanted.layout)
+        if held := sorted(taken & set(pipeline.device_ids)):
+            raise NoFeasiblePlan(f"{', '.join(held)} have stages of other replicas")
+        if broken := self.broken_rules(pipeline, current=None):
+            raise NoFeasiblePlan("; ".join(broken))
+        return pipeline
 
     def answer(
         self,
@@ -72,8 +97,11 @@ class PlannerResolver:
         current: Pipeline | None,
         resident: Sequence[tuple[str, ...]] = (),
         second_instance: bool = False,
+        taken: frozenset[str] = frozenset(),
     ) -> PlanAnswer:
         """Return the whole plan, with every candidate. Raises as ``first`` where more stages are asked for than can be.
+
+        Devices that are ``taken`` by other replicas are left out.
 
         Resident ranks count where they can have as many stages: 2 at least, as both ends are on ranks of their own.
         Else, and where a ``second_instance`` is asked for, nothing of what is held is shared.
@@ -86,6 +114,7 @@ class PlannerResolver:
         asked = self._ask()
         question = replace(
             asked,
+            topology=asked.topology.without(taken),
             engine=replace(asked.engine, resident=tuple(resident) if in_place else ()),
             num_stages=None if stages is Auto.AUTO else stages,
             current=current,
@@ -97,6 +126,23 @@ class PlannerResolver:
             return plan(question, clock=self._clock, session=self._session)
         finally:
             self._on_plan(self._clock() - began_s)
+
+    def free_devices(self, *, taken: frozenset[str]) -> int:
+        """Return how many devices are not ``taken``."""
+        return sum(device.id not in taken for device in self._ask().topology.devices)
+
+    def pace_of(self, pipeline: Pipeline) -> Pace:
+        """Return how fast a pipeline is predicted to be, for requests such as are expected.
+
+        Raises:
+            PlannerError: There are no times for it.
+        """
+        from planner.stage_times import pipeline_times
+
+        asked = self._ask()
+        kv_tokens = asked.engine.kv_tokens or asked.sequence_tokens
+        times = pipeline_times(asked, pipeline, kv_tokens=kv_tokens)
+        return prediction.Pipeline(times, asked.workload)
 
     def broken_rules(
         self, target: Pipeline, *, current: Pipeline | None, second_instance: bool = False

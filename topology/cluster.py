@@ -1,6 +1,6 @@
 """Many hosts as one topology: their snapshots merged, with racks and the network between them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -68,6 +68,10 @@ class ClusterTopology:
         if self.network.links and (own := self.network.links.get(pair_key(a.host_id, b.host_id))) is not None:
             return own
         return self.network.within_rack if a.rack == b.rack else self.network.between_racks
+
+    def without(self, device_ids: Collection[str]) -> "ClusterTopology":
+        """Return the cluster as if these devices were not here."""
+        return replace(self, hosts=tuple(host.without(device_ids) for host in self.hosts)) if device_ids else self
 
     def with_host(self, host: HostTopology) -> "ClusterTopology":
         """Return the cluster with a newer view of one host, or with one host more.

@@ -1,7 +1,7 @@
 """What devices there are and what joins any two of them: the view of planner and engines, of one host or of many."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Protocol
@@ -84,6 +84,14 @@ class HostTopology:
             return self._by_id[device_id]
         except KeyError:
             raise UnknownDevice(f"{self.host_id or 'this host'} has no device {device_id}") from None
+
+    def without(self, device_ids: Collection[str]) -> "HostTopology":
+        """Return the host as if these devices were not here."""
+        if not device_ids:
+            return self
+        devices = tuple(device for device in self.devices if device.id not in device_ids)
+        links = {pair: link for pair, link in self.links.items() if not {*pair} & {*device_ids}}
+        return replace(self, devices=devices, links=links)
 
     def gpu(self, device_id: str) -> GpuRecord | None:
         """Return what is known of a GPU or MIG instance."""

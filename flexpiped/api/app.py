@@ -21,6 +21,7 @@ from flexpiped.api.openapi import describe
 from flexpiped.api.parameters import ensure_model
 from flexpiped.api.text_routes import detokenize, tokenize
 from flexpiped.status import ServiceState
+from flexpiped.total_counters import total_counters
 
 _COUNTERS_TIMEOUT_S = 1.0
 _MAX_BODY_BYTES = 16 << 20
@@ -72,7 +73,7 @@ def _json(value: object, *, status: int = 200) -> web.Response:
 
 
 def _model_card(backend: Backend) -> dict[str, object]:
-    capabilities = backend.supervisor.capabilities
+    capabilities = backend.serving.capabilities
     return {
         "id": backend.model,
         "object": "model",
@@ -96,7 +97,7 @@ async def model(http: web.Request) -> web.Response:
 
 async def version(http: web.Request) -> web.Response:
     """GET /version"""
-    capabilities = http.app[BACKEND].supervisor.capabilities
+    capabilities = http.app[BACKEND].serving.capabilities
     engine = None if capabilities is None else capabilities.name
     return _json({"version": flexpiped.__version__, "engine": engine})
 
@@ -107,7 +108,7 @@ async def openapi(http: web.Request) -> web.Response:
     return _json(
         describe(
             model=backend.model,
-            capabilities=backend.supervisor.capabilities,
+            capabilities=backend.serving.capabilities,
             version=flexpiped.__version__,
             asks_for_keys=backend.keys() is not None,
         )
@@ -144,10 +145,9 @@ async def metrics(http: web.Request) -> web.Response:
 
 
 async def _engine_readings(backend: Backend) -> tuple[EngineCounters | None, Sequence[StageStatus]]:
-    engine = backend.supervisor.engine
-    if engine is None:
-        return None, ()
+    """Return the counters of all engines together, and the stages of the main one: stages are known by their index."""
+    engines = backend.serving.engines
     with suppress(EngineError, TimeoutError):
         async with asyncio.timeout(_COUNTERS_TIMEOUT_S):
-            return await engine.counters(), await engine.stages()
+            return await total_counters(engines), await engines[0].stages() if engines else ()
     return None, ()

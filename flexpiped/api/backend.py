@@ -2,20 +2,38 @@
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from aiohttp import web
 
-from engines.protocol import EngineCapabilities
+from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from engines.text.protocol import Text
 from flexpiped.admission import Admission
 from flexpiped.api.errors import unavailable
 from flexpiped.api.metrics import Metrics
 from flexpiped.keys import KeyRing
 from flexpiped.status import Health, ServiceState
-from flexpiped.supervisor import Supervisor
 from topology.device import Device
+
+
+class Serving(Protocol):
+    """What serves requests: one supervised engine, or several."""
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Those that serve now."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities | None:
+        """What they can do; None before the first has served."""
+
+    async def ready_engine(self, *, other_than: Engine | None = None) -> Engine:
+        """Return an engine that serves, waiting for it where need be. Raises ``EngineDied``, ``EngineClosed``."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Continue the prompt as ``Engine.generate`` does, over deaths of engines. Close it to abort."""
 
 
 def random_seed() -> int:
@@ -31,7 +49,7 @@ class Backend:
     """
 
     model: str
-    supervisor: Supervisor
+    serving: Serving
     text: Text
     admission: Admission
     metrics: Metrics
@@ -53,7 +71,7 @@ class Backend:
         health = self.health()
         if health.state in (ServiceState.DRAINING, ServiceState.FAILED):
             raise unavailable(health.reason or health.state.value, code=health.state.value)
-        capabilities = self.supervisor.capabilities
+        capabilities = self.serving.capabilities
         if capabilities is None:
             raise unavailable("the engine is starting", code=ServiceState.STARTING.value)
         return capabilities

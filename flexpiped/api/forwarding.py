@@ -73,7 +73,7 @@ async def forward(
         await backend.admission.reserve(lease, tokens=tokens)
         engine: Engine | None = None
         for _ in range(FRUITLESS_DEATHS):
-            engine = await backend.supervisor.ready_engine(other_than=engine)
+            engine = await backend.serving.ready_engine(other_than=engine)
             if engine.capabilities.own_server is None:  # the kind of engine was changed while the request waited
                 raise no_such_route(http.path, engine=engine.capabilities.name)
             try:
@@ -100,12 +100,12 @@ def _count_in(body: Body, name: str) -> int:
 
 async def _is_gone(engine: Engine, backend: Backend) -> bool:
     """Say whether the engine has died or been replaced, giving the news the time that it takes to arrive."""
-    if backend.supervisor.engine is engine:
+    if engine in backend.serving.engines:
         with suppress(TimeoutError):
             async with asyncio.timeout(backend.death_noticed_s):
                 await engine.died()
                 return True
-    return backend.supervisor.engine is not engine
+    return engine not in backend.serving.engines
 
 
 async def _answer_of(engine: Engine, http: web.Request, observation: Observation, raw: bytes) -> web.StreamResponse:

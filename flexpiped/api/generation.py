@@ -49,7 +49,7 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
         prompt_token_ids=job.request.prompt_token_ids, stop=job.stop, include_stop=job.include_stop
     )
     with contextlib.closing(feed):
-        async with closing(backend.supervisor.generate(job.request)) as chunks:
+        async with closing(backend.serving.generate(job.request)) as chunks:
             async for chunk in chunks:
                 token_ids = chunk.token_ids
                 completion_tokens += len(token_ids)

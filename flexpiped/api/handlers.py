@@ -54,7 +54,7 @@ async def completions(http: web.Request) -> web.StreamResponse:
     with backend.metrics.observe(Endpoint.COMPLETIONS) as observation, errors_translated(observation):
         raw = await read_body(http)
         body = parse_object(raw)
-        asked = route(routing.COMPLETIONS, body, served=backend.model, capabilities=backend.supervisor.capabilities)
+        asked = route(routing.COMPLETIONS, body, served=backend.model, capabilities=backend.serving.capabilities)
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=COMPLETION.default_tokens)
         prompt = asked.prompt
@@ -67,7 +67,7 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     with backend.metrics.observe(Endpoint.CHAT) as observation, errors_translated(observation):
         raw = await read_body(http)
         body = parse_object(raw)
-        asked = route(routing.CHAT, body, served=backend.model, capabilities=backend.supervisor.capabilities)
+        asked = route(routing.CHAT, body, served=backend.model, capabilities=backend.serving.capabilities)
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=CHAT.default_tokens)
         messages = asked.messages

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(Exit.DONE)
     except KeyboardInterrupt:
         screen.write([])
-        if options.run is commands.rebalance:
+        if options.run in (commands.rebalance, commands.scale):
             print("flexctl: the refactoring goes on; flexctl rebalance --cancel rolls it back", file=sys.stderr)
         return _INTERRUPTED
 

@@ -16,6 +16,7 @@ from flexpiped.flexctl.rebalance_lines import (
     current_line,
     end_lines,
     is_by_replica,
+    is_scaling,
     named_lines,
     need_lines,
     plan_lines,
@@ -61,7 +62,17 @@ def rebalance(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
         answer = client.call("POST", "/rebalance/cancel")
         screen.write([json.dumps(answer) if options.json else answer["message"]])
         return Exit.DONE
-    body = _body(options)
+    body = {"replica": options.replica, "engine": options.engine, "on": options.on}
+    return _carry_out(client, screen, options, body)
+
+
+def scale(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
+    """Have more or fewer replicas serve, or say what that would do."""
+    return _carry_out(client, screen, options, {"replicas": options.replicas, "on": options.on})
+
+
+def _carry_out(client: AdminClient, screen: Screen, options: Namespace, asked: dict[str, Any]) -> Exit:
+    body = {name: value for name, value in asked.items() if value is not None} | _body(options)
     if options.wait and not options.dry_run:
         return _wait(client.stream("POST", "/rebalance", body), screen, as_json=options.json)
     answer = client.call("POST", "/rebalance", body)
@@ -112,9 +123,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def _body(options: Namespace) -> dict[str, Any]:
-    body: dict[str, Any] = {"replica": options.replica, "dry_run": options.dry_run, "wait": options.wait}
-    if options.engine is not None:
-        body["engine"] = options.engine
+    body: dict[str, Any] = {"dry_run": options.dry_run, "wait": options.wait}
     if options.layout is None:
         return body | {"stages": options.stages}
     try:
@@ -164,7 +173,7 @@ def _show(fields: dict[str, Any], view: View, screen: Screen) -> View:
     match fields["state"]:
         case "plan":
             screen.write(plan_lines(fields))
-            view = View(by_replica=is_by_replica(fields))
+            view = View(by_replica=is_by_replica(fields) or is_scaling(fields))
         case "progress":
             view, lines = advance(view, fields["progress"])
             screen.write(lines)

@@ -45,6 +45,13 @@ def stages(text: str) -> int | str:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Read a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'a number of at least 1, not "{text}"')
+    return int(text)
+
+
 def _late(module: str, function: str) -> Run:
     """Return a command whose module is imported only when it runs: the others start without it."""
 
@@ -73,6 +80,20 @@ def _rebalance_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replica", action="store_true", help="by a second instance that takes over, even where it could be in place"
     )
+    parser.add_argument("--on", metavar="NUMBER", type=count, help="the replica to change (default: the main one)")
+    _carrying_out_arguments(parser)
+
+
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--replicas", metavar="N", type=count, required=True, help="how many there are to be")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stages", metavar="N", type=stages, help="of those that come, or leave (default: any)")
+    what.add_argument("--layout", metavar="FILE", help="layout file of the one that comes")
+    parser.add_argument("--on", metavar="NUMBER", type=count, help="the replica that leaves first")
+    _carrying_out_arguments(parser)
+
+
+def _carrying_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would move and whether it fits; move nothing")
     parser.add_argument("--wait", action="store_true", help="show the progress and return when it is done")
 
@@ -156,6 +177,12 @@ COMMANDS = (
         about="change the number, cuts or devices of the stages, or the engine, while serving",
         run=commands.rebalance,
         add_arguments=_rebalance_arguments,
+    ),
+    Command(
+        name="scale",
+        about="how many replicas serve: more start on devices that are free, fewer finish what they do and end",
+        run=commands.scale,
+        add_arguments=_scale_arguments,
     ),
     Command(
         name="plan",

@@ -84,6 +84,8 @@ def phase_line(phase: str, progress: Json, *, began_s: float) -> str:
 
 def plan_lines(proposal: Json) -> list[str]:
     """Return what will move, in the engine's words."""
+    if is_scaling(proposal):
+        return _wrapped(_line("plan", f"{proposal['what']}: {', '.join(proposal['moves'])}"))
     before, after = str(len(proposal["current"])), plural(len(proposal["target"]), "stage")
     if is_by_replica(proposal):
         after += " by replica"
@@ -98,6 +100,11 @@ def is_by_replica(answer: Json) -> bool:
     return answer.get("way") == "replica"
 
 
+def is_scaling(answer: Json) -> bool:
+    """Whether a proposal or record is of replicas that come or leave."""
+    return answer.get("way") == "scale"
+
+
 def need_lines(proposal: Json) -> list[str]:
     """Return the numbers of the feasibility check, one line for each device that gains something."""
     return [line for sentence in proposal["sentences"] for line in _wrapped(_line("", sentence))]
@@ -107,6 +114,10 @@ def end_lines(record: Json, *, paint: Paint = PLAIN) -> list[str]:
     """Return how a refactoring ended."""
     if record["result"] != "done":
         return named_lines(record["result"], record["message"], paint=paint)
+    if is_scaling(record):
+        done = paint("done", Colour.GREEN)
+        first, *rest = wrapped(record["message"], head=f"done in {format_duration(record['duration_s'])}: ")
+        return [done + first.removeprefix("done"), *rest]
     went_on = plural(record["progress"]["requests_live"], "request")
     return [f"{paint('done', Colour.GREEN)} in {format_duration(record['duration_s'])}, {went_on} went on"]
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from flexpiped.flexctl.rebalance_lines import is_scaling
 from flexpiped.flexctl.text import (
     PLAIN,
     Colour,
@@ -28,8 +29,7 @@ def status_lines(status: Mapping[str, Any], *, now_unix_s: float, paint: Paint =
         lines.append(f"  {status['reason']}")
     if status["engine_counters"] is not None:
         lines.append(f"  {_traffic(status)}")
-    if status["stages"]:
-        lines += _stage_table(status)
+    lines += _replicas(status) if len(status.get("replicas", ())) > 1 else _stage_table(status)
     if status["under_way"]:
         lines.append(f"now            {status['under_way']}")
     if status["last_handover"]:
@@ -43,7 +43,9 @@ def status_lines(status: Mapping[str, Any], *, now_unix_s: float, paint: Paint =
 
 def _headline(status: Mapping[str, Any], paint: Paint) -> str:
     facts = [status["model"]["name"], status["engine"]]
-    if status["stages"]:
+    if len(status.get("replicas", ())) > 1:
+        facts.append(f"{len(status['replicas'])} replicas")
+    elif status["stages"]:
         facts += [f"epoch {status['epoch']}", plural(len(status["stages"]), "stage")]
     if status.get("auto"):
         facts.append(f"auto {status['auto']['mode']}")
@@ -72,8 +74,25 @@ def _percentiles(name: str, values: Mapping[str, float] | None) -> str:
     return f"{name} p50 {format_latency(values['p50_s'])}  p99 {format_latency(values['p99_s'])}"
 
 
+def _replicas(status: Mapping[str, Any]) -> list[str]:
+    """Return the stages of each replica, below a line that says how it is."""
+    lines = []
+    for each in status["replicas"]:
+        facts = [f"replica {each['number']}", each["state"]]
+        if each["stages"]:
+            facts += [
+                f"epoch {each['epoch']}",
+                plural(len(each["stages"]), "stage"),
+                plural(each["requests"], "request"),
+            ]
+        lines += ["  " + "   ".join(facts) + (f"   {each['reason']}" if each["reason"] else ""), *_stage_table(each)]
+    return lines
+
+
 def _stage_table(status: Mapping[str, Any]) -> list[str]:
     """KV blocks are global over the stages of a replica, so every stage shows the same count."""
+    if not status["stages"]:
+        return []
     counters = status["engine_counters"]
     used, capacity = counters["kv_blocks_used"], counters["kv_blocks_capacity"]
     digits = len(str(capacity))
@@ -126,7 +145,10 @@ def _handover(record: Mapping[str, Any], now_unix_s: float, paint: Paint) -> str
     head = f"handover #{record['number']}".ljust(15)
     if record.get("engine_after"):
         head += f"{record['engine_before']} -> {record['engine_after']}, "
-    head += f"{record['stages_before']} -> {record['stages_after']} stages, {age} ago: "
+    if is_scaling(record):
+        head += f"{record['what']}, {age} ago: "
+    else:
+        head += f"{record['stages_before']} -> {record['stages_after']} stages, {age} ago: "
     if record["result"] != "done":
         return head + paint(record["result"], Colour.RED) + f", {record['message']}"
     return head + ", ".join(handover_facts(record))
@@ -134,6 +156,8 @@ def _handover(record: Mapping[str, Any], now_unix_s: float, paint: Paint) -> str
 
 def handover_facts(record: Mapping[str, Any]) -> list[str]:
     """Return what a finished handover moved and what it cost, as far as the engine reported it."""
+    if is_scaling(record):
+        return [record["message"]]
     facts = [plural(record["layers_moved"], "layer")]
     progress = record["progress"]
     if record.get("way") == "replica":

@@ -11,6 +11,7 @@ from engines.closing import closing
 from engines.errors import EngineClosed, RefactoringAborted
 from engines.native.adapter import NativeEngine
 from engines.protocol import GenerationRequest, RefactorProgress
+from flexpiped.api.backend import Serving
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.supervisor import Supervisor
 from planner.handover import HandoverPhase
@@ -56,8 +57,8 @@ def stream(index: int) -> GenerationRequest:
 class Streams:
     """Requests that run again and again, so that at any time so many are under way."""
 
-    def __init__(self, supervisor: Supervisor, count: int) -> None:
-        self._supervisor = supervisor
+    def __init__(self, serving: Serving, count: int) -> None:
+        self._serving = serving
         self._count = count
         self._stop = asyncio.Event()
         self._under_way = asyncio.Event()  # each has got a few tokens
@@ -84,7 +85,7 @@ class Streams:
     async def _read(self, index: int, started: set[int]) -> None:
         while not self._stop.is_set():
             tokens: list[int] = []
-            async with closing(self._supervisor.generate(stream(index))) as chunks:
+            async with closing(self._serving.generate(stream(index))) as chunks:
                 async for chunk in chunks:
                     tokens.extend(chunk.token_ids)
                     if len(tokens) > 5:

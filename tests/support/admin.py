@@ -106,7 +106,7 @@ async def replica_stand(
         engine=lambda: stand.engine,
         resolver=lambda: EvenResolver(memory_bytes=memory_bytes),
         events=events,
-        replica=lambda target: ReplicaRunner(supervisor, target),
+        replica=lambda target, _on: ReplicaRunner(supervisor, target),
     )
     stand = ReplicaStand(
         socket=folder / "admin.sock",

@@ -132,7 +132,7 @@ async def http_app(
     await supervisor.start()
     backend = Backend(
         model=MODEL,
-        supervisor=supervisor,
+        serving=supervisor,
         text=text or LocalText(PlainTokenizer(byte_level_tokenizer())),
         admission=Admission(limits=limits),
         metrics=Metrics(),

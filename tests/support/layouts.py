@@ -24,15 +24,39 @@ class EvenResolver:
         self.memory_bytes = memory_bytes
         self.rules_broken = rules_broken
 
-    def resolve(self, wanted: Wanted, *, current: Pipeline, resident: object = ()) -> Pipeline:  # noqa: ARG002
+    def resolve(
+        self,
+        wanted: Wanted,
+        *,
+        current: Pipeline,
+        resident: object = (),  # noqa: ARG002
+        taken: frozenset[str] = frozenset(),
+    ) -> Pipeline:
         if wanted.layout is not None and not wanted.layout.isdecimal():
             raise InvalidLayout("a layout of this test is a number")
         stages = wanted.stages if isinstance(wanted.stages, int) else int(wanted.layout or 1)
         if stages > current.num_decoders:
             raise NoFeasiblePlan(f"the model has {current.num_decoders} decoder layers, so at most as many stages")
-        return even_pipeline(stages, num_decoders=current.num_decoders)
+        if wanted.layout is not None:
+            return even_pipeline(stages, num_decoders=current.num_decoders)
+        return self.beside(Wanted(stages=stages), taken=taken, num_decoders=current.num_decoders)
 
-    def broken_rules(self, target: Pipeline, *, current: Pipeline, second_instance: bool = False) -> tuple[str, ...]:  # noqa: ARG002
+    def beside(self, wanted: Wanted, *, taken: frozenset[str], num_decoders: int = NUM_DECODERS) -> Pipeline:
+        """Return even cuts over the first devices that are not taken, of as many as there are decoders."""
+        left = [device for index in range(num_decoders) if (device := f"cpu:{index}") not in taken]
+        stages = wanted.stages if isinstance(wanted.stages, int) else 1
+        if stages > len(left):
+            raise NoFeasiblePlan(f"{len(left)} devices are left")
+        cuts = [num_decoders * stage // stages for stage in range(1, stages)]
+        return pipeline_of(device_ids=left[:stages], cuts=cuts, num_decoders=num_decoders)
+
+    def broken_rules(
+        self,
+        target: Pipeline,  # noqa: ARG002
+        *,
+        current: Pipeline | None,  # noqa: ARG002
+        second_instance: bool = False,  # noqa: ARG002
+    ) -> tuple[str, ...]:
         """Return ``rules_broken``: the rules of this test."""
         return self.rules_broken
 

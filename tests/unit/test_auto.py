@@ -17,10 +17,11 @@ from flexpiped.settings import AutoMode, AutoSettings
 from planner.errors import NoFeasiblePlan
 from planner.granularity import Candidate
 from planner.load import Observation
-from planner.policy_state import PolicyConstants, Verb
+from planner.policy_state import Action, Ending, PolicyConstants, Verb
 from tests.support.layouts import EvenResolver, even_pipeline
 from tests.support.until import until
 from tests.unit.planner.policies import FOUR, TWO
+from tests.unit.test_scaling import ScaleStand
 
 SETTINGS = AutoSettings(mode=AutoMode.ON, confirm_s=0.0, dwell_s=10.0, cool_down_s=1.0, guard_s=5.0)
 
@@ -229,6 +230,83 @@ async def test_nobody_for_long_makes_it_sleep_and_a_request_wakes_it(stand: Stan
     await stand.control.cycle()
     await stand.settled()
     assert not stand.bed.is_asleep
+
+
+@dataclass(slots=True, kw_only=True)
+class FleetStand:
+    """Replicas of two stages, of which there may be three, and the control loop over them."""
+
+    clock: Clock
+    load: LoadSampler
+    scale: ScaleStand
+    control: AutoControl
+
+    def ask(self, count: int, *, over_s: float) -> None:
+        for index in range(count):
+            self.clock.now_s += over_s / count
+            self.load.arrived(index)
+            self.load.first_token(index)
+            self.load.ended(index, prompt_tokens=10, output_tokens=1, tpot_s=None)
+
+    async def cycle(self) -> str:
+        decision = await self.control.cycle()
+        await until(lambda: self.control.is_settled)
+        return "" if decision is None else decision.reason
+
+
+@pytest.fixture
+async def fleet_stand() -> AsyncIterator[FleetStand]:
+    clock, given, scale = Clock(), Given(), ScaleStand()
+    await scale.add(even_pipeline(2))
+    given.candidates = (replace(TWO, most_replicas=3), replace(FOUR, most_replicas=1))
+    load = LoadSampler(clock=clock)
+    control = AutoControl(
+        replace(SETTINGS, max_replicas=3, reclaim_s=20.0),
+        engine=lambda: scale.replicas.engines[0],
+        load=load,
+        candidates=given,
+        refactorings=scale.refactorings,
+        rest=lambda: scale.replicas,
+        fleet=lambda: scale.fleet.serving,
+        engines=lambda: scale.replicas.engines,
+        decided=EventLog(),
+        clock=clock,
+    )
+    yield FleetStand(clock=clock, load=load, scale=scale, control=control)
+    await control.close()
+    await scale.refactorings.close()
+    await scale.replicas.close()
+
+
+async def test_overload_adds_replicas_and_calm_removes_them_again(fleet_stand: FleetStand) -> None:
+    fleet_stand.ask(700, over_s=30)
+    assert (await fleet_stand.cycle()).startswith("add ")
+    assert fleet_stand.scale.fleet.serving == {1: 2, 2: 2, 3: 2}
+    assert len(fleet_stand.scale.refactorings.history) == 1
+    for _ in range(60):
+        fleet_stand.clock.now_s += 10
+        await fleet_stand.cycle()
+    assert fleet_stand.scale.fleet.serving.keys() <= {1, 2, 3}
+    assert list(fleet_stand.scale.fleet.serving.values()) == [2]
+    removed = [each.message for each in fleet_stand.control.decided.since(0) if each.fields["verb"] == "remove"]
+    assert len(removed) == 2
+    assert all(each.endswith("% of what the others serve is asked for") for each in removed)
+
+
+async def test_a_change_of_granularity_concerns_each_replica(fleet_stand: FleetStand) -> None:
+    scale = fleet_stand.scale
+    await scale.scaled(Wanted(replicas=2))
+    ending = await fleet_stand.control.carried_out(Action(verb=Verb.CHANGE, num_stages=1, from_stages=2, count=2))
+    assert ending == (Ending.DONE, scale.refactorings.history[-1].message)
+    assert scale.fleet.serving == {1: 1, 2: 1}
+
+
+async def test_what_there_is_no_room_for_is_told_and_not_done(fleet_stand: FleetStand) -> None:
+    fleet_stand.scale.workshop.start_failures = ["no room"]
+    fleet_stand.ask(700, over_s=30)
+    await fleet_stand.cycle()
+    assert fleet_stand.control.decided.since(0)[-1].message.startswith("not done: a replica of 2 stages on ")
+    assert fleet_stand.scale.fleet.serving == {1: 2}
 
 
 def test_settings_are_the_policys_constants() -> None:

@@ -8,7 +8,7 @@ from engines.fake import FakeEngine
 from flexpiped.auto_candidates import PLAN_AGE_S, PlannedCandidates, workload_seen
 from flexpiped.config_values import Auto
 from planner.candidate_plan import PlanAnswer
-from planner.layout import Pipeline
+from planner.layout import Pipeline, pipeline_of
 from planner.load import LoadMonitor
 from planner.planning import plan
 from planner.question import EngineLimits, PlanQuestion
@@ -29,6 +29,10 @@ class Planner:
 
     def __init__(self) -> None:
         self.plans = 0
+        self.taken: frozenset[str] = frozenset()
+
+    def free_devices(self, *, taken: frozenset[str]) -> int:
+        return 4 - len(taken)
 
     def answer(
         self,
@@ -36,9 +40,11 @@ class Planner:
         *,
         current: Pipeline | None,  # noqa: ARG002
         resident: Sequence[tuple[str, ...]] = (),  # noqa: ARG002
+        taken: frozenset[str] = frozenset(),
     ) -> PlanAnswer:
         assert stages is Auto.AUTO
         self.plans += 1
+        self.taken = taken
         question = PlanQuestion(
             graph=GRAPH,
             costs=FlatCosts(),
@@ -85,3 +91,15 @@ async def test_other_lengths_are_predicted_anew_without_a_plan(engine: FakeEngin
 
 def test_what_was_not_seen_is_as_expected() -> None:
     assert workload_seen(LoadMonitor(began_s=0.0).observe(1.0), EXPECTED) == EXPECTED
+
+
+async def test_further_replicas_have_the_devices_that_nobody_has(engine: FakeEngine) -> None:
+    planner = Planner()
+    other = pipeline_of(device_ids=["cpu:2"], cuts=[], num_decoders=8)
+    serving = [engine.pipeline]
+    source = PlannedCandidates(resolver=lambda: planner, serving=lambda: serving, expected=EXPECTED, slo=Slo())
+    seen = LoadMonitor(began_s=0.0).observe(1.0)
+    assert [each.most_replicas for each in await source.of(engine, seen)] == [3, 2, 1, 1]
+    serving.append(other)
+    assert [each.most_replicas for each in await source.of(engine, seen)] == [3, 2, 2, 2]
+    assert (planner.plans, planner.taken) == (2, {"cpu:2"})

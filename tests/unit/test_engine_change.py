@@ -57,7 +57,7 @@ class Stand:
             engine=self.engine,
             resolver=EvenResolver,
             events=EventLog(),
-            replica=lambda target: ReplicaRunner(self.supervisor, target),
+            replica=lambda target, _on: ReplicaRunner(self.supervisor, target),
             other_engine=self.other,
         )
 

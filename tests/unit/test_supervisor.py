@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,20 @@ REQUEST = GenerationRequest(
 )
 
 
+class GatedEngine(FakeEngine):
+    """A fake engine whose start waits for a gate, where it has one."""
+
+    def __init__(self, gate: asyncio.Event | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._gate = gate
+
+    async def start(self, *, on_progress: Callable[[str], None]) -> None:
+        if self._gate is not None:
+            on_progress("waiting for the gate")
+            await self._gate.wait()
+        await super().start(on_progress=on_progress)
+
+
 class Workshop:
     """Makes fake engines and remembers them; time passes only when someone sleeps."""
 
@@ -49,12 +64,13 @@ class Workshop:
         self.slept_s: list[float] = []
         self.changes: list[Supervision] = []
         self.next_token: NextToken | None = None
+        self.gate: asyncio.Event | None = None  # what engines that start wait for
 
     def make(self, pipeline: Pipeline, epoch: int) -> FakeEngine:
         self.pipelines.append(pipeline)
         failure = self.start_failures.pop(0) if self.start_failures else None
         self.engines.append(
-            FakeEngine(pipeline=pipeline, epoch=epoch, start_failure=failure, next_token=self.next_token)
+            GatedEngine(self.gate, pipeline=pipeline, epoch=epoch, start_failure=failure, next_token=self.next_token)
         )
         return self.engines[-1]
 

@@ -229,7 +229,7 @@ async def test_a_stream_that_has_begun_ends_with_an_error(
     assert (error["type"], error["code"]) == ("service_unavailable_error", "engine_unavailable")
     assert "the engine died during the answer" in error["message"]
     assert 'flexpiped_requests_total{endpoint="completions",outcome="failed"} 1.0' in samples(app)
-    await until(lambda: app.backend.supervisor.engine is not None)
+    await until(lambda: bool(app.backend.serving.engines))
 
 
 async def test_a_server_that_hangs_up_while_its_engine_lives(

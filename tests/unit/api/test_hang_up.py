@@ -81,7 +81,7 @@ async def test_leaving_while_the_engine_recovers(app: HttpApp) -> None:
     await until(lambda: app.backend.admission.tokens_in_flight > 0)
     app.engines.last.kill("gone")
     client.leave(reset=True)
-    await until(lambda: len(app.engines.made) == 2 and app.backend.supervisor.engine is not None)
+    await until(lambda: len(app.engines.made) == 2 and bool(app.backend.serving.engines))
     await app.becomes_idle()
 
 

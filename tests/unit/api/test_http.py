@@ -196,7 +196,7 @@ async def test_probes(session: aiohttp.ClientSession) -> None:
         async with session.get(f"{app.url}/readyz") as response:
             assert (response.status, (await response.json())["status"]) == (200, "ready")
         app.engines.last.kill("no memory left")
-        await until(lambda: app.backend.supervisor.engine is None)
+        await until(lambda: not app.backend.serving.engines)
         async with session.get(f"{app.url}/readyz") as response:
             assert response.status == 503
             answer = await response.json()
