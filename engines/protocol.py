@@ -92,6 +92,11 @@ class OwnServer:
     completion_parameters: frozenset[str]  # all that the server knows by name
     chat_parameters: frozenset[str]
     every_chat: str = ""  # the option that makes every chat its own to render and to read; empty: there is none
+    # In bodies for it, of whatever route: there one token id that is not in the vocabulary would end the engine.
+    token_id_names: frozenset[str] = frozenset()
+    # An adapter is named MODEL + this + ADAPTER, and the server takes any other name for the model itself. Empty: it
+    # knows the names.
+    adapter_mark: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +250,10 @@ class OwnRoutes(Protocol):
     @property
     def own_routes_socket(self) -> Path:
         """The Unix socket on which the engine's own HTTP server listens. Valid once ``start`` has returned."""
+
+    @property
+    def own_routes_key(self) -> str:
+        """The bearer token that the server asks for, and only the daemon knows; empty: it asks for none of ours."""
 
 
 @runtime_checkable

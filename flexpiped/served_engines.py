@@ -167,5 +167,5 @@ class SglangEngines(ServedEngines):
         graph = self._model.graph
         if ranks.count > 1 and (reason := one_rank_reason(graph.model_type, tied=graph.tied)):
             raise UnsupportedByEngine(f"stages and engines.sglang.ranks ask for {ranks.count} pipeline ranks: {reason}")
-        options = SglangOptions(**self._common(ranks))
+        options = SglangOptions(**self._common(ranks), max_positions=graph.max_context_tokens)
         return SglangEngine(options, pipeline, epoch=epoch, graph=graph, on_log=self._log)

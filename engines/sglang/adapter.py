@@ -27,6 +27,7 @@ from engines.sglang.http import Event, HttpFailed, Refused, RequestFailed, Sglan
 from engines.sglang.interpreter import sglang_version
 from engines.sglang.logs import DIALECT
 from engines.sglang.options import SglangOptions, num_kv_tokens
+from engines.sglang.own_server import own_server
 from engines.sglang.sampling import parameter_of, to_sglang
 from engines.validation import check_request
 from planner.layout import Pipeline
@@ -99,16 +100,17 @@ class SglangEngine(ServedEngine):
         if self._http is not None:
             await self._http.close()
 
+    # --- OwnRoutes ---
+
+    @property
+    def own_routes_key(self) -> str:
+        return self._key
+
     # --- beyond the protocol: for benchmarks and tests ---
 
     @property
     def options(self) -> SglangOptions:
         return self._options
-
-    @property
-    def key(self) -> str:
-        """What SGLang's own routes ask for."""
-        return self._key
 
     @property
     def admin_key(self) -> str:
@@ -200,6 +202,7 @@ class SglangEngine(ServedEngine):
             max_stages=self._ranks.count,
             tensor_parallel=True,
             takes_engine_params=True,
+            own_server=own_server(self._options.args),
             caches_prefixes="--disable-radix-cache" not in self._options.args,
             kv_refusal=info["kv_refusal"],
             resident=tuple(self._ranks.devices_of(rank) for rank in range(self._ranks.count)),

@@ -4,17 +4,14 @@ The daemon owns what decides layout, memory, sockets and devices: such a flag am
 with the key that sets it. Everything else passes through, after our own flags, so it wins over our defaults.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from engines.served.inherited import inherited_environment
+from engines.served.environment import common_environment, with_users, words_of
 from engines.served.options import threads_per_rank
 from engines.served.owned import Owned
-from engines.served.plugin_path import plugin_path
 from engines.sglang.options import SglangOptions, num_kv_tokens
-from topology.cuda_order import visible_environment
 
 PLUGIN: Final = Path(__file__).with_name("plugin")
 KEYS_FILE: Final = "keys.yaml"  # in the run directory: a command line can be read by all users
@@ -115,22 +112,16 @@ def command_line(options: SglangOptions, *, counts: Sequence[int], run_dir: Path
         flags["--context-length"] = context_tokens(options)
     if not options.cuda:
         flags["--attention-backend"] = "torch_native"
-    texts = {
-        "--served-model-name": options.served_model_name,
-        "--revision": options.revision,
-        "--tokenizer-path": options.tokenizer,
-    }
-    return [
-        *(options.python, "-m", "sglang.launch_server", "--config", str(run_dir / KEYS_FILE)),
-        *(word for flag, value in flags.items() for word in (flag, str(value))),
-        *(word for flag, value in texts.items() if value for word in (flag, value)),
-        *(["--trust-remote-code"] if options.trust_remote_code else []),
+    more = [
         # It would go to the port, and a probe of ours says more.
         "--skip-server-warmup",
         # Else schedulers poll for requests all the time.
         "--sleep-on-idle",
         "--incremental-streaming-output",
-        *options.args,
+    ]
+    return [
+        *(options.python, "-m", "sglang.launch_server", "--config", str(run_dir / KEYS_FILE)),
+        *words_of(options, flags, tokenizer_flag="--tokenizer-path", more=more),
     ]
 
 
@@ -153,44 +144,35 @@ def environment(
         hf_token: The content of ``hf_token_file``.
     """
     OWNED_HERE.refuse(args=options.args, env=options.env)
-    env = inherited_environment(inherited, python=options.python, daemon_prefix=daemon_prefix)
+    env = common_environment(
+        options,
+        package="sglang",
+        plugin=PLUGIN,
+        run_dir=run_dir,
+        nice=options.nice,
+        inherited=inherited,
+        daemon_prefix=daemon_prefix,
+        hf_token=hf_token,
+    )
     env |= {
-        "PYTHONPATH": plugin_path(PLUGIN),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
-        "TMPDIR": str(run_dir),
-        "FLEXPIPED_SGLANG_DIR": str(run_dir),
-        "FLEXPIPED_SGLANG_NICE": str(options.nice),
-        "FLEXPIPED_SGLANG_SLICE_BYTES": str(options.slice_bytes),
         # torch's own rendezvous would listen on all interfaces
         "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{run_dir / 'rendezvous'}",
-        "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     if len(counts) > 1:
         env["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, counts))
-    if options.cuda:
-        env |= visible_environment(options.device_ids)
-    else:
+    if not options.cuda:
         threads = threads_per_rank(options, cores=len(cores))
         env |= {
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": str(threads),
             "SGLANG_CPU_OMP_THREADS_BIND": thread_bindings(cores, ranks=len(options.device_ids), threads=threads),
-            "GLOO_SOCKET_IFNAME": "lo",
             "TORCHDYNAMO_DISABLE": "1",  # small functions of the sampler would be compiled when first used
         }
-    if Path(options.model_directory).is_dir():
-        env["HF_HUB_OFFLINE"] = "1"
-    if options.max_model_len and options.max_model_len <= _positions(options) < context_tokens(options):
+    if options.max_model_len and options.max_model_len <= options.max_positions < context_tokens(options):
         # no request comes near the tokens that SGLang has beyond the model's positions: the adapter refuses it
         env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-    if hf_token:
-        env["HF_TOKEN"] = hf_token
-    env |= options.env
-    plugins = [name for name in options.env.get("SGLANG_PLUGINS", "").split(",") if name]
-    env["SGLANG_PLUGINS"] = ",".join(dict.fromkeys(["flexpiped", *plugins]))
-    return env
+    return with_users(env, options, plugins="SGLANG_PLUGINS")
 
 
 def thread_bindings(cores: Sequence[int], *, ranks: int, threads: int) -> str:
@@ -204,15 +186,5 @@ def thread_bindings(cores: Sequence[int], *, ranks: int, threads: int) -> str:
 
 def context_tokens(options: SglangOptions) -> int:
     """Return the context that SGLang has to be told, so that prompt and output may be ``max_model_len`` long."""
-    has_room = _positions(options) >= options.max_model_len
-    return options.max_model_len + (_OWN_CONTEXT_TOKENS if has_room else 0)
-
-
-def _positions(options: SglangOptions) -> int:
-    """Return the positions of the model as its configuration says, 0 where that does not tell."""
-    try:
-        config = json.loads((Path(options.model_directory) / "config.json").read_text())
-    except (OSError, ValueError):
-        return 0
-    found = config.get("max_position_embeddings", config.get("n_positions", 0))
-    return found if isinstance(found, int) else 0
+    fits = options.max_positions >= options.max_model_len  # else SGLang says that the model has not so many
+    return options.max_model_len + (_OWN_CONTEXT_TOKENS if fits else 0)

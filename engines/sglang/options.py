@@ -7,6 +7,7 @@ class SglangOptions(ServedOptions, frozen=True, kw_only=True):
     """Everything about one SGLang. A KV block is SGLang's page."""
 
     kv_block_tokens: int = 1
+    max_positions: int = 0  # of the model; 0: unknown
 
 
 def num_kv_tokens(options: SglangOptions) -> int:

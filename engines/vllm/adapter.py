@@ -87,6 +87,12 @@ class VllmEngine(ServedEngine):
             if not stream.ended and self._life.end is None:
                 self._ready_link().send({"op": "abort", "key": key})
 
+    # --- OwnRoutes ---
+
+    @property
+    def own_routes_key(self) -> str:
+        return ""  # one among engines.vllm.args is the clients' to know
+
     # --- KvTransfers ---
 
     async def export_kv(self, request_id: str) -> KvParcel:

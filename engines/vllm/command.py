@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from engines.served.inherited import inherited_environment
+from engines.served.environment import common_environment, with_users, words_of
 from engines.served.options import threads_per_rank
 from engines.served.owned import Owned
-from engines.served.plugin_path import plugin_path
 from engines.served.run_directory import HTTP_SOCKET
 from engines.vllm.options import VllmOptions, num_kv_blocks
-from topology.cuda_order import visible_environment
 
 PLUGIN: Final = Path(__file__).with_name("plugin")
 _LAYOUT: Final = "the layout decides it (stages, engines.vllm.ranks)"
@@ -107,21 +105,15 @@ def command_line(options: VllmOptions, *, counts: Sequence[int], run_dir: Path) 
         "--max-num-batched-tokens": options.max_num_batched_tokens,
         "--uvicorn-log-level": "warning",
     }
-    texts = {
-        "--served-model-name": options.served_model_name,
-        "--revision": options.revision,
-        "--tokenizer": options.tokenizer,
-    }
-    return [
-        *(options.python, "-m", "vllm.entrypoints.cli.main", "serve", options.model_directory),
-        *(word for flag, value in flags.items() for word in (flag, str(value))),
-        *(word for flag, value in texts.items() if value for word in (flag, value)),
-        *(["--trust-remote-code"] if options.trust_remote_code else []),
+    more = [
         *([] if options.compile else ["--enforce-eager"]),
         # A step in flight beside the scheduler's next one would not know of a commit between them.
         "--no-async-scheduling",
         "--disable-uvicorn-access-log",
-        *options.args,
+    ]
+    return [
+        *(options.python, "-m", "vllm.entrypoints.cli.main", "serve", options.model_directory),
+        *words_of(options, flags, tokenizer_flag="--tokenizer", more=more),
     ]
 
 
@@ -143,15 +135,17 @@ def environment(
         hf_token: The content of ``hf_token_file``.
     """
     _OWNED_HERE.refuse(args=options.args, env=options.env)
-    env = inherited_environment(inherited, python=options.python, daemon_prefix=daemon_prefix)
+    env = common_environment(
+        options,
+        package="vllm",
+        plugin=PLUGIN,
+        run_dir=run_dir,
+        nice=_nice(options),
+        inherited=inherited,
+        daemon_prefix=daemon_prefix,
+        hf_token=hf_token,
+    )
     env |= {
-        "PYTHONPATH": plugin_path(PLUGIN),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
-        "TMPDIR": str(run_dir),
-        "FLEXPIPED_VLLM_DIR": str(run_dir),
-        "FLEXPIPED_VLLM_NICE": str(_nice(options)),
-        "FLEXPIPED_VLLM_SLICE_BYTES": str(options.slice_bytes),
         "VLLM_PP_LAYER_PARTITION": ",".join(map(str, counts)),
         "VLLM_RPC_BASE_PATH": str(run_dir),
         "VLLM_HOST_IP": "127.0.0.1",
@@ -160,7 +154,6 @@ def environment(
         "VLLM_NIXL_SIDE_CHANNEL_HOST": side_channel_address(run_dir),
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would not load its plugins again
-        "TOKENIZERS_PARALLELISM": "false",
     }
     if len(counts) == 1:
         del env["VLLM_PP_LAYER_PARTITION"]  # vLLM refuses it for one rank of some models, and it says nothing
@@ -169,26 +162,16 @@ def environment(
     if not options.compile and (kept := _cache_of(inherited)) is not None:
         # Torch compiles parts of vLLM in eager mode, too. By itself it keeps them in TMPDIR, which ends with vLLM.
         env["TORCHINDUCTOR_CACHE_DIR"] = str(kept / "eager_inductor_cache")
-    if options.cuda:
-        env |= visible_environment(options.device_ids)
-    else:
+    if not options.cuda:
         env |= {
             "OMP_NUM_THREADS": str(threads_per_rank(options, cores=cores)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "GLOO_SOCKET_IFNAME": "lo",
         }
         if len(options.device_ids) == 1:
             # Else vLLM for the CPU turns "uni" into "mp": a worker process, and a core that polls for its answers. The
             # reason given, that threads cannot be bound then, is none here. Nothing else of a server reads this.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if Path(options.model_directory).is_dir():
-        env["HF_HUB_OFFLINE"] = "1"
-    if hf_token:
-        env["HF_TOKEN"] = hf_token
-    env |= options.env
-    plugins = [name for name in options.env.get("VLLM_PLUGINS", "").split(",") if name]
-    env["VLLM_PLUGINS"] = ",".join(dict.fromkeys(["flexpiped", *plugins]))
-    return env
+    return with_users(env, options, plugins="VLLM_PLUGINS")
 
 
 def side_channel_address(run_dir: Path) -> str:

@@ -22,6 +22,7 @@ from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.fields import Body
 from flexpiped.api.metrics import Observation, Outcome, outcome_of
+from flexpiped.api.own_bodies import refuse_unfit
 from flexpiped.api.wire import error_event
 from flexpiped.supervision import FRUITLESS_DEATHS
 
@@ -76,6 +77,7 @@ async def forward(
             engine = await backend.serving.ready_engine(other_than=engine)
             if engine.capabilities.own_server is None:  # the kind of engine was changed while the request waited
                 raise no_such_route(http.path, engine=engine.capabilities.name)
+            refuse_unfit(body, served=backend.model, capabilities=engine.capabilities)
             try:
                 return await _answer_of(engine, http, observation, raw)
             except _Unanswered as lost:
@@ -146,8 +148,11 @@ async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGener
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
     ) as session:
         url = URL(f"http://localhost{http.path_qs}", encoded=True)
-        ours = {"authorization"} if http.app[BACKEND].keys() is not None else set()
+        key = engine.own_routes_key
+        ours = {"authorization"} if key or http.app[BACKEND].keys() is not None else set()
         headers = [*_without(_NOT_ASKED | ours, http.headers), ("Content-Type", "application/json")]
+        if key:
+            headers.append(("Authorization", f"Bearer {key}"))
         try:
             answer = await session.request(http.method, url, data=raw, headers=headers, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from engines.protocol import EngineCapabilities, OwnServer
 from flexpiped.api.errors import ApiError
 from flexpiped.api.fields import Body, refuse_unknown
+from flexpiped.api.own_bodies import refuse_lost
 from flexpiped.api.parameters import (
     CHAT_NAMES,
     COMPLETION_NAMES,
@@ -79,14 +80,19 @@ def route(intake: Intake[T], body: Body, *, served: str, capabilities: EngineCap
     refuse_unsupported(body, {name: values for name, values in intake.neutral.items() if name not in own_names})
     because = _only_there(intake, body, served=served, own=own)
     if because:
-        return ToEngine(because)
+        return _to_engine(because, body, own_names)
     try:
         ours = {name: value for name, value in body.items() if name in intake.names}
         return intake.parse(ours, takes_engine_params=takes_engine_params)
     except ApiError as refusal:
         if refusal.code not in _NOT_OURS:
             raise
-        return ToEngine(refusal.param or "")
+        return _to_engine(refusal.param or "", body, own_names)
+
+
+def _to_engine(because: str, body: Body, own_names: frozenset[str]) -> ToEngine:
+    refuse_lost(body, names=own_names, because=because)
+    return ToEngine(because)
 
 
 def _only_there(intake: Intake[Any], body: Body, *, served: str, own: OwnServer) -> str:

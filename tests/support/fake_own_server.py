@@ -49,6 +49,7 @@ class FakeOwnServer:
 
 class EngineWithServer(FakeEngine):
     own_routes_socket = Path()  # set by whoever makes it
+    own_routes_key = ""
 
 
 def with_server(capabilities: EngineCapabilities, *, args: tuple[str, ...] = ()) -> EngineCapabilities:

@@ -26,6 +26,7 @@ def options_for(directory: Path, *, ranks: int, **overrides: object) -> SglangOp
         "dtype": "float32",
         "kv_cache_bytes": 32 << 20,
         "verify_checksums": True,
+        "max_positions": graph.max_context_tokens,
         "commit_deadline_s": 20.0,  # every slot that the radix cache holds is compared
     }
     return SglangOptions(**(values | overrides))  # type: ignore[arg-type]

@@ -3,26 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from engines.protocol import Engine
-from engines.text.client import TextService
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.own_server import own_server
-from flexpiped.admission import Admission, AdmissionLimits
-from flexpiped.api.app import create_app
-from flexpiped.api.backend import Backend
-from flexpiped.api.metrics import Metrics
-from flexpiped.servers import listen_tcp, serving, url_of
-from flexpiped.supervisor import Supervisor
-from tests.support.http_app import health_of
+from tests.support.own_routes import ANSWER, FORMAT, OTHER, TOOL, WORD, Api, api_before
 from tests.support.until import until
 from tests.support.vllm import llama
 
@@ -32,132 +20,18 @@ pytestmark = [
     pytest.mark.real_loop,
     pytest.mark.asyncio(loop_scope="session"),
 ]
-WORD, OTHER = "string", "get"  # one token each
-ANSWER = {"type": "string", "enum": ["red", "green"]}
-FORMAT = {"type": "json_schema", "json_schema": {"name": "colour", "schema": ANSWER}}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "paint",
-        "strict": True,  # else vLLM takes any JSON for arguments
-        "parameters": {
-            "type": "object",
-            "properties": {"colour": ANSWER},
-            "required": ["colour"],
-            "additionalProperties": False,
-        },
-    },
-}
-
-
-class Started:
-    """An engine that its fixture has started, and closes."""
-
-    def __init__(self, engine: VllmEngine) -> None:
-        self._engine = engine
-
-    async def start(self, **_unused: object) -> None:
-        """Nothing is left to do."""
-
-    async def close(self) -> None:
-        """The fixture does it."""
-
-    @property
-    def own_routes_socket(self) -> Path:
-        return self._engine.own_routes_socket
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Api:
-    """The daemon's API in front of real vLLM."""
-
-    session: aiohttp.ClientSession
-    url: str
-    backend: Backend
-    engine: VllmEngine
-
-    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        async with self.session.post(f"{self.url}{path}", json=body) as response:
-            return response.status, await response.json()
-
-    async def completion(self, **body: Any) -> dict[str, Any]:
-        """Return the answer to a greedy request for 8 tokens after a fixed prompt."""
-        status, answer = await self.post(
-            "/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, **body}
-        )
-        assert status == 200, answer
-        found: dict[str, Any] = answer
-        return found
-
-    async def chat(self, **body: Any) -> dict[str, Any]:
-        messages = [{"role": "user", "content": "Which colour?"}]
-        status, answer = await self.post(
-            "/v1/chat/completions", {"messages": messages, "max_tokens": 40, "temperature": 0, **body}
-        )
-        assert status == 200, answer
-        found: dict[str, Any] = answer
-        return found
-
-    async def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return what a stream sends before [DONE]."""
-        async with self.session.post(f"{self.url}{path}", json={**body, "stream": True}) as response:
-            assert response.headers["Content-Type"].startswith("text/event-stream")
-            *events, done, rest = (await response.text()).split("\n\n")
-        assert (done, rest) == ("data: [DONE]", "")
-        return [json.loads(event.removeprefix("data: ")) for event in events]
-
-    async def token(self, word: str) -> int:
-        (token_id,) = (await self.backend.text.encode(word))[1:]  # after that of the beginning
-        return token_id
-
-    async def becomes_idle(self) -> None:
-        async def is_idle() -> bool:
-            counters = await self.engine.counters()
-            return counters.running + counters.waiting == 0
-
-        await until(is_idle)
-        assert self.backend.admission.requests_in_flight == 0
-
-
-@asynccontextmanager
-async def own_server_of(engine: VllmEngine) -> AsyncIterator[aiohttp.ClientSession]:
-    """Yield a session with vLLM's own server, past the daemon."""
-    connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
-    async with aiohttp.ClientSession("http://vllm", connector=connector) as session:
-        yield session
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def api(engine: VllmEngine) -> AsyncIterator[Api]:
-    text = TextService(model=llama())
-    await text.start()
-    supervisor = Supervisor(factory=lambda _pipeline, _epoch: cast("Engine", Started(engine)), pipeline=engine.pipeline)
-    await supervisor.start()
-    backend = Backend(
-        model=engine.options.served_model_name,
-        supervisor=supervisor,
-        text=text,
-        admission=Admission(limits=AdmissionLimits()),
-        metrics=Metrics(),
-        health=health_of(supervisor),
-    )
-    listener = listen_tcp("127.0.0.1", 0)
-    url = url_of(listener)
-    async with serving(create_app(backend), listener, shutdown_s=1.0), aiohttp.ClientSession() as session:
-        yield Api(session=session, url=url, backend=backend, engine=engine)
-    await supervisor.close()
-    await text.close()
+    async with api_before(engine, model=llama()) as api:
+        yield api
 
 
-async def test_the_names_are_those_of_this_vllm(engine: VllmEngine) -> None:
-    async with own_server_of(engine) as session, session.get("/openapi.json") as response:
-        schemas = (await response.json())["components"]["schemas"]
+async def test_the_names_are_those_of_this_vllm(api: Api) -> None:
     own = own_server(())
-    assert set(schemas["CompletionRequest"]["properties"]) == own.completion_parameters
-    assert set(schemas["ChatCompletionRequest"]["properties"]) == own.chat_parameters
+    assert await api.names("CompletionRequest") == own.completion_parameters
+    assert await api.names("ChatCompletionRequest") == own.chat_parameters
 
 
 # --- sampling parameters ---

@@ -18,6 +18,7 @@ from tests.support.fake_own_server import (
     EVENTS,
     USAGE,
     WHOLE,
+    EngineWithServer,
     FakeOwnServer,
     cut,
     fake_own_server,
@@ -76,6 +77,19 @@ async def test_there_and_back_unchanged(app: HttpApp, server: FakeOwnServer, ses
         "flexpiped_time_to_first_token_seconds_count 0.0",
         "flexpiped_requests_in_flight 0.0",
     } <= set(samples(app))
+
+
+async def test_a_server_that_asks_for_the_daemons_key_gets_it_instead_of_the_clients(
+    app: HttpApp, server: FakeOwnServer, session: aiohttp.ClientSession
+) -> None:
+    engine = app.engines.last
+    assert isinstance(engine, EngineWithServer)
+    engine.own_routes_key = "ours"
+    headers = {"Authorization": "Bearer x"}
+    async with session.post(f"{app.url}/v1/completions", data=RAW, headers=headers) as response:
+        assert response.status == 200
+    (asked,) = server.asked
+    assert asked.headers.getall("Authorization") == ["Bearer ours"]
 
 
 async def test_a_stream_comes_byte_for_byte(

@@ -1,11 +1,15 @@
 """Which requests are ours, which the engine's own server's, and which are refused."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from engines.fake import FAKE_CAPABILITIES
+from engines.sglang.own_server import own_server as sglang_server
 from flexpiped.api.errors import ApiError
+from flexpiped.api.own_bodies import refuse_unfit
 from flexpiped.api.parameters import ChatRequest, CompletionRequest
 from flexpiped.api.routing import CHAT, COMPLETIONS, ToEngine, route
 from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL
@@ -132,3 +136,38 @@ def test_neutral_values_stay_neutral() -> None:
     for name, values in CHAT_NEUTRAL.items():
         for value in values:
             assert isinstance(chat({name: value}), ChatRequest)
+
+
+SGLANG = replace(FAKE_CAPABILITIES, name="sglang", takes_engine_params=True, own_server=sglang_server(()))
+
+
+def test_what_the_engines_server_would_ignore_is_refused_beside_what_only_it_does() -> None:
+    body = {"prompt": "x", "include_stop_str_in_output": True}
+    assert isinstance(route(COMPLETIONS, body, served="tiny", capabilities=SGLANG), CompletionRequest)
+    with pytest.raises(ApiError, match="include_stop_str_in_output does not go together with n: ") as caught:
+        route(COMPLETIONS, {**body, "n": 2}, served="tiny", capabilities=SGLANG)
+    assert caught.value.param == "include_stop_str_in_output"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "other"}, "model"),
+        ({"model": "tiny:adapter"}, None),
+        ({"prompt": [[1, 2], [3, 4096]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": ["one", "two"], "input": [{"role": "user"}]}, None),
+        ({"label_token_ids": [10**6]}, "label_token_ids"),
+        ({"max_tokens": 10**6, "seed": 10**9}, None),
+    ],
+)
+def test_what_would_mislead_or_end_the_engine_does_not_reach_its_server(
+    body: dict[str, Any], param: str | None
+) -> None:
+    small = replace(SGLANG, vocab_size=4096)
+    refused = pytest.raises(ApiError) if param else nullcontext()
+    with refused as caught:
+        refuse_unfit(body, served="tiny", capabilities=small)
+    if caught is not None:
+        assert caught.value.param == param
+    refuse_unfit(body, served="tiny", capabilities=VLLM)  # it looks at all of that itself

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from engines.protocol import FinishReason
 from engines.served.streams import Stream
@@ -85,3 +86,14 @@ async def test_an_answer_that_is_not_understood_is_named(
     server.answer = streaming(answer)
     with pytest.raises(RequestFailed, match=named):
         await anext(sglang.generate({}))
+
+
+async def test_a_start_that_is_awaited_never_asks_for_health(sglang: SglangHttp, server: FakeOwnServer) -> None:
+    """``/health`` fails while the engine holds still for a move, and would generate to find out."""
+
+    async def answer(_http: web.Request) -> web.StreamResponse:
+        return web.Response(status=503 if len(server.asked) < 3 else 200)
+
+    server.answer = answer
+    await sglang.until_ready()
+    assert [asked.path for asked in server.asked] == ["/model_info"] * 3

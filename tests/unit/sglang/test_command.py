@@ -112,3 +112,20 @@ def test_gpus_are_named_by_uuid_in_rank_order(options: SglangOptions) -> None:
     assert "SGLANG_USE_CPU_ENGINE" not in env(gpus)
     assert flags_of(gpus)["--device"] == "cuda"
     assert "--attention-backend" not in flags_of(gpus)
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "max_positions", "told", "beyond"),
+    [
+        (0, 2048, None, False),  # as the model says
+        (100, 2048, "106", False),
+        (2048, 2048, "2054", True),  # beyond the model's positions, where no request comes
+        (4096, 2048, "4096", False),  # SGLang refuses it, in its own words
+    ],
+)
+def test_sglang_gets_what_it_keeps_of_the_context_on_top(
+    options: SglangOptions, max_model_len: int, max_positions: int, told: str | None, beyond: bool
+) -> None:
+    asked = replace(options, max_model_len=max_model_len, max_positions=max_positions)
+    assert flags_of(asked).get("--context-length") == told
+    assert ("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN" in env(asked)) is beyond

@@ -5,6 +5,7 @@ allows a few attention backends, none of them for the CPU, and turns the prefix 
 neither: with the seed set, a request goes on after a replay as it would have.
 """
 
+import zlib
 from functools import wraps
 from typing import Any
 
@@ -22,7 +23,7 @@ def draw_by_seed() -> None:
     def from_schedule_batch(cls: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         info = describe(cls, batch, *args, **kwargs)
         if info.sampling_seed is None:
-            seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
+            seeds = [seed_of(request.sampling_params.sampling_seed, request_id=request.rid) for request in batch.reqs]
             info.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device, non_blocking=True)
         return info
 
@@ -30,6 +31,11 @@ def draw_by_seed() -> None:
     sampler.top_k_top_p_min_p_sampling_from_probs_torch = _by_token(
         sampler.top_k_top_p_min_p_sampling_from_probs_torch, sampler.multinomial_with_seed
     )
+
+
+def seed_of(given: int | None, *, request_id: str) -> int:
+    """Return the seed of a request: where none is given, one of its own that is the same on every rank."""
+    return zlib.crc32(request_id.encode()) if given is None else given
 
 
 def _by_token(sample: Any, draw: Any) -> Any:

@@ -1,0 +1,49 @@
+"""What the daemon looks at in a request for the engine's own server, because that server does not. Pure."""
+
+from typing import Any
+
+from engines.protocol import EngineCapabilities
+from flexpiped.api.errors import invalid
+from flexpiped.api.fields import Body
+from flexpiped.api.parameters import ensure_model
+
+
+def refuse_unfit(body: Body, *, served: str, capabilities: EngineCapabilities) -> None:
+    """Return when the engine's own server can be trusted with ``body``.
+
+    Raises:
+        ApiError: It would take another model's name for this one's, or a token id would end the engine.
+    """
+    own = capabilities.own_server
+    if own is None:
+        return
+    model = body.get("model")
+    if own.adapter_mark and isinstance(model, str) and not model.startswith(served + own.adapter_mark):
+        ensure_model(model, served=served)
+    for name in own.token_id_names & body.keys():
+        if _has_foreign_id(body[name], vocab_size=capabilities.vocab_size):
+            raise invalid(
+                f"{name}: token ids must be from 0 to {capabilities.vocab_size - 1}", param=name, code="invalid_value"
+            )
+
+
+def refuse_lost(body: Body, *, names: frozenset[str], because: str) -> None:
+    """Return when the engine's own server, which is needed ``because``, knows every parameter that is given by name.
+
+    Raises:
+        ApiError: It would ignore one.
+    """
+    lost = next((name for name, value in body.items() if value is not None and name not in names), None)
+    if lost is not None:
+        raise invalid(
+            f"{lost} does not go together with {because}: the engine's own server, which has that, has no {lost}",
+            param=lost,
+            code="unsupported_parameter",
+        )
+
+
+def _has_foreign_id(value: Any, *, vocab_size: int) -> bool:
+    """Return whether a token id of ``value``, a number or lists of them, is not in the vocabulary."""
+    if isinstance(value, list):
+        return any(_has_foreign_id(each, vocab_size=vocab_size) for each in value)
+    return isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < vocab_size
