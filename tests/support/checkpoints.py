@@ -65,6 +65,25 @@ def make_llama(
     return make(directory, config, shards=shards, seed=seed)
 
 
+def make_untied(directory: Path, *, of: Path) -> Path:
+    """Copy the checkpoint ``of`` with a head of its own that equals the embedding to which it was tied.
+
+    Both give the same text; some engines cut only the copy into several pipeline ranks.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if (directory / COMPLETE).is_file():
+        return directory
+    shutil.copytree(of, directory, dirs_exist_ok=True)
+    tensors = load_file(of / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((of / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    (directory / COMPLETE).write_text("")
+    return directory
+
+
 def make_gpt2(
     directory: Path,
     *,

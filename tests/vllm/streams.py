@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from engines.protocol import Engine, GenerationRequest, RefactorProgress, SamplingParams
-from planner.layout import Pipeline
+from planner.layout import Pipeline, Stage
 from tests.support.vllm import layout
 
 STREAMS = 8
@@ -63,6 +63,15 @@ def on_ranks(*counts: int) -> Pipeline:
     for rank in ranks:
         bounds.append(bounds[-1] + counts[rank])
     return layout(*bounds[1:-1], ranks=ranks)
+
+
+def on_pairs(first: int) -> Pipeline:
+    """Return a pipeline of two stages of two devices each."""
+    stages = (
+        Stage(device_ids=("cpu:0", "cpu:1"), first_decoder=0, end_decoder=first),
+        Stage(device_ids=("cpu:2", "cpu:3"), first_decoder=first, end_decoder=8),
+    )
+    return Pipeline(stages=stages)
 
 
 # In both directions, with ranks drained and filled again, one layer at a time and many.

@@ -9,8 +9,7 @@ from flexpiped.kv_carrier import copy_refusal
 from planner.layout import Pipeline, Stage
 from tests.support.vllm import devices, layout, llama, running
 from tests.vllm.copied import assert_copy_is_exact_and_needed
-from tests.vllm.streams import move
-from tests.vllm.test_models import on_pairs
+from tests.vllm.streams import move, on_pairs
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop, pytest.mark.long]
 

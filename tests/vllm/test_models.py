@@ -15,13 +15,12 @@ import pytest_asyncio
 
 from engines.errors import EngineDied, RefactoringRefused
 from engines.vllm.adapter import VllmEngine
-from planner.layout import Pipeline, Stage
 from tests.contract.engine_contract import request_of
 from tests.support import checkpoints
 from tests.support.native import CACHE
 from tests.support.vllm import devices, layout, llama, running
 from tests.vllm.remains import processes_of, runs, shared_memory
-from tests.vllm.streams import assert_same, move, run_streams
+from tests.vllm.streams import assert_same, move, on_pairs, run_streams
 
 pytestmark = [
     pytest.mark.engine,
@@ -30,15 +29,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 HANG_DEADLINE_S = 8.0  # more than the two cores ever keep a process waiting
-
-
-def on_pairs(first: int) -> Pipeline:
-    """Return a pipeline of two stages of two devices each."""
-    stages = (
-        Stage(device_ids=("cpu:0", "cpu:1"), first_decoder=0, end_decoder=first),
-        Stage(device_ids=("cpu:2", "cpu:3"), first_decoder=first, end_decoder=8),
-    )
-    return Pipeline(stages=stages)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
