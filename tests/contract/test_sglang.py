@@ -14,7 +14,7 @@ from engines.sglang.own_server import ELSEWHERE, own_server
 from planner.layout import Pipeline
 from tests.contract.engine_contract import EngineContract, request_of
 from tests.support.listening import listening_beyond_loopback
-from tests.support.own_routes import ANSWER, FORMAT, TOOL, Api, api_before
+from tests.support.own_routes import ANSWER, FORMAT, TOOL, WORD, Api, api_before
 from tests.support.sglang import running
 from tests.support.until import until
 from tests.support.vllm import layout, llama
@@ -153,6 +153,41 @@ class TestOwnServer:
         await until(is_running)
         await api.engine.drain()
         assert (await asking)["usage"]["completion_tokens"] == 120
+
+
+class TestParameters:
+    async def test_a_bias_forces_a_token_and_min_tokens_hold_the_end_back(self, api: Api) -> None:
+        answer = await api.completion(logit_bias={str(await api.token(WORD)): 100})
+        assert answer["choices"][0]["text"] == WORD * 8
+        (eos, *_) = api.engine.capabilities.eos_token_ids
+        for extra, tokens in (({}, 1), ({"min_tokens": 5}, 6)):
+            answer = await api.completion(logit_bias={str(eos): 100}, **extra)
+            assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (tokens, "stop")
+
+    async def test_min_p_of_one_leaves_the_likeliest(self, api: Api) -> None:
+        greedy = await api.completion()
+        drawn = await api.completion(temperature=1, min_p=1.0, seed=3)
+        assert drawn["choices"][0]["text"] == greedy["choices"][0]["text"]
+
+    @pytest.mark.parametrize("penalty", [{"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 2}])
+    async def test_a_penalty_changes_what_is_said_again(self, api: Api, penalty: dict[str, float]) -> None:
+        free, held = await api.completion(max_tokens=120), await api.completion(max_tokens=120, **penalty)
+        assert held["choices"][0]["text"] != free["choices"][0]["text"]
+
+    @pytest.mark.parametrize(
+        ("extra", "param"),
+        [
+            ({"min_p": "a"}, "min_p"),
+            ({"allowed_token_ids": [5]}, "allowed_token_ids"),
+            ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+            ({"repetition_penalty": 3}, "repetition_penalty"),
+            ({"min_tokens": 9}, "min_tokens"),
+            ({"mox_tokens": 9}, "mox_tokens"),
+        ],
+    )
+    async def test_wrong_ones_are_refused_by_name(self, api: Api, extra: dict[str, Any], param: str) -> None:
+        status, answer = await api.post("/v1/completions", {"prompt": [5], "max_tokens": 8, **extra})
+        assert (status, answer["error"]["param"]) == (400, param)
 
 
 class TestProcesses:
