@@ -89,7 +89,6 @@ class Daemon:
         self._admin_socket = admin_socket
         self._signals = signals
         self._banner = banner
-        self._num_devices = 0
         self._notifier = notifier
         self._is_announced = False  # from ready to stop: when a service manager may be told of a reload
 
@@ -197,7 +196,7 @@ class Daemon:
 
     def _announce_start(self, service: Service) -> None:
         version, engine = flexpiped.__version__, self._settings.engine.value
-        self._num_devices, devices = devices_in_words(self._settings)
+        devices = devices_in_words(self._settings)
         self._banner.starting(version=version, engine=engine, devices=devices, model=for_people(service.source))
         if not self._banner.is_read_live:
             log_events.daemon_starting(version=version, model=service.source, engine=engine)
@@ -233,7 +232,7 @@ class Daemon:
         if service.pipeline is None:
             return 1
         twice, decoders = 2 * service.pipeline.granularity, service.pipeline.num_decoders
-        return min(twice, decoders, self._num_devices)
+        return min(twice, decoders, service.max_stages)
 
 
 def _facts(service: Service) -> str:

@@ -83,16 +83,16 @@ def _measured(state: Path) -> tuple[Measurement | None, str | None]:
         return None, str(error)
 
 
-def devices_in_words(settings: Settings) -> tuple[int, str]:
-    """Return how many devices may hold stages, and what they are: ``8 CPU devices``, ``2 x NVIDIA L4``. Blocks."""
+def devices_in_words(settings: Settings) -> str:
+    """Return which devices may hold stages: ``8 CPU devices``, ``2 x NVIDIA L4``. Blocks."""
     try:
         devices = host_topology(settings).devices
     except UnsupportedByEngine:  # whoever needs them says why
-        return 0, "no devices"
+        return "no devices"
     names = {device.name for device in devices}
     if all(device.kind is DeviceKind.CPU for device in devices):
-        return len(devices), f"{len(devices)} CPU devices"
-    return len(devices), f"{len(devices)} x {names.pop()}" if len(names) == 1 else f"{len(devices)} GPUs"
+        return f"{len(devices)} CPU devices"
+    return f"{len(devices)} x {names.pop()}" if len(names) == 1 else f"{len(devices)} GPUs"
 
 
 def cpu_budget(settings: Settings) -> CpuBudget:

@@ -158,6 +158,11 @@ class Service:
         """The pipeline in force, None before there is one."""
         return self._in_force.pipeline
 
+    @property
+    def max_stages(self) -> int:
+        """How many stages the engine in force could have on the devices that are here."""
+        return self._offer().resolver.max_stages
+
     async def plan(self, stages: int | Auto) -> dict[str, Any]:
         """Return what the planner would do now, with every candidate; moves nothing.
 

@@ -39,7 +39,9 @@ class PlannerResolver:
         self._on_plan = on_plan
         self._ask = question
         self._clock = clock
-        self._graph = question().graph
+        first = question()
+        self._graph = first.graph
+        self.max_stages = first.engine.max_stages  # the engine's own limit and the devices'
         self._session: PlanSession | None = None
 
     @property

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -195,6 +196,14 @@ class TestProcesses:
         pids = members_of(engine.pids["api"])
         assert len(pids) >= 4  # API server, detokenizer, two schedulers
         assert await asyncio.to_thread(listening_beyond_loopback, pids) == []
+
+    async def test_its_routes_ask_for_keys_that_only_the_daemon_has(self, engine: SglangEngine) -> None:
+        connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
+        async with aiohttp.ClientSession("http://sglang", connector=connector) as session:
+            for key, route in (("", "/v1/tokenize"), ("wrong", "/generate"), (engine.own_routes_key, "/freeze_gc")):
+                headers = {"Authorization": f"Bearer {key}"} if key else {}
+                async with session.post(route, json={"prompt": "x", "text": "x"}, headers=headers) as answer:
+                    assert answer.status in (401, 403), route
 
     async def test_requests_of_all_micro_batches_count(self, engine: SglangEngine) -> None:
         """SGLang's own load shows those of one micro-batch under pipeline parallelism."""

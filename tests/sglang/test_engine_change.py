@@ -23,8 +23,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop]
 CUTS = (7, 1, 4)  # of the first stage's decoders, one after the other
 
 
-async def through(folder: Path, *engines: str, more: str) -> None:
-    """Begin with the first engine and change to each of the others under streams, whose text stays the same."""
+async def through(folder: Path, *engines: str, more: str, ranks: int = 0) -> None:
+    """Begin with the first engine and change to each of the others under streams, whose text stays the same.
+
+    In the end an instance of the last with so many ``ranks`` takes over, unless 0.
+    """
     # of a head that is tied to the embedding, as the demo model has it, SGLang makes no several pipeline ranks
     model = make_untied(folder / "untied", of=demo_model_places()[0])
     more = f'model = "{model}"\ndtype = "float32"\nmax_model_len = 2048\n{more}'
@@ -40,6 +43,9 @@ async def through(folder: Path, *engines: str, more: str) -> None:
             if engine == "sglang":
                 async with client.busy(expected):
                     await move_in_place(daemon)
+        if ranks:
+            async with client.busy(expected):
+                await take_more_ranks(daemon, ranks)
         assert (await client.complete("Once", min_p=0.1))[0] == (400 if engines[-1] == "native" else 200)
 
 
@@ -59,6 +65,15 @@ async def move_in_place(daemon: Daemon) -> None:
     assert [pids_of(stage) for stage in after["stages"]] == [pids_of(stage) for stage in before["stages"]]
 
 
+async def take_more_ranks(daemon: Daemon, ranks: int) -> None:
+    """Have a user ask for more stages than there are ranks: a second instance takes the streams over."""
+    code, out, err = await daemon.flexctl("rebalance", "--stages", str(ranks), "--wait")
+    assert (code, "by a second instance" in out) == (0, True), out + err
+    status = await daemon.ask("/status")
+    assert (status["engine"], len(status["stages"])) == ("sglang", ranks)
+    assert re.fullmatch(TAKEN, status["last_handover"]["message"])
+
+
 def pids_of(stage: dict[str, Any]) -> list[int]:
     return [worker["pid"] for worker in stage["workers"]]
 
@@ -73,6 +88,6 @@ async def test_streams_do_not_notice_that_sglang_serves_them_and_moves_its_layer
 
 @pytest.mark.long
 @pytest.mark.vllm
-async def test_streams_go_from_sglang_to_vllm_and_back(tmp_path: Path) -> None:
+async def test_streams_go_from_sglang_to_vllm_and_back_and_to_more_ranks(tmp_path: Path) -> None:
     vllm = f'[engines.vllm]\npython = "{ensure_there(VLLM)}"\n'
-    await through(tmp_path, "sglang", "vllm", "sglang", more=sglang() + vllm)
+    await through(tmp_path, "sglang", "vllm", "sglang", more=sglang() + vllm, ranks=3)

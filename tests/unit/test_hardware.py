@@ -116,8 +116,8 @@ def test_planning_sees_measured_figures(tmp_path: Path) -> None:
 
 
 def test_devices_are_named_for_the_banner() -> None:
-    assert devices_in_words(settings(DevicesKind.CPU)) == (3, "3 CPU devices")
-    assert devices_in_words(settings(DevicesKind.CUDA)) == (0, "no devices")
+    assert devices_in_words(settings(DevicesKind.CPU)) == "3 CPU devices"
+    assert devices_in_words(settings(DevicesKind.CUDA)) == "no devices"
 
 
 def test_cpu_devices_can_be_asked_for_where_there_are_gpus() -> None:
