@@ -97,6 +97,7 @@ class OwnServer:
     # An adapter is named MODEL + this + ADAPTER, and the server takes any other name for the model itself. Empty: it
     # knows the names.
     adapter_mark: str = ""
+    tokenizes: bool = True  # /tokenize and /detokenize are taken and answered as vLLM does; else the daemon does so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

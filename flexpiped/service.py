@@ -161,7 +161,7 @@ class Service:
     @property
     def max_stages(self) -> int:
         """How many stages the engine in force could have on the devices that are here."""
-        return self._offer().resolver.max_stages
+        return self._in_force.offer().resolver.max_stages
 
     async def plan(self, stages: int | Auto) -> dict[str, Any]:
         """Return what the planner would do now, with every candidate; moves nothing.

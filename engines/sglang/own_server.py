@@ -33,7 +33,7 @@ ELSEWHERE: Final = frozenset(
     {"bootstrap_host", "bootstrap_port", "bootstrap_room", "disagg_prefill_dp_rank", "routed_dp_rank"}
     | {"data_parallel_rank"}
 )
-_TOKEN_IDS: Final = frozenset({"prompt", "input_ids", "input", "tokens", "query", "items", "label_token_ids"})
+_TOKEN_IDS: Final = frozenset({"prompt", "input_ids", "input", "query", "items", "label_token_ids"})
 # With one of these, SGLang renders or reads a chat in a way that the daemon does not know.
 _OF_CHATS: Final = (
     "--chat-template",
@@ -52,4 +52,5 @@ def own_server(args: Sequence[str]) -> OwnServer:
         every_chat=next((flag for flag in flags if flag in _OF_CHATS), ""),
         token_id_names=_TOKEN_IDS,
         adapter_mark=":",
+        tokenizes=False,
     )

@@ -6,6 +6,7 @@ from engines.protocol import EngineCapabilities
 from flexpiped.api.errors import invalid
 from flexpiped.api.fields import Body
 from flexpiped.api.parameters import ensure_model
+from flexpiped.api.unsupported import NeutralValues, has_no_effect
 
 
 def refuse_unfit(body: Body, *, served: str, capabilities: EngineCapabilities) -> None:
@@ -27,13 +28,18 @@ def refuse_unfit(body: Body, *, served: str, capabilities: EngineCapabilities) -
             )
 
 
-def refuse_lost(body: Body, *, names: frozenset[str], because: str) -> None:
-    """Return when the engine's own server, which is needed ``because``, knows every parameter that is given by name.
+def refuse_lost(body: Body, *, names: frozenset[str], neutral: NeutralValues, because: str) -> None:
+    """Return when the engine's own server, which is needed ``because``, knows every parameter that has an effect.
+
+    Args:
+        names: That it knows.
+        neutral: Values that change nothing.
 
     Raises:
         ApiError: It would ignore one.
     """
-    lost = next((name for name, value in body.items() if value is not None and name not in names), None)
+    others = {name: value for name, value in body.items() if name not in names}
+    lost = next((name for name, value in others.items() if not has_no_effect(value, neutral.get(name, ()))), None)
     if lost is not None:
         raise invalid(
             f"{lost} does not go together with {because}: the engine's own server, which has that, has no {lost}",

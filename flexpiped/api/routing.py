@@ -66,7 +66,7 @@ def route(intake: Intake[T], body: Body, *, served: str, capabilities: EngineCap
     2. A name that neither of us knows, or a value that neither honours: refused, for the server would ignore it.
     3. Something that only the server knows (see ``_only_there``): the engine's.
     4. Our parser says that it does not support a parameter or a value: the engine's. What is plainly wrong is refused.
-    5. Else ours.
+    5. Else ours. What becomes the engine's must be of names that its server knows.
 
     Raises:
         ApiError: 400, with the parameter named.
@@ -79,19 +79,15 @@ def route(intake: Intake[T], body: Body, *, served: str, capabilities: EngineCap
     refuse_unknown(body, intake.names | own_names)
     refuse_unsupported(body, {name: values for name, values in intake.neutral.items() if name not in own_names})
     because = _only_there(intake, body, served=served, own=own)
-    if because:
-        return _to_engine(because, body, own_names)
-    try:
-        ours = {name: value for name, value in body.items() if name in intake.names}
-        return intake.parse(ours, takes_engine_params=takes_engine_params)
-    except ApiError as refusal:
-        if refusal.code not in _NOT_OURS:
-            raise
-        return _to_engine(refusal.param or "", body, own_names)
-
-
-def _to_engine(because: str, body: Body, own_names: frozenset[str]) -> ToEngine:
-    refuse_lost(body, names=own_names, because=because)
+    if not because:
+        try:
+            ours = {name: value for name, value in body.items() if name in intake.names}
+            return intake.parse(ours, takes_engine_params=takes_engine_params)
+        except ApiError as refusal:
+            if refusal.code not in _NOT_OURS:
+                raise
+            because = refusal.param or ""
+    refuse_lost(body, names=own_names, neutral=intake.neutral, because=because)
     return ToEngine(because)
 
 

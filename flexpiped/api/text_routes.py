@@ -1,4 +1,4 @@
-"""``/tokenize`` and ``/detokenize`` as vLLM's server has them: by the daemon where the engine has no own server."""
+"""``/tokenize`` and ``/detokenize`` as vLLM's server has them: by the daemon where no server of the engine does."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -53,7 +53,7 @@ async def _answer(http: web.Request, *, is_decoding: bool) -> web.StreamResponse
         capabilities = backend.ensure_serving()
         raw = await read_body(http)
         body = parse_object(raw)
-        if capabilities.own_server is not None:
+        if (own := capabilities.own_server) is not None and own.tokenizes:
             return await forward(http, observation, raw, body, default_tokens=0)
         async with backend.admission.admit(client_of(http), deadline_s=deadline_of(http)):
             if is_decoding:

@@ -147,6 +147,9 @@ def test_what_the_engines_server_would_ignore_is_refused_beside_what_only_it_doe
     with pytest.raises(ApiError, match="include_stop_str_in_output does not go together with n: ") as caught:
         route(COMPLETIONS, {**body, "n": 2}, served="tiny", capabilities=SGLANG)
     assert caught.value.param == "include_stop_str_in_output"
+    assert route(COMPLETIONS, {"prompt": "x", "n": 2, "bad_words": []}, served="tiny", capabilities=SGLANG) == ToEngine(
+        "n"
+    )
 
 
 @pytest.mark.parametrize(
