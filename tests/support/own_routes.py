@@ -111,12 +111,7 @@ class Api:
 
     async def names(self, schema: str) -> set[str]:
         """Return the fields of a request model of the engine's own server."""
-        headers = {"Authorization": f"Bearer {self.engine.own_routes_key}"}
-        connector = aiohttp.UnixConnector(str(self.engine.own_routes_socket))
-        async with (
-            aiohttp.ClientSession(connector=connector, headers=headers) as session,
-            session.get("http://engine/openapi.json") as response,
-        ):
+        async with own_server_of(self.engine) as session, session.get("/openapi.json") as response:
             return set((await response.json())["components"]["schemas"][schema]["properties"])
 
     async def becomes_idle(self) -> None:
@@ -126,6 +121,15 @@ class Api:
 
         await until(is_idle)
         assert self.backend.admission.requests_in_flight == 0
+
+
+@asynccontextmanager
+async def own_server_of(engine: VllmEngine | SglangEngine) -> AsyncIterator[aiohttp.ClientSession]:
+    """Yield a session with the engine's own server, past the daemon."""
+    headers = {"Authorization": f"Bearer {engine.own_routes_key}"}
+    connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
+    async with aiohttp.ClientSession("http://engine", connector=connector, headers=headers) as session:
+        yield session
 
 
 @asynccontextmanager
