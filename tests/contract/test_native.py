@@ -19,10 +19,10 @@ async def engine() -> AsyncIterator[NativeEngine]:
         yield engine
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def disposable_engine() -> AsyncIterator[NativeEngine]:
-    async with running(llama(), even(1)) as engine:
-        yield engine
+@pytest.fixture
+def disposable_engine(engine: NativeEngine) -> NativeEngine:
+    """The engine of all: the test that closes it is the last."""
+    return engine
 
 
 @pytest.fixture(scope="module")

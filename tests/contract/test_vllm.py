@@ -1,5 +1,6 @@
-"""Real vLLM keeps the contract."""
+"""Real vLLM keeps the contract, with GPT-2: of another family than the model that most tests run."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -8,7 +9,10 @@ import pytest_asyncio
 from engines.vllm.adapter import VllmEngine
 from planner.layout import Pipeline
 from tests.contract.engine_contract import EngineContract
-from tests.support.vllm import layout, llama, running
+from tests.support import checkpoints
+from tests.support.native import CACHE
+from tests.support.vllm import layout, running
+from tests.vllm.streams import assert_same, move, run_streams
 
 pytestmark = [
     pytest.mark.engine,
@@ -18,9 +22,13 @@ pytestmark = [
 ]
 
 
+DECODERS = 6
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[VllmEngine]:
-    async with running(llama(), layout(4), ranks=2) as engine:
+    model = checkpoints.make_gpt2(CACHE / "gpt2-heads-of-32", hidden_size=128)
+    async with running(model, layout(3, num_decoders=DECODERS), ranks=2) as engine:
         yield engine
 
 
@@ -32,7 +40,16 @@ def disposable_engine(engine: VllmEngine) -> VllmEngine:
 
 @pytest.fixture(scope="module")
 def targets() -> tuple[Pipeline, ...]:
-    return layout(6), layout(2)
+    return layout(5, num_decoders=DECODERS), layout(2, num_decoders=DECODERS)
+
+
+async def test_learnt_positions_and_a_tied_head_move(engine: VllmEngine) -> None:
+    """What else GPT-2 has: other names, biases, positions that are looked up, a head tied to the embedding."""
+    undisturbed = await run_streams(engine, count=4)
+    streams = asyncio.create_task(run_streams(engine, count=4))
+    for cut in (1, 5, 3):
+        await move(engine, layout(cut, num_decoders=DECODERS))
+    assert_same(await streams, undisturbed)
 
 
 class TestVllm(EngineContract):

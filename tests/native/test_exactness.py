@@ -9,6 +9,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engines.errors import RefactoringAborted
 from engines.native.adapter import NativeEngine
 from planner.layout import Pipeline, pipeline_of
 from tests.support.native import DEVICES, collect, even, llama, move, request, running
@@ -146,14 +147,15 @@ async def test_without_the_kv_copy_the_output_differs() -> None:
         assert [tokens for tokens, _ in await streams] != [tokens for tokens, _ in expected]
 
 
-async def test_without_the_kv_copy_the_checksums_refuse_the_commit() -> None:
-    async with running(llama(), even(2)) as engine:
-        for worker in range(8):
-            engine.arm_failpoint("worker.copy_out", "skip", worker=worker)
-        streams = asyncio.gather(*(collect(engine, stream(i)) for i in range(8)))
-        with pytest.raises(Exception, match="KV blocks differ"):
-            await move(engine, even(4))
-        await streams
+async def test_without_the_kv_copy_the_checksums_refuse_the_commit(engine: NativeEngine) -> None:
+    await move_to(engine, even(2))
+    for worker in range(8):
+        engine.arm_failpoint("worker.copy_out", "skip", worker=worker)
+    streams = asyncio.gather(*(collect(engine, stream(i)) for i in range(8)))
+    with pytest.raises(RefactoringAborted, match="KV blocks differ"):
+        await move(engine, even(4))
+    engine.arm_failpoint("", "")
+    await streams
 
 
 async def refactor_in_a_row(count: int, num_streams: int) -> None:

@@ -19,12 +19,14 @@ from tests.support.native import collect, even, layout, llama, move, options_for
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 
 STREAMS = 6
+# Each is waited for in one test, and more than a busy machine ever keeps a process waiting: else others would fail.
+PREPARE_S, HANG_S = 4.0, 4.0
 Result = list[tuple[list[int], list[float]]]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[NativeEngine]:
-    async with running(llama(), even(2), prepare_deadline_s=1.5, hang_deadline_s=2.0) as engine:
+    async with running(llama(), even(2), prepare_deadline_s=PREPARE_S, hang_deadline_s=HANG_S) as engine:
         yield engine
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,12 @@ async def post(url: str, body: Json) -> bytes:
         return await answer.read()
 
 
-async def until_idle(daemon: Daemon, deadline_s: float) -> Json:
-    async with asyncio.timeout(deadline_s):
-        while True:
-            counters: Json = (await daemon.ask("/status"))["engine_counters"]
-            if counters["running"] + counters["waiting"] == 0:
-                return counters
+async def until_counted(daemon: Daemon, condition: Callable[[Json], bool]) -> Json:
+    """Return the counters of the engine once they are as wanted."""
+    async with asyncio.timeout(60.0):
+        while not condition(counters := (await daemon.ask("/status"))["engine_counters"]):  # noqa: ASYNC110  another process
+            await asyncio.sleep(0.01)  # to ask all the time would hold up what is waited for
+    return dict(counters)
 
 
 async def test_a_stream_goes_on_as_if_nothing_had_happened(daemon: Daemon, client: openai.AsyncOpenAI) -> None:
@@ -82,16 +82,24 @@ async def test_the_openai_client_chats(client: openai.AsyncOpenAI) -> None:
 async def test_a_client_that_hangs_up_frees_its_request_within_a_second(
     daemon: Daemon, client: openai.AsyncOpenAI
 ) -> None:
+    """The fastest of three: other processes of the machine must not decide this."""
+    url = (await daemon.ask("/status"))["api_url"]
     for max_tokens, prompt in ((3000, "Once"), (200, "Once upon a time " * 500)):  # decoding, and in prefill
-        url = (await daemon.ask("/status"))["api_url"]
         body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
-        request = asyncio.create_task(post(f"{url}/completions", body))
-        while (await daemon.ask("/status"))["engine_counters"]["running"] == 0:
-            pass
-        request.cancel()
-        await asyncio.gather(request, return_exceptions=True)
-        assert (await until_idle(daemon, 1.0))["kv_blocks_used"] == 0
+        assert min([await hang_up(daemon, f"{url}/completions", body) for _ in range(3)]) < 1.0
     assert await stream(client, max_tokens=3)
+
+
+async def hang_up(daemon: Daemon, url: str, body: Json) -> float:
+    """Leave a request that runs, and return the seconds until nothing is left of it."""
+    request = asyncio.create_task(post(url, body))
+    await until_counted(daemon, lambda counters: counters["running"] > 0)
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    left_s = time.perf_counter()
+    counters = await until_counted(daemon, lambda counters: counters["running"] + counters["waiting"] == 0)
+    assert counters["kv_blocks_used"] == 0
+    return time.perf_counter() - left_s
 
 
 async def test_flexctl_says_what_a_user_needs(daemon: Daemon) -> None:
@@ -120,25 +128,29 @@ async def test_what_is_planned_is_what_runs(daemon: Daemon) -> None:
 
 
 async def test_status_answers_fast_on_an_idle_machine(daemon: Daemon) -> None:
-    """The fastest of five: other processes of the machine must not decide this."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        code, _, _ = await daemon.flexctl("status")
-        seconds.append(time.perf_counter() - start)
-        assert code == 0
+    """The fastest of at most twenty: other processes of the machine must not decide this."""
+    seconds = [await status_s(daemon)]
+    while seconds[-1] >= 0.3 and len(seconds) < 20:
+        seconds.append(await status_s(daemon))
     assert min(seconds) < 0.3
 
 
-async def test_the_daemon_has_no_torch_and_its_end_leaves_no_process(tmp_path: Path) -> None:
-    async with started(tmp_path, ready=True, engine="native") as daemon:
-        assert "libtorch" not in memory_maps(daemon.process.pid)
-        family = descendants(daemon.process.pid)
-        assert len(family) == 10  # text process, core, eight workers
-        daemon.process.kill()
-        await daemon.process.wait()
-        async with asyncio.timeout(5.0):
-            await until(lambda: all_ended(family))
+async def status_s(daemon: Daemon) -> float:
+    start = time.perf_counter()
+    code, _, err = await daemon.flexctl("status")
+    assert code == 0, err
+    return time.perf_counter() - start
+
+
+async def test_the_daemon_has_no_torch_and_its_end_leaves_no_process(daemon: Daemon) -> None:
+    """The last of that daemon."""
+    assert "libtorch" not in memory_maps(daemon.process.pid)
+    family = descendants(daemon.process.pid)
+    assert len(family) == 10  # text process, core, eight workers
+    daemon.process.kill()
+    await daemon.process.wait()
+    async with asyncio.timeout(5.0):
+        await until(lambda: all_ended(family))
 
 
 async def all_ended(pids: list[int]) -> bool:

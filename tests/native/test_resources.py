@@ -2,10 +2,13 @@
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
+from engines.errors import RefactoringAborted
 from engines.native.adapter import NativeEngine
 from engines.process import memory_pss_bytes
 from tests.support import checkpoints
@@ -20,6 +23,19 @@ MIB = 1 << 20
 def big_llama() -> Path:
     """34 MB of weights, so that pages of weights stand out from those of the interpreter."""
     return checkpoints.bench_llama(CACHE / "bench-llama")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[NativeEngine]:
+    async with running(big_llama(), even(1), kv_cache_bytes=128 * MIB) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def one_stage(engine: NativeEngine) -> NativeEngine:
+    if engine.pipeline != even(1):
+        await move(engine, even(1))
+    return engine
 
 
 def pss(pid: int) -> int:
@@ -38,44 +54,54 @@ def cpu_s(pids: tuple[int, ...]) -> float:
 
 async def fill_kv(engine: NativeEngine) -> None:
     prompt = tuple(5 + i % 4000 for i in range(1500))
-    await asyncio.gather(*(collect(engine, request(prompt[i:], max_tokens=2)) for i in range(4)))
+    await asyncio.gather(*(collect(engine, request(prompt[i:], max_tokens=2)) for i in range(2)))
 
 
-async def test_a_move_gives_the_memory_back(capsys: pytest.CaptureFixture[str]) -> None:
-    async with running(big_llama(), even(1), kv_cache_bytes=128 * MIB) as engine:
-        await fill_kv(engine)
-        worker = (await engine.stages())[0].pids[0]
-        before = pss(worker)
-        mapped = (await engine.stages())[0].kv_mapped_bytes
-        report = await move(engine, even(8))
-        after = pss(worker)
-        with capsys.disabled():
-            print(f"\nPSS of the worker that gave up 7 of 8 decoders: {before / MIB:.1f} -> {after / MIB:.1f} MiB")
-        expected = (mapped + 24 * MIB) * 7 // 8  # KV blocks and the decoders' weights (24 of 34 MB)
-        assert report.returned_bytes > expected
-        assert before - after > 0.85 * expected
-        assert (await engine.stages())[0].kv_mapped_bytes < mapped / 4
+async def test_a_move_gives_the_memory_back(one_stage: NativeEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = one_stage
+    await fill_kv(engine)
+    worker = (await engine.stages())[0].pids[0]
+    before = pss(worker)
+    mapped = (await engine.stages())[0].kv_mapped_bytes
+    report = await move(engine, even(8))
+    after = pss(worker)
+    with capsys.disabled():
+        print(f"\nPSS of the worker that gave up 7 of 8 decoders: {before / MIB:.1f} -> {after / MIB:.1f} MiB")
+    expected = (mapped + 24 * MIB) * 7 // 8  # KV blocks and the decoders' weights (24 of 34 MB)
+    assert report.returned_bytes > expected
+    assert before - after > 0.85 * expected
+    assert (await engine.stages())[0].kv_mapped_bytes < mapped / 4
 
 
-async def test_a_rolled_back_move_leaves_nothing_behind() -> None:
-    async with running(big_llama(), even(1), kv_cache_bytes=128 * MIB) as engine:
-        destination = engine.worker_pids[3]
-        before = pss(destination)
-        engine.arm_failpoint("core.commit", "raise")
-        with pytest.raises(Exception, match=r"core\.commit"):
-            await move(engine, even(4))
-        assert pss(destination) - before < 2 * MIB
+async def test_a_rolled_back_move_leaves_nothing_behind(one_stage: NativeEngine) -> None:
+    destination = one_stage.worker_pids[3]
+    before = pss(destination)
+    one_stage.arm_failpoint("core.commit", "raise")
+    with pytest.raises(RefactoringAborted, match=r"core\.commit"):
+        await move(one_stage, even(4))
+    assert pss(destination) - before < 2 * MIB
 
 
-async def test_preparing_never_holds_a_worker_for_long() -> None:
+async def test_preparing_never_holds_a_worker_for_long(one_stage: NativeEngine) -> None:
     """A slice of preparing takes at most 5 ms of processor time, with weights as large as the benchmarks use."""
-    async with running(big_llama(), even(2), kv_cache_bytes=128 * MIB) as engine:
-        stream = asyncio.create_task(collect(engine, request(tuple(range(5, 40)), max_tokens=150)))
-        for stages in (4, 8, 1, 2):
-            await move(engine, even(stages))
-        await engine.stages()
-        assert engine.longest_slice_s <= 0.005
-        await stream
+    stream = asyncio.create_task(collect(one_stage, request(tuple(range(5, 40)), max_tokens=150)))
+    for stages in (2, 4, 8, 1, 2):
+        await move(one_stage, even(stages))
+    await one_stage.stages()
+    assert one_stage.longest_slice_s <= 0.005
+    await stream
+
+
+async def test_a_daemon_without_the_kernel_serves_the_same(engine: NativeEngine, tmp_path: Path) -> None:
+    """Where there is no C compiler the torch path attends; the tokens are the same."""
+    prompt = tuple(range(20, 60))
+    assert engine.attention == "compiled"
+    expected = (await collect(engine, request(prompt, max_tokens=24)))[0]
+    blocker = tmp_path / "not-a-directory"
+    blocker.touch()
+    async with running(big_llama(), even(2), cache_directory=str(blocker)) as without:
+        assert without.attention.startswith("torch")
+        assert (await collect(without, request(prompt, max_tokens=24)))[0] == expected
 
 
 async def test_idle_workers_cost_next_to_nothing() -> None:
@@ -88,16 +114,3 @@ async def test_idle_workers_cost_next_to_nothing() -> None:
         await asyncio.sleep(4.0)
         assert cpu_s(pids) - start < 0.01 * 4.0
         assert sum(pss(pid) for pid in pids) < 2 << 30
-
-
-async def test_a_daemon_without_the_kernel_serves_the_same(tmp_path: Path) -> None:
-    """Where there is no C compiler the torch path attends; the tokens are the same."""
-    prompt = tuple(range(20, 60))
-    async with running(big_llama(), even(2)) as engine:
-        assert engine.attention == "compiled"
-        expected = (await collect(engine, request(prompt, max_tokens=24)))[0]
-    blocker = tmp_path / "not-a-directory"
-    blocker.touch()
-    async with running(big_llama(), even(2), cache_directory=str(blocker)) as engine:
-        assert engine.attention.startswith("torch")
-        assert (await collect(engine, request(prompt, max_tokens=24)))[0] == expected

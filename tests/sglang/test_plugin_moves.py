@@ -5,6 +5,7 @@ The plugin is driven by its sockets alone. See ``tests/vllm/test_moves.py`` for 
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -19,16 +20,17 @@ from tests.support.vllm import llama
 from tests.vllm.streams import (
     FAILURES_BEFORE_COMMIT,
     MOVES,
+    START,
     Result,
     assert_same,
     collect,
     on_ranks,
+    one_decoder_further,
     run_streams,
     stream,
 )
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
-START = on_ranks(2, 2, 2, 2)
 # Short prefills and little KV cache: at any time some streams are in prefill and some decode. SGLang's own test switch
 # retracts one now and then, as it does when the KV cache is full.
 CROWDED = ("--max-total-tokens", "1000", "--chunked-prefill-size", "48", "--max-running-requests", "8")
@@ -39,6 +41,39 @@ RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "37"}
 async def driver() -> AsyncIterator[PluginDriver]:
     async with driven(llama(), (2, 2, 2, 2), more=CROWDED, variables=RETRACTING) as made:
         yield made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crowd:
+    """Streams without a move, and what became of them meanwhile."""
+
+    undisturbed: Result
+    most_running: int
+    most_waiting: int
+    retractions: int
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def crowd(driver: PluginDriver) -> Crowd:
+    retracted = (await driver.counters())["preemptions_total"]
+    streams = asyncio.create_task(run_streams(driver))
+    most_waiting = most_running = 0
+    while not streams.done():
+        counters = await driver.counters()
+        most_waiting, most_running = max(most_waiting, counters["waiting"]), max(most_running, counters["running"])
+        await asyncio.sleep(0.02)
+    return Crowd(
+        undisturbed=await streams,
+        most_running=most_running,
+        most_waiting=most_waiting,
+        retractions=(await driver.counters())["preemptions_total"] - retracted,
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def few(driver: PluginDriver) -> Result:
+    """Return what a few short streams give without a move."""
+    return await run_streams(driver, count=3, max_tokens=30)
 
 
 async def move(driver: PluginDriver, target: Pipeline) -> None:
@@ -62,10 +97,11 @@ async def assert_idle(driver: PluginDriver) -> None:
     assert (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
 
 
-async def check_moves(driver: PluginDriver, count: int, laps: Sequence[Pipeline] = tuple(MOVES[1:])) -> None:
+async def check_moves(
+    driver: PluginDriver, count: int, undisturbed: Result, laps: Sequence[Pipeline] = tuple(MOVES[1:])
+) -> None:
     """Move again and again under streams that are renewed until all moves are done."""
     await move(driver, laps[-1])
-    undisturbed = await run_streams(driver)
     moved, targets, ended = 0, islice(cycle(laps), count), False
     while not ended:
         streams: asyncio.Task[Result] = asyncio.create_task(run_streams(driver))
@@ -81,37 +117,30 @@ async def check_moves(driver: PluginDriver, count: int, laps: Sequence[Pipeline]
     await assert_idle(driver)
 
 
-async def test_six_moves_change_nothing(driver: PluginDriver) -> None:
+async def test_streams_wait_and_are_retracted(crowd: Crowd) -> None:
+    """The crowd is one: else the tests below would not cover those states."""
+    assert crowd.most_waiting > 0
+    assert crowd.most_running > 2  # of one micro-batch
+    assert crowd.retractions > 0
+
+
+async def test_six_moves_change_nothing(driver: PluginDriver, crowd: Crowd) -> None:
     """Every commit compares the checksums of all live KV slots on both sides."""
     epoch = driver.epoch
-    await check_moves(driver, 6)
+    await check_moves(driver, 6, crowd.undisturbed)
     assert driver.epoch >= epoch + 6
 
 
 @pytest.mark.long
-async def test_forty_moves_change_nothing(driver: PluginDriver) -> None:
-    await check_moves(driver, 40)
+async def test_forty_moves_change_nothing(driver: PluginDriver, crowd: Crowd) -> None:
+    await check_moves(driver, 40, crowd.undisturbed)
 
 
 @pytest.mark.long
 async def test_forty_moves_between_two_ranks_change_nothing() -> None:
     targets = [on_ranks(*counts) for counts in ((3, 5), (6, 2), (8, 0), (1, 7), (5, 3), (4, 4))]
     async with driven(llama(), (4, 4), more=CROWDED, variables=RETRACTING) as driver:
-        await check_moves(driver, 40, targets)
-
-
-async def test_streams_wait_and_are_retracted(driver: PluginDriver) -> None:
-    """The crowd is one: else the tests above would not cover those states."""
-    before = await driver.counters()
-    streams = asyncio.create_task(run_streams(driver))
-    most_waiting = most_running = 0
-    while not streams.done():
-        counters = await driver.counters()
-        most_waiting, most_running = max(most_waiting, counters["waiting"]), max(most_running, counters["running"])
-        await asyncio.sleep(0.005)
-    assert most_waiting > 0
-    assert most_running > 2  # of one micro-batch
-    assert (await driver.counters())["preemptions_total"] > before["preemptions_total"]
+        await check_moves(driver, 40, await run_streams(driver), targets)
 
 
 async def test_the_radix_cache_is_right_after_moves(driver: PluginDriver) -> None:
@@ -168,18 +197,21 @@ def resident_shared_bytes(pid: int) -> int:
 
 
 @pytest.mark.parametrize(("name", "rank"), FAILURES_BEFORE_COMMIT)
-async def test_a_failure_before_the_commit_rolls_back(driver: PluginDriver, name: str, rank: int | None) -> None:
-    await move(driver, START)
-    undisturbed = await run_streams(driver, count=3, max_tokens=30)
+async def test_a_failure_before_the_commit_rolls_back(
+    driver: PluginDriver, few: Result, name: str, rank: int | None
+) -> None:
+    """In either direction, in turns: the move that works is what the next test goes back by."""
+    source, target, rank = one_decoder_further(driver.pipeline, rank)
+    await move(driver, source)
     await driver.arm(name, "fail", rank=rank)
     streams = asyncio.create_task(run_streams(driver, count=3, max_tokens=30))
     await until_under_way(driver)
     epoch = driver.epoch
     with pytest.raises(RefactoringAborted, match=name):
-        await move(driver, on_ranks(1, 3, 2, 2))
-    assert (driver.pipeline, driver.epoch, driver.crashes) == (START, epoch, [])
-    assert_same(await streams, undisturbed)
-    await move(driver, on_ranks(1, 3, 2, 2))  # and the next one works
+        await move(driver, target)
+    assert (driver.pipeline, driver.epoch, driver.crashes) == (source, epoch, [])
+    assert_same(await streams, few)
+    await move(driver, target)  # and the next one works
 
 
 async def leave_the_copy_out(driver: PluginDriver, action: str) -> None:

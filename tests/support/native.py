@@ -26,12 +26,16 @@ def gpt2() -> Path:
 
 
 def options_for(directory: Path, **overrides: object) -> NativeOptions:
-    """Return options that suit a small checkpoint: KV blocks are compared at every commit."""
+    """Return options that suit a small checkpoint: KV blocks are compared at every commit, and stages have one thread.
+
+    Two threads wait for each other at each operation: on a busy machine for far longer than these take.
+    """
     values: dict[str, object] = {
         "model_directory": str(directory),
         "device_ids": DEVICES,
         "device_memory_bytes": 1 << 30,
         "kv_cache_bytes": 16 << 20,
+        "threads": 1,
         "verify_checksums": True,
         "nice": 0,
     }

@@ -60,8 +60,9 @@ def test_cheap_tests_come_first_and_one_vllm_is_alive_at_a_time() -> None:
     files = [file for file, _ in groupby(line.partition("::")[0] for line in lines)]
 
     assert files[:3] == ["tests/contract/test_fake.py", "tests/contract/test_native.py", "tests/contract/test_vllm.py"]
-    # Moves share one vLLM, which stays until the session ends; those before it boot others.
-    assert files.index("tests/vllm/test_moves.py") > files.index("tests/vllm/test_processes.py")
+    # Of vLLM one serves many tests; those before it boot others, and the last test kills it.
+    shared = ["tests/vllm/test_moves.py", "tests/vllm/test_routes.py", "tests/vllm/test_death.py"]
+    assert files[-4:] == [*shared, "tests/contract/test_sglang.py"]
 
 
 def test_what_is_left_out_is_counted_with_its_reason() -> None:

@@ -1,4 +1,4 @@
-"""One vLLM of four pipeline ranks for all tests that leave it alive: it boots once."""
+"""One vLLM of four pipeline ranks for many tests: it boots once."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,20 +20,21 @@ CROWDED = {
 }
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put those that share this vLLM last of all: it stays until the session ends, and no other is to run beside it."""
-    items.sort(key=shares_the_engine)
+    """Put those that share this vLLM after those that boot others, and last the one that kills it."""
+    items.sort(key=place)
 
 
-def shares_the_engine(item: pytest.Item) -> bool:
-    return item.path.parent == Path(__file__).parent and "engine" in getattr(item, "fixturenames", ())
+def place(item: pytest.Item) -> int:
+    names = getattr(item, "fixturenames", ()) if item.path.parent == Path(__file__).parent else ()
+    return 2 if "doomed" in names else int("engine" in names)
 
 
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+# Not of the session: else it would stay beside the engines of other packages.
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
 async def engine() -> AsyncIterator[VllmEngine]:
     async with running(llama(), layout(2, 4, 6), ranks=4, args=TOOLS, **CROWDED) as engine:
         yield engine

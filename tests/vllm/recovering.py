@@ -20,23 +20,28 @@ class Streams:
 
     async def begin(self, max_tokens: int = ENDLESS) -> None:
         """Start all and return when each has a token."""
-        begun = [asyncio.Event() for _ in self.tokens]
-        self._tasks = [asyncio.create_task(self._read(index, max_tokens, event)) for index, event in enumerate(begun)]
-        await asyncio.gather(*(event.wait() for event in begun))
+        self._tasks = [asyncio.create_task(self._read(index, max_tokens)) for index in range(len(self.tokens))]
+        await self.gain(1)
 
-    async def _read(self, index: int, max_tokens: int, begun: asyncio.Event) -> None:
-        async with closing(self._supervisor.generate(stream(index, max_tokens=max_tokens))) as chunks:
-            async for chunk in chunks:
-                self.tokens[index] += chunk.token_ids
-                begun.set()
-                self._news.set()
-                if self._stopped:
-                    return
+    async def _read(self, index: int, max_tokens: int) -> None:
+        try:
+            async with closing(self._supervisor.generate(stream(index, max_tokens=max_tokens))) as chunks:
+                async for chunk in chunks:
+                    self.tokens[index] += chunk.token_ids
+                    self._news.set()
+                    if self._stopped:
+                        return
+        finally:
+            self._news.set()
 
     async def gain(self, count: int) -> None:
-        """Return when each has got so many tokens more."""
+        """Return when each has got so many tokens more; one that fails or ends before fails this."""
         wanted = [len(tokens) + count for tokens in self.tokens]
-        while any(len(tokens) < enough for tokens, enough in zip(self.tokens, wanted, strict=True)):
+        while short := [index for index, enough in enumerate(wanted) if len(self.tokens[index]) < enough]:
+            for task in (self._tasks[index] for index in short):
+                if task.done():
+                    task.result()
+                    raise AssertionError("a stream has ended")
             self._news.clear()
             await self._news.wait()
 

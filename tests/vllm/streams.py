@@ -84,7 +84,20 @@ MOVES = [
 ]  # fmt: skip
 assert all(one != other for one, other in pairwise(MOVES))
 
-# Failpoints that a move from 2,2,2,2 to 1,3,2,2 decoders passes before its commit, and the rank; None: the core.
+START, FURTHER = MOVES[0], on_ranks(1, 3, 2, 2)
+
+
+def one_decoder_further(current: Pipeline, rank: int | None) -> tuple[Pipeline, Pipeline, int | None]:
+    """Return from where to where one decoder moves, and the rank that has there the part of ``rank`` in the first case.
+
+    That is from ``START`` to ``FURTHER``, or back again from where that has led.
+    """
+    if current != FURTHER:
+        return START, FURTHER, rank
+    return FURTHER, START, None if rank is None else 1 - rank
+
+
+# Failpoints that a move from START to FURTHER passes before its commit, and the rank; None: the core.
 FAILURES_BEFORE_COMMIT = [
     ("worker.prepare", 1),
     ("worker.load", 1),

@@ -14,10 +14,11 @@ import pytest_asyncio
 
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.recompile import LOAD_LIMIT_S, Recompilation
+from tests.support.daemon import ROOT
 from tests.support.until import until
 from tests.support.vllm import llama, running
+from tests.vllm.remains import runs
 from tests.vllm.streams import Result, assert_same, move, on_ranks, run_streams
-from tests.vllm.test_processes import ROOT, runs
 
 pytestmark = [
     pytest.mark.engine,
@@ -55,7 +56,7 @@ class Compiled:
             found[:] = [one["compiling_pid"] for one in status if one["compiling_pid"]]
             return bool(found)
 
-        await until(is_there)
+        await until(is_there, timeout_s=60.0)
         return found[0]
 
     async def check_streams(self) -> None:
@@ -116,7 +117,7 @@ async def test_a_move_ends_what_is_being_compiled(compiled: Compiled) -> None:
     await move(compiled.engine, THIRD)
     pid = await compiled.compiling_pid()
     await compiled.go_back()
-    await until(lambda: not runs(pid))
+    await until(lambda: not runs(pid), timeout_s=60.0)
     assert len(compiled.ended) == ended + 1  # of the second move alone
     assert compiled.ended[-1].compiled
     await compiled.check_streams()

@@ -34,6 +34,18 @@ print("stock:", refused(CompilationMode.STOCK_TORCH_COMPILE))
 print("no cache:", refused(once, backend="eager"))
 print("tuned:", refused(once, inductor={"max_autotune": True}))
 print("micro-batches:", refused(CompilationMode.VLLM_COMPILE, graphs=CUDAGraphMode.FULL, ubatch=True))
+def refused_whole(lora=None, images=False, quantisation=None):
+    model = N(quantization=quantisation, is_multimodal_model=images, is_attention_free=False, is_hybrid=False)
+    parallel = N(pipeline_parallel_size=2, data_parallel_size=1, enable_expert_parallel=False, use_ubatching=False)
+    compilation = N(mode=CompilationMode.NONE, backend="inductor", cudagraph_mode=CUDAGraphMode.NONE,
+                    inductor_compile_config={})
+    return internals.refusal_of_config(N(
+        model_config=model, parallel_config=parallel, compilation_config=compilation, lora_config=lora,
+        speculative_config=None, kv_transfer_config=None, use_v2_model_runner=False,
+        scheduler_config=N(async_scheduling=False)))
+print("plain:", refused_whole())
+print("lora:", refused_whole(lora=N(max_lora_rank=16)))
+print("images of few bits:", refused_whole(images=True, quantisation="gptq"))
 def refused_connector(name="NixlConnector", role="kv_both", ranks=1, caching=True):
     config = N(kv_transfer_config=N(kv_connector=name, kv_role=role), parallel_config=N(pipeline_parallel_size=ranks),
                cache_config=N(enable_prefix_caching=caching))
@@ -123,6 +135,12 @@ def test_an_unknown_vllm_is_refused_for_moves_in_place(said: dict[str, str]) -> 
     assert "compiled mode without vLLM's compile cache" in said["no cache"]
     assert "max_autotune (it freezes weights into the code)" in said["tuned"]
     assert "CUDA graphs of micro-batches" in said["micro-batches"]
+
+
+def test_features_that_do_not_move_are_refused_by_their_names(said: dict[str, str]) -> None:
+    assert said["plain"] == ""
+    assert said["lora"] == "moves in place are not supported with LoRA"
+    assert said["images of few bits"] == "moves in place are not supported with quantisation (gptq), multimodal models"
 
 
 def test_what_nixl_does_not_do_is_refused_by_its_name(said: dict[str, str]) -> None:

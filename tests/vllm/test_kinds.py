@@ -1,4 +1,8 @@
-"""Quantised and multimodal models, through the daemon: served, and not moved in place, by the feature's name."""
+"""Quantised and multimodal models, through the daemon: served, and not moved in place, by the feature's name.
+
+A start takes a minute, so the gate has one of them, and ``test_internals.py`` the refusals of the others. Its daemon is
+killed at the end: what follows from that is the same with any model.
+"""
 
 import base64
 import json
@@ -13,10 +17,13 @@ from typing import Any
 import aiohttp
 import pytest
 
+from engines.served.run_directory import sweep
 from tests.support import checkpoint_kinds as kinds
 from tests.support.daemon import Daemon, started
 from tests.support.native import CACHE
+from tests.support.until import until
 from tests.support.vllm import interpreter
+from tests.vllm.remains import descendants, run_directory_of, runs, shared_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
 
@@ -64,11 +71,12 @@ async def completion(daemon: Daemon, **body: Any) -> str:
     return text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "feature"),
     [
         pytest.param(kinds.make_int8_llama, "quantisation (compressed-tensors)", id="int8"),
-        pytest.param(kinds.make_gptq_llama, "quantisation (auto_gptq)", id="gptq", marks=pytest.mark.long),
+        pytest.param(kinds.make_gptq_llama, "quantisation (auto_gptq)", id="gptq"),
     ],
 )
 async def test_a_quantised_model_is_served(tmp_path: Path, make: Callable[[Path], Path], feature: str) -> None:
@@ -89,6 +97,19 @@ async def test_a_multimodal_model_sees_images(tmp_path: Path) -> None:
         assert red.prompt_tokens == blue.prompt_tokens == blind.prompt_tokens + kinds.IMAGE_TOKENS
         assert await look_at(daemon, RED) == red
         await assert_only_a_replica_moves(daemon, "multimodal models")
+        await assert_a_killed_daemon_leaves_nothing(daemon)
+
+
+async def assert_a_killed_daemon_leaves_nothing(daemon: Daemon) -> None:
+    directory, pids = run_directory_of(daemon.process.pid), descendants(daemon.process.pid)
+    assert len(pids) >= 2 + 2 + 2  # ranks, their helpers, API server and engine core
+    shared = shared_memory(directory)
+    daemon.process.kill()
+    await daemon.process.wait()
+    await until(lambda: not any(runs(pid) for pid in pids), timeout_s=5.0)
+    sweep(directory.parent)
+    assert not directory.exists()
+    assert [path for path in shared if path.exists()] == []
 
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

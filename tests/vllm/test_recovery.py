@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
 
 STREAMS = 32
 PATIENT = ReplicaLimits(pace_s=60.0)
+TWO_RANKS, MOVED = layout(4), layout(2)  # the first instance has one
 
 
 class Made:
@@ -39,33 +40,33 @@ class Made:
 async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None:
     """Their KV caches are copied, but for one whose copy fails; and layers move in the vLLM that took them in."""
     made = Made()
-    supervisor = Supervisor(factory=made, pipeline=layout(4))
+    supervisor = Supervisor(factory=made, pipeline=layout())
     await supervisor.start()
     try:
         moved, killed = Streams(supervisor, count=STREAMS), Streams(supervisor, count=STREAMS)
         carrier = KvCarrier(preference=KvPreference.COPY)
         message = ""
-        async for report in ReplicaRunner(supervisor, layout(3, 6), carrier=carrier, limits=PATIENT).run():
+        async for report in ReplicaRunner(supervisor, TWO_RANKS, carrier=carrier, limits=PATIENT).run():
             message = report.message
             if message == "second instance: ready":
                 await assert_copy_is_exact_and_needed(made.engines[0], made.engines[1])
                 await made.engines[1].arm_failpoint("worker.kv_open", "fail", rank=1)
                 await moved.begin()
-        assert (supervisor.pipeline, len(made.engines)) == (layout(3, 6), 2)
+        assert (supervisor.pipeline, len(made.engines)) == (TWO_RANKS, 2)
         taken = "the second instance serves, 32 of 32 requests taken over"
         assert re.fullmatch(rf"{taken}: 31 KV copied \([0-9.]+ [KM]iB\), 1 computed again", message), message
-        assert (await move(made.engines[1], layout(2, 6)))[-1].phase is HandoverPhase.DONE
+        assert (await move(made.engines[1], MOVED))[-1].phase is HandoverPhase.DONE
         await moved.gain(10)
         await moved.stop()
 
         await killed.begin()
         await made.engines[1].arm_failpoint("core.commit.last", "kill")  # all is copied, and no rank has switched
         with pytest.raises(EngineDied, match="engine core"):
-            await move(made.engines[1], layout(4, 6))
+            await move(made.engines[1], TWO_RANKS)
         await killed.gain(10)
         await killed.stop()
         assert supervisor.engine is made.engines[2]
-        assert supervisor.pipeline == layout(2, 6)
+        assert supervisor.pipeline == MOVED
 
         lengths = [max(len(one), len(other)) for one, other in zip(moved.tokens, killed.tokens, strict=True)]
         undisturbed = await run_streams(made.engines[2], count=STREAMS, lengths=lengths)

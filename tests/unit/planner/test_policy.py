@@ -1,7 +1,7 @@
 """The policy through virtual time: what it changes, what keeps it, and that it never flaps."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 import pytest
@@ -266,8 +266,20 @@ def test_a_queue_that_coarse_replicas_would_serve_too_late_gets_fine_ones() -> N
 # --- it never flaps ---
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wave:
+    """Rates in turns, each arrival of ``size`` requests, and what the policy is told."""
+
+    low: float
+    high: float
+    period_s: float
+    size: int
+    dwell_s: float
+    honest: bool
+
+
+WAVES = st.builds(
+    Wave,
     low=st.floats(0.2, 20.0),
     high=st.floats(0.2, 26.0),
     period_s=st.floats(10.0, 600.0),
@@ -275,17 +287,30 @@ def test_a_queue_that_coarse_replicas_would_serve_too_late_gets_fine_ones() -> N
     dwell_s=st.sampled_from([5.0, 60.0]),
     honest=st.booleans(),
 )
-def test_square_waves_never_make_more_than_two_changes_a_minute(
-    low: float, high: float, period_s: float, size: int, dwell_s: float, honest: bool
-) -> None:
+
+
+def most_changes_in_a_minute(wave: Wave) -> int:
     """Also with dwell and confirmation far shorter than the defaults, and where nothing does what was predicted."""
-    hasty = replace(CONSTANTS, dwell_s=dwell_s, cool_down_s=1.0, confirm_s=0.0, guard_s=5.0, max_replicas=3)
-    latency = None if honest else lambda stages: 0.2 * stages
-    waves = square_wave(low_per_s=low, high_per_s=high, period_s=period_s, until_s=600)
-    arrivals = (at_s + index * 1e-3 for at_s in waves for index in range(size))
+    hasty = replace(CONSTANTS, dwell_s=wave.dwell_s, cool_down_s=1.0, confirm_s=0.0, guard_s=5.0, max_replicas=3)
+    latency = None if wave.honest else lambda stages: 0.2 * stages
+    waves = square_wave(low_per_s=wave.low, high_per_s=wave.high, period_s=wave.period_s, until_s=600)
+    arrivals = (at_s + index * 1e-3 for at_s in waves for index in range(wave.size))
     run = Run(hasty, candidates=tuple(replace(each, most_replicas=3) for each in THREE), latency_s=latency)
     run.through(sorted(arrivals), until_s=600, interval_s=2.5)
-    assert run.most_in_a_minute <= 2
+    return run.most_in_a_minute
+
+
+@settings(max_examples=20, deadline=None)
+@given(WAVES)
+def test_square_waves_never_make_more_than_two_changes_a_minute(wave: Wave) -> None:
+    assert most_changes_in_a_minute(wave) <= 2
+
+
+@pytest.mark.long
+@settings(max_examples=400, deadline=None)
+@given(WAVES)
+def test_many_square_waves_never_make_more_than_two_changes_a_minute(wave: Wave) -> None:
+    assert most_changes_in_a_minute(wave) <= 2
 
 
 @pytest.mark.parametrize("seed", range(5))
