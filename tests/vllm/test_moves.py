@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.real_loop,
     pytest.mark.asyncio(loop_scope="session"),
 ]
+LONGEST_SLICE_S = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +176,13 @@ async def test_memory_is_given_back(engine: VllmEngine) -> None:
     left = (await engine.stages())[1]
     assert left.weights_bytes < full.weights_bytes / 4
     assert left.kv_mapped_bytes == full.kv_mapped_bytes / 5
+
+
+async def test_layers_are_adopted_in_short_slices(engine: VllmEngine) -> None:
+    await move(engine, on_ranks(1, 5, 1, 1))
+    await move(engine, on_ranks(3, 1, 2, 2))
+    longest = [(await engine.rank_status(rank))["longest_slice_s"] for rank in range(4)]
+    assert all(0 < slice_s < LONGEST_SLICE_S for slice_s in longest[:2]), longest
 
 
 @pytest.mark.parametrize(("name", "rank"), FAILURES_BEFORE_COMMIT)

@@ -109,6 +109,7 @@ class Moving:
         self._ack_path = str(directory / f"ack-{rank}.dgram")
         self._receiver = Receiver(directory / f"kv-{rank}.dgram", self._copy_in)
         self._handover: _Handover | None = None
+        self._longest_slice_s = 0.0  # of work beside the steps, in CPU time: other work on the machine does not count
 
     @property
     def helper_pid(self) -> int:
@@ -124,7 +125,7 @@ class Moving:
         for index in handover.gained:
             tensors = self._helper.load(index)
             self._failpoints.hit("worker.load")
-            for _ in self._layers.fill(index, tensors):
+            for _ in self._timed(self._layers.fill(index, tensors)):
                 if handover.cancelled:
                     return
             handover.caches[index] = self._layers.new_caches(index)
@@ -155,7 +156,15 @@ class Moving:
             "layers": held,
             "weights_bytes": self._layers.other_bytes + sum(self._layers.bytes_of(i) for i in held),
             "kv_mapped_bytes": self.block_bytes * self._num_blocks * len(held),
+            "longest_slice_s": self._longest_slice_s,
         }
+
+    def _timed(self, slices: Iterator[None]) -> Iterator[None]:
+        began_s = time.thread_time()
+        for done in slices:
+            self._longest_slice_s = max(self._longest_slice_s, time.thread_time() - began_s)
+            yield done
+            began_s = time.thread_time()
 
     # --- between two steps ---
 
