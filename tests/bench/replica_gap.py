@@ -87,6 +87,13 @@ class Seen:
     step_gap_s: float  # the second's largest between two steps
     loop_late_s: float  # the daemon's event loop at most
 
+    def __str__(self) -> str:
+        return (
+            f"{ms(self.length_s)} ms, gap {ms(self.gap_s)} (calm {ms(self.calm_gap_s)}), "
+            f"worst {ms(self.worst_s)} (calm {ms(self.calm_worst_s)}) at {ms(self.worst_at_s)}, "
+            f"first {ms(self.first_gap_s)}, step {ms(self.step_gap_s)}, loop {ms(self.loop_late_s)}"
+        )
+
 
 @dataclass(slots=True)
 class Loop:
@@ -285,7 +292,7 @@ async def main() -> int:
             for way in WAYS:
                 turn += 1
                 one = await stand.hand_over(way, target=_PLACES[turn % 2])
-                say(f"{number} {way}: worst {ms(one.worst_s)} ms (calm {ms(one.calm_worst_s)}) at {ms(one.worst_at_s)}")
+                say(f"{number} {way}: {one}")
                 if number:
                     seen[way].append(one)
         title = f"handovers of {options.streams} streams of {options.prompt_tokens} tokens and more, medians"
