@@ -1,6 +1,7 @@
 """Layers move between the ranks of real vLLM, and nothing of any stream changes (fp32)."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -10,6 +11,7 @@ import pytest_asyncio
 from engines.errors import RefactoringAborted, RefactoringBusy, RefactoringRefused
 from engines.vllm.adapter import VllmEngine
 from planner.handover import HandoverPhase
+from planner.layout import Pipeline
 from tests.support.until import until
 from tests.support.vllm import layout
 from tests.vllm.conftest import CROWDED, KV_BLOCKS
@@ -78,11 +80,11 @@ async def assert_idle(engine: VllmEngine) -> None:
     assert (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
 
 
-async def check_moves(engine: VllmEngine, count: int, undisturbed: Result) -> None:
-    """Move again and again under streams that are renewed until all moves are done."""
-    await move(engine, START)
+async def check_moves(engine: VllmEngine, count: int, undisturbed: Result, *, laps: Sequence[Pipeline] = MOVES) -> None:
+    """Move again and again under streams that are renewed until all moves are done. ``laps`` end where they begin."""
+    await move(engine, laps[0])
     moved = 0
-    targets = islice(cycle(MOVES[1:]), count)
+    targets = islice(cycle(laps[1:]), count)
     ended = False
     while not ended:
         streams = asyncio.create_task(run_streams(engine))
