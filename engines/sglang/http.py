@@ -50,7 +50,9 @@ class SglangHttp:
         self._key = key
         self._admin_key = admin_key
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(path=str(socket), limit=0),
+            # A connection for each request: SGLang closes idle ones, at worst when one is used again, which would look
+            # like its death.
+            connector=aiohttp.UnixConnector(path=str(socket), limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=_LINE_LIMIT,
         )

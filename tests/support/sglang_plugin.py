@@ -55,7 +55,8 @@ class PluginDriver:
         self._numbers = 0
         self._live = 0
         self._http = aiohttp.ClientSession(
-            "http://sglang", connector=aiohttp.UnixConnector(str(directory / "http.sock"), limit=0)
+            "http://sglang",
+            connector=aiohttp.UnixConnector(str(directory / "http.sock"), limit=0, force_close=True),  # as the adapter
         )
 
     @property

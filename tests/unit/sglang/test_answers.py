@@ -97,3 +97,17 @@ async def test_a_start_that_is_awaited_never_asks_for_health(sglang: SglangHttp,
     server.answer = answer
     await sglang.until_ready()
     assert [asked.path for asked in server.asked] == ["/model_info"] * 3
+
+
+async def test_an_idle_connection_is_not_used_again(sglang: SglangHttp, server: FakeOwnServer) -> None:
+    """SGLang closes those when it likes."""
+    connections: set[object] = set()
+
+    async def answer(http: web.Request) -> web.StreamResponse:
+        connections.add(http.transport)
+        return web.json_response({})
+
+    server.answer = answer
+    for _ in range(3):
+        assert [event async for event in sglang.generate({})] == []
+    assert len(connections) == 3
