@@ -6,7 +6,7 @@ import re
 import secrets
 from argparse import Namespace
 
-from flexpiped.flexctl.client import BadUsage
+from flexpiped.flexctl.client import AdminClient, BadUsage
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.keys import NAME_PATTERN
@@ -15,7 +15,7 @@ _KEY_PREFIX = "fp-"
 _KEY_BYTES = 32
 
 
-def key(screen: Screen, options: Namespace) -> Exit:
+def key(_client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Make a key with 256 random bits.
 
     Raises:

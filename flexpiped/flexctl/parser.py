@@ -52,14 +52,20 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _late(module: str, function: str) -> Run:
-    """Return a command whose module is imported only when it runs: the others start without it."""
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A command whose module is imported only when it runs: the others start without it."""
 
-    def run(client: AdminClient, screen: Screen, options: argparse.Namespace, /) -> Exit:
-        found: Run = getattr(import_module(f"flexpiped.flexctl.{module}"), function)
-        return found(client, screen, options)
+    module: str
+    function: str
 
-    return run
+    def load(self) -> Run:
+        """Import the module and return what the command does."""
+        found: Run = getattr(import_module(f"flexpiped.flexctl.{self.module}"), self.function)
+        return found
+
+    def __call__(self, client: AdminClient, screen: Screen, options: argparse.Namespace, /) -> Exit:
+        return self.load()(client, screen, options)
 
 
 def _top_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,19 +151,19 @@ def _completion_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _CONFIG = (
-    Command(name="show", about="every key that is in force", run=_late("config_command", "show")),
+    Command(name="show", about="every key that is in force", run=Late("config_command", "show")),
     Command(
         name="check",
         about="say whether a file is right; without a daemon",
-        run=_late("config_command", "check"),
+        run=Late("config_command", "check"),
         add_arguments=_check_arguments,
     ),
     Command(
         name="schema",
         about="JSON schema of such files, for editors; without a daemon",
-        run=_late("config_command", "schema_"),
+        run=Late("config_command", "schema_"),
     ),
-    Command(name="diff", about="what a reload would do; changes nothing", run=_late("config_command", "diff")),
+    Command(name="diff", about="what a reload would do; changes nothing", run=Late("config_command", "diff")),
 )
 
 COMMANDS = (
@@ -169,7 +175,7 @@ COMMANDS = (
     Command(
         name="top",
         about="the status as a live screen, with what happens; changes nothing unless --control is given",
-        run=_late("top_command", "top"),
+        run=Late("top_command", "top"),
         add_arguments=_top_arguments,
     ),
     Command(
@@ -193,13 +199,13 @@ COMMANDS = (
     Command(
         name="topology",
         about="devices, what joins them and what is free on each; also without a daemon",
-        run=_late("topology_command", "topology"),
+        run=Late("topology_command", "topology"),
         add_arguments=_topology_arguments,
     ),
     Command(
         name="profile",
         about="measure what the model's layers take on this host; plans rest on it",
-        run=_late("profile_command", "profile"),
+        run=Late("profile_command", "profile"),
         add_arguments=_profile_arguments,
     ),
     Command(
@@ -211,7 +217,7 @@ COMMANDS = (
     Command(
         name="key",
         about="make an API key: it is shown once, and the hash is what to add to the file of http.api_keys",
-        run=_late("key_command", "key"),
+        run=Late("key_command", "key"),
         add_arguments=_key_arguments,
     ),
     Command(
@@ -222,7 +228,7 @@ COMMANDS = (
     Command(
         name="reload",
         about="have the daemon read its configuration again: what can be live is applied, a wrong one changes nothing",
-        run=_late("config_command", "reload"),
+        run=Late("config_command", "reload"),
     ),
     Command(
         name="simulate",
@@ -257,7 +263,7 @@ COMMANDS = (
     Command(
         name="completion",
         about="what a shell needs to complete flexctl commands: put it where the shell looks for it",
-        run=_late("completion_command", "completion"),
+        run=Late("completion_command", "completion"),
         add_arguments=_completion_arguments,
     ),
 )

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.completion_command import completion
 from flexpiped.flexctl.man_page import flexctl_page, flexpiped_page
-from flexpiped.flexctl.parser import COMMANDS, Command, flexctl_parser
+from flexpiped.flexctl.parser import COMMANDS, Command, Late, flexctl_parser
 from flexpiped.flexctl.parser_walk import subcommands_of
 from flexpiped.flexctl.terminal import Screen
 
@@ -29,6 +30,13 @@ def test_every_command_has_what_it_runs() -> None:
     assert [row.name for row in leaves(COMMANDS) if row.run is None] == []
     names = [row.name for row in COMMANDS]
     assert len(names) == len(set(names))
+
+
+def test_every_command_is_run_with_a_client_a_screen_and_options() -> None:
+    runs = [row.run.load() if isinstance(row.run, Late) else row.run for row in leaves(COMMANDS)]
+    for run in runs:
+        assert run is not None
+        signature(run).bind(None, None, None)
 
 
 def test_every_command_is_in_the_manual_with_its_options() -> None:
