@@ -180,6 +180,7 @@ async def test_memory_is_given_back(engine: VllmEngine) -> None:
     assert left.kv_mapped_bytes == full.kv_mapped_bytes / 5
 
 
+@pytest.mark.long  # a figure of time: what other tenants of a machine take of its cores counts in it
 async def test_layers_are_adopted_in_short_slices(engine: VllmEngine) -> None:
     await move(engine, on_ranks(1, 5, 1, 1))
     await move(engine, on_ranks(3, 1, 2, 2))

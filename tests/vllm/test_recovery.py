@@ -37,13 +37,14 @@ class Made:
         return self.engines[-1]
 
 
-async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None:
+@pytest.mark.parametrize("count", [8, pytest.param(STREAMS, marks=pytest.mark.long)])
+async def test_streams_survive_a_replica_handover_and_a_killed_core(count: int) -> None:
     """Their KV caches are copied, but for one whose copy fails; and layers move in the vLLM that took them in."""
     made = Made()
     supervisor = Supervisor(factory=made, pipeline=layout())
     await supervisor.start()
     try:
-        moved, killed = Streams(supervisor, count=STREAMS), Streams(supervisor, count=STREAMS)
+        moved, killed = Streams(supervisor, count=count), Streams(supervisor, count=count)
         carrier = KvCarrier(preference=KvPreference.COPY)
         message = ""
         async for report in ReplicaRunner(supervisor, TWO_RANKS, carrier=carrier, limits=PATIENT).run():
@@ -53,8 +54,8 @@ async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None
                 await made.engines[1].arm_failpoint("worker.kv_open", "fail", rank=1)
                 await moved.begin()
         assert (supervisor.pipeline, len(made.engines)) == (TWO_RANKS, 2)
-        taken = "the second instance serves, 32 of 32 requests taken over"
-        assert re.fullmatch(rf"{taken}: 31 KV copied \([0-9.]+ [KM]iB\), 1 computed again", message), message
+        taken = f"the second instance serves, {count} of {count} requests taken over"
+        assert re.fullmatch(rf"{taken}: {count - 1} KV copied \([0-9.]+ [KM]iB\), 1 computed again", message), message
         assert (await move(made.engines[1], MOVED))[-1].phase is HandoverPhase.DONE
         await moved.gain(10)
         await moved.stop()
@@ -69,7 +70,7 @@ async def test_32_streams_survive_a_replica_handover_and_a_killed_core() -> None
         assert supervisor.pipeline == MOVED
 
         lengths = [max(len(one), len(other)) for one, other in zip(moved.tokens, killed.tokens, strict=True)]
-        undisturbed = await run_streams(made.engines[2], count=STREAMS, lengths=lengths)
+        undisturbed = await run_streams(made.engines[2], count=count, lengths=lengths)
         moved.assert_begin_of(undisturbed)
         killed.assert_begin_of(undisturbed)
     finally:
