@@ -141,7 +141,7 @@ async def api_before(engine: VllmEngine | SglangEngine, *, model: Path) -> Async
     await supervisor.start()
     backend = Backend(
         model=engine.options.served_model_name,
-        supervisor=supervisor,
+        serving=supervisor,
         text=text,
         admission=Admission(limits=AdmissionLimits()),
         metrics=Metrics(),
