@@ -86,7 +86,7 @@ class SglangHttp:
 
     async def abort(self, rid: str) -> None:
         """End a request, wherever it is. An unknown one is fine; a dead server has none."""
-        await self._post("abort_request", self._key, {"rid": rid})
+        await self._post("abort_request", self._admin_key, {"rid": rid})
 
     async def freeze_garbage(self) -> None:
         """Have the garbage collectors leave alone what stays: collecting it would hold steps up."""

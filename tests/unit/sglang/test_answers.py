@@ -111,3 +111,10 @@ async def test_an_idle_connection_is_not_used_again(sglang: SglangHttp, server: 
     for _ in range(3):
         assert [event async for event in sglang.generate({})] == []
     assert len(connections) == 3
+
+
+async def test_requests_are_ended_with_the_key_that_may(sglang: SglangHttp, server: FakeOwnServer) -> None:
+    """Where SGLang has an admin key, it takes no other for that."""
+    await sglang.abort("some")
+    (asked,) = server.asked
+    assert (asked.path, asked.headers["Authorization"]) == ("/abort_request", "Bearer a")
