@@ -63,9 +63,10 @@ class EngineInForce:
         Raises:
             EngineDied: None does.
         """
-        if self.replicas is None or self.replicas.engine is None:
-            raise EngineDied(f"no engine serves now: {self._reason()}")
-        return self.replicas.engine
+        engine = self.known_replicas().engine
+        if engine is None:
+            raise self._none_serves()
+        return engine
 
     def engine_to_change(self) -> Engine:
         """Return the engine that serves, for one who will change its layout.
@@ -106,7 +107,7 @@ class EngineInForce:
     def known_replicas(self) -> Replicas:
         """Return all replicas. Raises ``EngineDied``: there are none yet."""
         if self.replicas is None:
-            raise EngineDied(f"no engine serves now: {self._reason()}")
+            raise self._none_serves()
         return self.replicas
 
     @property
@@ -135,8 +136,11 @@ class EngineInForce:
 
     def _known_offers(self) -> EngineOffers:
         if self.offers is None:
-            raise EngineDied(f"no engine serves now: {self._reason()}")
+            raise self._none_serves()
         return self.offers
+
+    def _none_serves(self) -> EngineDied:
+        return EngineDied(f"no engine serves now: {self._reason()}")
 
 
 @dataclass(frozen=True, slots=True)
