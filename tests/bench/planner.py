@@ -13,15 +13,13 @@ from planner.checker import check
 from planner.placement import Placement
 from planner.placement_problem import PlacementProblem
 from planner.placement_solver import place
-from planner.replanner import Replanner
+from planner.replanner import QUICK_S, Replanner
 from tests.bench.openb import at_load, data_folder, replayed
 from tests.bench.pipelines_that_fit import pipelines_that_fit
 from tests.bench.placement_instances import LLAMA_70B, MIN_KV_TOKENS, OPT_66B, partly_used_hosts, placement
 from tests.bench.placement_rivals import CONTEXT_TOKENS, RIVALS, throughput
 from tests.bench.stats import median
 from tests.bench.tables import Bound, say, table, verdicts, write_json
-
-_REPLAN_LIMIT_S = 0.09  # a step of the search that has begun is ended, which comes on top
 
 
 def _solve(problem: PlacementProblem, *, limit_s: float) -> tuple[Placement, float]:
@@ -85,7 +83,7 @@ def replan(count: int, figures: dict[str, object]) -> list[Bound]:
             first = session.place(problem, budget=Budget(limit_s=1.0, clock=time.process_time))
             changed = _without_one(problem, first, lost=first.stages[seed % len(first.stages)].place)
             began_s = time.process_time()
-            again = session.place(changed, budget=Budget(limit_s=_REPLAN_LIMIT_S, clock=time.process_time))
+            again = session.place(changed, budget=Budget(limit_s=QUICK_S, clock=time.process_time))
             seconds.append(time.process_time() - began_s)
             assert check(changed, again) == ()
             fresh, _ = _solve(changed, limit_s=1.0)
@@ -99,7 +97,7 @@ def replan(count: int, figures: dict[str, object]) -> list[Bound]:
         rows.append([what, *times, *found, f"{median(worse):.3f}", f"{max(worse):.3f}", f"{median(kv_gaps):.0f}"])
         figures[f"replan, {what}"] = {"seconds": seconds, "gaps": gaps, "fresh_gaps": fresh_gaps, "worse": worse}
         bounds += [
-            Bound(what=f"replanning, median, {what}", value=median(seconds) * 1e3, limit=100, at_most=True, unit="ms"),
+            Bound(what=f"replanning, slowest, {what}", value=max(seconds) * 1e3, limit=100, at_most=True, unit="ms"),
             Bound(what=f"bottleneck / fresh, median, {what}", value=median(worse), limit=1.01, at_most=True),
         ]
     head = [
