@@ -113,6 +113,9 @@ class EngineCapabilities:
     tensor_parallel: bool
     resumes_seeded: bool = True  # a seeded draw goes on exactly where generated tokens are handed in
     takes_engine_params: bool = False  # ``SamplingParams.engine_params``
+    compiles_at_first_use: bool = (
+        False  # the first requests of a kind make all others wait: it is tried out before it serves
+    )
     caches_prefixes: bool = False  # the KV cache of a prompt's first tokens is kept for later prompts
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
     kv_form: str = ""  # engines of equal forms can load each other's KV cache: then the engine is a ``KvTransfers``

@@ -122,14 +122,18 @@ class Supervisor:
         return self._epoch if self._engine is None else self._engine.epoch
 
     async def start(self) -> None:
-        """Return when the engine serves. A first start that fails is not tried again.
+        """Return when the engine serves, tried out where it compiles at first use. One that fails is not tried again.
 
         Raises:
             EngineStartFailed, UnsupportedByEngine
+            EngineError: It does not serve what it is tried out with.
         """
         engine = self._factory(self._pipeline, self._epoch)
         try:
             await engine.start(on_progress=self._on_progress)
+            if engine.capabilities.compiles_at_first_use:  # here nobody waits for it yet, as at a later start
+                self._on_progress("trying the engine out: what first requests need is compiled")
+                await warm_up(engine)
         except BaseException:
             await engine.close()
             raise

@@ -172,6 +172,7 @@ class VllmEngine(ServedEngine):
             tensor_parallel=True,
             resumes_seeded=False,
             takes_engine_params=True,
+            compiles_at_first_use=True,
             caches_prefixes="--no-enable-prefix-caching" not in self._options.args,
             own_server=own_server(self._options.args),
             kv_form=info.get("kv_form", ""),

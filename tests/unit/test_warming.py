@@ -1,4 +1,4 @@
-"""A second instance is tried out before it takes over, and one that does not serve does not."""
+"""An engine is tried out before it serves where that may hold up a stream, and one that fails does not serve."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ import pytest
 
 from engines.errors import EngineError
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
+from flexpiped.supervisor import Supervisor
 from flexpiped.warming import warm_up
 from tests.support.layouts import even_pipeline
 
@@ -38,3 +39,32 @@ async def test_an_engine_that_dies_of_it_does_not_pass() -> None:
     with pytest.raises(EngineError, match="of the first request"):
         await warm_up(engine)
     await engine.close()
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+async def test_a_first_start_tries_out_what_compiles_at_first_use(compiles: bool) -> None:
+    capabilities = replace(FAKE_CAPABILITIES, compiles_at_first_use=compiles)
+    told: list[str] = []
+    supervisor = Supervisor(
+        factory=lambda pipeline, epoch: FakeEngine(pipeline=pipeline, epoch=epoch, capabilities=capabilities),
+        pipeline=even_pipeline(2),
+        on_progress=told.append,
+    )
+    await supervisor.start()
+    assert supervisor.engine is not None
+    assert ((await supervisor.engine.counters()).generated_tokens_total > 0) is compiles
+    assert any("trying the engine out" in message for message in told) is compiles
+    await supervisor.close()
+
+
+async def test_a_first_start_whose_engine_serves_nothing_fails_and_closes_it() -> None:
+    engine = FakeEngine(pipeline=even_pipeline(2), capabilities=replace(FAKE_CAPABILITIES, compiles_at_first_use=True))
+    supervisor = Supervisor(
+        factory=lambda _pipeline, _epoch: engine,
+        pipeline=even_pipeline(2),
+        on_progress=lambda message: engine.kill("it dies of it") if "trying" in message else None,
+    )
+    with pytest.raises(EngineError, match="it dies of it"):
+        await supervisor.start()
+    assert supervisor.engine is None
+    await supervisor.close()
