@@ -47,7 +47,8 @@ class Ranks:
         if known[-1] != self.count - 1:
             last = " + ".join(self.devices_of(self.count - 1))
             return (
-                f"the head stays on rank {self.count - 1}: the last stage must be on {last}, with or without decoders"
+                f"the head stays on rank {self.count - 1}: the last stage must be on {last}, with or without decoders,"
+                " or the engine be started with fewer ranks"
             )
         if pipeline.stages[0].num_decoders < 1:
             return "rank 0 must hold at least one decoder"

@@ -32,7 +32,11 @@ def test_layouts_and_decoders_per_rank_say_the_same(target: Pipeline, counts: tu
     [
         (pipeline("05", 4), "there is no rank on cpu:5: the ranks are on cpu:0, cpu:1, cpu:2"),
         (pipeline("12", 4), "the embedding stays on rank 0: the first stage must be on cpu:0"),
-        (pipeline("01", 4), "the head stays on rank 2: the last stage must be on cpu:2, with or without decoders"),
+        (
+            pipeline("01", 4),
+            "the head stays on rank 2: the last stage must be on cpu:2, with or without decoders,"
+            " or the engine be started with fewer ranks",
+        ),
         (pipeline("021", 3, 5), "the stages must follow the order of the ranks: cpu:0, cpu:1, cpu:2"),
         (pipeline("02", 0), "rank 0 must hold at least one decoder"),
     ],
