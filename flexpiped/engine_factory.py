@@ -17,7 +17,6 @@ from flexpiped.settings import EngineKind, Settings
 from planner.errors import UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
 from planner.layout import Pipeline
-from planner.model_families import NATIVE
 from planner.model_graph import ModelGraph, build_model_graph
 from topology.device import Device
 
@@ -64,9 +63,7 @@ def _graph(settings: Settings, checkpoint: Checkpoint) -> ModelGraph:
     """Describe the model. Some engines know more families than the planner, and say what they cannot serve."""
     runs_all = settings.engine in RUN_ALL_FAMILIES
     try:
-        return build_model_graph(
-            checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value, engine=None if runs_all else NATIVE
-        )
+        return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
     except UnsupportedModel:
         if not runs_all:
             raise

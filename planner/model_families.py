@@ -1,43 +1,39 @@
-"""The model families that are known exactly: how to read their config.json, and which engines run them.
+"""The model families that are known exactly: how to read their config.json.
 
-A family is one function from config to ``Architecture`` and one line in ``FAMILIES``. More can be planned with than is
-run: the native engine runs few of these, vLLM all, and vLLM's further families have an estimated graph.
+A family is one function from config to ``Architecture`` and one line in ``FAMILIES``. The native engine runs all of
+these and no others; for further families of other engines there is an estimated graph.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
 
 from planner import learnt_families, rotary_families
 from planner.architecture import Architecture, Config
 from planner.errors import UnsupportedModel
 
-NATIVE: Final = "native"
-VLLM: Final = "vllm"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How to read a family's config.json, which classes of transformers its checkpoints may name, and who runs it."""
+    """How to read a family's config.json, and which classes of transformers its checkpoints may name."""
 
     read: Callable[[Config], Architecture]
     classes: frozenset[str]
-    engines: frozenset[str] = frozenset({VLLM})
 
 
 def _family(
-    read: Callable[[Config], Architecture], prefix: str, *, causal: str = "ForCausalLM", native: bool = False
+    read: Callable[[Config], Architecture], prefix: str, *, causal: str = "ForCausalLM", base: str = "Model"
 ) -> Family:
-    classes = frozenset({prefix + causal, prefix + "Model"})
-    return Family(read=read, classes=classes, engines=frozenset({VLLM, NATIVE} if native else {VLLM}))
+    return Family(read=read, classes=frozenset({prefix + causal, prefix + base}))
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "gemma2": _family(rotary_families.gemma2, "Gemma2"),
-        "gpt2": _family(learnt_families.gpt2, "GPT2", causal="LMHeadModel", native=True),
-        "llama": _family(rotary_families.llama, "Llama", native=True),
+        "gemma3_text": _family(rotary_families.gemma3, "Gemma3", base="TextModel"),
+        "gpt2": _family(learnt_families.gpt2, "GPT2", causal="LMHeadModel"),
+        "gpt_neox": _family(rotary_families.gpt_neox, "GPTNeoX"),
+        "llama": _family(rotary_families.llama, "Llama"),
         "mistral": _family(rotary_families.mistral, "Mistral"),
         "mixtral": _family(rotary_families.mixtral, "Mixtral"),
         "opt": _family(learnt_families.opt, "OPT"),
@@ -55,29 +51,17 @@ UNSUPPORTED_FEATURES = {  # keys of config.json that must be absent, null or fal
 }
 
 
-def families_of(engine: str) -> tuple[str, ...]:
-    """Return the model types that ``engine`` runs, of those known here."""
-    return tuple(sorted(name for name, family in FAMILIES.items() if engine in family.engines))
-
-
-def read_architecture(values: Mapping[str, object], *, engine: str | None = None) -> Architecture:
-    """Return what a parsed config.json describes. With ``engine``, refuse what that engine does not run.
+def read_architecture(values: Mapping[str, object]) -> Architecture:
+    """Return what a parsed config.json describes.
 
     Raises:
         UnsupportedModel: Another family, a feature that is not supported, or a value that cannot be.
     """
     model_type = values.get("model_type")
-    supported = ", ".join(sorted(FAMILIES) if engine is None else families_of(engine))
     if model_type not in FAMILIES:
         named = f"model_type {model_type!r}" if model_type else "a config.json without model_type"
-        raise UnsupportedModel(f"{named} is not supported; supported are: {supported}")
+        raise UnsupportedModel(f"{named} is not supported; supported are: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[str(model_type)]
-    if engine is not None and engine not in family.engines:
-        others = " or ".join(sorted(family.engines))
-        raise UnsupportedModel(
-            f"model_type {model_type!r} is not supported by the {engine} engine; supported are: {supported}. "
-            f"The {others} engine runs it"
-        )
     architectures = values.get("architectures")
     if isinstance(architectures, list) and architectures and not family.classes.intersection(map(str, architectures)):
         raise UnsupportedModel(

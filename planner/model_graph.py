@@ -150,18 +150,16 @@ def build_model_graph(
     tensors: Mapping[str, TensorHeader] | None = None,
     *,
     dtype: str = "auto",
-    engine: str | None = None,
 ) -> ModelGraph:
     """Return the model graph of a parsed config.json and its checkpoint's headers, checked against each other.
 
     Without ``tensors`` the config alone says what there is. ``dtype`` is what the model computes and keeps weights and
-    KV cache in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the config's own. With ``engine``, what that
-    engine does not run is refused.
+    KV cache in: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the config's own.
 
     Raises:
         UnsupportedModel: The family, a feature, a dtype, or a tensor that is missing, unknown or of another shape.
     """
-    arch = read_architecture(config, engine=engine)
+    arch = read_architecture(config)
     computed = _compute_dtype(config, tensors or {}) if dtype == "auto" else dtype
     if computed not in DTYPE_BYTES:
         raise UnsupportedModel(f"dtype {computed!r} is not supported; supported are: {', '.join(DTYPE_BYTES)}")

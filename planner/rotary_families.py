@@ -50,7 +50,7 @@ def qwen2(config: Config) -> Architecture:
 
 def qwen3(config: Config) -> Architecture:
     sizes = _sizes(config, hidden=4096, inner=22016, heads=32, decoders=32, kv_heads=32, head_dim=128)
-    tensors = _qwen3_attention(config, sizes) | _mlp("mlp", sizes.hidden, sizes.inner)
+    tensors = _normed_attention(config, sizes) | _mlp("mlp", sizes.hidden, sizes.inner)
     decoders = _windowed(_alike(sizes, tensors), _qwen_windows(config, sizes.decoders))
     return _model(config, sizes, decoders, vocab=151936, context=32768)
 
@@ -58,9 +58,10 @@ def qwen3(config: Config) -> Architecture:
 def qwen3_moe(config: Config) -> Architecture:
     """Mixtures in every ``decoder_sparse_step``-th decoder but those of ``mlp_only_layers``."""
     sizes = _sizes(config, hidden=2048, inner=6144, heads=32, decoders=24, kv_heads=4)
-    attention = _qwen3_attention(config, sizes)
+    attention = _normed_attention(config, sizes)
     inner = config.positive("moe_intermediate_size", 768)
-    count, active = config.positive("num_experts", 128), config.positive("num_experts_per_tok", 8)
+    count = config.positive("num_experts", config.positive("num_local_experts", 128))  # transformers 5 saves the latter
+    active = config.positive("num_experts_per_tok", 8)
     _check_experts(count, active)
     step, dense_only = config.positive("decoder_sparse_step", 1), config.indices("mlp_only_layers")
     routed: dict[str, Shape] = {"mlp.gate.weight": (count, sizes.hidden)}
@@ -99,6 +100,42 @@ def gemma2(config: Config) -> Architecture:
     windows = _windows(config, sizes.decoders, config.optional("sliding_window", 4096), lambda index: index % 2 == 0)
     decoders = _windowed(_alike(sizes, tensors), windows)
     return _model(config, sizes, decoders, vocab=256000, context=8192, tied=True)
+
+
+def gemma3(config: Config) -> Architecture:
+    """Windows in all decoders but every ``sliding_window_pattern``-th."""
+    sizes = _sizes(config, hidden=2304, inner=9216, heads=8, decoders=26, kv_heads=4, head_dim=256)
+    norms: dict[str, Shape] = {f"{name}_feedforward_layernorm.weight": (sizes.hidden,) for name in ("pre", "post")}
+    tensors = _normed_attention(config, sizes) | norms | _mlp("mlp", sizes.hidden, sizes.inner)
+    pattern = config.positive("sliding_window_pattern", 6)
+    window = config.optional("sliding_window", 4096)
+    windows = _windows(config, sizes.decoders, window, lambda index: (index + 1) % pattern != 0)
+    decoders = _windowed(_alike(sizes, tensors), windows)
+    return _model(config, sizes, decoders, vocab=262208, context=131072, tied=True)
+
+
+def gpt_neox(config: Config) -> Architecture:
+    """Queries, keys and values in one matrix; biases everywhere, though in attention they may be left out."""
+    sizes = _sizes(config, hidden=6144, inner=24576, heads=64, decoders=44)
+    tensors: dict[str, Shape] = {}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors |= {f"{norm}.weight": (sizes.hidden,), f"{norm}.bias": (sizes.hidden,)}
+    tensors |= _linear("attention.query_key_value", sizes.hidden, 3 * sizes.hidden)
+    tensors |= _linear("attention.dense", sizes.hidden, sizes.hidden)
+    biased = ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+    if config.flag("attention_bias", default=True):
+        biased += ["attention.query_key_value", "attention.dense"]
+    tensors |= _linear("mlp.dense_h_to_4h", sizes.hidden, sizes.inner)
+    tensors |= _linear("mlp.dense_4h_to_h", sizes.inner, sizes.hidden)
+    decoders = _alike(sizes, tensors | _biases(tensors, biased))
+    return replace(
+        _model(config, sizes, decoders, vocab=50432, context=2048),
+        base_prefix="gpt_neox.",
+        embedding_table="embed_in.weight",
+        head_table="embed_out.weight",
+        head={f"final_layer_norm.{part}": (sizes.hidden,) for part in ("weight", "bias")},
+        buffers=(*_BUFFERS, ".attention.bias", ".attention.masked_bias"),
+    )
 
 
 def phi3(config: Config) -> Architecture:
@@ -184,7 +221,7 @@ def _qwen_windows(config: Config, count: int) -> tuple[int | None, ...]:
     return _windows(config, count, window, lambda index: index >= first)
 
 
-def _qwen3_attention(config: Config, sizes: _Sizes) -> dict[str, Shape]:
+def _normed_attention(config: Config, sizes: _Sizes) -> dict[str, Shape]:
     norms: dict[str, Shape] = {f"self_attn.{name}_norm.weight": (sizes.head_dim,) for name in "qk"}
     tensors = _norms(sizes) | _attention(sizes) | norms
     if config.flag("attention_bias", default=False):

@@ -5,6 +5,7 @@ CPU in float32 a compiled kernel does it; for everything else, and where there i
 """
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from engines.native.kv_memory import KVMemory
 
 ATTENTION_NAME = "flexpiped_paged"
 _TILE, _MAX_HEAD_DIM, _MAX_GROUP = 16, 256, 16  # of paged_attention.c
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """How the attention of one layer makes its scores, and which count. As transformers' modules pass them on."""
+
+    scale: float
+    window_tokens: int | None = None  # a token attends to so many, itself included; None: to all before it
+    softcap: float | None = None  # scores go through softcap * tanh(score / softcap)
 
 
 class PagedStep:
@@ -51,8 +61,8 @@ class PagedStep:
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("num_tokens", "num_sequences", "max_blocks", "block_tokens")),
-        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_void_p) for name in ("table", "rows", "sequence_of", "positions")),
     )
 
@@ -78,7 +88,7 @@ class CompiledAttention:
         )
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer: int, step: PagedStep
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, layer: int, step: PagedStep
     ) -> Any:
         """Attend; q, k, v of shape (1, heads, tokens, head_dim); the result is (1, tokens, heads, head_dim)."""
         out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3])
@@ -86,10 +96,10 @@ class CompiledAttention:
         if native is None:
             native = step.native = _Step(
                 len(step.positions), len(step.rows), step.table.shape[1], step.kv_block_tokens,
-                q.shape[1], k.shape[1], q.shape[3], scale,
+                q.shape[1], k.shape[1], q.shape[3], 0, 0.0, 0.0,
                 step.table.ctypes.data, step.rows.ctypes.data, step.sequence_of.ctypes.data, step.positions.ctypes.data,
             )  # fmt: skip
-        native.scale = scale
+        native.window, native.scale, native.softcap = scores.window_tokens or 0, scores.scale, scores.softcap or 0.0
         keys, values = step.kv.keys[layer].data_ptr(), step.kv.values[layer].data_ptr()
         status = self._function(
             ctypes.byref(native), ctypes.c_void_p(keys), ctypes.c_void_p(values),
@@ -107,12 +117,12 @@ def _rows(tensor: torch.Tensor) -> Any:
 
 
 def torch_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer: int, step: PagedStep
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, layer: int, step: PagedStep
 ) -> torch.Tensor:
     """The same with torch operations, sequence by sequence; any dtype and device."""
     keys, values = step.kv.keys[layer], step.kv.values[layer]
+    size = step.kv_block_tokens
     if step.slots is None:
-        size = step.kv_block_tokens
         blocks = step.table[step.rows[step.sequence_of], step.positions // size].astype(np.int64)
         step.slots = torch.from_numpy(blocks * size + step.positions % size)
     keys.index_copy_(0, step.slots, k[0].transpose(0, 1))
@@ -121,21 +131,32 @@ def torch_attention(
     out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
     for row, start, count, end in zip(step.rows, step.starts, step.counts, step.ends, strict=True):
         context = int(start) + int(count)
-        needed = -(-context // step.kv_block_tokens)
-        blocks = torch.from_numpy(step.table[row, :needed].astype(np.int64))
-        shape = (-1, step.kv_block_tokens, *keys.shape[1:])
-        past_k = keys.view(shape)[blocks].flatten(0, 1)[:context].transpose(0, 1)
-        past_v = values.view(shape)[blocks].flatten(0, 1)[:context].transpose(0, 1)
-        mask = torch.arange(context)[None, :] <= torch.arange(int(start), context)[:, None]
-        attended = torch.nn.functional.scaled_dot_product_attention(
+        window = scores.window_tokens or context
+        first = max(0, int(start) - window + 1) // size  # KV block of the oldest key that counts
+        blocks = torch.from_numpy(step.table[row, first : -(-context // size)].astype(np.int64))
+        shape = (-1, size, *keys.shape[1:])
+        past_k = keys.view(shape)[blocks].flatten(0, 1)[: context - first * size].transpose(0, 1)
+        past_v = values.view(shape)[blocks].flatten(0, 1)[: context - first * size].transpose(0, 1)
+        at = torch.arange(int(start), context)[:, None]
+        of = torch.arange(first * size, context)[None, :]
+        attended = _attend(
             q[0, :, int(end) - int(count) : int(end)],
             past_k.repeat_interleave(groups, 0),
             past_v.repeat_interleave(groups, 0),
-            attn_mask=mask,
-            scale=scale,
+            (of <= at) & (of > at - window),
+            scores,
         )
         out[0, int(end) - int(count) : int(end)] = attended.transpose(0, 1)
     return out
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """Attend within one sequence; q, k, v: (heads, tokens, head_dim), mask: (queries, keys)."""
+    if scores.softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)
+    capped = scores.softcap * torch.tanh(q @ k.transpose(1, 2) * scores.scale / scores.softcap)
+    weights = capped.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v
 
 
 def register(library: Path | None) -> str:
@@ -153,12 +174,15 @@ def register(library: Path | None) -> str:
         *,
         scaling: float,
         step: PagedStep,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        scores = Scores(scale=scaling, window_tokens=sliding_window, softcap=softcap)
         if compiled is not None and compiled.supports(query, key, step):
-            return compiled(query, key, value, scaling, layer, step), None
-        return torch_attention(query, key, value, scaling, layer, step), None
+            return compiled(query, key, value, scores, layer, step), None
+        return torch_attention(query, key, value, scores, layer, step), None
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged)
     return ATTENTION_NAME

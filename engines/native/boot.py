@@ -8,7 +8,8 @@ import torch
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import UnsupportedByEngine
 from engines.native import attention, llama_ops
-from engines.native.families import Family, build_family
+from engines.native.families import build_family
+from engines.native.family import Family
 from engines.native.inbox import Inbox
 from engines.native.kernels.build import KernelBuildFailed, build_kernel, cache_directory
 from engines.native.options import NativeOptions
@@ -16,7 +17,6 @@ from engines.native.scheduler import SchedulerLimits
 from engines.native.shared import SharedMemory, SharedSizes
 from engines.native.worker import WorkerContext
 from planner.layout import Pipeline
-from planner.model_families import NATIVE
 from planner.model_graph import ModelGraph, build_model_graph
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,7 +48,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
 
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(options.model_directory)
-    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype, engine=NATIVE)
+    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
     config = AutoConfig.from_pretrained(checkpoint.directory)
     dtype = _DTYPES[graph.dtype]
     kernels, note = _compiled(options)
@@ -57,7 +57,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     family = build_family(
         config, attention=attention.register(kernels.get("paged_attention")), max_model_len=max_model_len, dtype=dtype
     )
-    if kernels and dtype is torch.float32 and graph.model_type == "llama":
+    if kernels and dtype is torch.float32:
         llama_ops.install(family.model, kernels["llama_ops"])
     check_pipeline(pipeline, family, options)
     shared = SharedMemory(

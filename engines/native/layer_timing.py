@@ -20,7 +20,6 @@ from engines.process import die_with_parent, usable_cores
 from planner.errors import PlannerError
 from planner.layer_costs import Batch
 from planner.layout import Pipeline, pipeline_of
-from planner.model_families import NATIVE
 from planner.model_graph import build_model_graph
 
 
@@ -69,7 +68,7 @@ def _measure(request: t.TimingRequest) -> None:
 def _whole(options: NativeOptions) -> Pipeline:
     """Return the pipeline of one stage, with which the engine is described; it is not what is measured."""
     checkpoint = open_checkpoint(options.model_directory)
-    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype, engine=NATIVE)
+    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
     return pipeline_of(device_ids=options.device_ids[:1], cuts=[], num_decoders=graph.num_decoders)
 
 

@@ -1,10 +1,12 @@
 """Replaces the elementwise parts of transformers' Llama modules by compiled ones: same values, far less overhead.
 
 The modules stay transformers' own; what is replaced is how RMSNorm, the rotary embedding and SiLU(gate) * up are
-computed, in float32 on the CPU. Without a C compiler nothing is replaced.
+computed, in float32 on the CPU, in Llama and in the families whose modules compute the same. Without a C compiler
+nothing is replaced.
 """
 
 import ctypes
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+# Whose norm, rotary embedding and MLP are Llama's, under names that begin with:
+LIKE_LLAMA = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -60,13 +71,20 @@ class LlamaOps:
 
 
 def install(model: nn.Module, library: Path) -> None:
-    """Have a float32 Llama on the CPU use the compiled parts. Before the first fork, so that every worker has them."""
-    from transformers.models.llama import modeling_llama
+    """Have a float32 model on the CPU use the compiled parts. Before the first fork, so that every worker has them.
 
+    Nothing happens to a model whose family is not in ``LIKE_LLAMA``.
+    """
+    prefix = LIKE_LLAMA.get(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    if prefix is None:
+        return
     ops = LlamaOps(library)
-    modeling_llama.apply_rotary_pos_emb = ops.rotary
+    modeling: Any = sys.modules[type(model).__module__]
+    modeling.apply_rotary_pos_emb = ops.rotary
+    module: Any
     for module in model.modules():
-        if isinstance(module, modeling_llama.LlamaRMSNorm):
-            module.forward = partial(ops.rms_norm, module)  # type: ignore[method-assign]
-        elif isinstance(module, modeling_llama.LlamaMLP) and module.config.hidden_act == "silu":
-            module.forward = partial(ops.gated_mlp, module)  # type: ignore[method-assign]
+        match type(module).__name__.removeprefix(prefix):
+            case "RMSNorm":
+                module.forward = partial(ops.rms_norm, module)
+            case "MLP" if module.config.hidden_act == "silu":
+                module.forward = partial(ops.gated_mlp, module)

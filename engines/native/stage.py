@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from engines.native.attention import PagedStep
-from engines.native.families import EMBEDDING_OF_HEAD, Family
+from engines.native.family import Family
 from engines.native.kv_memory import KVMemory
 from engines.native.messages import RunStep, StageSpec
 from engines.native.sampling import chosen_logprobs, sample
@@ -65,11 +65,9 @@ class HeldLayers:
         return weights_bytes, self._kv.release(int(layer)) if layer.isdigit() else 0
 
     def _stored_name(self, full: str) -> str:
-        tied = EMBEDDING_OF_HEAD.get(full, {}).get(self._family.config.model_type, full)
-        for name in (full, tied):
-            for candidate in (name, name.partition(".")[2]):  # some checkpoints leave the outer module's name out
-                if candidate in self._in_checkpoint:
-                    return candidate
+        for name in self._family.stored_names(full):
+            if name in self._in_checkpoint:
+                return name
         raise KeyError(f"the checkpoint has no tensor for {full}")
 
 
@@ -106,7 +104,7 @@ class StageRunner:
         assert hidden is not None
         arguments = self._family.step_arguments(positions)
         for index in range(spec.first_decoder, spec.end_decoder):
-            hidden = self._family.decoder(index)(hidden, step=step, **arguments)
+            hidden = self._family.decoder(index)(hidden, step=step, **arguments[index])
         return hidden, step
 
     def sample(self, message: RunStep, hidden: torch.Tensor, step: PagedStep) -> tuple[bytes, bytes]:
@@ -134,4 +132,6 @@ class StageRunner:
             kv=self._kv,
         )
         hidden = torch.zeros(1, 1, self._family.hidden_size, dtype=self._family.dtype)
-        self._family.decoder(int(layer))(hidden, step=step, **self._family.step_arguments(torch.zeros(1).long()))
+        index = int(layer)
+        arguments = self._family.step_arguments(torch.zeros(1).long())
+        self._family.decoder(index)(hidden, step=step, **arguments[index])

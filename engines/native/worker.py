@@ -24,7 +24,7 @@ import torch
 from engines.checkpoint import Checkpoint
 from engines.failpoints import FailAction, FailpointHit, Failpoints
 from engines.native import messages as m
-from engines.native.families import Family
+from engines.native.family import Family
 from engines.native.inbox import Inbox
 from engines.native.kv_memory import KVMemory
 from engines.native.shared import SharedMemory

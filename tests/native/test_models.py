@@ -1,5 +1,6 @@
 """Token for token what transformers generates: float32, greedy, at 1, 2 and the most stages."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from engines.errors import UnsupportedByEngine
 from tests.support import checkpoints
+from tests.support.family_checkpoints import KINDS, MAX_MODEL_LEN, NUM_DECODERS, config_of, make_family
 from tests.support.native import CACHE, collect, even, gpt2, layout, llama, move, request, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
@@ -47,6 +49,22 @@ async def test_tokens_equal_transformers_at_1_2_and_the_most_stages(
         for stages in (2, num_decoders):
             await move(engine, even(stages, num_decoders))
             assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "-" not in kind])
+async def test_every_family_gives_the_tokens_of_transformers_at_any_stages_and_across_refactorings(kind: str) -> None:
+    """Tied tables lie in shards. Commit compares the KV blocks of source and destination."""
+    directory = make_family(kind, shards=3 if config_of(kind).tie_word_embeddings else 1)
+    expected = generated_by_transformers(directory)
+    wanted = request(PROMPT, max_tokens=NEW_TOKENS)
+    async with running(directory, even(1, NUM_DECODERS), max_model_len=MAX_MODEL_LEN) as engine:
+        assert (await collect(engine, wanted))[0] == expected
+        for stages in (2, NUM_DECODERS):
+            moving = asyncio.create_task(move(engine, even(stages, NUM_DECODERS)))
+            while not moving.done():
+                assert (await collect(engine, wanted))[0] == expected
+            assert (await moving).epoch is not None
+            assert (await collect(engine, wanted))[0] == expected
 
 
 async def test_an_uneven_start_layout_on_other_devices_gives_the_same() -> None:

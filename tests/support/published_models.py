@@ -111,6 +111,35 @@ PHI_3_MINI = PublishedModel(
     source="safetensors index of huggingface.co/microsoft/Phi-3-mini-4k-instruct",
 )  # fmt: skip
 
+QWEN_2_5_500M = PublishedModel(
+    config={
+        "model_type": "qwen2", "torch_dtype": "bfloat16", "vocab_size": 151936, "hidden_size": 896,
+        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "max_position_embeddings": 32768, "sliding_window": 32768, "max_window_layers": 21,
+        "use_sliding_window": False, "tie_word_embeddings": True,
+    },
+    parameters=494_032_768,
+    source="safetensors index of huggingface.co/Qwen/Qwen2.5-0.5B-Instruct",
+)  # fmt: skip
+GEMMA_3_1B = PublishedModel(
+    config={
+        "model_type": "gemma3_text", "torch_dtype": "bfloat16", "vocab_size": 262144, "hidden_size": 1152,
+        "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6, "max_position_embeddings": 32768,
+    },
+    parameters=999_885_952,
+    source="safetensors index of huggingface.co/google/gemma-3-1b-it",
+)  # fmt: skip
+GPT_NEOX_20B = PublishedModel(
+    config={
+        "model_type": "gpt_neox", "torch_dtype": "float16", "vocab_size": 50432, "hidden_size": 6144,
+        "intermediate_size": 24576, "num_hidden_layers": 44, "num_attention_heads": 64,
+        "max_position_embeddings": 2048, "rotary_pct": 0.25, "tie_word_embeddings": False,
+    },
+    parameters=20_554_567_680,
+    source="section 3 of Black et al., GPT-NeoX-20B, arXiv 2204.06745",
+)  # fmt: skip
+
 PUBLISHED: Mapping[str, PublishedModel] = {
     "OPT-66B": OPT_66B,
     "Llama-2-7B": LLAMA_2_7B,
@@ -122,4 +151,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "Mistral-7B": MISTRAL_7B,
     "Qwen3-8B": QWEN_3_8B,
     "Phi-3-mini": PHI_3_MINI,
+    "Qwen2.5-0.5B": QWEN_2_5_500M,
+    "Gemma-3-1B": GEMMA_3_1B,
+    "GPT-NeoX-20B": GPT_NEOX_20B,
 }

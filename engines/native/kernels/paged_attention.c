@@ -16,7 +16,8 @@
 typedef struct {
     int32_t num_tokens, num_sequences, max_blocks, block_tokens;
     int32_t num_heads, num_kv_heads, head_dim;
-    float scale;
+    int32_t window;             /* a token attends to so many, itself included; 0: to all before it */
+    float scale, softcap;       /* scores go through softcap * tanh(score / softcap); 0: they do not */
     const int32_t *table;       /* (rows, max_blocks): KV block ids of each sequence */
     const int32_t *rows;        /* (num_sequences): row of the sequence in the table */
     const int32_t *sequence_of; /* (num_tokens): which sequence a token belongs to */
@@ -39,6 +40,7 @@ static inline __attribute__((always_inline)) void attend(
     const int group = step->num_heads / step->num_kv_heads;
     const int64_t slot_stride = (int64_t)step->num_kv_heads * dim;
     const int32_t context = step->positions[token] + 1;
+    const int32_t oldest = step->window > 0 && step->window < context ? context - step->window : 0;
     const int32_t *row = step->table + (int64_t)step->rows[step->sequence_of[token]] * step->max_blocks;
     float accumulated[MAX_GROUP][MAX_HEAD_DIM] __attribute__((aligned(64)));
     float peak[MAX_GROUP], total[MAX_GROUP];
@@ -48,32 +50,36 @@ static inline __attribute__((always_inline)) void attend(
         total[g] = 0.0f;
         for (int d = 0; d < dim; d++) accumulated[g][d] = 0.0f;
     }
-    for (int32_t base = 0; base < context; base += TILE) {
+    for (int32_t base = oldest - oldest % TILE; base < context; base += TILE) {
         const int64_t slot = (int64_t)row[base / step->block_tokens] * step->block_tokens + base % step->block_tokens;
         const float *k = keys + slot * slot_stride + (int64_t)kv_head * dim;
         const float *v = values + slot * slot_stride + (int64_t)kv_head * dim;
+        const int32_t begin = oldest > base ? oldest - base : 0;
         const int32_t count = context - base < TILE ? context - base : TILE;
         for (int g = 0; g < group; g++) {
             const float *query = q->data + token * q->token_stride + (kv_head * group + g) * q->head_stride;
             float score[TILE] __attribute__((aligned(64)));
             float highest = peak[g];
             for (int j = 0; j < TILE; j++) score[j] = MASKED;
-            for (int j = 0; j < count; j++) {
+            for (int j = begin; j < count; j++) {
                 const float *key = k + j * slot_stride;
                 float sum = 0.0f;
                 for (int d = 0; d < dim; d++) sum += query[d] * key[d];
                 score[j] = sum * step->scale;
             }
+            if (step->softcap > 0.0f)
+                for (int j = begin; j < count; j++) score[j] = step->softcap * tanhf(score[j] / step->softcap);
             for (int j = 0; j < TILE; j++) highest = score[j] > highest ? score[j] : highest;
             const float shrink = expf(peak[g] - highest);
             float added = 0.0f;
             for (int j = 0; j < TILE; j++) score[j] = expf(score[j] - highest);
+            for (int j = 0; j < begin; j++) score[j] = 0.0f;
             for (int j = count; j < TILE; j++) score[j] = 0.0f;
             for (int j = 0; j < TILE; j++) added += score[j];
             total[g] = total[g] * shrink + added;
             peak[g] = highest;
             for (int d = 0; d < dim; d++) accumulated[g][d] *= shrink;
-            for (int j = 0; j < count; j++) {
+            for (int j = begin; j < count; j++) {
                 const float *value = v + j * slot_stride;
                 const float weight = score[j];
                 for (int d = 0; d < dim; d++) accumulated[g][d] += weight * value[d];
@@ -95,6 +101,7 @@ static void attend_any(const Step *step, const float *keys, const float *values,
     case 64: attend(step, keys, values, q, out, token, kv_head, 64); break;
     case 96: attend(step, keys, values, q, out, token, kv_head, 96); break;
     case 128: attend(step, keys, values, q, out, token, kv_head, 128); break;
+    case 256: attend(step, keys, values, q, out, token, kv_head, 256); break;
     default: attend(step, keys, values, q, out, token, kv_head, step->head_dim); break;
     }
 }

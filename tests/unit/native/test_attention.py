@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from engines.native.attention import ATTENTION_NAME, CompiledAttention, PagedStep, register, torch_attention
+from engines.native.attention import ATTENTION_NAME, CompiledAttention, PagedStep, Scores, register, torch_attention
 from engines.native.kv_memory import KVMemory
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int, PagedStep], torch.Tensor]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores, int, PagedStep], torch.Tensor]
 MAX_CONTEXT = 96
 
 
@@ -25,14 +25,16 @@ class Shape:
     group: int = 2
     head_dim: int = 32
     block_tokens: int = 16
+    window_tokens: int | None = None
+    softcap: float | None = None
 
     @property
     def num_heads(self) -> int:
         return self.num_kv_heads * self.group
 
     @property
-    def scale(self) -> float:
-        return float(self.head_dim**-0.5)
+    def scores(self) -> Scores:
+        return Scores(scale=self.head_dim**-0.5, window_tokens=self.window_tokens, softcap=self.softcap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +90,21 @@ class Cache:
             torch.cat([getattr(tokens, name).transpose(0, 1) for _, _, tokens in entries]).transpose(0, 1)[None]
             for name in "qkv"
         )
-        out = self._attention(q, k, v, self.shape.scale, layer, step)
+        out = self._attention(q, k, v, self.shape.scores, layer, step)
         return list(torch.split(out[0], step.counts.tolist()))
 
 
-def plain_attention(tokens: Tokens, scale: float) -> torch.Tensor:
+def plain_attention(tokens: Tokens, how: Scores) -> torch.Tensor:
     """Return causal attention over a whole sequence, in float64: (tokens, heads, head_dim)."""
     group = tokens.q.shape[0] // tokens.k.shape[0]
     q, k, v = tokens.q.double(), tokens.k.double(), tokens.v.double()
-    scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
-    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+    scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    if how.window_tokens is not None:
+        hidden |= torch.ones(scores.shape[1:], dtype=torch.bool).tril(-how.window_tokens)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
     return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1)
 
 
@@ -137,7 +143,34 @@ def test_ragged_batches_equal_plain_attention(
     sequences = [random_tokens(shape, rng.randint(1, MAX_CONTEXT), seed=i) for i in range(4)]
     results = ragged_run(Cache(attention, shape, rows=4), sequences, rng)
     for tokens, result in zip(sequences, results, strict=True):
-        torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scale), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scores), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_tokens", [16, 32])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window_tokens", [1, 7, 16, 33, 500])
+def test_windows_and_soft_caps(
+    attention: Attention, window_tokens: int, softcap: float | None, block_tokens: int
+) -> None:
+    shape = Shape(window_tokens=window_tokens, softcap=softcap, block_tokens=block_tokens)
+    rng = random.Random(window_tokens + block_tokens)
+    sequences = [random_tokens(shape, rng.randint(1, MAX_CONTEXT), seed=i) for i in range(4)]
+    results = ragged_run(Cache(attention, shape, rows=4), sequences, rng)
+    for tokens, result in zip(sequences, results, strict=True):
+        torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scores), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_window_has_left_behind_is_not_read(attention: Attention) -> None:
+    """Not even as zero times something: a KV block may hold anything there."""
+    shape = Shape(window_tokens=20)
+    tokens = random_tokens(shape, 80, seed=1)
+    cache = Cache(attention, shape, rows=1)
+    cache.step([(0, 0, tokens.part(0, 79))])
+    for block in cache.table[0, :3]:  # positions 0 to 47; the window of position 79 begins at 60
+        cache.kv.values[1][block * 16 : block * 16 + 16] = torch.nan
+    (result,) = cache.step([(0, 79, tokens.part(79, 1))])
+    expected = plain_attention(tokens, shape.scores)[79:]
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [16, 128, 256])
@@ -145,7 +178,7 @@ def test_head_dims_of_other_models(attention: Attention, head_dim: int) -> None:
     shape = Shape(head_dim=head_dim, group=3)
     tokens = random_tokens(shape, 40, seed=head_dim)
     (result,) = Cache(attention, shape, rows=1).step([(0, 0, tokens)])
-    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scale), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scores), rtol=1e-4, atol=1e-5)
 
 
 def test_large_scores_do_not_overflow(attention: Attention) -> None:
@@ -153,7 +186,7 @@ def test_large_scores_do_not_overflow(attention: Attention) -> None:
     tokens = random_tokens(shape, 50, seed=1)
     tokens = Tokens(tokens.q * 60, tokens.k * 60, tokens.v)
     (result,) = Cache(attention, shape, rows=1).step([(0, 0, tokens)])
-    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scale), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scores), rtol=1e-3, atol=1e-3)
 
 
 def test_keys_and_values_go_to_their_slots_of_their_layer(attention: Attention) -> None:
@@ -183,7 +216,10 @@ def test_kernel_and_torch_agree(compiled: Attention) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_the_kernel_gives_the_same_bits_alone_and_in_any_batch_and_chunks(compiled: Attention, seed: int) -> None:
     rng = random.Random(seed)
-    shape = Shape(group=rng.choice([1, 2, 4]), head_dim=rng.choice([32, 64, 80, 96]))
+    window, softcap = rng.choice([None, 5, 30]), rng.choice([None, 3.0])
+    shape = Shape(
+        group=rng.choice([1, 2, 4]), head_dim=rng.choice([32, 64, 80, 96]), window_tokens=window, softcap=softcap
+    )
     sequences = [random_tokens(shape, rng.randint(1, MAX_CONTEXT), seed=100 * seed + i) for i in range(5)]
     batched = ragged_run(Cache(compiled, shape, rows=5, seed=seed), sequences, rng)
     for tokens, result in zip(sequences, batched, strict=True):
@@ -223,10 +259,11 @@ def registered(library: Path | None, shape: Shape) -> Attention:
     function = ALL_ATTENTION_FUNCTIONS[register(library)]
 
     def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer: int, step: PagedStep
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, layer: int, step: PagedStep
     ) -> torch.Tensor:
         assert layer == Layer.layer_idx
-        out, weights = function(Layer(), q, k, v, None, scaling=scale, step=step, dropout=0.0, is_causal=True)
+        passed = {"scaling": scores.scale, "sliding_window": scores.window_tokens, "softcap": scores.softcap}
+        out, weights = function(Layer(), q, k, v, None, **passed, step=step, dropout=0.0, is_causal=True)
         assert weights is None
         return out  # type: ignore[no-any-return]
 
@@ -239,8 +276,8 @@ def result_of(attention: Attention, shape: Shape, tokens: Tokens, dtype: torch.d
     return result
 
 
-def test_a_model_gets_the_kernel_in_float32(kernel: Path, compiled: Attention) -> None:
-    shape = Shape(head_dim=64)
+@pytest.mark.parametrize("shape", [Shape(head_dim=64), Shape(window_tokens=9, softcap=2.0)], ids=["plain", "gemma"])
+def test_a_model_gets_the_kernel_in_float32(kernel: Path, compiled: Attention, shape: Shape) -> None:
     tokens = random_tokens(shape, 60, seed=2)
     assert torch.equal(result_of(registered(kernel, shape), shape, tokens), result_of(compiled, shape, tokens))
     assert ATTENTION_NAME in ALL_ATTENTION_FUNCTIONS
@@ -252,13 +289,13 @@ def test_without_a_kernel_a_model_gets_torch() -> None:
     assert torch.equal(result_of(registered(None, shape), shape, tokens), result_of(torch_attention, shape, tokens))
 
 
+@pytest.mark.parametrize("shape", [Shape(head_dim=64), Shape(window_tokens=9, softcap=2.0)], ids=["plain", "gemma"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_goes_through_torch(kernel: Path, dtype: torch.dtype) -> None:
-    shape = Shape(head_dim=64)
+def test_half_precision_goes_through_torch(kernel: Path, dtype: torch.dtype, shape: Shape) -> None:
     tokens = random_tokens(shape, 60, seed=2, dtype=dtype)
     result = result_of(registered(kernel, shape), shape, tokens, dtype)
     assert result.dtype is dtype
-    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scale), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scores), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +306,7 @@ def test_half_precision_goes_through_torch(kernel: Path, dtype: torch.dtype) -> 
 def test_what_the_kernel_does_not_support_goes_through_torch(kernel: Path, shape: Shape) -> None:
     tokens = random_tokens(shape, 60, seed=2)
     result = result_of(registered(kernel, shape), shape, tokens)
-    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scale), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.double(), plain_attention(tokens, shape.scores), rtol=1e-4, atol=1e-5)
 
 
 def test_the_kernel_alone_refuses_what_it_does_not_support(compiled: Attention) -> None:

@@ -1,7 +1,7 @@
 """Micro-batches through stages, in one process: the tokens of transformers, wherever the cuts lie and the KV moves."""
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from engines.native.stage import HeldLayers, StageRunner
 from engines.native.weights import WeightFiles
 from planner.layout import pipeline_of
 from tests.support import checkpoints
+from tests.support.family_checkpoints import KINDS, make_family
 
 PROMPT = list(range(20, 51))
 NEW_TOKENS = 12
@@ -33,15 +34,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.make_llama(tmp_path_factory.mktemp("models") / "llama", num_layers=NUM_DECODERS)
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.make_gpt2(tmp_path_factory.mktemp("models") / "gpt2", num_layers=NUM_DECODERS)
-
-
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=KINDS)
 def directory(request: pytest.FixtureRequest) -> Path:
-    path: Path = request.getfixturevalue(request.param)
-    return path
+    return make_family(request.param)
 
 
 @cache
@@ -51,6 +46,15 @@ def expected_tokens(directory: Path) -> tuple[int, ...]:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     return tuple(output[0, len(PROMPT) :].tolist())
+
+
+@cache
+def expected_logprob(directory: Path) -> float:
+    """Return the log-probability of the first token."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.inference_mode():
+        logits = model(torch.tensor([PROMPT])).logits[0, -1].float()
+    return float(logits.log_softmax(dim=-1).max())
 
 
 class Worker:
@@ -76,7 +80,8 @@ class Stages:
     """A pipeline whose stages run one after the other."""
 
     def __init__(self, directory: Path, library: Path | None, *, cuts: Iterable[int] = ()) -> None:
-        self.workers = [Worker(directory, library) for _ in range(NUM_DECODERS)]
+        self._make = partial(Worker, directory, library)
+        self.workers: dict[int, Worker] = {}
         self.specs: dict[int, StageSpec] = {}
         self.adopt(cuts)
 
@@ -87,6 +92,8 @@ class Stages:
         pipeline = pipeline_of(device_ids=names, cuts=cuts, num_decoders=NUM_DECODERS)
         self.specs = specs_of(pipeline, {str(worker): worker for worker in workers})
         for index, spec in self.specs.items():
+            if index not in self.workers:
+                self.workers[index] = self._make()
             layers = self.workers[index].layers
             for layer in set(spec.layers()) - layers.held:
                 layers.attach(layer, layers.read(layer))
@@ -148,9 +155,20 @@ def library(request: pytest.FixtureRequest, kernel: Path) -> Path | None:
 
 
 @pytest.mark.parametrize("cuts", [(), (2,), (1, 2, 3)], ids=["one", "two", "four"])
-def test_greedy_tokens_equal_transformers(directory: Path, library: Path | None, cuts: tuple[int, ...]) -> None:
-    stages = Stages(directory, library, cuts=cuts)
+def test_greedy_tokens_equal_transformers(directory: Path, kernel: Path, cuts: tuple[int, ...]) -> None:
+    stages = Stages(directory, kernel, cuts=cuts)
     assert tuple(stages.decode([stages.prefill()], NEW_TOKENS - 1)) == expected_tokens(directory)
+
+
+def test_the_same_without_a_compiler(directory: Path) -> None:
+    stages = Stages(directory, None, cuts=(1,))
+    assert tuple(stages.decode([stages.prefill()], NEW_TOKENS - 1)) == expected_tokens(directory)
+
+
+def test_log_probabilities_equal_transformers(directory: Path, library: Path | None) -> None:
+    """Caps on logits change no greedy token, but these."""
+    (_, (logprob,)) = Stages(directory, library).step([(0, 0, PROMPT)])
+    assert logprob == pytest.approx(expected_logprob(directory), abs=1e-4)
 
 
 def test_a_prompt_in_chunks_gives_the_same(directory: Path, kernel: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engines.checkpoint import Checkpoint, read_checkpoint
 from engines.native.attention import register
-from engines.native.families import Family, build_family
+from engines.native.families import build_family
+from engines.native.family import Family
 from engines.native.kv_memory import KVMemory
 from engines.native.stage import HeldLayers
 from engines.native.weights import WeightFiles

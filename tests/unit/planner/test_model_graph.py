@@ -135,7 +135,10 @@ def test_bytes_are_those_of_the_dtype_it_is_loaded_in(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported are: gemma2, gpt2, llama, "),
+        (
+            {"model_type": "mamba"},
+            r"model_type 'mamba' is not supported; supported are: gemma2, gemma3_text, gpt2, ",
+        ),
         ({"model_type": None}, r"without model_type is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"LlamaForSequenceClassification is not a causal"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config: quantised weights are not supported"),

@@ -11,11 +11,11 @@ from planner.architecture import Config, kv_sources, legal_cuts
 from planner.errors import UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
 from planner.layout import pipeline_of
-from planner.model_families import FAMILIES, NATIVE, VLLM, families_of
 from planner.model_graph import DTYPE_BYTES, build_model_graph
 from tests.support.graphs import headers
 from tests.support.published_models import (
     GEMMA_2_27B,
+    GEMMA_3_1B,
     LLAMA_3_70B,
     MISTRAL_7B,
     MIXTRAL_8X7B,
@@ -63,6 +63,7 @@ def test_windows_bound_the_kv_cache_of_every_other_decoder_of_gemma() -> None:
           "sliding_window": 512}, [None, 512, 512]),
         ({**GEMMA_2_27B.config, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
          [None, 4096]),
+        ({**GEMMA_3_1B.config, "num_hidden_layers": 7}, [512, 512, 512, 512, 512, None, 512]),
     ],
 )  # fmt: skip
 def test_windows_are_where_the_config_says(config: Mapping[str, object], windows: list[int | None]) -> None:
@@ -137,12 +138,9 @@ def test_no_legal_cut_parts_a_decoder_from_its_cache(raw: list[int]) -> None:
         assert legal_cuts(sources) == tuple(range(1, len(sources)))
 
 
-def test_what_is_planned_with_is_more_than_what_the_native_engine_runs() -> None:
-    assert families_of(NATIVE) == ("gpt2", "llama")
-    assert families_of(VLLM) == tuple(sorted(FAMILIES))
-    with pytest.raises(UnsupportedModel, match=r"'opt' is not supported by the native engine; supported are: gpt2, l"):
-        build_model_graph(OPT_66B.config, engine=NATIVE)
-    assert build_model_graph(OPT_66B.config, engine=VLLM).num_decoders == 64
+def test_experts_are_counted_under_the_name_that_transformers_5_saves() -> None:
+    config = {key: value for key, value in QWEN_3_30B_A3B.config.items() if key != "num_experts"}
+    assert build_model_graph({**config, "num_local_experts": 128}) == build_model_graph(QWEN_3_30B_A3B.config)
 
 
 @pytest.mark.parametrize(
