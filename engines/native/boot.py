@@ -49,7 +49,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(options.model_directory)
     graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
-    config = AutoConfig.from_pretrained(checkpoint.directory)
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
     dtype = _DTYPES[graph.dtype]
     kernels, note = _compiled(options)
     num_blocks = 1 + options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)

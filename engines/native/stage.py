@@ -1,9 +1,11 @@
 """What one worker holds of the model, and one pass of a micro-batch through its stage."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from engines.native.attention import PagedStep
 from engines.native.family import Family
@@ -11,6 +13,16 @@ from engines.native.kv_memory import KVMemory
 from engines.native.messages import RunStep, StageSpec
 from engines.native.sampling import chosen_logprobs, sample
 from engines.native.weights import WeightFiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parameter:
+    """One parameter of a layer: its module, its name there and in the checkpoint, and what it is without memory."""
+
+    owner: nn.Module
+    leaf: str
+    stored: str
+    absent: nn.Parameter
 
 
 class HeldLayers:
@@ -22,6 +34,7 @@ class HeldLayers:
         self._kv = kv
         self._in_checkpoint = frozenset(names)
         self._held: dict[str, int] = {}  # layer -> bytes
+        self._parameters: dict[str, dict[str, _Parameter]] = {}  # by layer and name in the model
 
     @property
     def held(self) -> frozenset[str]:
@@ -36,12 +49,7 @@ class HeldLayers:
 
     def tensor_names(self, layer: str) -> dict[str, str]:
         """Return the checkpoint's name of each parameter of a layer, by its name in the model."""
-        found: dict[str, str] = {}
-        for prefix, module in self._family.modules(layer).items():
-            for name, _ in module.named_parameters():
-                full = f"{prefix}.{name}"
-                found[full] = self._stored_name(full)
-        return found
+        return {full: parameter.stored for full, parameter in self._parameters_of(layer).items()}
 
     def read(self, layer: str) -> dict[str, torch.Tensor]:
         """Return the layer's parameters, mapped from the checkpoint. May run beside the interpreter's main thread."""
@@ -49,20 +57,38 @@ class HeldLayers:
 
     def attach(self, layer: str, tensors: dict[str, torch.Tensor]) -> None:
         """Put parameters into the layer's modules; from here on it is held."""
-        for prefix, module in self._family.modules(layer).items():
-            own = {name: tensors[f"{prefix}.{name}"] for name, _ in module.named_parameters()}
-            module.load_state_dict(own, assign=True)
+        for full, parameter in self._parameters_of(layer).items():
+            value = nn.Parameter(tensors[full], requires_grad=False)
+            if value.shape != parameter.absent.shape:
+                raise ValueError(f"{full} has shape {list(value.shape)}, not {list(parameter.absent.shape)}")
+            setattr(parameter.owner, parameter.leaf, value)
         self._held[layer] = sum(t.nbytes for t in tensors.values())
 
     def drop(self, layer: str) -> tuple[int, int]:
         """Let go of a layer's weights and KV memory; return the bytes given back of each."""
-        stored = list(self.tensor_names(layer).values())
-        for module in self._family.modules(layer).values():
-            module.to("meta")
+        stored = []
+        for parameter in self._parameters_of(layer).values():
+            setattr(parameter.owner, parameter.leaf, parameter.absent)
+            stored.append(parameter.stored)
         weights_bytes = self._held.pop(layer)
-        still_used = {name for other in self._held for name in self.tensor_names(other).values()}
+        still_used = {each.stored for other in self._held for each in self._parameters_of(other).values()}
         self._weights.release(name for name in stored if name not in still_used)
         return weights_bytes, self._kv.release(int(layer)) if layer.isdigit() else 0
+
+    def _parameters_of(self, layer: str) -> dict[str, _Parameter]:
+        """Return a layer's parameters. Found once, before it is first attached: a mixture has hundreds of them."""
+        if layer not in self._parameters:
+            self._parameters[layer] = {
+                f"{prefix}.{name}": self._found(f"{prefix}.{name}", module, name)
+                for prefix, module in self._family.modules(layer).items()
+                for name, _ in module.named_parameters()
+            }
+        return self._parameters[layer]
+
+    def _found(self, full: str, module: nn.Module, name: str) -> _Parameter:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        return _Parameter(owner=owner, leaf=leaf, stored=self._stored_name(full), absent=getattr(owner, leaf))
 
     def _stored_name(self, full: str) -> str:
         for name in self._family.stored_names(full):

@@ -19,6 +19,7 @@ from engines.native.specs import specs_of
 from engines.native.stage import HeldLayers, StageRunner
 from engines.native.weights import WeightFiles
 from planner.layout import pipeline_of
+from planner.model_graph import build_model_graph
 from tests.support import checkpoints
 from tests.support.family_checkpoints import KINDS, make_family
 
@@ -41,7 +42,7 @@ def directory(request: pytest.FixtureRequest) -> Path:
 
 @cache
 def expected_tokens(directory: Path) -> tuple[int, ...]:
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompt = torch.tensor([PROMPT])
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
@@ -49,9 +50,9 @@ def expected_tokens(directory: Path) -> tuple[int, ...]:
 
 
 @cache
-def expected_logprob(directory: Path) -> float:
+def expected_logprob(directory: Path, dtype: torch.dtype = torch.float32) -> float:
     """Return the log-probability of the first token."""
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPT])).logits[0, -1].float()
     return float(logits.log_softmax(dim=-1).max())
@@ -60,18 +61,18 @@ def expected_logprob(directory: Path) -> float:
 class Worker:
     """A worker without its process."""
 
-    def __init__(self, directory: Path, library: Path | None) -> None:
+    def __init__(self, directory: Path, library: Path | None, *, dtype: torch.dtype = torch.float32) -> None:
         checkpoint = read_checkpoint(directory)
         config = AutoConfig.from_pretrained(directory)
-        family = build_family(config, attention=register(library), max_model_len=64, dtype=torch.float32)
+        family = build_family(config, attention=register(library), max_model_len=64, dtype=dtype)
         self.kv = KVMemory(
             num_decoders=NUM_DECODERS,
             num_slots=10 * BLOCK_TOKENS,
             num_kv_heads=family.num_kv_heads,
             head_dim=family.head_dim,
-            dtype=torch.float32,
+            dtype=dtype,
         )
-        weights = WeightFiles(checkpoint, dtype=torch.float32)
+        weights = WeightFiles(checkpoint, dtype=dtype)
         self.layers = HeldLayers(family, weights, self.kv, checkpoint.tensors)
         self.runner = StageRunner(family, self.kv, table=TABLE, kv_block_tokens=BLOCK_TOKENS)
 
@@ -79,8 +80,15 @@ class Worker:
 class Stages:
     """A pipeline whose stages run one after the other."""
 
-    def __init__(self, directory: Path, library: Path | None, *, cuts: Iterable[int] = ()) -> None:
-        self._make = partial(Worker, directory, library)
+    def __init__(
+        self,
+        directory: Path,
+        library: Path | None,
+        *,
+        cuts: Iterable[int] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._make = partial(Worker, directory, library, dtype=dtype)
         self.workers: dict[int, Worker] = {}
         self.specs: dict[int, StageSpec] = {}
         self.adopt(cuts)
@@ -169,6 +177,24 @@ def test_log_probabilities_equal_transformers(directory: Path, library: Path | N
     """Caps on logits change no greedy token, but these."""
     (_, (logprob,)) = Stages(directory, library).step([(0, 0, PROMPT)])
     assert logprob == pytest.approx(expected_logprob(directory), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["gemma2", "mixtral", "qwen2"])
+def test_weights_in_16_bits_are_computed_in_either_type(kind: str, dtype: str, kernel: Path) -> None:
+    """In float32 token for token; in their own type as near as its rounding lets two orders of summing be."""
+    directory = make_family(kind, dtype=dtype)
+    stages = Stages(directory, kernel, cuts=(2,))
+    assert tuple(stages.decode([stages.prefill()], NEW_TOKENS - 1)) == expected_tokens(directory)
+    own: torch.dtype = getattr(torch, dtype)
+    (_, (logprob,)) = Stages(directory, kernel, cuts=(2,), dtype=own).step([(0, 0, PROMPT)])
+    assert logprob == pytest.approx(expected_logprob(directory, own), abs=0.1 if own is torch.bfloat16 else 0.02)
+
+
+def test_the_planner_counts_the_kv_cache_that_a_worker_has(directory: Path) -> None:
+    checkpoint = read_checkpoint(directory)
+    graph = build_model_graph(checkpoint.config, checkpoint.tensors)
+    assert {layer.kv_bytes_per_token for layer in graph.decoders} == {2 * Worker(directory, None).kv.row_bytes}
 
 
 def test_a_prompt_in_chunks_gives_the_same(directory: Path, kernel: Path) -> None:

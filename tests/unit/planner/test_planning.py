@@ -11,7 +11,7 @@ from planner.candidate_plan import CandidatePlan, Found, PlanAnswer, Verdict
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlanTimeout
 from planner.layout import Pipeline, Stage, pipeline_of
 from planner.planning import plan, require_plan, stage_counts
-from planner.problem import check_pipeline
+from planner.problem import check_pipeline, pose
 from planner.question import EngineLimits, Fragmentation, PlanQuestion
 from planner.replanner import PlanSession
 from planner.workload import Slo, Workload
@@ -53,6 +53,16 @@ def chosen(**values: object) -> Found:
 
 def by_stages(found: PlanAnswer) -> dict[int, CandidatePlan]:
     return {each.num_stages: each for each in found.candidates}
+
+
+def test_a_window_saves_kv_cache_only_where_the_engine_does_not_reserve_it_in_full() -> None:
+    """The native engine says its capacity, and keeps every token of it in every layer."""
+    decoders = tuple(replace(layer, window_tokens=10, kv_bytes_per_token=96) for layer in GRAPH.decoders)
+    graph = replace(GRAPH, layers=(GRAPH.embedding, *decoders, GRAPH.head))
+    for kv_tokens, per_token in ((4096, 8 * 96), (None, 8 * 10)):  # a sequence has 96 tokens at its end
+        engine = EngineLimits(max_stages=8, max_sequences=16, max_step_tokens=256, kv_tokens=kv_tokens)
+        pieces = pose(question(graph=graph, engine=engine), num_stages=1, degree=1).problem.pieces
+        assert sum(piece.kv_bytes_per_token for piece in pieces) == per_token
 
 
 def test_calm_traffic_takes_as_few_devices_as_serve_it() -> None:
