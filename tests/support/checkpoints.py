@@ -141,6 +141,7 @@ def make(
     *,
     model_of: Callable[[PretrainedConfig], PreTrainedModel] = causal_model,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    num_tokens: int | None = None,
     finish: Callable[[Path], None] | None = None,
     shards: int = 1,
     seed: int = 0,
@@ -148,6 +149,7 @@ def make(
     """Make the checkpoint beside ``directory`` and rename it, so that nobody ever sees half of one.
 
     Args:
+        num_tokens: Of the tokenizer, where it has fewer than the model has rows for.
         finish: Changes the files before that; it is known by its name where a checkpoint is there already.
     """
     import torch
@@ -159,7 +161,8 @@ def make(
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write_tokenizer(scratch, vocab_size=config.get_text_config().vocab_size, special_tokens=special_tokens)
+        tokens = num_tokens or config.get_text_config().vocab_size
+        _write_tokenizer(scratch, vocab_size=tokens, special_tokens=special_tokens)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = model_of(config)
