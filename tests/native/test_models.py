@@ -91,6 +91,13 @@ def collect_in_background(engine):  # type: ignore[no-untyped-def]
     return asyncio.create_task(collect(engine, request(PROMPT, max_tokens=200)))
 
 
+async def test_rotary_positions_that_no_table_holds_are_refused_at_start() -> None:
+    words = r"'longrope' is supported up to the 128 tokens .* max_model_len = 128"
+    with pytest.raises(UnsupportedByEngine, match=words):
+        async with running(make_family("phi3"), even(1, NUM_DECODERS)):
+            pass
+
+
 async def test_an_unsupported_model_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")

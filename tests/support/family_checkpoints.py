@@ -132,6 +132,7 @@ def _phi3() -> PretrainedConfig:
     return _config(
         Phi3Config,
         sliding_window=WINDOW,
+        auto_map={"AutoConfig": "no_such_code.Config", "AutoModelForCausalLM": "no_such_code.Model"},  # never to be run
         rope_parameters=rope,
         max_position_embeddings=512,
         original_max_position_embeddings=128,

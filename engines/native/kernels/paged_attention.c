@@ -34,13 +34,17 @@ static inline int64_t slot_of(const Step *step, int32_t token, int32_t position)
     return (int64_t)row[position / step->block_tokens] * step->block_tokens + position % step->block_tokens;
 }
 
+static __attribute__((noinline)) void cap(float *score, int begin, int count, float softcap) {
+    for (int j = begin; j < count; j++) score[j] = softcap * tanhf(score[j] / softcap);
+}
+
 static inline __attribute__((always_inline)) void attend(
     const Step *step, const float *keys, const float *values, const Rows *q, float *out, int32_t token, int32_t kv_head,
-    const int dim) {
+    const int dim, const int plain) {
     const int group = step->num_heads / step->num_kv_heads;
     const int64_t slot_stride = (int64_t)step->num_kv_heads * dim;
     const int32_t context = step->positions[token] + 1;
-    const int32_t oldest = step->window > 0 && step->window < context ? context - step->window : 0;
+    const int32_t oldest = !plain && step->window > 0 && step->window < context ? context - step->window : 0;
     const int32_t *row = step->table + (int64_t)step->rows[step->sequence_of[token]] * step->max_blocks;
     float accumulated[MAX_GROUP][MAX_HEAD_DIM] __attribute__((aligned(64)));
     float peak[MAX_GROUP], total[MAX_GROUP];
@@ -54,7 +58,7 @@ static inline __attribute__((always_inline)) void attend(
         const int64_t slot = (int64_t)row[base / step->block_tokens] * step->block_tokens + base % step->block_tokens;
         const float *k = keys + slot * slot_stride + (int64_t)kv_head * dim;
         const float *v = values + slot * slot_stride + (int64_t)kv_head * dim;
-        const int32_t begin = oldest > base ? oldest - base : 0;
+        const int32_t begin = !plain && oldest > base ? oldest - base : 0;
         const int32_t count = context - base < TILE ? context - base : TILE;
         for (int g = 0; g < group; g++) {
             const float *query = q->data + token * q->token_stride + (kv_head * group + g) * q->head_stride;
@@ -67,8 +71,7 @@ static inline __attribute__((always_inline)) void attend(
                 for (int d = 0; d < dim; d++) sum += query[d] * key[d];
                 score[j] = sum * step->scale;
             }
-            if (step->softcap > 0.0f)
-                for (int j = begin; j < count; j++) score[j] = step->softcap * tanhf(score[j] / step->softcap);
+            if (!plain && step->softcap > 0.0f) cap(score, begin, count, step->softcap);
             for (int j = 0; j < TILE; j++) highest = score[j] > highest ? score[j] : highest;
             const float shrink = expf(peak[g] - highest);
             float added = 0.0f;
@@ -93,16 +96,23 @@ static inline __attribute__((always_inline)) void attend(
     }
 }
 
+/* Constants let the compiler unroll: head_dim, and that there is neither window nor cap (plain). With one of these, a
+ * constant head_dim would save 6 % of the time, for a compiler that takes half as long again. */
+#define ATTEND(dim, plain) attend(step, keys, values, q, out, token, kv_head, dim, plain)
+
 static void attend_any(const Step *step, const float *keys, const float *values, const Rows *q, float *out,
                        int32_t token, int32_t kv_head) {
-    switch (step->head_dim) { /* a constant head_dim lets the compiler unroll */
-    case 16: attend(step, keys, values, q, out, token, kv_head, 16); break;
-    case 32: attend(step, keys, values, q, out, token, kv_head, 32); break;
-    case 64: attend(step, keys, values, q, out, token, kv_head, 64); break;
-    case 96: attend(step, keys, values, q, out, token, kv_head, 96); break;
-    case 128: attend(step, keys, values, q, out, token, kv_head, 128); break;
-    case 256: attend(step, keys, values, q, out, token, kv_head, 256); break;
-    default: attend(step, keys, values, q, out, token, kv_head, step->head_dim); break;
+    if (step->window > 0 || step->softcap > 0.0f) {
+        ATTEND(step->head_dim, 0);
+        return;
+    }
+    switch (step->head_dim) {
+    case 16: ATTEND(16, 1); break;
+    case 32: ATTEND(32, 1); break;
+    case 64: ATTEND(64, 1); break;
+    case 96: ATTEND(96, 1); break;
+    case 128: ATTEND(128, 1); break;
+    default: ATTEND(step->head_dim, 1); break;
     }
 }
 
