@@ -185,6 +185,7 @@ _KINDS: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     "qwen3_moe": _qwen3_moe,
 }
 KINDS: Final = tuple(_KINDS)  # a model type, or one with a variant of it
+VARIANTS: Final = tuple(kind for kind in KINDS if "-" in kind)
 MAX_MODEL_LEN: Final = 128  # of all of them: so long, Phi-3 is not scaled
 
 
