@@ -7,6 +7,7 @@ from engines.errors import EngineDied, RefactoringRefused
 from engines.protocol import Engine
 from flexpiped.engine_offers import EngineOffer, EngineOffers
 from flexpiped.handover_records import TargetResolver
+from flexpiped.intent import InForce
 from flexpiped.kv_carrier import KvCarrier
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.replicas import Replicas
@@ -53,9 +54,11 @@ class EngineInForce:
         if self.offers is not None:
             self.offers.use(settings)
 
-    def named_pipeline(self) -> tuple[str, Pipeline] | None:
-        """Return engine and pipeline of now; while an engine is started again, those with which it will be."""
-        return None if self.replicas is None else (self.name, self.replicas.pipeline)
+    def intended(self) -> InForce | None:
+        """Return what runs and is to go on; of an engine that is started again, with what it will be."""
+        if self.replicas is None:
+            return None
+        return InForce(engine=self.name, pipelines=self.replicas.lasting_pipelines)
 
     def engine(self) -> Engine:
         """Return the engine that serves.

@@ -11,6 +11,7 @@ from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_offers import EngineOffers
 from flexpiped.events import EventKind, EventLog
 from flexpiped.flight import Flights
+from flexpiped.handover_records import layouts_in_words
 from flexpiped.intent import IntentKeeper, basis_of
 from flexpiped.journal import Journal, JournalError
 from flexpiped.refactoring import Refactorings
@@ -57,6 +58,7 @@ class EngineStart:
         self._refactorings = refactorings
         self._on_change = on_change
         self._on_progress = on_progress
+        self.further: tuple[Pipeline, ...] = ()  # replicas that are to come back beside the first one
 
     async def run(self, stack: AsyncExitStack, model: Model) -> Replicas:
         """Return when the engine serves.
@@ -78,7 +80,9 @@ class EngineStart:
         last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
         if last is not None:
             try:
-                return await self._supervise(stack, last)
+                replicas = await self._supervise(stack, last)
+                self.further = last.further
+                return replicas
             except EngineError as error:
                 await asyncio.to_thread(self._journal.forget_intent)
                 self._not_restored(f"the engine did not start with it: {error}")
@@ -110,15 +114,21 @@ class EngineStart:
             return None
         self._intents.intent = stored.intent
         await asyncio.to_thread(self._journal.begin_start)
-        stages = beginning.pipeline.granularity
+        stages = [each.granularity for each in (beginning.pipeline, *beginning.further)]
+        what = layouts_in_words(stages)
         log_events.layout_restored(engine=beginning.engine, stages=stages, reason=beginning.reason)
-        self._events.publish(EventKind.DAEMON, f"last layout restored: {stages} stages, {beginning.reason}")
+        self._events.publish(EventKind.DAEMON, f"last layout restored: {what}, {beginning.reason}")
+        for why in beginning.left_out:
+            self._tell_left_out(why)
         return beginning
+
+    def _tell_left_out(self, why: str) -> None:
+        log_events.layout_not_restored(reason=why)
+        self._events.publish(EventKind.DAEMON, f"last layout not restored: {why}")
 
     def _not_restored(self, reason: str) -> None:
         self._intents.intent = None
-        log_events.layout_not_restored(reason=reason)
-        self._events.publish(EventKind.DAEMON, f"last layout not restored: {reason}")
+        self._tell_left_out(reason)
 
     async def _supervise(self, stack: AsyncExitStack, beginning: Beginning) -> Replicas:
         """Start the first replica, to be started again whenever it dies.

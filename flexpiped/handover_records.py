@@ -82,14 +82,25 @@ def stages_in_words(pipeline: Pipeline) -> str:
     return f"{pipeline.granularity} stage{'s' * (pipeline.granularity != 1)}"
 
 
+def layouts_in_words(stages: Sequence[int]) -> str:
+    """Return how many stages each replica has: ``2 stages``, or ``2 replicas (2 stages, 1 stage)``."""
+    each = ", ".join(f"{count} stage{'s' * (count != 1)}" for count in stages)
+    return each if len(stages) == 1 else f"{len(stages)} replicas ({each})"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalePlan:
-    """Replicas that come, by their pipelines, or leave, by their numbers; how many serve ``before`` and ``after``."""
+    """Replicas that come, by their pipelines, or leave, by their numbers; how many serve ``before`` and ``after``.
+
+    ``is_restart``: those that come were there before the daemon was started again: one that does not start keeps the
+    others from nothing.
+    """
 
     before: int
     after: int
     add: tuple[Pipeline, ...] = ()
     remove: tuple[int, ...] = ()
+    is_restart: bool = False
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -176,11 +187,16 @@ def proposal_to_wire(proposal: Proposal) -> dict[str, Any]:
         **_engines_to_wire(proposal),
         "what": proposal.stages_text,
         "on": proposal.on,
+        "scale": None if proposal.scale is None else _scale_to_wire(proposal.scale),
         "changes_something": proposal.changes_something,
         "feasible": proposal.check.feasible,
         "sentences": list(proposal.check.sentences),
         "moves": list(proposal.check.moves),
     }
+
+
+def _scale_to_wire(plan: ScalePlan) -> dict[str, Any]:
+    return {"add": [pipeline_to_wire(each) for each in plan.add], "remove": list(plan.remove)}
 
 
 def _engines_to_wire(change: Proposal | HandoverRecord) -> dict[str, Any]:

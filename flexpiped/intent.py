@@ -1,8 +1,8 @@
-"""What should be running: the engine and pipeline that were last asked for and not rolled back. Pure values and rules.
+"""What should be running: engine and replicas as last asked for and not rolled back. Pure values and rules.
 
-A refactoring that begins makes its target the intent, so that a daemon killed in the middle of it starts with what was
-asked for; however it ends, the intent is then what is in force. The configuration has the last word: an intent stands
-only as long as the keys in ``BASIS`` say what they said when it came about.
+A refactoring that begins makes its target the intent, so that a daemon that ends in the middle of it starts with what
+was asked for; however it ends otherwise, the intent is then what is in force. The configuration has the last word: an
+intent stands only as long as the keys in ``BASIS`` say what they said when it came about.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import msgspec
 
 from flexpiped.config_values import shown
 from flexpiped.events import Event, EventKind
-from flexpiped.handover_records import Way, pipeline_to_wire
+from flexpiped.handover_records import pipeline_to_wire
 from flexpiped.settings import KEYS, Settings, value_of
 from planner.errors import InvalidLayout
 from planner.layout import Pipeline, Stage
@@ -24,13 +24,28 @@ FRUITLESS_STARTS: Final = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
-    """``basis`` is what the configuration said; ``since_unix_s`` when it came about, ``reason`` why."""
+    """``pipelines`` are those of all replicas, the main one first. ``basis`` is what the configuration said;
+    ``since_unix_s`` when it came about, ``reason`` why.
+    """
 
     engine: str
-    pipeline: Pipeline
+    pipelines: tuple[Pipeline, ...]
     basis: Mapping[str, str]
     reason: str
     since_unix_s: float
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """That of the main replica."""
+        return self.pipelines[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InForce:
+    """What runs: the engine, and the pipeline of each replica by its number, the main one first."""
+
+    engine: str
+    pipelines: Mapping[int, Pipeline]
 
 
 class InvalidIntent(Exception):
@@ -61,11 +76,11 @@ class IntentKeeper:
     """Follows the events of one daemon and tells the intent after each.
 
     Args:
-        in_force: Engine and pipeline of now, None while there is none.
+        in_force: What runs now, None while there is nothing.
     """
 
     def __init__(
-        self, *, basis: Mapping[str, str], in_force: Callable[[], tuple[str, Pipeline] | None], intent: Intent | None
+        self, *, basis: Mapping[str, str], in_force: Callable[[], InForce | None], intent: Intent | None
     ) -> None:
         self._basis = basis
         self._in_force = in_force
@@ -76,8 +91,6 @@ class IntentKeeper:
         if event.kind is not EventKind.REFACTORING:
             return None
         match event.fields.get("state"):
-            case "plan" if event.fields.get("way") == Way.SCALE.value:  # no layout changes
-                return None
             case "plan":
                 return self._asked_for(event)
             case "ended":
@@ -87,22 +100,31 @@ class IntentKeeper:
 
     def _asked_for(self, event: Event) -> Intent | None:
         now = self._in_force()
-        engine = event.fields.get("engine_after") or (now[0] if now else "")
-        pipeline = pipeline_from_wire(event.fields["target"])
-        return self._set(engine, pipeline, reason=f"asked for: {event.message.removeprefix('plan: ')}", event=event)
+        engine = event.fields.get("engine_after") or ("" if now is None else now.engine)
+        pipelines = _after_plan({} if now is None else now.pipelines, event.fields)
+        return self._set(engine, pipelines, f"asked for: {event.message.removeprefix('plan: ')}", event)
 
     def _found(self, event: Event) -> Intent | None:
         """However a handover ended, what is in force is what should be."""
         now = self._in_force()
-        return None if now is None else self._set(*now, reason=event.message, event=event)
+        return None if now is None else self._set(now.engine, (*now.pipelines.values(),), event.message, event)
 
-    def _set(self, engine: str, pipeline: Pipeline, *, reason: str, event: Event) -> Intent | None:
-        if self.intent is not None and (self.intent.engine, self.intent.pipeline) == (engine, pipeline):
+    def _set(self, engine: str, pipelines: tuple[Pipeline, ...], reason: str, event: Event) -> Intent | None:
+        if self.intent is not None and (self.intent.engine, self.intent.pipelines) == (engine, pipelines):
             return None
         self.intent = Intent(
-            engine=engine, pipeline=pipeline, basis=self._basis, reason=reason, since_unix_s=event.time_unix_s
+            engine=engine, pipelines=pipelines, basis=self._basis, reason=reason, since_unix_s=event.time_unix_s
         )
         return self.intent
+
+
+def _after_plan(now: Mapping[int, Pipeline], plan: Mapping[str, Any]) -> tuple[Pipeline, ...]:
+    """Return the pipelines that there will be: replicas come or leave, or one gets another layout."""
+    if (scale := plan.get("scale")) is not None:
+        stay = (pipeline for number, pipeline in now.items() if number not in scale["remove"])
+        return (*stay, *(pipeline_from_wire(each) for each in scale["add"]))
+    changed = plan.get("on") or next(iter(now), 1)
+    return (*(dict(now) | {changed: pipeline_from_wire(plan["target"])}).values(),)
 
 
 def pipeline_from_wire(value: object) -> Pipeline:
@@ -122,6 +144,7 @@ def intent_to_wire(intent: Intent) -> dict[str, Any]:
     return {
         "engine": intent.engine,
         "stages": pipeline_to_wire(intent.pipeline),
+        "further_replicas": [pipeline_to_wire(each) for each in intent.pipelines[1:]],
         "basis": dict(intent.basis),
         "reason": intent.reason,
         "since_unix_s": intent.since_unix_s,
@@ -134,6 +157,7 @@ class _Wire(msgspec.Struct, frozen=True):
     basis: dict[str, str]
     reason: str
     since_unix_s: float
+    further_replicas: list[list[Any]] = []  # msgspec copies it; there are none in what older versions wrote
 
 
 def intent_from_json(text: str) -> Intent:
@@ -148,7 +172,7 @@ def intent_from_json(text: str) -> Intent:
         raise InvalidIntent(str(error)) from error
     return Intent(
         engine=wire.engine,
-        pipeline=pipeline_from_wire(wire.stages),
+        pipelines=tuple(pipeline_from_wire(each) for each in (wire.stages, *wire.further_replicas)),
         basis=wire.basis,
         reason=wire.reason,
         since_unix_s=wire.since_unix_s,

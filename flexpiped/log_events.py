@@ -92,8 +92,8 @@ def journal_failed(*, reason: str) -> None:
     _log.error("journal failed", reason=reason)
 
 
-def layout_restored(*, engine: str, stages: int, reason: str) -> None:
-    _log.info("last layout restored", engine=engine, stages=stages, reason=reason)
+def layout_restored(*, engine: str, stages: Sequence[int], reason: str) -> None:
+    _log.info("last layout restored", engine=engine, stages=list(stages), reason=reason)
 
 
 def layout_not_restored(*, reason: str) -> None:

@@ -44,6 +44,7 @@ from planner.handover import HandoverPhase
 from planner.layout import Pipeline
 
 HISTORY = 50
+_ONLY_ONE: Final = "there is only one replica here, and never more"
 UNCHANGED: Final = RefactorCheck(feasible=True, sentences=("this layout is in force already",))
 
 
@@ -81,6 +82,9 @@ class ReplicaFleet(Protocol):
 
     def plan(self, wanted: Wanted, *, resolver: TargetResolver) -> ScalePlan:
         """Return which come or leave. Raises ``RefactoringRefused``, ``PlannerError``; may block."""
+
+    def plan_restart(self, pipelines: Sequence[Pipeline]) -> ScalePlan:
+        """Return how replicas come back that were there before."""
 
     def carry_out(self, plan: ScalePlan) -> ReplicaHandover:
         """Return what does that."""
@@ -202,13 +206,12 @@ class Refactorings:
         """Say which replicas would come or leave."""
         current = self._engine().pipeline
         if self._fleet is None:
-            raise RefactoringRefused("there is only one replica here, and never more")
+            raise RefactoringRefused(_ONLY_ONE)
         plan = await asyncio.to_thread(self._fleet.plan, wanted, resolver=self._resolver())
         if plan.before == plan.after:
             check = RefactorCheck(feasible=True, sentences=(f"{plan.after} replicas serve already",))
             return Proposal(current=current, target=current, check=check)
-        check = RefactorCheck(feasible=True, sentences=(), moves=plan.sentences)
-        return Proposal(current=current, target=current, check=check, way=Way.SCALE, scale=plan)
+        return _scaled(current, plan)
 
     async def _propose_other(self, engine: Engine, wanted: Wanted) -> Proposal:
         """Say what it would mean to put another engine in the place of this one."""
@@ -265,6 +268,20 @@ class Refactorings:
         started = self._begin(proposal)
         await self._settled()
         return started
+
+    def bring_back(self, pipelines: Sequence[Pipeline]) -> Started:
+        """Begin to start the replicas that were there before a restart, beside the main one that serves.
+
+        Raises:
+            RefactoringBusy: Another refactoring is under way.
+            EngineError: None serves, or there is only one replica here.
+        """
+        if self._running is not None or self._deciding:
+            raise RefactoringBusy("busy: another refactoring is under way")
+        if self._fleet is None:
+            raise RefactoringRefused(_ONLY_ONE)
+        current = self._engine().pipeline
+        return self._begin(_scaled(current, self._fleet.plan_restart(pipelines)))
 
     async def ended(self, started: Started) -> HandoverRecord:
         """Return how a refactoring went, once it has ended."""
@@ -350,6 +367,11 @@ class Refactorings:
 
     def _publish(self, running: _Running, message: str, **fields: Any) -> None:
         self._events.publish(EventKind.REFACTORING, message, handover=running.number, **fields)
+
+
+def _scaled(current: Pipeline, plan: ScalePlan) -> Proposal:
+    check = RefactorCheck(feasible=True, sentences=(), moves=plan.sentences)
+    return Proposal(current=current, target=current, check=check, way=Way.SCALE, scale=plan)
 
 
 def _held_by_others(device_ids: Sequence[str]) -> RefactorCheck:

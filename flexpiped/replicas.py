@@ -5,54 +5,27 @@
                      v
                    gone
 
-A request goes where ``planner.routing`` expects it to be finished first. When its replica dies or leaves, it goes on at
-another from its last token; with none, it waits. One replica at least stays: that one sleeps instead of leaving.
+A request goes where it is expected to be finished first (``flexpiped.replica_routing``). When its replica dies or
+leaves, it goes on at another from its last token; with none, it waits. One replica at least stays: that one sleeps
+instead of leaving.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 from engines.errors import EngineClosed, EngineDied, EngineError
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from flexpiped.continuing import continued
 from flexpiped.flight import Flight, Flights
+from flexpiped.replica import Replica, ReplicaState
 from flexpiped.replica_facts import ReplicaFacts
+from flexpiped.replica_routing import route
 from flexpiped.status import ReplicaStatus
 from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.supervisor import EngineFactory, Supervisor
 from planner.layout import Pipeline
-from planner.routing import Job, Option, choose_replica
-
-
-class ReplicaState(Enum):
-    STARTING = "starting"
-    SERVING = "serving"
-    DRAINING = "draining"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Replica:
-    """One replica, by the number that operators know it by."""
-
-    number: int
-    supervisor: Supervisor
-    facts: ReplicaFacts
-    state: ReplicaState = ReplicaState.STARTING
-
-    @property
-    def engine(self) -> Engine | None:
-        """The engine that serves and takes requests; None while there is none."""
-        is_ready = self.supervisor.supervision.state is SupervisorState.READY
-        return self.supervisor.engine if is_ready and self.state is ReplicaState.SERVING else None
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether its engine has been given up."""
-        return self.supervisor.supervision.state is SupervisorState.FAILED
 
 
 class MakeSupervisor(Protocol):
@@ -159,6 +132,12 @@ class Replicas:
     def pipelines(self) -> tuple[Pipeline, ...]:
         """The pipelines of all replicas, the main one first."""
         return tuple(each.supervisor.pipeline for each in self._all)
+
+    @property
+    def lasting_pipelines(self) -> dict[int, Pipeline]:
+        """The pipelines of those that are to stay, by their numbers, the main one first."""
+        lasting = [each for each in self._all if each.state is ReplicaState.SERVING and not each.has_failed]
+        return {each.number: each.supervisor.pipeline for each in lasting or [self.main]}
 
     def device_ids(self, *, but: Replica | None = None) -> frozenset[str]:
         """Return the devices that hold stages of replicas."""
@@ -274,7 +253,7 @@ class Replicas:
             return flight.destination
         flight.kv = flight.destination = None
         ready = await self._ready(other_than)
-        engine = next(iter(ready)) if len(ready) == 1 else self._route(request, ready)
+        engine = next(iter(ready)) if len(ready) == 1 else route(request, ready, flights=self.flights)
         ready[engine].facts.boards(request)
         return engine
 
@@ -298,33 +277,6 @@ class Replicas:
             raise EngineClosed(self._closing)
         if all(each.has_failed for each in self._all):
             raise EngineDied(self.main.supervisor.supervision.reason)
-
-    def _route(self, request: GenerationRequest, ready: dict[Engine, Replica]) -> Engine:
-        tokens = (*request.prompt_token_ids, *request.generated_token_ids)
-        left = request.sampling.max_tokens - len(request.generated_token_ids)
-        job = Job(context_tokens=len(tokens), prefill_tokens=len(tokens), output_tokens=self._expected(left))
-        route = choose_replica(job, [self._option(engine, each, tokens) for engine, each in ready.items()])
-        return next(engine for engine, each in ready.items() if each.number == route.replica)
-
-    def _option(self, engine: Engine, replica: Replica, token_ids: tuple[int, ...]) -> Option:
-        replica.facts.refresh(engine)
-        return Option(
-            replica=replica.number,
-            jobs=[
-                Job(
-                    context_tokens=flight.num_tokens,
-                    prefill_tokens=flight.prefill_tokens,
-                    output_tokens=self._expected(flight.output_tokens),
-                )
-                for flight in self.flights.at(engine)
-            ],
-            kv_capacity_tokens=replica.facts.kv_capacity_tokens,
-            cached_tokens=replica.facts.cached_tokens(token_ids),
-            pace=replica.facts.pace,
-        )
-
-    def _expected(self, output_tokens: int) -> float:
-        return min(float(max(0, output_tokens)), self.flights.output_tokens_mean)
 
     # --- inside ---
 

@@ -6,14 +6,15 @@ every refactoring does, so it is one at a time with them, can be cancelled, and 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
 from engines.errors import EngineError, RefactoringAborted, RefactoringRefused
 from engines.protocol import Engine, RefactorProgress
 from flexpiped.handover_records import ScalePlan, TargetResolver, Wanted, stages_in_words
-from flexpiped.replicas import Replica, Replicas
+from flexpiped.replica import Replica
+from flexpiped.replicas import Replicas
 from flexpiped.supervisor import EngineFactory
 from planner.errors import NoFeasiblePlan
 from planner.handover import HandoverPhase
@@ -91,6 +92,11 @@ class Fleet:
         leaving = self._leaving(wanted, replicas, have - want)  # 2
         return ScalePlan(before=have, after=want, remove=leaving)
 
+    def plan_restart(self, pipelines: Sequence[Pipeline]) -> ScalePlan:
+        """Return how replicas come back that were there before the daemon was started again."""
+        have = len(self.serving)
+        return ScalePlan(before=have, after=have + len(pipelines), add=tuple(pipelines), is_restart=True)
+
     def carry_out(self, plan: ScalePlan) -> "ScaleRunner":
         """Return what carries a plan out."""
         return ScaleRunner(self._replicas(), plan, factory=self._factory(), drain_deadline_s=self._drain_deadline_s)
@@ -146,6 +152,7 @@ class ScaleRunner:
         self._starting: asyncio.Task[Replica] | None = None
         self._is_cancelled = False
         self._added = 0
+        self._not_started: list[str] = []
 
     async def cancel(self) -> bool:
         """Give up the replica that starts, and those after it. False where none starts."""
@@ -165,6 +172,10 @@ class ScaleRunner:
         for pipeline in self._plan.add:
             async for report in self._add(pipeline):
                 yield report
+            if self._not_started and not self._plan.is_restart:
+                break
+        if self._not_started:
+            raise RefactoringAborted("; ".join((*self._not_started, self._serving())))
         for number in self._plan.remove:
             replica = self._replicas.numbered(number)
             if replica is None:  # it has failed for good meanwhile
@@ -191,13 +202,14 @@ class ScaleRunner:
                 raise
             raise RefactoringAborted(f"cancelled; {self._serving()}") from None
         except EngineError as error:
-            raise RefactoringAborted(f"{what} did not start: {error}; {self._serving()}") from error
+            self._not_started.append(f"{what} did not start: {error}")
+        else:
+            self._added += 1
         finally:
             starting, self._starting = self._starting, None
             if not starting.done():  # whoever reads the reports went away
                 starting.cancel()
                 await asyncio.wait([starting])
-        self._added += 1
 
     async def _words(self, starting: "asyncio.Task[Replica]") -> AsyncIterator[str]:
         """Yield what the starting engine says, until it serves or has failed."""

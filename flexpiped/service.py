@@ -44,7 +44,7 @@ from flexpiped.load_monitor import LoadSampler
 from flexpiped.models import model_source, served_name
 from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import slo_of, workload_of
-from flexpiped.refactoring import Refactorings
+from flexpiped.refactoring import Refactorings, Started
 from flexpiped.reload import load_files
 from flexpiped.replicas import Replicas
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
@@ -115,7 +115,7 @@ class Service:
         self._journal: Journal = journal_of(
             settings.journal, environment=os.environ, instance=str(admin_socket), on_failure=log_events.journal_failed
         )
-        self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.named_pipeline, intent=None)
+        self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.intended, intent=None)
         self._text: TextService | None = None
         self._load = LoadSampler(
             windows_s=settings.auto.windows_s,
@@ -205,7 +205,8 @@ class Service:
         await self._open_admin(stack, hardware)
         self._progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
-        replicas, text = await self._start_engine(stack, model)
+        engine_start = self._engine_start()
+        replicas, text = await self._start_engine(stack, model, engine_start)
         app = create_app(
             Backend(
                 model=self.name,
@@ -227,6 +228,14 @@ class Service:
         self._run_beside(stack, self._auto.run_forever(), name="auto")
         stack.callback(self._begin_drain)
         self._phase, self._text = ServiceState.READY, text
+        # Before anybody can ask for another change, for nothing has been awaited since.
+        coming = self._refactorings.bring_back(engine_start.further) if engine_start.further else None
+        self._run_beside(stack, self._get_whole(coming), name="replicas-restored")
+
+    async def _get_whole(self, coming: Started | None) -> None:
+        """Wait for replicas that come back. Until they are there, the start counts as one that may fail."""
+        if coming is not None:
+            await self._refactorings.ended(coming)
         self._journal.got_ready()
 
     def _serving(
@@ -289,7 +298,9 @@ class Service:
         self._run_beside(stack, watch_hardware(hardware, self.events), name="hardware-watch")
         self._run_beside(stack, status.sample_forever(), name="status-sampler")
 
-    async def _start_engine(self, stack: AsyncExitStack, model: Model) -> tuple[Replicas, TextService]:
+    async def _start_engine(
+        self, stack: AsyncExitStack, model: Model, engine_start: EngineStart
+    ) -> tuple[Replicas, TextService]:
         """Start the text process, and beside it plan the layout and start the engine."""
         text = TextService(
             model=model.tokenizer_directory,
@@ -300,7 +311,7 @@ class Service:
         try:
             async with asyncio.TaskGroup() as starting:
                 starting.create_task(text.start())
-                planned = starting.create_task(self._engine_start().run(stack, model))
+                planned = starting.create_task(engine_start.run(stack, model))
         except ExceptionGroup as group:  # the first that failed; the other was cancelled
             raise group.exceptions[0] from None
         return planned.result(), text
@@ -324,7 +335,9 @@ class Service:
         if event.kind is EventKind.REFACTORING and event.fields.get("state") == "ended":
             self._metrics.handover_ended(event.fields["record"])
         if event.fields.get("state") != "progress":
-            self._journal.record(event, self._intents.after(event))
+            # What the end of the daemon breaks off is still asked for, as after `kill -9`.
+            intent = None if self._phase is ServiceState.DRAINING else self._intents.after(event)
+            self._journal.record(event, intent)
 
     def _tell_change(self, decision: Event) -> None:
         """Count it; a decision that changes something belongs to what happened, and to the journal."""
@@ -355,7 +368,13 @@ class Service:
         run_beside(stack, work, name=name, on_failure=lambda said: self.events.publish(EventKind.DAEMON, said))
 
     def _against_change(self) -> str:
-        return f"the daemon is draining: {self._reason}" if self._phase is ServiceState.DRAINING else ""
+        match self._phase:
+            case ServiceState.DRAINING:
+                return f"the daemon is draining: {self._reason}"
+            case ServiceState.STARTING:
+                return f"the daemon is starting: {self._reason}"
+            case _:
+                return ""
 
     def _progress(self, message: str) -> None:
         self._reason = message

@@ -107,11 +107,11 @@ def history(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
 
 
 def _intent_line(intent: dict[str, Any]) -> str:
-    stages = len(intent["stages"])
+    stages = [len(each) for each in (intent["stages"], *intent["further_replicas"])]
+    each = ", ".join(f"{count} stage{'s' * (count != 1)}" for count in stages)
+    what = each if len(stages) == 1 else f"{len(stages)} replicas ({each})"
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(intent["since_unix_s"]))
-    return (
-        f"a restart begins with {stages} stage{'s' * (stages != 1)} of {intent['engine']} ({intent['reason']}, {when})"
-    )
+    return f"a restart begins with {what} of {intent['engine']} ({intent['reason']}, {when})"
 
 
 def event_line(event: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,10 +12,15 @@ import aiohttp
 import pytest
 
 from engines.native.adapter import NativeEngine
-from flexpiped.replicas import Replicas, ReplicaState
+from flexpiped.config_file import load_config
+from flexpiped.events import Event, EventKind
+from flexpiped.intent import Intent, basis_of
+from flexpiped.journal import journal_of
+from flexpiped.replica import ReplicaState
+from flexpiped.replicas import Replicas
 from flexpiped.supervisor import Supervisor
 from tests.native.test_replica import STREAMS, Made, Streams, stream
-from tests.support.daemon import started
+from tests.support.daemon import started, write_config
 from tests.support.native import collect, layout
 from tests.support.until import until
 
@@ -103,3 +109,38 @@ async def test_the_daemon_scales_as_flexctl_asks_and_loses_no_request(tmp_path: 
         status = await daemon.ask("/status")
         assert [(each["number"], len(each["stages"])) for each in status["replicas"]] == [(2, 1)]
         assert status["last_handover"]["what"] == "2 -> 1 replicas"
+
+
+async def test_a_start_brings_back_all_replicas_that_were_asked_for(tmp_path: Path) -> None:
+    more = f'devices.cpu_count = 2\njournal.file = "{tmp_path / "journal.db"}"\n'
+    settings = load_config(write_config(tmp_path, engine="native", stages=1, more=more))
+    intent = Intent(
+        engine="native",
+        pipelines=(layout(devices=("cpu:1",)), layout(devices=("cpu:0",))),
+        basis=basis_of(settings),
+        reason="asked for by a test",
+        since_unix_s=1.0,
+    )
+    journal = journal_of(
+        settings.journal, environment={}, instance=str(tmp_path / "admin.sock"), on_failure=pytest.fail
+    )
+    await asyncio.to_thread(journal.open)
+    journal.record(Event(sequence=1, time_unix_s=time.time(), kind=EventKind.REFACTORING, message="plan"), intent)
+    await asyncio.to_thread(journal.close)
+
+    body = {"prompt": "Once upon", "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    async with (
+        started(tmp_path, ready=True, engine="native", stages=1, more=more) as daemon,
+        aiohttp.ClientSession() as http,
+    ):
+        replicas = await daemon.replicas_serving(2)
+        assert [each["stages"][0]["device_ids"] for each in replicas] == [["cpu:1"], ["cpu:0"]]
+        url = (await daemon.ask("/status"))["api_url"]
+
+        async def text() -> str:
+            async with http.post(f"{url}/completions", json=body) as answer:
+                return str((await answer.json())["choices"][0]["text"])
+
+        assert len(set(await asyncio.gather(*(text() for _ in range(4))))) == 1
+        steps = [each["engine_counters"] for each in (await daemon.ask("/status"))["replicas"]]
+        assert all(each["generated_tokens_total"] > 0 for each in steps)

@@ -67,6 +67,15 @@ class Daemon:
         ):
             return await answer.json()
 
+    async def replicas_serving(self, count: int) -> list[dict[str, Any]]:
+        """Wait until so many replicas serve, and return them as the status has them."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                replicas: list[dict[str, Any]] = (await self.ask("/status"))["replicas"]
+                if [each["state"] for each in replicas] == ["serving"] * count:
+                    return replicas
+                await asyncio.sleep(0.02)
+
     async def flexctl(self, *arguments: str) -> tuple[int, str, str]:
         """Run flexctl; return its exit code, output and errors."""
         process = await asyncio.create_subprocess_exec(

@@ -9,6 +9,7 @@ from flexpiped.events import Event, EventKind
 from flexpiped.handover_records import pipeline_to_wire
 from flexpiped.intent import (
     FRUITLESS_STARTS,
+    InForce,
     Intent,
     IntentKeeper,
     InvalidIntent,
@@ -22,16 +23,16 @@ from planner.layout import Pipeline
 from tests.support.layouts import even_pipeline
 
 BASIS = basis_of(Settings())
-INTENT = Intent(engine="fake", pipeline=even_pipeline(4), basis=BASIS, reason="asked for", since_unix_s=1.0)
+INTENT = Intent(engine="fake", pipelines=(even_pipeline(4),), basis=BASIS, reason="asked for", since_unix_s=1.0)
 
 
 class Running:
-    """What is in force, for a keeper to ask."""
+    """What is in force, for a keeper to ask: replicas are numbered from 1."""
 
-    def __init__(self, engine: str, pipeline: Pipeline) -> None:
-        self.now = (engine, pipeline)
+    def __init__(self, engine: str, *pipelines: Pipeline) -> None:
+        self.now = InForce(engine=engine, pipelines=dict(enumerate(pipelines, start=1)))
 
-    def __call__(self) -> tuple[str, Pipeline]:
+    def __call__(self) -> InForce:
         return self.now
 
 
@@ -47,6 +48,11 @@ def event(state: str, **fields: object) -> Event:
 
 def plan(target: Pipeline, engine_after: str | None = None) -> Event:
     return event("plan", target=pipeline_to_wire(target), engine_after=engine_after)
+
+
+def scale(*, add: tuple[Pipeline, ...] = (), remove: tuple[int, ...] = ()) -> Event:
+    moving = {"add": [pipeline_to_wire(each) for each in add], "remove": list(remove)}
+    return event("plan", target=pipeline_to_wire(even_pipeline(2)), scale=moving)
 
 
 def keeper(running: Running) -> IntentKeeper:
@@ -74,7 +80,7 @@ def test_what_was_carried_out_stays_intended() -> None:
     running = Running("fake", even_pipeline(2))
     kept = keeper(running)
     first = kept.after(plan(even_pipeline(4)))
-    running.now = ("fake", even_pipeline(4))
+    running.now = InForce(engine="fake", pipelines={1: even_pipeline(4)})
 
     assert kept.after(event("ended")) is None
     assert kept.intent == first
@@ -87,6 +93,34 @@ def test_another_engine_is_part_of_it() -> None:
     assert intent.engine == "vllm"
 
 
+def test_replicas_that_are_asked_for_are_intended_before_they_are_there_and_no_more_when_they_leave() -> None:
+    running = Running("fake", even_pipeline(2))
+    kept = keeper(running)
+    come = kept.after(scale(add=(even_pipeline(1), even_pipeline(4))))
+    assert come is not None
+    assert come.pipelines == (even_pipeline(2), even_pipeline(1), even_pipeline(4))
+
+    running.now = InForce(engine="fake", pipelines={1: even_pipeline(2), 3: even_pipeline(1)})
+    some = kept.after(event("ended"))
+    assert some is not None
+    assert some.pipelines == (even_pipeline(2), even_pipeline(1))
+
+    left = kept.after(scale(remove=(1,)))
+    assert left is not None
+    assert left.pipelines == (even_pipeline(1),)
+
+
+def test_another_layout_of_one_replica_leaves_the_others() -> None:
+    kept = keeper(Running("fake", even_pipeline(2), even_pipeline(1)))
+    second = kept.after(event("plan", target=pipeline_to_wire(even_pipeline(4)), on=2))
+    main = kept.after(event("plan", target=pipeline_to_wire(even_pipeline(8)), on=None))
+
+    assert second is not None
+    assert second.pipelines == (even_pipeline(2), even_pipeline(4))
+    assert main is not None
+    assert main.pipelines == (even_pipeline(8), even_pipeline(1))
+
+
 def test_other_events_change_nothing() -> None:
     kept = keeper(Running("fake", even_pipeline(2)))
 
@@ -94,8 +128,16 @@ def test_other_events_change_nothing() -> None:
     assert kept.after(replace(plan(even_pipeline(4)), kind=EventKind.DAEMON)) is None
 
 
-def test_it_comes_back_from_json_as_it_was() -> None:
-    assert intent_from_json(json.dumps(intent_to_wire(INTENT))) == INTENT
+@pytest.mark.parametrize("further", [(), (even_pipeline(2), even_pipeline(1))])
+def test_it_comes_back_from_json_as_it_was(further: tuple[Pipeline, ...]) -> None:
+    intent = replace(INTENT, pipelines=(even_pipeline(4), *further))
+    assert intent_from_json(json.dumps(intent_to_wire(intent))) == intent
+
+
+def test_what_an_older_version_wrote_is_one_replica() -> None:
+    wire = intent_to_wire(INTENT)
+    del wire["further_replicas"]
+    assert intent_from_json(json.dumps(wire)) == INTENT
 
 
 @pytest.mark.parametrize("text", ["", "{}", json.dumps(intent_to_wire(INTENT) | {"stages": []})])

@@ -34,7 +34,7 @@ def event(number: int, *, kind: EventKind = EventKind.DAEMON, time_unix_s: float
 
 
 def intent(stages: int) -> Intent:
-    return Intent(engine="fake", pipeline=even_pipeline(stages), basis={}, reason="test", since_unix_s=1.0)
+    return Intent(engine="fake", pipelines=(even_pipeline(stages),), basis={}, reason="test", since_unix_s=1.0)
 
 
 @pytest.fixture

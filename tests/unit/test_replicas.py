@@ -12,9 +12,10 @@ from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from engines.protocol import GenerationRequest
 from engines.restarts import RestartPolicy
 from flexpiped.flight import Flights
+from flexpiped.replica import Replica, ReplicaState
 from flexpiped.replica_facts import ReplicaFacts
 from flexpiped.replica_handover import ReplicaRunner
-from flexpiped.replicas import Replica, Replicas, ReplicaState
+from flexpiped.replicas import Replicas
 from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.supervisor import EngineFactory, Supervisor
 from planner.layout import Pipeline

@@ -93,3 +93,29 @@ async def test_history_goes_over_restarts_and_the_configuration_has_the_last_wor
         told = [event["message"] for event in history["events"]]
         assert "last layout not restored: stages was 2 and is 3 in the configuration now" in told
         assert history["intent"] is None
+
+
+async def test_all_replicas_come_back_also_after_an_end_in_the_middle_of_that(tmp_path: Path) -> None:
+    async with started(tmp_path, ready=True) as daemon:
+        code, _, said = await daemon.flexctl("scale", "--replicas", "3", "--stages", "1", "--wait")
+        assert code == 0, said
+        await kill(daemon)
+
+    for end in ("terminate", "kill"):  # whether or not they are back already
+        async with started(tmp_path, ready=True) as daemon:
+            getattr(daemon.process, end)()
+            await daemon.process.wait()
+
+    async with started(tmp_path, ready=True) as daemon:
+        assert [len(each["stages"]) for each in await daemon.replicas_serving(3)] == [2, 1, 1]
+        code, shown, _ = await daemon.flexctl("history", "--limit", "100")
+        lines = shown.splitlines()
+        assert code == 0
+        assert any("last layout restored: 3 replicas (2 stages, 1 stage, 1 stage), asked for" in line for line in lines)
+        assert lines[-1].startswith("a restart begins with 3 replicas (2 stages, 1 stage, 1 stage) of fake")
+        code, _, said = await daemon.flexctl("scale", "--replicas", "2", "--on", "3", "--wait")
+        assert code == 0, said
+        await kill(daemon)
+
+    async with started(tmp_path, ready=True) as daemon:
+        assert [len(each["stages"]) for each in await daemon.replicas_serving(2)] == [2, 1]

@@ -2,24 +2,24 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import pytest
 
 from engines.errors import RefactoringBusy, RefactoringRefused
 from flexpiped.events import EventLog
 from flexpiped.handover_records import HandoverRecord, HandoverResult, Wanted, Way, proposal_to_wire
-from flexpiped.intent import IntentKeeper
+from flexpiped.intent import InForce, IntentKeeper
 from flexpiped.refactoring import Refactorings, Started
+from flexpiped.replica import ReplicaState
 from flexpiped.replica_handover import ReplicaRunner
-from flexpiped.replicas import ReplicaState
 from flexpiped.scaling import Fleet
 from planner.errors import NoFeasiblePlan
-from planner.layout import pipeline_of
 from tests.support.layouts import EvenResolver, even_pipeline
 from tests.support.until import until
 from tests.unit.test_replicas import Stand, begun
 from tests.unit.test_supervisor import undisturbed
+
+TAKEN = (("cpu:0", "cpu:1"), ("cpu:0", "cpu:1", "cpu:2"))  # where two replicas of one stage come back
 
 
 class ScaleStand(Stand):
@@ -43,6 +43,9 @@ class ScaleStand(Stand):
         started = await self.refactorings.start(wanted)
         assert isinstance(started, Started)
         return await self.refactorings.ended(started)
+
+    def in_force(self) -> InForce:
+        return InForce(engine="fake", pipelines=self.replicas.lasting_pipelines)
 
     @property
     def layouts(self) -> dict[int, tuple[str, ...]]:
@@ -156,11 +159,37 @@ async def test_a_change_of_the_engine_wants_one_replica(stand: ScaleStand) -> No
         await stand.refactorings.propose(Wanted(engine="vllm"))
 
 
-async def test_the_intent_of_a_restart_is_the_main_replica(stand: ScaleStand) -> None:
-    keeper = IntentKeeper(basis={}, in_force=lambda: ("fake", stand.replicas.pipeline), intent=None)
+async def test_a_restart_brings_all_replicas_back(stand: ScaleStand) -> None:
+    keeper = IntentKeeper(basis={}, in_force=stand.in_force, intent=None)
     await stand.scaled(Wanted(replicas=2, stages=4))
+    await stand.scaled(Wanted(replicas=3, stages=1))
     for event in stand.events.since(0):
         keeper.after(event)
     assert keeper.intent is not None
-    assert keeper.intent.pipeline == pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[4], num_decoders=8)
-    assert replace(keeper.intent, reason="").engine == "fake"
+    assert [each.granularity for each in keeper.intent.pipelines] == [2, 4, 1]
+
+    after = ScaleStand()
+    await after.add(keeper.intent.pipelines[0])
+    record = await after.refactorings.ended(after.refactorings.bring_back(keeper.intent.pipelines[1:]))
+    assert (record.result, record.what) == (HandoverResult.DONE, "1 -> 3 replicas")
+    assert after.layouts == stand.layouts
+    await after.replicas.close()
+
+
+async def test_while_replicas_come_back_nothing_else_changes_and_one_that_does_not_keeps_no_other(
+    stand: ScaleStand,
+) -> None:
+    stand.workshop.gate = asyncio.Event()
+    stand.workshop.start_failures = ["no room", None]
+    started = stand.refactorings.bring_back([EvenResolver().beside(Wanted(), taken=frozenset(cpus)) for cpus in TAKEN])
+    with pytest.raises(RefactoringBusy, match="1 -> 3 replicas, is starting"):
+        await stand.refactorings.start(Wanted(replicas=2))
+    with pytest.raises(RefactoringBusy):
+        stand.refactorings.bring_back([even_pipeline(1)])
+    stand.workshop.gate.set()
+    record = await stand.refactorings.ended(started)
+    assert (record.result, record.message) == (
+        HandoverResult.ABORTED,
+        "a replica of 1 stage on cpu:2 did not start: no room; 2 replicas serve: 1 of 2 stages, 3 of 1 stage",
+    )
+    assert stand.layouts == {1: ("cpu:0", "cpu:1"), 3: ("cpu:3",)}
