@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 from engines.errors import (
     EngineClosed,
@@ -20,6 +21,7 @@ from engines.protocol import (
     EngineCounters,
     GenerationRequest,
     KvParcel,
+    KvRange,
     RefactorCheck,
     RefactorProgress,
     StageStatus,
@@ -41,10 +43,12 @@ FAKE_CAPABILITIES = EngineCapabilities(
     refactors_in_place=True,
     max_stages=8,
     tensor_parallel=False,
+    kv_range=KvRange(least_blocks=33, most_blocks=4096),
 )
 _FORWARD = (HandoverPhase.PREPARING, HandoverPhase.SYNCING, HandoverPhase.COMMITTING, HandoverPhase.RETIRING)
 _CANCELLABLE = (HandoverPhase.PREPARING, HandoverPhase.SYNCING)
 _DECODER_BYTES = 1 << 20
+_KV_BLOCK_BYTES = 1 << 10
 
 
 class FakeEngine:
@@ -75,6 +79,10 @@ class FakeEngine:
         resident_ranks: int | None = None,
     ) -> None:
         self._pipeline = pipeline
+        if capabilities.kv_range is not None:
+            least = capabilities.max_model_len // kv_block_tokens + 1
+            bounds = KvRange(least_blocks=least, most_blocks=kv_blocks_capacity)
+            capabilities = capabilities if capabilities.kv_range == bounds else replace(capabilities, kv_range=bounds)
         self._capabilities = capabilities
         self._batch = Batch(
             capabilities=capabilities,
@@ -238,6 +246,19 @@ class FakeEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.kv.close()
+
+    # KvResizing, for capabilities with a ``kv_range``.
+
+    async def resize_kv(self, blocks: int) -> int:
+        self._ensure_alive()
+        bounds = self._capabilities.kv_range
+        if bounds is None or not bounds.least_blocks <= blocks <= bounds.most_blocks:
+            raise RefactoringRefused(f"there cannot be {blocks} KV blocks")
+        if self._phase is not None:
+            raise RefactoringBusy(f"a refactoring is under way, in phase {self._phase.value}")
+        fewer = self._batch.kv_blocks_capacity - blocks
+        self._batch.resize_kv(blocks)
+        return max(0, fewer) * _KV_BLOCK_BYTES
 
     # KvTransfers, for capabilities with a ``kv_form``.
 

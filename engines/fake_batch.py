@@ -109,6 +109,19 @@ class Batch:
                     self.running.remove(sequence)
                 yield sequence, chunk
 
+    def resize_kv(self, capacity: int) -> None:
+        """Have another KV capacity; where less is left than is used, the youngest go back to the queue."""
+        self.kv_blocks_capacity = capacity
+        while self.kv_blocks_used > capacity:
+            self._preempt_youngest()
+
+    def _preempt_youngest(self) -> Sequence:
+        victim = self.running.pop()
+        victim.kv_blocks = 0
+        self.waiting.appendleft(victim)
+        self.preemptions_total += 1
+        return victim
+
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_running:
             needed = self._kv_blocks_for(self.waiting[0].num_tokens + 1)
@@ -123,11 +136,7 @@ class Batch:
         if needed == sequence.kv_blocks:
             return True
         while self.kv_blocks_used - sequence.kv_blocks + needed > self.kv_blocks_capacity:
-            victim = self.running.pop()
-            victim.kv_blocks = 0
-            self.waiting.appendleft(victim)
-            self.preemptions_total += 1
-            if victim is sequence:
+            if self._preempt_youngest() is sequence:
                 return False
         sequence.kv_blocks = needed
         return True

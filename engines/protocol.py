@@ -101,6 +101,14 @@ class OwnServer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvRange:
+    """To how many KV blocks the KV cache can be changed while it serves: the longest sequence always fits."""
+
+    least_blocks: int
+    most_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapabilities:
     """What this engine can do, so that callers decide and never try and see."""
 
@@ -120,6 +128,7 @@ class EngineCapabilities:
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
     kv_form: str = ""  # engines of equal forms can load each other's KV cache: then the engine is a ``KvTransfers``
     kv_refusal: str = ""  # why there is no form, where the engine knows
+    kv_range: KvRange | None = None  # then the engine is a ``KvResizing``
     # Device groups of ranks that are bound to them, in order: the first stage is on the first group, the last stage on
     # the last one, and groups between may have no stage. Empty: any stage may be on any device.
     resident: tuple[tuple[str, ...], ...] = ()
@@ -282,3 +291,20 @@ class KvTransfers(Protocol):
 
     async def forget_kv(self, parcel: KvParcel) -> None:
         """Let go of a parcel; who wrote it removes its files. Idempotent, and never an error."""
+
+
+@runtime_checkable
+class KvResizing(Protocol):
+    """What an engine offers besides when its capabilities have a ``kv_range``."""
+
+    async def resize_kv(self, blocks: int) -> int:
+        """Have so many KV blocks, while serving: no request fails, at most some are computed again.
+
+        Returns:
+            The bytes of memory given back, once they are.
+
+        Raises:
+            RefactoringBusy: A refactoring, another change or a recovery is under way.
+            RefactoringRefused: It is outside the ``kv_range``.
+            EngineDied, EngineClosed
+        """

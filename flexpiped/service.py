@@ -368,13 +368,12 @@ class Service:
         run_beside(stack, work, name=name, on_failure=lambda said: self.events.publish(EventKind.DAEMON, said))
 
     def _against_change(self) -> str:
-        match self._phase:
-            case ServiceState.DRAINING:
-                return f"the daemon is draining: {self._reason}"
-            case ServiceState.STARTING:
-                return f"the daemon is starting: {self._reason}"
-            case _:
-                return ""
+        if self._phase is ServiceState.DRAINING:
+            return f"the daemon is draining: {self._reason}"
+        replicas = self._in_force.replicas
+        if self._phase is ServiceState.STARTING and replicas is not None and replicas.engine is not None:
+            return f"the daemon is starting: {self._reason}"  # those replicas come first that are to come back
+        return ""
 
     def _progress(self, message: str) -> None:
         self._reason = message

@@ -179,6 +179,12 @@ class NativeEngine:
         reply: c.Cancelled = await self._call(lambda call: c.CancelRefactor(call=call))
         return reply.accepted
 
+    async def resize_kv(self, blocks: int) -> int:
+        reply: c.KvResized = await self._call(lambda call: c.ResizeKv(call=call, blocks=blocks))
+        if reply.error:
+            raise getattr(errors, reply.error)(reply.message)
+        return reply.returned_bytes
+
     async def drain(self) -> None:
         while True:
             counters = await self.counters()
@@ -268,6 +274,7 @@ class NativeEngine:
             refactors_in_place=True,
             max_stages=min(len(self._options.device_ids), self._pipeline.num_decoders),
             tensor_parallel=False,
+            kv_range=ready.kv_range,
         )
         self.attention = ready.attention
         self.worker_pids = ready.worker_pids
@@ -292,7 +299,7 @@ class NativeEngine:
                 self._on_progress(report.message)
             case c.Ready() | c.StartFailed():
                 self._settle(0, report)
-            case c.Checked() | c.Cancelled() | c.Counters() | c.Stages() | c.Trace() | c.StageSteps():
+            case c.Checked() | c.KvResized() | c.Cancelled() | c.Counters() | c.Stages() | c.Trace() | c.StageSteps():
                 self._settle(report.call, report)
             case c.Fatal():
                 self._last_words = report.reason

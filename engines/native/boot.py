@@ -37,6 +37,11 @@ class Boot:
     vocab_size: int
     attention: str  # "compiled", or "torch" and why
 
+    @property
+    def kv_block_bytes(self) -> int:
+        """Of one KV block, over all decoders."""
+        return self.graph.kv_bytes_per_token * self.limits.kv_block_tokens
+
 
 def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     """Prepare everything that the workers inherit. Must run before the first fork, on a single thread.

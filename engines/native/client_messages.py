@@ -3,7 +3,7 @@
 import msgspec
 
 from engines.native.options import NativeOptions
-from engines.protocol import EngineCounters, RefactorCheck, RefactorProgress, SamplingParams, StageStatus
+from engines.protocol import EngineCounters, KvRange, RefactorCheck, RefactorProgress, SamplingParams, StageStatus
 from planner.layout import Pipeline
 
 
@@ -52,6 +52,13 @@ class CancelRefactor(ToCore, frozen=True, kw_only=True, tag=True):
     """Roll back what has not committed; answered by ``Cancelled``."""
 
     call: int
+
+
+class ResizeKv(ToCore, frozen=True, kw_only=True, tag=True):
+    """Have another number of KV blocks; answered by ``KvResized``."""
+
+    call: int
+    blocks: int
 
 
 class ReadCounters(ToCore, frozen=True, kw_only=True, tag=True):
@@ -108,6 +115,7 @@ class Ready(FromCore, frozen=True, kw_only=True, tag=True):
     eos_token_ids: tuple[int, ...]
     worker_pids: tuple[int, ...]
     attention: str  # "compiled" or "torch"
+    kv_range: KvRange
 
 
 class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
@@ -139,6 +147,15 @@ class Refactored(FromCore, frozen=True, kw_only=True, tag=True):
     call: int
     error: str
     message: str
+
+
+class KvResized(FromCore, frozen=True, kw_only=True, tag=True):
+    """The end of ``ResizeKv``: ``error`` is empty, or names the class of engines.errors."""
+
+    call: int
+    error: str
+    message: str
+    returned_bytes: int
 
 
 class Checked(FromCore, frozen=True, kw_only=True, tag=True):
@@ -195,6 +212,7 @@ ClientCommand = (
     | Refactor
     | CheckRefactor
     | CancelRefactor
+    | ResizeKv
     | ReadCounters
     | ReadStages
     | ReadTrace
@@ -209,6 +227,7 @@ CoreReport = (
     | Outputs
     | Progress
     | Refactored
+    | KvResized
     | Checked
     | Cancelled
     | Counters

@@ -61,6 +61,7 @@ class CoreServer:
                 eos_token_ids=boot_.eos_token_ids,
                 worker_pids=self._pool.pids,
                 attention=boot_.attention,
+                kv_range=self._core.kv.range,
             )
         )
         self._spawn(self._core.watch_for_hangs())
@@ -88,6 +89,8 @@ class CoreServer:
                 core.abort(command.key)
             case c.Refactor():
                 self._spawn(self._refactor(command))
+            case c.ResizeKv():
+                self._spawn(self._resize_kv(command))
             case c.CheckRefactor():
                 self._emit(c.Checked(call=command.call, check=self._check(command)))
             case c.CancelRefactor():
@@ -123,12 +126,22 @@ class CoreServer:
             error, message = type(refusal).__name__, str(refusal)
         self._emit(c.Refactored(call=command.call, error=error, message=message))
 
+    async def _resize_kv(self, command: c.ResizeKv) -> None:
+        returned_bytes, error, message = 0, "", ""
+        try:
+            returned_bytes = await self._core.resize_kv(command.blocks)
+        except EngineError as refusal:
+            error, message = type(refusal).__name__, str(refusal)
+        self._emit(c.KvResized(call=command.call, error=error, message=message, returned_bytes=returned_bytes))
+
     async def _run_handover(self, command: c.Refactor) -> None:
         core = self._core
         if core.handover is not None:
             raise RefactoringBusy(f"another refactoring is under way: {core.handover.describe()}")
         if core.recovering:
             raise RefactoringBusy("a lost worker is being recovered")
+        if core.kv.is_under_way:
+            raise RefactoringBusy("the number of KV blocks is being changed")
         check = self._check(command)
         if not check.feasible:
             raise RefactoringRefused("; ".join(check.sentences))

@@ -11,6 +11,7 @@ from itertools import count
 
 import numpy as np
 
+from engines.errors import RefactoringBusy
 from engines.failpoints import Failpoints
 from engines.native import client_messages as c
 from engines.native import messages as m
@@ -18,6 +19,7 @@ from engines.native.boot import Boot
 from engines.native.handover import HandoverRunner
 from engines.native.inquiries import Inquiries, settle
 from engines.native.kv_blocks import KVBlocks
+from engines.native.kv_resizing import KvResizer
 from engines.native.options import micro_batches_for, threads_per_stage
 from engines.native.scheduler import Batch, Output, Scheduler
 from engines.native.sequence import Sequence
@@ -52,7 +54,14 @@ class EngineCore:
         )
         self._tickets = count(1)
         self.inquiries = Inquiries(pool, self._tickets)
-        self.kv_capacity = boot.num_blocks - 1
+        self.kv = KvResizer(
+            scheduler=self.scheduler,
+            inquiries=self.inquiries,
+            pool=pool,
+            least=-(-boot.limits.max_model_len // boot.limits.kv_block_tokens),
+            block_tokens=boot.limits.kv_block_tokens,
+            blocks_at_once=max(1, boot.options.slice_bytes // boot.kv_block_bytes),
+        )
         self._emit = emit
         self._generation = 0
         self._in_flight: dict[int, tuple[Batch, float]] = {}
@@ -93,6 +102,8 @@ class EngineCore:
 
     def pump(self) -> None:
         """Dispatch micro-batches while the stages can take more."""
+        if not self._holding:
+            self.kv.between_steps(self._workers)
         while not self._holding and len(self._in_flight) < self.scheduler.micro_batches:
             batch = self.scheduler.schedule()
             if batch is None:
@@ -188,6 +199,18 @@ class EngineCore:
             own = threads if spec is not None else 1
             self.pool.send(index, m.Adopt(generation=self._generation, spec=spec, threads=own))
 
+    async def resize_kv(self, capacity: int) -> int:
+        """Have another number of KV blocks; return the bytes given back. A handover counts on those there are.
+
+        Raises:
+            RefactoringBusy, RefactoringRefused
+        """
+        if self.handover is not None:
+            raise RefactoringBusy(f"a refactoring is under way: {self.handover.describe()}")
+        if self.recovering:
+            raise RefactoringBusy("a lost worker is being recovered")
+        return await self.kv.resize(capacity, pump=self.pump)
+
     # --- workers ---
 
     async def load_stages(self, indexes: list[int]) -> None:
@@ -216,7 +239,7 @@ class EngineCore:
         match report:
             case m.StepDone():
                 self._step_done(report)
-            case m.Stats() | m.Checksums() | m.Steps():
+            case m.Stats() | m.Checksums() | m.Steps() | m.KvBounded():
                 self.inquiries.settle(report)
             case m.Crashed():
                 self._last_words[report.worker] = report.reason
@@ -311,7 +334,7 @@ class EngineCore:
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             kv_blocks_used=scheduler.kv_blocks_used,
-            kv_blocks_capacity=self.kv_capacity,
+            kv_blocks_capacity=scheduler.kv_capacity,
             kv_block_tokens=self.boot.limits.kv_block_tokens,
             prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated_tokens,

@@ -20,6 +20,7 @@ class Inquiries:
         self._stats: dict[tuple[int, int], asyncio.Future[m.Stats]] = {}  # by worker and ticket
         self._checksums: dict[tuple[int, int], asyncio.Future[list[int]]] = {}
         self._steps: dict[tuple[int, int], asyncio.Future[m.Steps]] = {}
+        self._bounds: dict[tuple[int, int], asyncio.Future[m.KvBounded]] = {}
         self._busy: dict[int, tuple[float, float]] = {}
 
     def stats(self, worker: int) -> asyncio.Future[m.Stats]:
@@ -43,6 +44,13 @@ class Inquiries:
         self._pool.send(worker, m.ReadSteps(ticket=ticket))
         return future
 
+    def bound_kv(self, worker: int, end_slot: int) -> asyncio.Future[m.KvBounded]:
+        """Have the pages of token slots from there on given back."""
+        ticket = next(self._tickets)
+        future = self._bounds[worker, ticket] = asyncio.get_running_loop().create_future()
+        self._pool.send(worker, m.BoundKv(ticket=ticket, end_slot=end_slot))
+        return future
+
     async def answers_within(self, worker: int, deadline_s: float) -> bool:
         """Say whether a worker answers at all."""
         try:
@@ -51,19 +59,21 @@ class Inquiries:
             return False
         return True
 
-    def settle(self, report: m.Stats | m.Checksums | m.Steps) -> None:
+    def settle(self, report: m.Stats | m.Checksums | m.Steps | m.KvBounded) -> None:
         """Take in an answer; one that nobody waits for any more is dropped."""
         match report:
             case m.Stats():
                 settle(self._stats.pop((report.worker, report.ticket), None), report)
             case m.Checksums():
                 settle(self._checksums.pop((report.worker, report.ticket), None), report.values)
+            case m.KvBounded():
+                settle(self._bounds.pop((report.worker, report.ticket), None), report)
             case m.Steps():
                 settle(self._steps.pop((report.worker, report.ticket), None), report)
 
     def forget(self, worker: int) -> None:
         """A worker has died: its answers will not come."""
-        for waiting in (self._stats, self._checksums, self._steps):
+        for waiting in (self._stats, self._checksums, self._steps, self._bounds):
             for key in [key for key in waiting if key[0] == worker]:
                 waiting.pop(key).cancel()
 

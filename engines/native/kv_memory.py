@@ -79,6 +79,25 @@ class KVMemory:
             self._space.madvise(mmap.MADV_DONTNEED, decoder * 2 * self._half_bytes, 2 * self._half_bytes)
         return mapped
 
+    def release_above(self, decoder: int, first_slot: int) -> int:
+        """Give the pages from a token slot on back to the system; return how many bytes were mapped there."""
+        offset = -(-first_slot * self.row_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        length, returned = self._half_bytes - offset, 0
+        if length <= 0:
+            return 0
+        for half in (2 * decoder, 2 * decoder + 1):
+            start = half * self._half_bytes + offset
+            mapped = resident_bytes(self._all.data_ptr() + start, length)
+            if mapped:
+                self._space.madvise(mmap.MADV_DONTNEED, start, length)
+            returned += mapped
+        return returned
+
+    def move_slots(self, decoders: list[int], sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> None:
+        """Copy token slots to other ones, none of which is a source."""
+        for half in self._halves(decoders):
+            half[targets] = half[sources]
+
     def mapped_bytes(self, decoder: int) -> int:
         start = self._all.data_ptr() + decoder * 2 * self._half_bytes
         return resident_bytes(start, 2 * self._half_bytes)

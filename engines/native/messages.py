@@ -120,6 +120,20 @@ class Release(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     handover: int
 
 
+class MoveKv(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Copy whole KV blocks to free ones, in every decoder of the present role."""
+
+    sources: bytes
+    targets: bytes
+
+
+class BoundKv(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Nothing lies from token slot ``end_slot`` on: give the pages there back, until a later bound says otherwise."""
+
+    ticket: int
+    end_slot: int
+
+
 class ReadStats(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """Report counters."""
 
@@ -195,6 +209,13 @@ class Released(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True)
     kv_bytes: int
 
 
+class KvBounded(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Answer to ``BoundKv``, once it is done."""
+
+    ticket: int
+    returned_bytes: int
+
+
 class Stats(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """Answer to ``ReadStats``. ``busy_s`` and ``longest_slice_s`` (processor time) are since the process started."""
 
@@ -231,12 +252,14 @@ WorkerCommand = (
     | Checksum
     | Adopt
     | Release
+    | MoveKv
+    | BoundKv
     | ReadStats
     | ReadSteps
     | ArmFailpoint
     | Exit
 )
-WorkerReport = StepDone | Prepared | Failed | Copied | Checksums | Released | Stats | Steps | Crashed
+WorkerReport = StepDone | Prepared | Failed | Copied | Checksums | Released | KvBounded | Stats | Steps | Crashed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(WorkerCommand).decode

@@ -85,6 +85,52 @@ class Scheduler:
     def kv_blocks_used(self) -> int:
         return self._blocks.used
 
+    @property
+    def kv_capacity(self) -> int:
+        """How many KV blocks may be in use."""
+        return self._blocks.capacity
+
+    @property
+    def kv_blocks_above(self) -> int:
+        """How many are in use beyond a capacity that has become smaller; ``relocate`` ends that."""
+        return self._blocks.num_above
+
+    def resize_kv(self, capacity: int) -> None:
+        """Give out KV blocks up to number ``capacity``."""
+        self._blocks.resize(capacity)
+
+    def relocate(self, most: int) -> list[tuple[int, int]]:
+        """Replace KV blocks beyond the capacity by free ones within it, those of the oldest sequences first.
+
+        While more are in use than the capacity, the youngest sequence gives its own back. One in flight keeps what it
+        has until its step ends, so that it takes several calls.
+
+        Returns:
+            At most ``most`` pairs (from, to), to be copied before the next step.
+        """
+        while self._blocks.used > self._blocks.capacity:
+            youngest = max(self._running, key=lambda s: s.order)
+            if youngest.in_flight:
+                break
+            self._preempt(youngest)
+        pairs: list[tuple[int, int]] = []
+        for sequence in sorted(self._running, key=lambda s: s.order):
+            if not sequence.in_flight and len(pairs) < most:
+                pairs += self._relocated(sequence, most - len(pairs))
+        return pairs
+
+    def _relocated(self, sequence: Sequence, most: int) -> list[tuple[int, int]]:
+        above = [i for i, block in enumerate(sequence.block_ids) if block > self._blocks.capacity]
+        pairs = []
+        for index in above[:most]:
+            old = sequence.block_ids[index]
+            new = self._blocks.replace(old)
+            if new is None:
+                break
+            sequence.block_ids[index] = self._table[sequence.row, index] = new
+            pairs.append((old, new))
+        return pairs
+
     def take_order(self) -> int:
         self._next_order += 1
         return self._next_order

@@ -26,6 +26,7 @@ from engines.failpoints import FailAction, FailpointHit, Failpoints
 from engines.native import messages as m
 from engines.native.family import Family
 from engines.native.inbox import Inbox
+from engines.native.kv_bound import KvBound
 from engines.native.kv_memory import KVMemory
 from engines.native.shared import SharedMemory
 from engines.native.stage import HeldLayers, StageRunner
@@ -77,6 +78,7 @@ class Worker:
             head_dim=family.head_dim,
             dtype=family.dtype,
         )
+        self._kv_bound = KvBound(self._kv, kv_block_tokens=context.kv_block_tokens)
         self._weights = WeightFiles(context.checkpoint, dtype=family.dtype)
         self._layers = HeldLayers(family, self._weights, self._kv, context.checkpoint.tensors)
         self._runner = StageRunner(
@@ -134,11 +136,11 @@ class Worker:
                 self._try(message.handover, partial(self._copy_in, message))
             case m.Release():
                 self._try(message.handover, partial(self._plan_release, message.handover))
-            case m.Checksum():
-                self._send(m.Checksums(worker=self._index, ticket=message.ticket, values=self._checksums(message)))
+            case m.MoveKv() | m.BoundKv():
+                self._change_kv(message)
             case m.Adopt():
                 self._adopt(message)
-            case m.ReadStats() | m.ReadSteps():
+            case m.ReadStats() | m.ReadSteps() | m.Checksum():
                 self._answer(message)
             case m.ArmFailpoint():
                 self._arm(message)
@@ -296,6 +298,17 @@ class Worker:
             self._slices.append((handover, partial(drop, layer)))
         self._slices.append((handover, report))
 
+    def _change_kv(self, message: m.MoveKv | m.BoundKv) -> None:
+        if isinstance(message, m.BoundKv):
+            held = sorted(int(layer) for layer in self._layers.held if layer.isdigit())
+            tell = partial(self._report_bound, message.ticket)
+            self._slices.extend((message.ticket, piece) for piece in self._kv_bound.slices(message, held, tell=tell))
+        elif self._spec is not None:
+            self._kv_bound.move(message, range(self._spec.first_decoder, self._spec.end_decoder))
+
+    def _report_bound(self, ticket: int, returned_bytes: int) -> None:
+        self._send(m.KvBounded(worker=self._index, ticket=ticket, returned_bytes=returned_bytes))
+
     def _try(self, handover: int, work: Callable[[], None]) -> None:
         """Do a piece of a handover; if it fails, the handover fails and the worker goes on."""
         try:
@@ -319,11 +332,15 @@ class Worker:
             for block, valid in message.blocks
         ]
 
-    def _answer(self, question: m.ReadStats | m.ReadSteps) -> None:
-        if isinstance(question, m.ReadSteps):
-            self._send_steps(question.ticket)
-        else:
-            self._send_stats(question.ticket)
+    def _answer(self, question: m.ReadStats | m.ReadSteps | m.Checksum) -> None:
+        match question:
+            case m.ReadSteps():
+                self._send_steps(question.ticket)
+            case m.ReadStats():
+                self._send_stats(question.ticket)
+            case m.Checksum():
+                values = self._checksums(question)
+                self._send(m.Checksums(worker=self._index, ticket=question.ticket, values=values))
 
     def _send_stats(self, ticket: int) -> None:
         self._send(

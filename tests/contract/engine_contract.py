@@ -17,7 +17,15 @@ import pytest
 
 from engines.closing import closing
 from engines.errors import EngineClosed, InvalidRequest, RefactoringBusy, RefactoringRefused
-from engines.protocol import Engine, FinishReason, GenerationRequest, RefactorProgress, SamplingParams, TokenChunk
+from engines.protocol import (
+    Engine,
+    FinishReason,
+    GenerationRequest,
+    KvResizing,
+    RefactorProgress,
+    SamplingParams,
+    TokenChunk,
+)
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, Stage
 from tests.support.until import until
@@ -302,6 +310,32 @@ class EngineContract:
 
     async def test_there_is_nothing_to_cancel_when_idle(self, engine: Engine) -> None:
         assert await engine.cancel_refactor() is False
+
+    # Another number of KV blocks.
+
+    async def test_streams_go_on_as_undisturbed_while_the_kv_cache_shrinks_and_grows(self, engine: Engine) -> None:
+        bounds = engine.capabilities.kv_range
+        if bounds is None:
+            pytest.skip(f"{engine.capabilities.name} does not change its KV cache")
+        assert isinstance(engine, KvResizing)
+        requests = [request_of((*PROMPT, 40 + index), max_tokens=60) for index in range(8)]
+        expected = [await tokens_of(engine, each) for each in requests]
+        streams = [asyncio.create_task(tokens_of(engine, each)) for each in requests]
+        await until(lambda: in_flight(engine), timeout_s=60.0)
+        for blocks in (bounds.least_blocks, bounds.most_blocks, bounds.least_blocks, bounds.most_blocks):
+            await engine.resize_kv(blocks)
+            assert (await engine.counters()).kv_blocks_capacity == blocks
+        assert [await each for each in streams] == expected
+        await assert_idle(engine)
+
+    async def test_a_number_of_kv_blocks_out_of_range_is_refused(self, engine: Engine) -> None:
+        bounds = engine.capabilities.kv_range
+        if bounds is None:
+            pytest.skip(f"{engine.capabilities.name} does not change its KV cache")
+        assert isinstance(engine, KvResizing)
+        for blocks in (bounds.least_blocks - 1, bounds.most_blocks + 1):
+            with pytest.raises(RefactoringRefused):
+                await engine.resize_kv(blocks)
 
     # The end.
 

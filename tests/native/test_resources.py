@@ -2,17 +2,21 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from engines.errors import RefactoringAborted
+from engines.errors import RefactoringAborted, RefactoringBusy
 from engines.native.adapter import NativeEngine
 from engines.process import memory_pss_bytes
+from engines.protocol import GenerationRequest
 from tests.support import checkpoints
 from tests.support.native import CACHE, collect, even, move, request, running
+from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 
@@ -27,7 +31,7 @@ def big_llama() -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[NativeEngine]:
-    async with running(big_llama(), even(1), kv_cache_bytes=128 * MIB) as engine:
+    async with running(big_llama(), even(1), kv_cache_bytes=128 * MIB, max_model_len=1536) as engine:
         yield engine
 
 
@@ -80,6 +84,87 @@ async def test_a_rolled_back_move_leaves_nothing_behind(one_stage: NativeEngine)
     with pytest.raises(RefactoringAborted, match=r"core\.commit"):
         await move(one_stage, even(4))
     assert pss(destination) - before < 2 * MIB
+
+
+async def begin_above_others(
+    engine: NativeEngine, wanted: list[GenerationRequest]
+) -> "list[asyncio.Task[tuple[list[int], list[float]]]]":
+    """Start requests behind four long ones, which then go: KV blocks of the first numbers are free."""
+    long = request(tuple(5 + i % 4000 for i in range(700)), max_tokens=100)
+    others = [asyncio.create_task(collect(engine, long)) for _ in range(4)]
+    await until(lambda: holds(engine, running=4, kv_blocks=4 * 700 // 16), timeout_s=60.0)
+    streams = [asyncio.create_task(collect(engine, each)) for each in wanted]
+    await until(lambda: holds(engine, running=4 + len(wanted), kv_blocks=1), timeout_s=60.0)
+    for each in others:
+        each.cancel()
+    await asyncio.wait(others)
+    await until(lambda: holds(engine, running=len(wanted), kv_blocks=1), timeout_s=60.0)
+    return streams
+
+
+async def holds(engine: NativeEngine, *, running: int, kv_blocks: int) -> bool:
+    counters = await engine.counters()
+    return counters.running == running and counters.kv_blocks_used >= kv_blocks
+
+
+async def test_fewer_kv_blocks_give_memory_back_under_running_streams(
+    one_stage: NativeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the kernel's count; streams say what they say undisturbed, and the KV cache grows again."""
+    engine, bounds = one_stage, one_stage.capabilities.kv_range
+    assert bounds is not None
+    [worker] = (await engine.stages())[0].pids
+    wanted = [request(tuple(range(10 + i, 300 + i)), max_tokens=80) for i in range(3)]
+    expected = [(await collect(engine, each))[0] for each in wanted]
+    streams = await begin_above_others(engine, wanted)
+    before, mapped = pss(worker), (await engine.stages())[0].kv_mapped_bytes
+
+    returned = await engine.resize_kv(bounds.least_blocks)
+
+    after, left = pss(worker), (await engine.stages())[0].kv_mapped_bytes
+    with capsys.disabled():
+        print(f"\nKV mapped {mapped / MIB:.1f} -> {left / MIB:.1f} MiB, PSS fell by {(before - after) / MIB:.1f} MiB")
+    assert (await engine.counters()).running == len(wanted)
+    assert left <= mapped / 2
+    assert returned == pytest.approx(mapped - left, abs=MIB)  # steps went on meanwhile
+    assert before - after > 0.8 * returned
+    assert await engine.resize_kv(bounds.most_blocks) == 0
+    assert [(await each)[0] for each in streams] == expected
+    assert (await engine.counters()).preemptions_total == 0
+
+
+async def test_a_worker_lost_while_the_kv_cache_shrinks_is_recovered(engine: NativeEngine) -> None:
+    """Moves, deaths and changes of the KV cache: each waits for the other, or says that it is busy."""
+    if engine.pipeline != even(2):
+        await move(engine, even(2))
+    bounds = engine.capabilities.kv_range
+    assert bounds is not None
+    wanted = [request(tuple(range(10 + i, 200 + i)), max_tokens=100) for i in range(4)]
+    expected = [(await collect(engine, each))[0] for each in wanted]
+    streams = await begin_above_others(engine, wanted)
+    shrinking = asyncio.create_task(engine.resize_kv(bounds.least_blocks))
+    await asyncio.sleep(0)
+    with pytest.raises(RefactoringBusy, match="the number of KV blocks is being changed"):
+        await move(engine, even(4))
+    os.kill(engine.worker_pids[1], signal.SIGKILL)
+    await shrinking
+    await until(lambda: recovered(engine), timeout_s=60.0)
+    moving = asyncio.create_task(move(engine, even(4)))
+    await asyncio.sleep(0)
+    with pytest.raises(RefactoringBusy, match="a refactoring is under way"):
+        await engine.resize_kv(bounds.most_blocks)
+    await moving
+    await engine.resize_kv(bounds.most_blocks)
+    assert [(await each)[0] for each in streams] == expected
+    assert (await engine.counters()).kv_blocks_used == 0
+
+
+async def recovered(engine: NativeEngine) -> bool:
+    """Whether the KV cache can be changed again: to what it is."""
+    with suppress(RefactoringBusy):
+        await engine.resize_kv((await engine.counters()).kv_blocks_capacity)
+        return (await engine.counters()).worker_restarts_total > 0
+    return False
 
 
 async def test_preparing_never_holds_a_worker_for_long(one_stage: NativeEngine) -> None:

@@ -47,6 +47,7 @@ class Engine:
         self.scheduler.micro_batches = micro_batches
         self.cells = dict[int, int]()
         self.in_flight: list[Batch] = []
+        self.is_shrinking = False
         self.outputs: dict[int, list[Output]] = {}
         self.sequences: dict[int, Sequence] = {}
 
@@ -78,6 +79,7 @@ class Engine:
         """Schedule a micro-batch if the stages can take one."""
         if len(self.in_flight) >= self.scheduler.micro_batches:
             return None
+        self.relocate(2)
         batch = self.scheduler.schedule()
         if batch is not None:
             self.in_flight.append(batch)
@@ -98,6 +100,25 @@ class Engine:
         assert batch is not None
         self.complete()
         return batch
+
+    def resize(self, capacity: int) -> None:
+        """Have another number of KV blocks, as between two steps."""
+        self.is_shrinking = capacity < self.scheduler.kv_capacity
+        self.scheduler.resize_kv(capacity)
+
+    def relocate(self, most: int) -> list[tuple[int, int]]:
+        """Copy KV blocks below the bound as the workers do; once none is above it, what lies there is lost."""
+        size = self.limits.kv_block_tokens
+        pairs = self.scheduler.relocate(most) if self.is_shrinking else []
+        for source, target in pairs:
+            for i in range(size):
+                if source * size + i in self.cells:
+                    self.cells[target * size + i] = self.cells[source * size + i]
+        if self.is_shrinking and not self.scheduler.kv_blocks_above:
+            self.is_shrinking = False
+            end_slot = (self.scheduler.kv_capacity + 1) * size
+            self.cells = {slot: cell for slot, cell in self.cells.items() if slot < end_slot}
+        return pairs
 
     def crash(self) -> None:
         """Lose the KV cache and whatever was in flight."""

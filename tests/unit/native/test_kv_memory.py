@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from engines.native.kv_bound import KvBound
 from engines.native.kv_memory import KVMemory
+from engines.native.messages import BoundKv
 
 NUM_SLOTS = 256
 HALF_BYTES = NUM_SLOTS * 2 * 32 * 4  # keys or values of one decoder in float32
@@ -104,3 +106,42 @@ def test_a_half_that_does_not_fill_its_last_page_stays_apart() -> None:
 
 def mapped_pair(kv: KVMemory) -> list[int]:
     return [kv.mapped_bytes(decoder) for decoder in range(2)]
+
+
+def test_pages_above_a_slot_are_given_back_and_those_below_it_stay() -> None:
+    kv = memory()
+    fill(kv)
+    before = [kv.keys[1][:64].clone(), kv.values[1][:64].clone()]
+    page_slots = mmap.PAGESIZE // kv.row_bytes
+    kept = -(-64 // page_slots) * mmap.PAGESIZE
+    assert kv.release_above(1, 64) == 2 * (HALF_BYTES - kept)
+    assert mapped(kv) == [2 * HALF_BYTES, 2 * kept, 2 * HALF_BYTES, 2 * HALF_BYTES]
+    assert torch.equal(kv.keys[1][:64], before[0])
+    assert torch.equal(kv.values[1][:64], before[1])
+    assert kv.release_above(1, 64) == 0
+    assert kv.release_above(2, NUM_SLOTS) == 0
+
+
+def test_slots_are_copied_to_others_of_the_same_decoder() -> None:
+    kv = memory()
+    fill(kv)
+    before = kv.keys[2].clone()
+    kv.move_slots([2], np.array([200, 201], dtype=np.int32), np.array([3, 4], dtype=np.int32))
+    assert torch.equal(kv.keys[2][3:5], before[200:202])
+    assert torch.equal(kv.keys[2][5:], before[5:])
+
+
+def test_a_slice_of_giving_back_goes_by_the_bound_of_its_moment() -> None:
+    kv = memory()
+    bound, told = KvBound(kv, kv_block_tokens=16), list[int]()
+    fill(kv)
+    late = list(bound.slices(BoundKv(ticket=1, end_slot=64), [0, 1], tell=told.append))
+    late[0]()
+    assert mapped(kv)[0] < 2 * HALF_BYTES
+    for piece in bound.slices(BoundKv(ticket=2, end_slot=NUM_SLOTS), [0, 1], tell=told.append):
+        piece()
+    for piece in late[1:]:
+        piece()
+    assert mapped(kv)[1] == 2 * HALF_BYTES
+    assert told[0] == 0
+    assert told[1] > 0

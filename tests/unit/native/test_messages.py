@@ -8,7 +8,7 @@ import pytest
 from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.options import NativeOptions
-from engines.protocol import EngineCounters, RefactorCheck, RefactorProgress, SamplingParams, StageStatus
+from engines.protocol import EngineCounters, KvRange, RefactorCheck, RefactorProgress, SamplingParams, StageStatus
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, pipeline_of
 
@@ -34,6 +34,8 @@ COMMANDS: list[m.WorkerCommand] = [
     m.Checksum(ticket=9, decoders=[0], blocks=[(4, 16), (5, 1)]),
     m.Adopt(generation=5, spec=SPEC, threads=1),
     m.Release(handover=7),
+    m.MoveKv(sources=b"\xff\0\0\0", targets=b"\x01\0\0\0"),
+    m.BoundKv(ticket=1, end_slot=2**20),
     m.ReadStats(ticket=1),
     m.ReadSteps(ticket=1),
     m.ArmFailpoint(name="worker.step", action="kill"),
@@ -46,6 +48,7 @@ REPORTS: list[m.WorkerReport] = [
     m.Copied(worker=1, handover=7, ticket=8),
     m.Checksums(worker=1, ticket=9, values=[0, 2**32 - 1]),
     m.Released(worker=1, handover=7, weights_bytes=5, kv_bytes=6),
+    m.KvBounded(worker=1, ticket=1, returned_bytes=2**40),
     m.Stats(worker=1, ticket=1, weights_bytes=5, kv_mapped_bytes=6, busy_s=1.25, longest_slice_s=0.004),
     m.Steps(worker=1, ticket=1, tokens=[8], sequences=[8], context=[800], busy_s=[0.004]),
     m.Crashed(worker=1, reason="ValueError: ü"),
@@ -87,6 +90,7 @@ CLIENT_COMMANDS: list[c.ClientCommand] = [
     c.Refactor(call=2, target=PIPELINE),
     c.CheckRefactor(call=2, target=PIPELINE),
     c.CancelRefactor(call=2),
+    c.ResizeKv(call=2, blocks=100),
     c.ReadCounters(call=2),
     c.ReadStages(call=2),
     c.ReadTrace(call=2),
@@ -96,12 +100,20 @@ CLIENT_COMMANDS: list[c.ClientCommand] = [
 ]
 CORE_REPORTS: list[c.CoreReport] = [
     c.Starting(message="loading"),
-    c.Ready(max_model_len=64, vocab_size=50, eos_token_ids=(1,), worker_pids=(12, 13), attention="compiled"),
+    c.Ready(
+        max_model_len=64,
+        vocab_size=50,
+        eos_token_ids=(1,),
+        worker_pids=(12, 13),
+        attention="compiled",
+        kv_range=KvRange(least_blocks=4, most_blocks=100),
+    ),
     c.StartFailed(reason="no such model", unsupported=True),
     c.Outputs(keys=[1, 2], tokens=[5, -1], finishes=["", "length"], logprobs=[-0.5, None]),
     c.Progress(call=2, progress=PROGRESS),
     c.Refactored(call=2, error="RefactoringAborted", message="cancelled"),
     c.Checked(call=2, check=RefactorCheck(feasible=False, sentences=("too big",), moves=("a",))),
+    c.KvResized(call=2, error="RefactoringBusy", message="busy", returned_bytes=0),
     c.Cancelled(call=2, accepted=True),
     c.Counters(call=2, counters=COUNTERS),
     c.Stages(call=2, stages=(STAGE,), worker_pids=(12,), longest_slice_s=0.004),

@@ -56,6 +56,38 @@ def test_a_kv_block_given_back_twice_is_noticed() -> None:
         blocks.give_back(taken)
 
 
+def test_fewer_kv_blocks_are_given_out_once_the_capacity_falls_and_all_again_once_it_rises() -> None:
+    blocks = KVBlocks(num_blocks=9)
+    taken = blocks.take(6)
+    assert taken == [1, 2, 3, 4, 5, 6]
+    blocks.resize(4)
+    assert (blocks.capacity, blocks.most, blocks.free, blocks.used, blocks.num_above) == (4, 8, 0, 6, 2)
+    assert blocks.take(1) is None
+    blocks.give_back([2, 6])
+    assert (blocks.free, blocks.used, blocks.num_above) == (0, 4, 1)
+    assert (blocks.replace(5), blocks.used, blocks.num_above) == (2, 4, 0)
+    assert blocks.replace(3) is None
+    blocks.give_back([2])
+    blocks.resize(8)
+    assert (blocks.free, blocks.used, blocks.num_above) == (5, 3, 0)
+    assert blocks.take(5) == [2, 5, 6, 7, 8]
+
+
+def test_a_kv_block_above_the_capacity_given_back_twice_is_noticed() -> None:
+    blocks = KVBlocks(num_blocks=5)
+    blocks.take(4)
+    blocks.resize(2)
+    blocks.give_back([4])
+    with pytest.raises(AssertionError, match="given back twice"):
+        blocks.give_back([4])
+
+
+@pytest.mark.parametrize("capacity", [0, 5])
+def test_there_cannot_be_more_kv_blocks_than_address_space(capacity: int) -> None:
+    with pytest.raises(ValueError, match="1 to 4 KV blocks"):
+        KVBlocks(num_blocks=5).resize(capacity)
+
+
 @pytest.mark.parametrize("num_blocks", [0, 1])
 def test_a_kv_cache_without_a_usable_block_cannot_be(num_blocks: int) -> None:
     with pytest.raises(ValueError, match=f"not {num_blocks}"):
@@ -475,3 +507,56 @@ def test_one_aborted_in_flight_is_gone_after_a_crash() -> None:
     engine.crash()
     assert engine.dispatch() is None
     engine.assert_idle()
+
+
+# --- fewer KV blocks while they are in use ---
+
+
+def test_kv_blocks_above_the_capacity_are_copied_below_it_and_nobody_notices() -> None:
+    engine = Engine(num_blocks=41)
+    first, second = engine.add(prompt_of(12), max_tokens=8), engine.add(prompt_of(9), max_tokens=8)
+    engine.step()
+    engine.scheduler.abort(first.key)
+    assert max(second.block_ids) > 3
+    engine.resize(3)
+    pairs = engine.relocate(99)
+    assert len(pairs) == len(second.block_ids)
+    assert second.block_ids == [target for _, target in pairs]
+    engine.resize(16)
+    engine.run()
+    assert engine.tokens(second) == undisturbed(prompt_of(9), max_tokens=8)
+    assert engine.scheduler.preemptions == 0
+
+
+def test_where_too_few_are_left_the_youngest_gives_way_and_is_computed_again() -> None:
+    engine = Engine(num_blocks=41, max_model_len=32)
+    requests = [engine.add(prompt_of(14, first=n), max_tokens=10) for n in range(1, 5)]
+    for _ in range(6):
+        engine.step()
+    assert engine.scheduler.kv_blocks_used > 10
+    engine.resize(11)
+    assert engine.scheduler.kv_blocks_above > 0
+    pairs = engine.relocate(99)
+    assert (engine.scheduler.kv_blocks_above, engine.scheduler.preemptions) == (0, 2)
+    assert all(source > 11 >= target for source, target in pairs)
+    engine.run()
+    assert [engine.tokens(each) for each in requests] == [
+        undisturbed(prompt_of(14, first=n), max_tokens=10) for n in range(1, 5)
+    ]
+    engine.assert_idle()
+
+
+def test_what_is_in_flight_is_moved_when_its_step_has_ended() -> None:
+    engine = Engine(num_blocks=41)
+    engine.add(prompt_of(12), max_tokens=4)
+    engine.dispatch()
+    second = engine.add(prompt_of(12), max_tokens=4)
+    engine.scheduler.micro_batches = 2
+    engine.dispatch()
+    engine.resize(4)
+    assert engine.relocate(99) == []
+    engine.complete()
+    engine.complete()
+    engine.relocate(99)
+    assert engine.scheduler.kv_blocks_above == 0
+    assert second.state is SequenceState.WAITING

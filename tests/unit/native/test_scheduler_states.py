@@ -80,6 +80,16 @@ class SchedulerStates(RuleBasedStateMachine):
     def crash(self) -> None:
         self.engine.crash()
 
+    @precondition(lambda self: not self.engine.is_shrinking)
+    @rule(data=st.data())
+    def another_number_of_kv_blocks(self, data: st.DataObject) -> None:
+        least = MAX_MODEL_LEN // BLOCK_TOKENS
+        self.engine.resize(data.draw(st.integers(least, self.engine.blocks.most)))
+
+    @rule(most=st.integers(1, 4))
+    def between_two_steps(self, most: int) -> None:
+        self.engine.relocate(most)
+
     @precondition(lambda self: not self.engine.in_flight)
     @rule(micro_batches=st.integers(1, 3))
     def another_layout(self, micro_batches: int) -> None:
@@ -93,6 +103,15 @@ class SchedulerStates(RuleBasedStateMachine):
         assert 0 not in blocks
         assert len(set(blocks)) == len(blocks) == self.engine.scheduler.kv_blocks_used
         assert len(set(rows)) == len(rows) == self.engine.scheduler.num_running
+
+    @invariant()
+    def kv_blocks_above_the_capacity_are_counted_and_free_ones_are_below(self) -> None:
+        scheduler, blocks = self.engine.scheduler, self.engine.blocks
+        taken = [block for sequence in self.engine.sequences.values() for block in sequence.block_ids]
+        above = sum(block > scheduler.kv_capacity for block in taken)
+        assert scheduler.kv_blocks_above == above
+        assert above == 0 or self.engine.is_shrinking
+        assert blocks.free == max(0, scheduler.kv_capacity - len(taken))
 
     @invariant()
     def a_sequence_is_in_one_micro_batch(self) -> None:
