@@ -45,6 +45,15 @@ FAKE_CAPABILITIES = EngineCapabilities(
     tensor_parallel=False,
     kv_range=KvRange(least_blocks=33, most_blocks=4096),
 )
+# The same with all that an engine may have; the fake takes further parameters, and its tokens do not depend on them.
+RICH_CAPABILITIES = replace(
+    FAKE_CAPABILITIES,
+    top_logprobs=True,
+    engine_params=frozenset(
+        {"allowed_token_ids", "bad_words", "frequency_penalty", "logit_bias", "min_p", "min_tokens"}
+        | {"presence_penalty", "repetition_penalty"}
+    ),
+)
 _FORWARD = (HandoverPhase.PREPARING, HandoverPhase.SYNCING, HandoverPhase.COMMITTING, HandoverPhase.RETIRING)
 _CANCELLABLE = (HandoverPhase.PREPARING, HandoverPhase.SYNCING)
 _DECODER_BYTES = 1 << 20

@@ -5,7 +5,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, SamplingParams, TokenChunk
+from engines.protocol import (
+    EngineCapabilities,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    ScoredToken,
+    TokenChunk,
+    TopLogprobs,
+)
 
 NextToken = Callable[[GenerationRequest, int], int]  # request and output position -> token id
 _MASK64 = (1 << 64) - 1
@@ -18,6 +26,11 @@ def hashed_tokens(vocab_size: int) -> NextToken:
         return _mix(_key_of(request.prompt_token_ids, request.sampling) + position) % vocab_size
 
     return next_token
+
+
+def logprob_of(token: int) -> float:
+    """Return what the fake calls the log-probability of a token, wherever it stands."""
+    return -float(token % 7)
 
 
 def _key_of(prompt: tuple[int, ...], sampling: SamplingParams) -> int:
@@ -151,7 +164,26 @@ class Batch:
             finish = FinishReason.STOP
         elif sequence.num_generated >= sampling.max_tokens or sequence.num_tokens >= self._capabilities.max_model_len:
             finish = FinishReason.LENGTH
-        return TokenChunk(token_ids=(token,), logprobs=(0.0,) if sampling.logprobs else (), finish_reason=finish)
+        return TokenChunk(
+            token_ids=(token,),
+            logprobs=(logprob_of(token),) if sampling.logprobs else (),
+            finish_reason=finish,
+            top_logprobs=(self._top(token, sampling.top_logprobs),) if sampling.top_logprobs else (),
+            prompt_logprobs=self._scored(sequence) if sequence.num_generated == 1 else (),
+        )
+
+    def _top(self, token: int, count: int) -> TopLogprobs:
+        vocab_size = self._capabilities.vocab_size
+        return tuple(((token + i) % vocab_size, logprob_of(token) - i) for i in range(min(count, vocab_size)))
+
+    def _scored(self, sequence: Sequence) -> tuple[ScoredToken, ...]:
+        count = sequence.request.sampling.prompt_logprobs
+        if count is None:
+            return ()
+        return tuple(
+            ScoredToken(token_id=token, logprob=logprob_of(token), rank=1, top=self._top(token, count))
+            for token in sequence.request.prompt_token_ids[1:]
+        )
 
     def _kv_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.kv_block_tokens)

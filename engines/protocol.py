@@ -19,12 +19,16 @@ class FinishReason(Enum):
     ABORT = "abort"
 
 
+TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, the likeliest first
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy.
 
     A draw depends on ``seed`` and the output position only, so a request goes on exactly wherever it is continued (by
-    engines whose capabilities say ``resumes_seeded``).
+    engines whose capabilities say ``resumes_seeded``). Log-probabilities are those of the model, whatever else is
+    asked for.
     """
 
     max_tokens: int
@@ -35,6 +39,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False  # report the log-probability of each chosen token
+    top_logprobs: int = 0  # report so many of the likeliest tokens at each position, too
+    prompt_logprobs: int | None = None  # the same of each prompt token but the first; 0: of that token alone
+    bad_words: tuple[tuple[int, ...], ...] = ()  # what ``engine_params`` says by this name, as token ids
     engine_params: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the engine's own, by its names
 
 
@@ -70,16 +77,29 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredToken:
+    """A prompt token as the model saw it coming; ``rank`` 1 is the likeliest."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: TopLogprobs = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenChunk:
     """New tokens of one request, in order. ``logprobs`` has one entry per token when asked for, else it is empty.
 
-    ``finish_reason`` is set on the last chunk, which may hold no token. The end-of-sequence or stop token that ended
-    the request is included as the last token, so that a caller's copy is complete.
+    ``top_logprobs`` likewise. ``prompt_logprobs`` come with the first output token, where asked for: one for each
+    prompt token but the first. ``finish_reason`` is set on the last chunk, which may hold no token. The end-of-sequence
+    or stop token that ended the request is included as the last token, so that a caller's copy is complete.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,10 +140,11 @@ class EngineCapabilities:
     max_stages: int
     tensor_parallel: bool
     resumes_seeded: bool = True  # a seeded draw goes on exactly where generated tokens are handed in
-    takes_engine_params: bool = False  # ``SamplingParams.engine_params``
     compiles_at_first_use: bool = (
         False  # the first requests of a kind make all others wait: it is tried out before it serves
     )
+    engine_params: frozenset[str] = frozenset()  # the names that ``SamplingParams.engine_params`` may have
+    top_logprobs: bool = False  # ``SamplingParams.top_logprobs`` and ``prompt_logprobs`` are reported
     caches_prefixes: bool = False  # the KV cache of a prompt's first tokens is kept for later prompts
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
     kv_form: str = ""  # engines of equal forms can load each other's KV cache: then the engine is a ``KvTransfers``

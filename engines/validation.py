@@ -1,7 +1,7 @@
 """What every engine checks before it takes a request or a layout."""
 
 from engines.errors import InvalidRequest
-from engines.protocol import EngineCapabilities, GenerationRequest
+from engines.protocol import EngineCapabilities, GenerationRequest, SamplingParams
 from planner.layout import Pipeline
 
 
@@ -31,11 +31,20 @@ def check_request(request: GenerationRequest, capabilities: EngineCapabilities) 
                 f"to {max(token_ids)}",
                 parameter="prompt",
             )
-    if sampling.engine_params and not capabilities.takes_engine_params:
-        name = next(iter(sampling.engine_params))
+    name = unknown_parameter(sampling, capabilities)
+    if name is not None:
         raise InvalidRequest(f"the {capabilities.name} engine has no parameter {name}", parameter=name)
     if sampling.max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", parameter="max_tokens")
+
+
+def unknown_parameter(sampling: SamplingParams, capabilities: EngineCapabilities) -> str | None:
+    """Name the first parameter of ``sampling`` that this kind of engine does not have; None: it has them all."""
+    if sampling.prompt_logprobs is not None and not capabilities.top_logprobs:
+        return "prompt_logprobs"
+    if sampling.top_logprobs and not capabilities.top_logprobs:
+        return "top_logprobs"
+    return next((name for name in sampling.engine_params if name not in capabilities.engine_params), None)
 
 
 def refusal_of(target: Pipeline, *, current: Pipeline, capabilities: EngineCapabilities) -> str | None:

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Final
 
 from engines.errors import EngineError
-from engines.protocol import Engine, GenerationRequest, KvParcel, TokenChunk
+from engines.protocol import Engine, GenerationRequest, KvParcel, SamplingParams, TokenChunk
 
 _OUTPUT_TOKENS: Final = 128.0  # of a request, before one has ended
 _NEWEST: Final = 0.1  # the weight of the last request in the mean
@@ -35,7 +35,7 @@ class Flight:
     """One request from its first engine to its last. ``num_tokens`` counts prompt and generated tokens.
 
     ``prefill_tokens`` are those of them that its engine has still to compute before the next one, ``output_tokens`` how
-    many may still come. ``has_engine_params``: it asks for what only some kinds of engine know. ``destination``: the
+    many may still come. ``sampling``: what it asks for, which only some kinds of engine may know. ``destination``: the
     engine that it is to board next, of those in force.
     """
 
@@ -45,7 +45,7 @@ class Flight:
         self.prefill_tokens = 0
         self.output_tokens = 0
         self.generated_tokens = 0
-        self.has_engine_params = False
+        self.sampling: SamplingParams | None = None
         self.destination: Engine | None = None
         self.engine: Engine | None = None  # None: at no engine
         self.has_ended = False
@@ -64,7 +64,7 @@ class Flight:
         """Begin at an engine, with the KV cache that is there for it; ``next_chunk`` must follow at once."""
         request, self.kv = replace(request, kv=self.kv), None
         self.engine, self.destination = engine, None
-        self.has_engine_params = bool(request.sampling.engine_params)
+        self.sampling = request.sampling
         self.num_tokens = len(request.prompt_token_ids) + len(request.generated_token_ids)
         self.prefill_tokens = self.num_tokens - (0 if request.kv is None else request.kv.num_tokens)
         self.output_tokens = request.sampling.max_tokens - len(request.generated_token_ids)

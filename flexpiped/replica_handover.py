@@ -15,6 +15,7 @@ from typing import assert_never
 
 from engines.errors import EngineDied, EngineError, RefactoringAborted
 from engines.protocol import Engine, RefactorProgress
+from engines.validation import unknown_parameter
 from flexpiped import log_events
 from flexpiped.flight import Flight
 from flexpiped.kv_ahead import KvAhead
@@ -182,8 +183,9 @@ class ReplicaRunner:
         if first is None or flight.engine is not first:  # it has ended, or went on by itself because the first died
             self._tell(r.Taken(goes_on=not flight.has_ended))
             return
-        if flight.has_engine_params and not second.capabilities.takes_engine_params:
-            self._stay(flight, second)
+        lost = None if flight.sampling is None else unknown_parameter(flight.sampling, second.capabilities)
+        if lost is not None:
+            self._stay(flight, second, lost)
             return
         carried = await self._kv.carry(flight, first=first, second=second)
         if self._flights:
@@ -195,9 +197,9 @@ class ReplicaRunner:
             self._kv.drop(carried, first=first, second=second)
         self._tell(taken)
 
-    def _stay(self, flight: Flight, second: Engine) -> None:
+    def _stay(self, flight: Flight, second: Engine, lost: str) -> None:
         """Let one request end where it is."""
-        reason = f"the {second.capabilities.name} engine does not know its sampling parameters"
+        reason = f"the {second.capabilities.name} engine does not know its sampling parameter {lost}"
         log_events.request_not_taken_over(request=flight.request_id, reason=reason)
         self._staying.add(flight)
         self._tell(r.Stayed())

@@ -13,6 +13,7 @@ from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFai
 from engines.frames import read_frame, write_frame
 from engines.native import client_messages as c
 from engines.native.options import NativeOptions
+from engines.native.shaping import ENGINE_PARAMS, shaping_of
 from engines.process import import_root
 from engines.protocol import (
     EngineCapabilities,
@@ -21,8 +22,10 @@ from engines.protocol import (
     GenerationRequest,
     RefactorCheck,
     RefactorProgress,
+    ScoredToken,
     StageStatus,
     TokenChunk,
+    TopLogprobs,
 )
 from engines.validation import check_request
 from planner.layout import Pipeline
@@ -35,11 +38,13 @@ T = TypeVar("T")
 class _Stream:
     """What has arrived for one request and was not taken yet."""
 
-    __slots__ = ("error", "finish", "logprobs", "tokens", "waiter")
+    __slots__ = ("error", "finish", "logprobs", "prompt", "tokens", "tops", "waiter")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.tops: list[TopLogprobs] = []
+        self.prompt: tuple[ScoredToken, ...] = ()
         self.finish: FinishReason | None = None
         self.error: EngineError | None = None
         self.waiter: asyncio.Future[None] | None = None
@@ -51,6 +56,25 @@ class _Stream:
     @property
     def has_news(self) -> bool:
         return bool(self.tokens) or self.finish is not None or self.error is not None
+
+    def detail(self, details: c.Details) -> None:
+        """Take in what was asked for besides the token that arrived last."""
+        if details.top:
+            self.tops.append(details.top)
+        if details.prompt:
+            self.prompt = details.prompt
+
+    def take(self) -> TokenChunk:
+        """Return what has arrived, once."""
+        chunk = TokenChunk(
+            token_ids=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish,
+            top_logprobs=tuple(self.tops),
+            prompt_logprobs=self.prompt,
+        )
+        self.tokens, self.logprobs, self.tops, self.prompt = [], [], [], ()
+        return chunk
 
 
 class NativeEngine:
@@ -119,6 +143,7 @@ class NativeEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         self._ensure_alive()
         check_request(request, self.capabilities)
+        shaping = shaping_of(request.sampling, vocab_size=self.capabilities.vocab_size)
         self._last_key += 1
         key, stream = self._last_key, _Stream()
         self._streams[key] = stream
@@ -128,6 +153,7 @@ class NativeEngine:
                 prompt=list(request.prompt_token_ids),
                 generated=list(request.generated_token_ids),
                 sampling=request.sampling,
+                shaping=shaping,
             )
         )
         try:
@@ -135,10 +161,7 @@ class NativeEngine:
                 if not stream.has_news:
                     stream.waiter = asyncio.get_running_loop().create_future()
                     await stream.waiter
-                chunk = TokenChunk(
-                    token_ids=tuple(stream.tokens), logprobs=tuple(stream.logprobs), finish_reason=stream.finish
-                )
-                stream.tokens, stream.logprobs = [], []
+                chunk = stream.take()
                 if chunk.token_ids or chunk.finish_reason is not None:
                     yield chunk
                 if chunk.finish_reason is not None:
@@ -275,6 +298,8 @@ class NativeEngine:
             max_stages=min(len(self._options.device_ids), self._pipeline.num_decoders),
             tensor_parallel=False,
             kv_range=ready.kv_range,
+            engine_params=ENGINE_PARAMS,
+            top_logprobs=True,
         )
         self.attention = ready.attention
         self.worker_pids = ready.worker_pids
@@ -307,8 +332,8 @@ class NativeEngine:
                 assert_never(report)
 
     def _deliver(self, outputs: c.Outputs) -> None:
-        for key, token, finish, logprob in zip(
-            outputs.keys, outputs.tokens, outputs.finishes, outputs.logprobs, strict=True
+        for index, (key, token, finish, logprob) in enumerate(
+            zip(outputs.keys, outputs.tokens, outputs.finishes, outputs.logprobs, strict=True)
         ):
             stream = self._streams.get(key)
             if stream is None:  # aborted meanwhile
@@ -316,6 +341,8 @@ class NativeEngine:
             stream.tokens.append(token)
             if logprob is not None:
                 stream.logprobs.append(logprob)
+            if index in outputs.details:
+                stream.detail(outputs.details[index])
             if finish:
                 stream.finish = FinishReason(finish)
             stream.wake()

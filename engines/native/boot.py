@@ -74,6 +74,8 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
             max_num_batched_tokens=options.max_num_batched_tokens,
             outbox_slots=len(options.device_ids) + 1,
             staging_bytes=max(options.slice_bytes, 2 * family.num_kv_heads * family.head_dim * dtype.itemsize),
+            max_model_len=max_model_len,
+            vocab_size=int(config.vocab_size),
         )
     )
     context = WorkerContext(

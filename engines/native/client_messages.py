@@ -3,7 +3,17 @@
 import msgspec
 
 from engines.native.options import NativeOptions
-from engines.protocol import EngineCounters, KvRange, RefactorCheck, RefactorProgress, SamplingParams, StageStatus
+from engines.native.shaping import Shaping
+from engines.protocol import (
+    EngineCounters,
+    KvRange,
+    RefactorCheck,
+    RefactorProgress,
+    SamplingParams,
+    ScoredToken,
+    StageStatus,
+    TopLogprobs,
+)
 from planner.layout import Pipeline
 
 
@@ -26,6 +36,7 @@ class Submit(ToCore, frozen=True, kw_only=True, tag=True):
     prompt: list[int]
     generated: list[int]
     sampling: SamplingParams
+    shaping: Shaping | None = None
 
 
 class Abort(ToCore, frozen=True, kw_only=True, tag=True):
@@ -125,13 +136,24 @@ class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
     unsupported: bool
 
 
+class Details(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What was asked for besides a token: the likeliest at its position, and those of the prompt."""
+
+    top: TopLogprobs = ()
+    prompt: tuple[ScoredToken, ...] = ()
+
+
 class Outputs(FromCore, frozen=True, kw_only=True, tag=True):
-    """What one step brought: parallel lists. ``finishes`` has '' where a request goes on."""
+    """What one step brought: parallel lists. ``finishes`` has '' where a request goes on.
+
+    ``details`` by the index in those, where there are any.
+    """
 
     keys: list[int]
     tokens: list[int]
     finishes: list[str]
     logprobs: list[float | None]
+    details: dict[int, Details] = {}
 
 
 class Progress(FromCore, frozen=True, kw_only=True, tag=True):

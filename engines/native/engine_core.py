@@ -15,7 +15,9 @@ from engines.errors import RefactoringBusy
 from engines.failpoints import Failpoints
 from engines.native import client_messages as c
 from engines.native import messages as m
+from engines.native.asks import asks_of
 from engines.native.boot import Boot
+from engines.native.details import details_of
 from engines.native.handover import HandoverRunner
 from engines.native.inquiries import Inquiries, settle
 from engines.native.kv_blocks import KVBlocks
@@ -89,6 +91,7 @@ class EngineCore:
                 sampling=request.sampling,
                 stop_ids=frozenset((*request.sampling.stop_token_ids, *eos)),
                 order=self.scheduler.take_order(),
+                shaping=request.shaping,
             )
         )
         self._prompt_tokens += len(request.prompt)
@@ -114,6 +117,7 @@ class EngineCore:
         entries = batch.entries
         sampled = [i for i, entry in enumerate(entries) if entry.samples]
         tokens = [t for e in entries for t in e.sequence.tokens[e.start : e.start + e.count]]
+        asks = asks_of(batch, sampled, self.boot.context.shared)
         raw = m.encode(
             m.RunStep(
                 step_id=batch.step_id,
@@ -123,8 +127,11 @@ class EngineCore:
                 counts=_int32([e.count for e in entries]),
                 tokens=_int32(tokens),
                 sampled=_int32(sampled),
-                draws=_draws(batch, sampled),
-                logprobs=any(e.sequence.sampling.logprobs for e in entries if e.samples),
+                draws=asks.draws,
+                logprobs=asks.logprobs,
+                shapes=asks.shapes,
+                tops=asks.tops,
+                scored=asks.scored,
             )
         )
         now = time.monotonic()
@@ -141,7 +148,8 @@ class EngineCore:
         if self.handover is not None:
             self.handover.mark_written(batch)
         logprobs = np.frombuffer(done.logprobs, dtype=np.float32).tolist() if done.logprobs else None
-        outputs = self.scheduler.finish_step(batch, np.frombuffer(done.tokens, dtype=np.int32).tolist(), logprobs)
+        tokens = np.frombuffer(done.tokens, dtype=np.int32).tolist()
+        outputs = self.scheduler.finish_step(batch, tokens, logprobs, details_of(done))
         self._steps += 1
         self.trace.ended(now, self.epoch)
         if self._drained is not None and not self._in_flight and not self._drained.done():
@@ -159,6 +167,7 @@ class EngineCore:
                 tokens=[-1 if o.token is None else o.token for o in outputs],
                 finishes=["" if o.finish is None else o.finish.value for o in outputs],
                 logprobs=[o.logprob for o in outputs],
+                details={i: c.Details(top=o.top, prompt=o.prompt) for i, o in enumerate(outputs) if o.top or o.prompt},
             )
         )
 
@@ -347,22 +356,3 @@ class EngineCore:
 
 def _int32(values: list[int]) -> bytes:
     return np.array(values, dtype=np.int32).tobytes()
-
-
-def _draws(batch: Batch, sampled: list[int]) -> list[m.Draw]:
-    draws = []
-    for row, index in enumerate(sampled):
-        sequence = batch.entries[index].sequence
-        how = sequence.sampling
-        if how.temperature > 0.0:
-            draws.append(
-                m.Draw(
-                    row=row,
-                    temperature=how.temperature,
-                    top_p=how.top_p,
-                    top_k=how.top_k,
-                    seed=how.seed,
-                    position=sequence.num_output,
-                )
-            )
-    return draws

@@ -1,6 +1,7 @@
 """Messages between the engine core and its stage workers, and between workers.
 
-Arrays travel as the bytes of int32 (``tokens``, ``rows``, ``starts``, ``counts``, ``slots``) or float32 (``logprobs``).
+Arrays travel as the bytes of int32 (``tokens``, ``rows``, ``starts``, ``counts``, ``slots``, ...) or float32
+(``logprobs``, ``bias_values``).
 ``generation`` rises with every commit and every recovery; a message of another generation is stale and dropped.
 """
 
@@ -31,6 +32,65 @@ class Draw(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     top_k: int
     seed: int
     position: int
+    min_p: float = 0.0
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How to change one row of the logits before a token is chosen from it.
+
+    ``table_row`` is the sequence's row in shared memory, where its first ``num_tokens`` tokens lie (0: they are not
+    needed), of which ``num_prompt`` are the prompt's, and the mask of what may be chosen, if ``is_masked``.
+    """
+
+    row: int
+    table_row: int
+    is_masked: bool
+    forbidden: bytes
+    bias_tokens: bytes
+    bias_values: bytes
+    repetition: float
+    frequency: float
+    presence: float
+    num_prompt: int
+    num_tokens: int
+
+
+class Top(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Report the ``count`` likeliest tokens of one row."""
+
+    row: int
+    count: int
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Report how likely ``targets`` were, each after the hidden state before it.
+
+    They begin behind the first ``skipped`` tokens of the sequence ``entry``. With each, the ``count`` likeliest.
+    """
+
+    entry: int
+    skipped: int
+    targets: bytes
+    count: int
+
+
+class Tops(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Answer to ``Top``."""
+
+    row: int
+    tokens: bytes
+    logprobs: bytes
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Answer to ``Scored``; ``top_tokens`` and ``top_logprobs`` have those of each target, one after the other."""
+
+    entry: int
+    targets: bytes
+    logprobs: bytes
+    ranks: bytes
+    top_tokens: bytes
+    top_logprobs: bytes
 
 
 class ToWorker(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -38,7 +98,7 @@ class ToWorker(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=T
 
 
 class RunStep(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
-    """One micro-batch. Sent to every stage; only the first needs ``tokens``, only the last ``sampled`` and ``draws``.
+    """One micro-batch. Sent to every stage; only the first needs ``tokens``, only the last what follows them.
 
     ``rows[i]`` is the sequence's row in the shared block table, ``starts[i]`` the position of its first new token and
     ``counts[i]`` how many there are. ``sampled`` lists the sequences (by index) whose next token is wanted.
@@ -53,6 +113,9 @@ class RunStep(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     sampled: bytes
     draws: list[Draw]
     logprobs: bool
+    shapes: list[Shape] = []
+    tops: list[Top] = []
+    scored: list[Scored] = []
 
 
 class Hidden(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -170,6 +233,8 @@ class StepDone(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True)
     generation: int
     tokens: bytes
     logprobs: bytes
+    tops: list[Tops] = []
+    scores: list[Score] = []
 
 
 class Prepared(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -5,17 +5,26 @@ Tokens are drawn by the Gumbel-max rule, whose choice changes only where the two
 rounding of the logits; walking down a cumulative sum would be much more sensitive to it.
 """
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from engines.native.messages import Draw
 
 
-def sample(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    """Return one token per row of ``logits`` (rows, vocabulary): greedy, except for the rows in ``draws``."""
+def sample(logits: torch.Tensor, draws: list[Draw], shaped: Mapping[int, torch.Tensor] = {}) -> torch.Tensor:
+    """Return one token per row of ``logits`` (rows, vocabulary): greedy, except for the rows in ``draws``.
+
+    Args:
+        shaped: What stands for a row, by its number.
+    """
     tokens = logits.argmax(dim=-1)
+    for row, own in shaped.items():
+        tokens[row] = own.argmax()
     for draw in draws:
-        tokens[draw.row] = _draw(logits[draw.row], draw)
+        tokens[draw.row] = _draw(shaped.get(draw.row, logits[draw.row]), draw)
     return tokens
 
 
@@ -27,6 +36,8 @@ def chosen_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _draw(row: torch.Tensor, draw: Draw) -> torch.Tensor:
     scaled = row.double() / draw.temperature
+    if draw.min_p > 0.0:  # of the likeliest token's probability
+        scaled = scaled.masked_fill(scaled < scaled.max() + math.log(draw.min_p), -torch.inf)
     kept = keep_mask(scaled, top_k=draw.top_k, top_p=draw.top_p)
     noise = gumbel_noise(seed=draw.seed, position=draw.position, size=len(row))
     return (scaled + torch.from_numpy(noise)).masked_fill(~kept, -torch.inf).argmax()

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engines.native.details import Details
 from engines.native.kv_blocks import KVBlocks
 from engines.native.sequence import Sequence, SequenceState
-from engines.protocol import FinishReason
+from engines.protocol import FinishReason, ScoredToken, TopLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class Output:
     token: int | None
     logprob: float | None
     finish: FinishReason | None
+    top: TopLogprobs = ()
+    prompt: tuple[ScoredToken, ...] = ()
 
 
 class Scheduler:
@@ -187,17 +190,23 @@ class Scheduler:
         self._next_step += 1
         return Batch(self._next_step, tuple(entries))
 
-    def finish_step(self, batch: Batch, tokens: list[int], logprobs: list[float] | None) -> list[Output]:
+    def finish_step(
+        self, batch: Batch, tokens: list[int], logprobs: list[float] | None, details: Details | None = None
+    ) -> list[Output]:
         """Take in the sampled tokens of ``batch`` (one per sampling entry, in order)."""
         outputs: list[Output] = []
         sampled = 0
-        for entry in batch.entries:
+        for index, entry in enumerate(batch.entries):
             sequence = entry.sequence
             sequence.in_flight = False
             sequence.computed += entry.count
             token = None
+            top: TopLogprobs = ()
+            if details is not None and sequence.scores is not None:
+                sequence.scores += details.scores.get(index, ())
             if entry.samples:
                 token, logprob = tokens[sampled], logprobs[sampled] if logprobs is not None else None
+                top = () if details is None else details.tops.get(sampled, ())
                 sampled += 1
             if sequence.aborted:
                 self._end(sequence)
@@ -206,7 +215,8 @@ class Scheduler:
                 continue
             sequence.tokens.append(token)
             finish = sequence.finish_after(token, max_model_len=self._limits.max_model_len)
-            outputs.append(Output(sequence.key, token, logprob if sequence.sampling.logprobs else None, finish))
+            logprob = logprob if sequence.sampling.logprobs else None
+            outputs.append(Output(sequence.key, token, logprob, finish, top, sequence.take_scores()))
             if finish is not None:
                 del self._sequences[sequence.key]
                 self._end(sequence)
@@ -294,7 +304,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._blocks.give_back(sequence.block_ids)
         self._rows.append(sequence.row)
-        sequence.block_ids, sequence.row, sequence.computed = [], -1, 0
+        sequence.block_ids, sequence.row, sequence.computed, sequence.mirrored = [], -1, 0, 0
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)

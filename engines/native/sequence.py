@@ -2,7 +2,8 @@
 
 from enum import Enum
 
-from engines.protocol import FinishReason, SamplingParams
+from engines.native.shaping import Shaping
+from engines.protocol import FinishReason, SamplingParams, ScoredToken
 
 
 class SequenceState(Enum):
@@ -24,10 +25,13 @@ class Sequence:
         "in_flight",
         "key",
         "last_step",
+        "mirrored",
         "num_prompt",
         "order",
         "row",
         "sampling",
+        "scores",
+        "shaping",
         "state",
         "stop_ids",
         "tokens",
@@ -42,6 +46,7 @@ class Sequence:
         sampling: SamplingParams,
         stop_ids: frozenset[int],
         order: int,
+        shaping: Shaping | None = None,
     ) -> None:
         self.key = key
         self.tokens = prompt + generated
@@ -52,6 +57,10 @@ class Sequence:
         self.computed = 0
         self.block_ids: list[int] = []
         self.row = -1
+        self.shaping = shaping
+        self.mirrored = 0  # tokens that lie in shared memory, too, at its row
+        # Of the prompt's tokens but the first, as far as they are known; None: not asked for, or reported before.
+        self.scores: list[ScoredToken] | None = None if sampling.prompt_logprobs is None or generated else []
         self.in_flight = False
         self.last_step = 0  # in which it was last scheduled
         self.aborted = False
@@ -65,6 +74,13 @@ class Sequence:
     def pending(self) -> int:
         """Tokens known but not in the KV cache; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    def take_scores(self) -> tuple[ScoredToken, ...]:
+        """Return those of the prompt, once: with the first output token."""
+        if self.scores is None:
+            return ()
+        scores, self.scores = tuple(self.scores), None
+        return scores
 
     def finish_after(self, token: int, *, max_model_len: int) -> FinishReason | None:
         """Say whether ``token``, already appended, ends the sequence."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engines.native.token_mask import words_for
+
 STAGING_BUFFERS = 4  # per worker: so many pieces of a KV copy may be under way, hence run between two steps
 
 
@@ -24,18 +26,23 @@ class SharedSizes:
     max_num_batched_tokens: int
     outbox_slots: int  # micro-batches in flight at most
     staging_bytes: int
+    max_model_len: int = 0
+    vocab_size: int = 0
 
 
 class SharedMemory:
-    """Block table (written by the core, read by all), one hidden-state outbox and one KV staging area per worker."""
+    """One hidden-state outbox and one KV staging area per worker, and what the core writes and all read.
+
+    That has one row for each running sequence: the block table, and, for those of which the stage that samples needs
+    them, the tokens so far and a mask of the tokens that may be chosen.
+    """
 
     def __init__(self, sizes: SharedSizes) -> None:
         self.sizes = sizes
         rows, columns = sizes.max_num_seqs, sizes.max_blocks_per_seq
-        self._table = mmap.mmap(-1, max(rows * columns * 4, 1))
-        self.block_table: npt.NDArray[np.int32] = np.frombuffer(
-            self._table, dtype=np.int32, count=rows * columns
-        ).reshape(rows, columns)
+        self.block_table = _shared_rows(rows, columns)
+        self.tokens = _shared_rows(rows, sizes.max_model_len)
+        self.masks = _shared_rows(rows, words_for(sizes.vocab_size))
         self._slot_bytes = sizes.max_num_batched_tokens * sizes.hidden_bytes_per_token
         self._outboxes = [mmap.mmap(-1, self._slot_bytes * sizes.outbox_slots) for _ in range(sizes.num_workers)]
         self._staging = [mmap.mmap(-1, sizes.staging_bytes * STAGING_BUFFERS) for _ in range(sizes.num_workers)]
@@ -49,3 +56,8 @@ class SharedMemory:
         """Return one KV staging buffer of ``worker``."""
         start = buffer * self.sizes.staging_bytes
         return memoryview(self._staging[worker])[start : start + self.sizes.staging_bytes]
+
+
+def _shared_rows(rows: int, columns: int) -> npt.NDArray[np.int32]:
+    memory = mmap.mmap(-1, max(rows * columns * 4, 1))  # the array keeps it
+    return np.frombuffer(memory, dtype=np.int32, count=rows * columns).reshape(rows, columns)

@@ -1,7 +1,7 @@
 """What one worker holds of the model, and one pass of a micro-batch through its stage."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,8 +10,11 @@ from torch import nn
 from engines.native.attention import PagedStep
 from engines.native.family import Family
 from engines.native.kv_memory import KVMemory
-from engines.native.messages import RunStep, StageSpec
+from engines.native.logits import shaped
+from engines.native.messages import RunStep, Score, Scored, StageSpec, Tops
 from engines.native.sampling import chosen_logprobs, sample
+from engines.native.scoring import score, tops_of
+from engines.native.shared import SharedMemory
 from engines.native.weights import WeightFiles
 
 
@@ -97,26 +100,29 @@ class HeldLayers:
         raise KeyError(f"the checkpoint has no tensor for {full}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What the stage with the head makes of a micro-batch: tokens (int32) and log-probabilities (float32) as bytes."""
+
+    tokens: bytes = b""
+    logprobs: bytes = b""
+    tops: list[Tops] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+
+
 class StageRunner:
     """Runs micro-batches through the decoders of one stage."""
 
-    def __init__(
-        self,
-        family: Family,
-        kv: KVMemory,
-        *,
-        table: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
-        kv_block_tokens: int,
-    ) -> None:
+    def __init__(self, family: Family, kv: KVMemory, *, shared: SharedMemory, kv_block_tokens: int) -> None:
         self._family = family
         self._kv = kv
-        self._table = table
+        self._shared = shared
         self._kv_block_tokens = kv_block_tokens
 
     def forward(self, spec: StageSpec, message: RunStep, hidden: torch.Tensor | None) -> tuple[torch.Tensor, PagedStep]:
         """Return the hidden states (1, tokens, hidden) after this stage's decoders."""
         step = PagedStep(
-            table=self._table,
+            table=self._shared.block_table,
             rows=np.frombuffer(message.rows, dtype=np.int32),
             starts=np.frombuffer(message.starts, dtype=np.int32),
             counts=np.frombuffer(message.counts, dtype=np.int32),
@@ -133,16 +139,26 @@ class StageRunner:
             hidden = self._family.decoder(index)(hidden, step=step, **arguments[index])
         return hidden, step
 
-    def sample(self, message: RunStep, hidden: torch.Tensor, step: PagedStep) -> tuple[bytes, bytes]:
-        """Return the sampled tokens (int32) and, if asked for, their log-probabilities (float32), as bytes."""
+    def sample(self, message: RunStep, hidden: torch.Tensor, step: PagedStep) -> Sampled:
+        """Choose the tokens that are wanted after ``hidden``, and report what else is asked for."""
+        scores = [self._score(asked, hidden, step) for asked in message.scored]
         wanted = np.frombuffer(message.sampled, dtype=np.int32)
         if not len(wanted):
-            return b"", b""
+            return Sampled(scores=scores)
         last = torch.from_numpy((step.ends[wanted] - 1).astype(np.int64))
         logits = self._family.head(hidden[0, last])
-        tokens = sample(logits, message.draws)
-        logprobs = chosen_logprobs(logits, tokens).numpy().tobytes() if message.logprobs else b""
-        return tokens.int().numpy().tobytes(), logprobs
+        own = {shape.row: shaped(logits[shape.row], shape, self._shared) for shape in message.shapes}
+        tokens = sample(logits, message.draws, own)
+        return Sampled(
+            tokens=tokens.int().numpy().tobytes(),
+            logprobs=chosen_logprobs(logits, tokens).float().numpy().tobytes() if message.logprobs else b"",
+            tops=[tops_of(logits[top.row], top) for top in message.tops],
+            scores=scores,
+        )
+
+    def _score(self, asked: Scored, hidden: torch.Tensor, step: PagedStep) -> Score:
+        end, count = int(step.ends[asked.entry]), int(step.counts[asked.entry])
+        return score(self._family.head, hidden[0, end - count + asked.skipped : end], asked)
 
     def warm_up(self, layer: str) -> None:
         """Run one token through a layer at KV block 0, which belongs to nobody: the first use of a layer is slower."""

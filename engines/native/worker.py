@@ -81,9 +81,7 @@ class Worker:
         self._kv_bound = KvBound(self._kv, kv_block_tokens=context.kv_block_tokens)
         self._weights = WeightFiles(context.checkpoint, dtype=family.dtype)
         self._layers = HeldLayers(family, self._weights, self._kv, context.checkpoint.tensors)
-        self._runner = StageRunner(
-            family, self._kv, table=context.shared.block_table, kv_block_tokens=context.kv_block_tokens
-        )
+        self._runner = StageRunner(family, self._kv, shared=context.shared, kv_block_tokens=context.kv_block_tokens)
         self._failpoints = Failpoints()
         self._spec: m.StageSpec | None = None
         self._generation = 0
@@ -161,14 +159,16 @@ class Worker:
         message = self._steps.pop(step_id)
         hidden, step = self._runner.forward(spec, message, self._incoming(message))
         if spec.is_last:
-            tokens, logprobs = self._runner.sample(message, hidden, step)
+            sampled = self._runner.sample(message, hidden, step)
             self._send(
                 m.StepDone(
                     worker=self._index,
                     step_id=step_id,
                     generation=message.generation,
-                    tokens=tokens,
-                    logprobs=logprobs,
+                    tokens=sampled.tokens,
+                    logprobs=sampled.logprobs,
+                    tops=sampled.tops,
+                    scores=sampled.scores,
                 )
             )
         else:

@@ -28,7 +28,7 @@ from engines.sglang.interpreter import sglang_version
 from engines.sglang.logs import DIALECT
 from engines.sglang.options import SglangOptions, num_kv_tokens
 from engines.sglang.own_server import own_server
-from engines.sglang.sampling import parameter_of, to_sglang
+from engines.sglang.sampling import ENGINE_PARAMS, parameter_of, to_sglang
 from engines.validation import check_request
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph
@@ -201,7 +201,7 @@ class SglangEngine(ServedEngine):
             refactors_in_place=not info["refactor_refusal"] and self._graph is not None,
             max_stages=self._ranks.count,
             tensor_parallel=True,
-            takes_engine_params=True,
+            engine_params=ENGINE_PARAMS,
             own_server=own_server(self._options.args),
             caches_prefixes="--disable-radix-cache" not in self._options.args,
             kv_refusal=info["kv_refusal"],

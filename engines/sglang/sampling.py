@@ -19,6 +19,7 @@ _NAMES: Final = {
     "logit_bias": "logit_bias",
     "min_tokens": "min_new_tokens",
 }
+ENGINE_PARAMS: Final = frozenset(_NAMES)
 
 
 def to_sglang(request: GenerationRequest, *, max_tokens: int) -> dict[str, Any]:

@@ -10,9 +10,24 @@ from pathlib import Path
 from engines.restarts import GiveUp, RestartPolicy, after_death
 from engines.text.child import Child, spawn
 from engines.text.errors import TextClosed, TextError, TextProcessDied, TextStartFailed
-from engines.text.ledger import Ledger
+from engines.text.ledger import Answer, Ledger
 from engines.text.protocol import PROMPT_TAIL_TOKENS, TextDelta
-from engines.text.wire import Call, Chat, Decode, Decoded, Delta, Encode, Encoded, Feed, Open, Refused, Reply, Request
+from engines.text.wire import (
+    Call,
+    Chat,
+    Decode,
+    Decoded,
+    Delta,
+    Encode,
+    Encoded,
+    Feed,
+    Open,
+    Pieced,
+    Pieces,
+    Refused,
+    Reply,
+    Request,
+)
 
 
 def _ignore(_reason: str) -> None:
@@ -45,6 +60,7 @@ class TextService:
         self._sleep = sleep
         self._on_death = on_death
         self._ledger = Ledger()
+        self._pieces: dict[int, bytes] = {}  # of tokens that were asked for: at most the vocabulary
         self._child: Child | None = None  # None while there is no process that is ready
         self._end: TextError | None = TextClosed("the text service has not been started")
         self._watching: asyncio.Task[None] | None = None
@@ -96,8 +112,21 @@ class TextService:
         assert isinstance(reply, Decoded)
         return reply.text
 
+    async def pieces(self, token_ids: Sequence[int]) -> list[bytes]:
+        missing = tuple({token_id for token_id in token_ids if token_id not in self._pieces})
+        if missing:
+            reply = await self._call(Pieces(call_id=self._ledger.new_id(), token_ids=missing))
+            assert isinstance(reply, Pieced)
+            self._pieces.update(zip(missing, reply.pieces, strict=True))
+        return [self._pieces[token_id] for token_id in token_ids]
+
     def open(
-        self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False
+        self,
+        *,
+        prompt_token_ids: tuple[int, ...],
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> "ServiceFeed":
         self._ensure_open()
         request = Open(
@@ -107,6 +136,7 @@ class TextService:
             characters_sent=0,
             stop=stop,
             include_stop=include_stop,
+            min_tokens=min_tokens,
         )
         self._ledger.add_stream(request)
         self._send(request)
@@ -124,11 +154,11 @@ class TextService:
             self._send(closing)
 
     @staticmethod
-    def _token_ids(reply: Encoded | Decoded) -> tuple[int, ...]:
+    def _token_ids(reply: Answer) -> tuple[int, ...]:
         assert isinstance(reply, Encoded)
         return reply.token_ids
 
-    async def _call(self, request: Call) -> Encoded | Decoded:
+    async def _call(self, request: Call) -> Answer:
         self._ensure_open()
         answer = self._ledger.add_call(request)
         self._send(request)
@@ -146,7 +176,7 @@ class TextService:
         match reply:
             case Delta():
                 self._ledger.settle_feed(reply)
-            case Encoded() | Decoded() | Refused():
+            case Encoded() | Decoded() | Pieced() | Refused():
                 self._ledger.settle_call(reply)
             case _:
                 raise AssertionError(f"{reply} is the channel's business")

@@ -1,7 +1,8 @@
 """One stream of text: token ids in, certain text out, cut at stop strings."""
 
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engines.text.detokenize import Detokenizer
 from engines.text.stops import StopMatcher
@@ -12,12 +13,13 @@ class TextDelta:
     """Text that can be shown now.
 
     ``tokens_consumed`` counts the output tokens of the stream so far; with ``stop_hit`` those up to and with the one
-    that completed the stop string.
+    that completed the stop string. ``tokens_shown`` counts those of them whose text has been given as a whole.
     """
 
     text: str
     stop_hit: bool
     tokens_consumed: int
+    tokens_shown: int = field(default=0, compare=False)
 
 
 class TextStream:
@@ -26,6 +28,7 @@ class TextStream:
     Args:
         detokenizer, stops: Fresh, for this stream only.
         token_ids, characters_sent: What a stream that this one replaces was fed, and how much text it gave for it.
+        min_tokens: The text of so many tokens is given whatever stop strings are in it.
     """
 
     def __init__(
@@ -35,11 +38,15 @@ class TextStream:
         *,
         token_ids: Iterable[int] = (),
         characters_sent: int = 0,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
         self._tokens_consumed = 0
         self._stop_hit = False
+        self._min_tokens = min_tokens
+        self._made = self._shown = self._tokens_shown = 0  # characters of all tokens, and of what has been given
+        self._ends: deque[int] = deque()  # for each token that has not been given as a whole, what it ends at
         self._owed = ""
         self._owed = self.feed(token_ids).text[characters_sent:]
 
@@ -50,14 +57,30 @@ class TextStream:
             if self._stop_hit:
                 break
             self._tokens_consumed += 1
-            parts.append(self._match(self._detokenizer.feed(token_id)))
+            text = self._detokenizer.feed(token_id)
+            parts.append(self._match(text))
+            self._ends.append(self._made if text else self._made + 1)  # without text yet: shown with what comes next
         if final and not self._stop_hit:
             parts.append(self._match(self._detokenizer.finish()))
             if not self._stop_hit:
                 parts.append(self._stops.finish())
-        text, self._owed = self._owed + "".join(parts), ""
-        return TextDelta(text=text, stop_hit=self._stop_hit, tokens_consumed=self._tokens_consumed)
+        given = "".join(parts)
+        self._shown += len(given)
+        is_whole = final and not self._stop_hit
+        while self._ends and (is_whole or self._ends[0] <= self._shown):
+            self._ends.popleft()
+            self._tokens_shown += 1
+        text, self._owed = self._owed + given, ""
+        return TextDelta(
+            text=text,
+            stop_hit=self._stop_hit,
+            tokens_consumed=self._tokens_consumed,
+            tokens_shown=self._tokens_shown,
+        )
 
     def _match(self, text: str) -> str:
+        self._made += len(text)
+        if self._tokens_consumed <= self._min_tokens:
+            return text
         shown, self._stop_hit = self._stops.feed(text) if text else ("", False)
         return shown

@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 
 from engines.text.errors import TextError, TextProcessDied, TextRefused
 from engines.text.incremental import TextDelta
-from engines.text.wire import Call, Close, Decoded, Delta, Encoded, Feed, Open, Refused, Request
+from engines.text.wire import Call, Close, Decoded, Delta, Encoded, Feed, Open, Pieced, Refused, Request
 
+Answer = Encoded | Decoded | Pieced
 _CALL_ATTEMPTS = 2  # a call that was under way at two deaths is taken to be their cause
 
 
 @dataclass(slots=True, eq=False)
 class OpenCall:
     request: Call
-    answer: asyncio.Future[Encoded | Decoded]
+    answer: asyncio.Future[Answer]
     attempts: int = 1
 
 
@@ -36,6 +37,7 @@ class Stream:
             characters_sent=self.characters_sent,
             stop=first.stop,
             include_stop=first.include_stop,
+            min_tokens=first.min_tokens,
         )
 
 
@@ -55,8 +57,8 @@ class Ledger:
         self._next_id += 1
         return self._next_id
 
-    def add_call(self, request: Call) -> asyncio.Future[Encoded | Decoded]:
-        answer: asyncio.Future[Encoded | Decoded] = asyncio.get_running_loop().create_future()
+    def add_call(self, request: Call) -> asyncio.Future[Answer]:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[request.call_id] = OpenCall(request=request, answer=answer)
         return answer
 
@@ -75,7 +77,7 @@ class Ledger:
         """Forget a stream; return what to tell the process when it still knows it."""
         return None if self._streams.pop(stream_id, None) is None else Close(stream_id=stream_id)
 
-    def settle_call(self, reply: Encoded | Decoded | Refused) -> None:
+    def settle_call(self, reply: Answer | Refused) -> None:
         call = self._calls.pop(reply.call_id)
         if not call.answer.done():
             if isinstance(reply, Refused):
@@ -94,7 +96,12 @@ class Ledger:
             del self._streams[delta.stream_id]
         if stream.answer is not None and not stream.answer.done():
             stream.answer.set_result(
-                TextDelta(text=delta.text, stop_hit=delta.stop_hit, tokens_consumed=delta.tokens_consumed)
+                TextDelta(
+                    text=delta.text,
+                    stop_hit=delta.stop_hit,
+                    tokens_consumed=delta.tokens_consumed,
+                    tokens_shown=delta.tokens_shown,
+                )
             )
 
     def replay(self) -> list[Request]:
@@ -116,7 +123,7 @@ class Ledger:
 
     def fail_all(self, error: TextError) -> None:
         """Everyone who waits, waits in vain."""
-        futures: list[asyncio.Future[Encoded | Decoded] | asyncio.Future[TextDelta] | None] = [
+        futures: list[asyncio.Future[Answer] | asyncio.Future[TextDelta] | None] = [
             *(call.answer for call in self._calls.values()),
             *(stream.answer for stream in self._streams.values()),
         ]

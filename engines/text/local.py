@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from engines.text.detokenize import Detokenizer
 from engines.text.errors import TextRefused
 from engines.text.incremental import TextDelta, TextStream
+from engines.text.pieces import pieces_of
 from engines.text.protocol import PROMPT_TAIL_TOKENS
 from engines.text.stops import StopMatcher
 from engines.text.tokenizer import TextTokenizer, detokenizers_of
@@ -19,6 +20,7 @@ class PlainTokenizer:
         self._tokenizer = tokenizer
         self._has_chat_template = has_chat_template
         self._detokenizers = detokenizers_of(tokenizer)
+        self.piece = pieces_of(tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -57,11 +59,20 @@ class LocalText:
     async def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
+    async def pieces(self, token_ids: Sequence[int]) -> list[bytes]:
+        return [self._tokenizer.piece(token_id) for token_id in token_ids]
+
     def open(
-        self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False
+        self,
+        *,
+        prompt_token_ids: tuple[int, ...],
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> "LocalFeed":
         detokenizer = self._tokenizer.detokenizer(prompt_token_ids[-PROMPT_TAIL_TOKENS:])
-        return LocalFeed(self, TextStream(detokenizer, StopMatcher(stop, include_stop=include_stop)))
+        stops = StopMatcher(stop, include_stop=include_stop)
+        return LocalFeed(self, TextStream(detokenizer, stops, min_tokens=min_tokens))
 
 
 class LocalFeed:

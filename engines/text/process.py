@@ -18,6 +18,7 @@ from typing import Any
 
 from engines.text.detokenize import Detokenizer
 from engines.text.errors import TextRefused
+from engines.text.pieces import PieceOf, pieces_of, window_pieces
 from engines.text.session import Calls, Streams
 from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
 from engines.text.wire import Call, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
@@ -45,6 +46,7 @@ class HuggingFaceTokenizer:
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self._detokenizers = self._detokenizer_factory()
+        self.piece = self._piece_factory()
 
     def _detokenizer_factory(self) -> DetokenizerFactory:
         if self._tokenizer.is_fast:
@@ -54,6 +56,20 @@ class HuggingFaceTokenizer:
             is_special=frozenset(self._tokenizer.all_special_ids).__contains__,
             token_of=self._tokenizer.convert_ids_to_tokens,
         )
+
+    def _piece_factory(self) -> PieceOf:
+        if self._tokenizer.is_fast:
+            return pieces_of(self._tokenizer.backend_tokenizer)
+        return window_pieces(
+            lambda ids: str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
+            token_of=lambda token_id: (
+                self._tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self._tokenizer) else None
+            ),
+            is_special=frozenset(self._tokenizer.all_special_ids).__contains__,
+        )
+
+    def _token_of(self, token_id: int) -> str | None:
+        return self._tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self._tokenizer) else None
 
     @property
     def vocab_size(self) -> int:

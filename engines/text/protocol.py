@@ -37,9 +37,18 @@ class Text(Protocol):
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special ones included. Raises: as ``encode``."""
 
+    async def pieces(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token by itself, special ones as they are written. Raises: as ``encode``."""
+
     def open(
-        self, *, prompt_token_ids: tuple[int, ...], stop: tuple[str, ...] = (), include_stop: bool = False
-    ) -> TextFeed: ...
+        self,
+        *,
+        prompt_token_ids: tuple[int, ...],
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> TextFeed:
+        """Begin the text of one output. Stop strings are not looked for in that of its first ``min_tokens`` tokens."""
 
     @property
     def failure(self) -> str | None:

@@ -6,7 +6,21 @@ from engines.text.errors import TextRefused
 from engines.text.incremental import TextStream
 from engines.text.stops import StopMatcher
 from engines.text.tokenizer import TextTokenizer
-from engines.text.wire import Call, Chat, Close, Decode, Decoded, Delta, Encode, Encoded, Feed, Open, Refused
+from engines.text.wire import (
+    Call,
+    Chat,
+    Close,
+    Decode,
+    Decoded,
+    Delta,
+    Encode,
+    Encoded,
+    Feed,
+    Open,
+    Pieced,
+    Pieces,
+    Refused,
+)
 
 
 class Calls:
@@ -15,11 +29,13 @@ class Calls:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def answer(self, request: Call) -> Encoded | Decoded | Refused:
+    def answer(self, request: Call) -> Encoded | Decoded | Pieced | Refused:
         try:
             match request:
                 case Decode():
                     return Decoded(call_id=request.call_id, text=self._tokenizer.decode(request.token_ids))
+                case Pieces():
+                    return Pieced(call_id=request.call_id, pieces=tuple(map(self._tokenizer.piece, request.token_ids)))
                 case Encode():
                     token_ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
                 case Chat():
@@ -58,7 +74,13 @@ class Streams:
     def _open(self, request: Open) -> TextStream:
         stops = StopMatcher(request.stop, include_stop=request.include_stop)
         detokenizer = self._tokenizer.detokenizer(request.prompt_tail)
-        return TextStream(detokenizer, stops, token_ids=request.token_ids, characters_sent=request.characters_sent)
+        return TextStream(
+            detokenizer,
+            stops,
+            token_ids=request.token_ids,
+            characters_sent=request.characters_sent,
+            min_tokens=request.min_tokens,
+        )
 
     def _feed(self, request: Feed) -> Delta:
         delta = self._streams[request.stream_id].feed(request.token_ids, final=request.final)
@@ -69,4 +91,5 @@ class Streams:
             text=delta.text,
             stop_hit=delta.stop_hit,
             tokens_consumed=delta.tokens_consumed,
+            tokens_shown=delta.tokens_shown,
         )

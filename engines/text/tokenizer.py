@@ -15,6 +15,7 @@ from engines.text.detokenize import (
     is_byte_fallback,
     is_byte_level,
 )
+from engines.text.pieces import PieceOf
 
 DetokenizerFactory = Callable[[tuple[int, ...]], Detokenizer]  # the tail of the prompt -> for one output
 
@@ -35,6 +36,10 @@ class TextTokenizer(Protocol):
         """Return the text of token ids, special ones included. Raises: TextRefused."""
 
     def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer: ...
+
+    @property
+    def piece(self) -> PieceOf:
+        """What gives the bytes of one token."""
 
 
 def detokenizers_of(tokenizer: Tokenizer) -> DetokenizerFactory:

@@ -34,8 +34,18 @@ class Decode(msgspec.Struct, tag=6, array_like=True, frozen=True):
     token_ids: tuple[int, ...]
 
 
+class Pieces(msgspec.Struct, tag=7, array_like=True, frozen=True):
+    """The bytes of single tokens. Answered by ``Pieced``."""
+
+    call_id: int
+    token_ids: tuple[int, ...]
+
+
 class Open(msgspec.Struct, tag=3, array_like=True, frozen=True):
-    """Begin a stream, or go on with one that was fed ``token_ids`` and gave ``characters_sent`` for them."""
+    """Begin a stream, or go on with one that was fed ``token_ids`` and gave ``characters_sent`` for them.
+
+    Stop strings are not looked for in the text of the first ``min_tokens`` tokens.
+    """
 
     stream_id: int
     prompt_tail: tuple[int, ...]
@@ -43,6 +53,7 @@ class Open(msgspec.Struct, tag=3, array_like=True, frozen=True):
     characters_sent: int
     stop: tuple[str, ...]
     include_stop: bool
+    min_tokens: int = 0
 
 
 class Feed(msgspec.Struct, tag=4, array_like=True, frozen=True):
@@ -75,18 +86,27 @@ class Decoded(msgspec.Struct, tag=6, array_like=True, frozen=True):
     text: str
 
 
+class Pieced(msgspec.Struct, tag=7, array_like=True, frozen=True):
+    call_id: int
+    pieces: tuple[bytes, ...]
+
+
 class Refused(msgspec.Struct, tag=3, array_like=True, frozen=True):
     call_id: int
     message: str
 
 
 class Delta(msgspec.Struct, tag=4, array_like=True, frozen=True):
-    """Text that is certain now. ``tokens_consumed`` counts all output tokens of the stream up to a stop hit."""
+    """Text that is certain now. ``tokens_consumed`` counts all output tokens of the stream up to a stop hit.
+
+    ``tokens_shown`` counts those of which all text has been given.
+    """
 
     stream_id: int
     text: str
     stop_hit: bool
     tokens_consumed: int
+    tokens_shown: int = 0
 
 
 class LastWords(msgspec.Struct, tag=5, array_like=True, frozen=True):
@@ -95,9 +115,9 @@ class LastWords(msgspec.Struct, tag=5, array_like=True, frozen=True):
     reason: str
 
 
-Call = Encode | Chat | Decode  # stands alone
+Call = Encode | Chat | Decode | Pieces  # stands alone
 Request = Call | Open | Feed | Close
-Reply = Ready | Encoded | Decoded | Refused | Delta | LastWords
+Reply = Ready | Encoded | Decoded | Pieced | Refused | Delta | LastWords
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(list[Request])

@@ -27,7 +27,7 @@ from engines.vllm.logs import DIALECT
 from engines.vllm.options import VllmOptions, num_kv_blocks
 from engines.vllm.own_server import own_server
 from engines.vllm.recompile import Recompilation, Recompiler
-from engines.vllm.sampling import to_vllm
+from engines.vllm.sampling import ENGINE_PARAMS, to_vllm
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph
 
@@ -171,8 +171,8 @@ class VllmEngine(ServedEngine):
             max_stages=self._ranks.count,
             tensor_parallel=True,
             resumes_seeded=False,
-            takes_engine_params=True,
             compiles_at_first_use=True,
+            engine_params=ENGINE_PARAMS,
             caches_prefixes="--no-enable-prefix-caching" not in self._options.args,
             own_server=own_server(self._options.args),
             kv_form=info.get("kv_form", ""),

@@ -11,6 +11,10 @@ from engines.errors import InvalidRequest
 from engines.protocol import GenerationRequest
 
 _SEEDS: Final = 1 << 63  # vLLM takes a signed number and reads -1 as "none"
+ENGINE_PARAMS: Final = frozenset(
+    {"allowed_token_ids", "bad_words", "frequency_penalty", "logit_bias", "min_p", "min_tokens"}
+    | {"presence_penalty", "repetition_penalty"}
+)
 # What the daemon decides of each request; anything else that vLLM knows may be passed.
 _OURS: Final = frozenset(
     {"n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "logprobs"}

@@ -1,9 +1,9 @@
 """Sampling parameters that some engines have besides the common ones, by vLLM's names: checked, then passed on.
 
-Where the engine has none of them (``EngineCapabilities.takes_engine_params``), ``unsupported`` refuses them by name.
+Those that the engine has not (``EngineCapabilities.engine_params``), ``unsupported`` refuses by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Final
 
 from flexpiped.api.errors import invalid
@@ -14,12 +14,16 @@ _MAX_TOKENS: Final = 2**31 - 1
 _MAX_BIAS: Final = 100.0  # vLLM's route draws larger ones in
 
 
-def read_engine_params(body: Body) -> dict[str, Any]:
-    """Return those that are given and have an effect, as JSON values. Raises: ApiError, with the parameter named."""
+def read_engine_params(body: Body, *, taken: Set[str]) -> dict[str, Any]:
+    """Return those of ``taken`` that are given and have an effect, as JSON values.
+
+    Raises:
+        ApiError: The parameter is named.
+    """
     given = {
         name: read(body, name)
         for name, read in ENGINE_PARAMETERS.items()
-        if not has_no_effect(body.get(name), COMPLETION_NEUTRAL[name])
+        if name in taken and not has_no_effect(body.get(name), COMPLETION_NEUTRAL[name])
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 

@@ -1,32 +1,58 @@
-"""From tokens to text: one request through engine and text process."""
+"""From tokens to text: one request through engine and text process, as one choice or several."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from engines.closing import closing
-from engines.protocol import FinishReason, GenerationRequest
+from engines.protocol import FinishReason, GenerationRequest, TokenChunk
 from flexpiped.api.backend import Backend
 from flexpiped.api.errors import ApiError, ErrorType
+from flexpiped.api.merging import merged
+from flexpiped.api.token_reports import TokenReport, prompt_reports, reports_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A request that has been checked and admitted."""
+    """One choice of a request that has been checked and admitted.
+
+    ``lead`` is text that comes first. ``tells_tokens``: pieces tell of their tokens, and with ``leads_tokens`` the
+    first one begins with those of the prompt. ``tells_prompt``: it tells of the prompt's apart from these.
+    """
 
     request: GenerationRequest
     stop: tuple[str, ...]
     include_stop: bool
     ending: frozenset[int]  # tokens that end it; they have no text
+    index: int = 0
+    min_tokens: int = 0  # before which stop strings are not looked for
+    lead: str = ""
+    tells_tokens: bool = False
+    tells_prompt: bool = False
+    leads_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Text that can be sent, perhaps none. ``completion_tokens`` counts all so far; the last piece has a reason."""
+    """Text that can be sent, perhaps none. ``completion_tokens`` counts all so far; the last piece has a reason.
+
+    ``tokens`` are those of which all text has been sent by now, and that no piece before told of. A token that is part
+    of a stop string is never told. ``logprob``, of the last piece: that of all tokens, 0 where it is not asked for.
+    """
 
     text: str
     completion_tokens: int
     finish_reason: str | None
+    index: int = 0
+    tokens: tuple[TokenReport, ...] = ()
+    prompt: tuple[TokenReport, ...] = ()
+    logprob: float = 0.0
+
+    @property
+    def says_something(self) -> bool:
+        return bool(self.text or self.tokens)
 
 
 def finish_word(reason: FinishReason | None) -> str | None:
@@ -38,15 +64,31 @@ def finish_word(reason: FinishReason | None) -> str | None:
     return None if reason is None else reason.value
 
 
+def choices_of(backend: Backend, jobs: Sequence[Job]) -> AsyncIterator[Piece]:
+    """Run the choices of one request side by side. Closing the iterator aborts all of them.
+
+    Raises:
+        ApiError, EngineError
+    """
+    if len(jobs) == 1:
+        return pieces_of(backend, jobs[0])
+    return merged([pieces_of(backend, job) for job in jobs])
+
+
 async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
-    """Run the request. Closing the iterator, or a stop string, aborts it in the engine and forgets its text.
+    """Run one choice. Closing the iterator, or a stop string, aborts it in the engine and forgets its text.
 
     Raises:
         ApiError, EngineError
     """
     completion_tokens = 0
+    told = _Told(backend, job) if job.tells_prompt or job.request.sampling.logprobs else None
+    lead = job.lead
     feed = backend.text.open(
-        prompt_token_ids=job.request.prompt_token_ids, stop=job.stop, include_stop=job.include_stop
+        prompt_token_ids=job.request.prompt_token_ids,
+        stop=job.stop,
+        include_stop=job.include_stop,
+        min_tokens=job.min_tokens,
     )
     with contextlib.closing(feed):
         async with closing(backend.serving.generate(job.request)) as chunks:
@@ -56,7 +98,50 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
                 finish = finish_word(chunk.finish_reason)
                 shown = token_ids[:-1] if token_ids and token_ids[-1] in job.ending else token_ids
                 delta = await feed.feed(shown, final=finish is not None)
+                text, lead = lead + delta.text, ""
                 if delta.stop_hit:
-                    yield Piece(text=delta.text, completion_tokens=delta.tokens_consumed, finish_reason="stop")
+                    completion_tokens, finish = delta.tokens_consumed, "stop"
+                piece = Piece(text=text, completion_tokens=completion_tokens, finish_reason=finish, index=job.index)
+                if told is not None:
+                    all_shown = finish is not None and not delta.stop_hit
+                    piece = await told.with_tokens(piece, chunk, shown=None if all_shown else delta.tokens_shown)
+                yield piece
+                if delta.stop_hit:
                     return
-                yield Piece(text=delta.text, completion_tokens=completion_tokens, finish_reason=finish)
+
+
+class _Told:
+    """What pieces tell of tokens, of one choice."""
+
+    def __init__(self, backend: Backend, job: Job) -> None:
+        self._text = backend.text
+        self._job = job
+        self._waiting: deque[TokenReport] = deque()  # until their text is sent
+        self._logprobs: list[float] = []
+        self._num_told = 0
+        self._prompt_is_due = job.tells_prompt or job.leads_tokens
+
+    async def with_tokens(self, piece: Piece, chunk: TokenChunk, *, shown: int | None) -> Piece:
+        """Return ``piece`` with the tokens that it may tell of: ``shown`` in all, None: every one."""
+        self._logprobs += chunk.logprobs
+        prompt: tuple[TokenReport, ...] = ()
+        if self._prompt_is_due:
+            self._prompt_is_due = False
+            prompt = tuple(await prompt_reports(self._text, self._job.request.prompt_token_ids, chunk.prompt_logprobs))
+        tokens: tuple[TokenReport, ...] = ()
+        if self._job.tells_tokens:
+            self._waiting += await reports_of(self._text, chunk)
+            count = len(self._waiting) if shown is None else shown - self._num_told
+            tokens = tuple(islice(self._waiting, count))
+            for _ in tokens:
+                self._waiting.popleft()
+            self._num_told += len(tokens)
+        return Piece(
+            text=piece.text,
+            completion_tokens=piece.completion_tokens,
+            finish_reason=piece.finish_reason,
+            index=piece.index,
+            tokens=(*prompt, *tokens) if self._job.leads_tokens else tokens,
+            prompt=prompt if self._job.tells_prompt else (),
+            logprob=0.0 if piece.finish_reason is None else sum(self._logprobs[: piece.completion_tokens]),
+        )

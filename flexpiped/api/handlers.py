@@ -16,11 +16,13 @@ from flexpiped.admission import Overloaded
 from flexpiped.api import routing
 from flexpiped.api.access import client_of
 from flexpiped.api.backend import BACKEND
+from flexpiped.api.bad_words import bad_words_as_tokens
 from flexpiped.api.deadline import deadline_of, until
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
 from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
-from flexpiped.api.generation import Job, pieces_of
+from flexpiped.api.generation import choices_of
+from flexpiped.api.jobs import jobs_of
 from flexpiped.api.metrics import Endpoint, Observation, outcome_of
 from flexpiped.api.parameters import (
     DEFAULT_COMPLETION_TOKENS,
@@ -58,7 +60,10 @@ async def completions(http: web.Request) -> web.StreamResponse:
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=COMPLETION.default_tokens)
         prompt = asked.prompt
-        return await answer(http, observation, COMPLETION, asked.parameters, lambda: encode(backend.text, prompt))
+        prompt_text = prompt if isinstance(prompt, str) else None
+        return await answer(
+            http, observation, COMPLETION, asked.parameters, lambda: encode(backend.text, prompt), prompt_text
+        )
 
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
@@ -92,8 +97,12 @@ async def answer(
     kind: Kind,
     parameters: Parameters,
     prompt_ids: Callable[[], Awaitable[tuple[int, ...]]],
+    prompt_text: str | None = None,
 ) -> web.StreamResponse:
     """Admit, encode, check against the model, generate, send.
+
+    Args:
+        prompt_text: The prompt as it was given, where it was text.
 
     Raises:
         ApiError, EngineError, Overloaded: Before anything was sent.
@@ -105,6 +114,7 @@ async def answer(
     deadline_s = deadline_of(http)
     async with backend.admission.admit(client_of(http), deadline_s=deadline_s) as lease:
         prompt = await prompt_ids()
+        choices = parameters.choices
         sampling = sampling_of(
             parameters,
             prompt=prompt,
@@ -112,22 +122,26 @@ async def answer(
             default_tokens=kind.default_tokens,
             capabilities=capabilities,
             new_seed=backend.new_seed(),
+            bad_words=await bad_words_as_tokens(backend.text, parameters.engine_params.get("bad_words", ())),
         )
-        await backend.admission.reserve(lease, tokens=len(prompt) + sampling.max_tokens)
+        await backend.admission.reserve(lease, tokens=choices.best_of * (len(prompt) + sampling.max_tokens))
         observation.prompt_tokens = len(prompt)
         answer_id = f"{kind.id_prefix}-{uuid.uuid4().hex}"
-        job = Job(
-            request=GenerationRequest(request_id=answer_id, prompt_token_ids=prompt, sampling=sampling),
-            stop=parameters.stop,
-            include_stop=parameters.include_stop,
-            ending=ending_tokens(sampling, capabilities),
-        )
         head = Head(answer_id=answer_id, created_unix_s=int(backend.wall_clock()), model=backend.model)
-        wire = kind.wire(head, include_usage=parameters.include_usage)
-        async with closing(until(deadline_s, pieces_of(backend, job))) as pieces:
+        wire = kind.wire(head, include_usage=parameters.include_usage, choices=choices.best_of, top=choices.logprobs)
+        request = GenerationRequest(request_id=answer_id, prompt_token_ids=prompt, sampling=sampling)
+        jobs = jobs_of(
+            parameters,
+            request,
+            ending=ending_tokens(sampling, capabilities),
+            lead="" if not choices.echo else await backend.text.decode(prompt) if prompt_text is None else prompt_text,
+        )
+        async with closing(until(deadline_s, choices_of(backend, jobs))) as pieces:
             if parameters.stream:
-                return await send_events(http, pieces, wire, observation, include_usage=parameters.include_usage)
-            return await send_whole(pieces, wire, observation)
+                return await send_events(
+                    http, pieces, wire, observation, include_usage=parameters.include_usage, choices=choices.n
+                )
+            return await send_whole(pieces, wire, observation, made=choices.best_of, wanted=choices.n)
 
 
 async def encode(text: Text, prompt: str | tuple[int, ...]) -> tuple[int, ...]:

@@ -90,9 +90,10 @@ class Observation:
         if self._first_s is None:
             self._note_first(self._clock())
 
-    def tokens(self, completion_tokens: int) -> None:
-        """Note that there are ``completion_tokens`` now."""
-        self.completion_tokens = self._timed_tokens = completion_tokens
+    def tokens(self, completion_tokens: int, *, in_a_row: int | None = None) -> None:
+        """Note that there are ``completion_tokens`` now, ``in_a_row`` in the longest of several choices."""
+        self.completion_tokens = completion_tokens
+        self._timed_tokens = completion_tokens if in_a_row is None else in_a_row
         self._last_s = self._clock()
         if self._first_s is None:
             self._note_first(self._last_s)

@@ -12,12 +12,14 @@ from flexpiped.api.deadline import HEADER, LONGEST_MS
 from flexpiped.api.fields import TOKEN_ID
 from flexpiped.api.forwarding import OWN_PATHS
 from flexpiped.api.parameter_table import CHAT_PARAMETERS, COMPLETION_PARAMETERS, HonouredBy, Parameter
+from flexpiped.api.parameters import taken_here
 from flexpiped.api.text_routes import DETOKENIZE_READERS, TOKENIZE_NEUTRAL, TOKENIZE_READERS
 
 Schema = Mapping[str, Any]
 _ANY: Final[Schema] = {}
 # Of those, the engine's own server takes more than the daemon does.
-_WIDER_THERE: Final = frozenset({"model", "prompt", "messages", "stream_options", "n", "logprobs", "echo"})
+_WIDER_THERE: Final = frozenset({"model", "prompt", "messages", "stream_options"})
+_THERE: Final = (HonouredBy.OWN_SERVER, HonouredBy.OWN_SERVER_OR_DAEMON)
 _OUTPUT_TOKENS: Final = frozenset({"max_tokens", "max_completion_tokens", "min_tokens"})
 _STREAM_FIRST: Final[Schema] = {  # "stream_options" needs "stream"
     "anyOf": [
@@ -154,10 +156,9 @@ def request_schema(
 def _parameter(name: str, parameter: Parameter, capabilities: EngineCapabilities | None) -> dict[str, Any]:
     told = f"honoured by: {parameter.by.value}"
     own = None if capabilities is None else capabilities.own_server
-    takes = capabilities is not None and capabilities.takes_engine_params
-    if own is not None and (name in _WIDER_THERE or parameter.by is HonouredBy.OWN_SERVER):
+    if own is not None and (name in _WIDER_THERE or parameter.by in _THERE):
         return {"description": told}
-    if parameter.reader is None or (parameter.by is HonouredBy.ENGINE and not takes):
+    if parameter.reader is None or (parameter.by is not HonouredBy.DAEMON and name not in taken_here(capabilities)):
         return {**_only(parameter.neutral), "description": f"{told}; not with this engine"}
     schema = _within(parameter.reader.schema, capabilities)
     if name in _OUTPUT_TOKENS and capabilities is not None:

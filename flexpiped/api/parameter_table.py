@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+from flexpiped.api.choices import CHAT_CHOICES, COMPLETION_CHOICES
 from flexpiped.api.engine_parameters import ENGINE_PARAMETERS
 from flexpiped.api.fields import Reader
 from flexpiped.api.parameters import CHAT_READERS, COMPLETION_READERS
@@ -20,6 +21,7 @@ class HonouredBy(Enum):
     DAEMON = "daemon"  # with every engine
     ENGINE = "engine"  # passed on with the tokens to engines that take sampling parameters of their own
     OWN_SERVER = "own server"  # the whole request goes to the engine's own server
+    OWN_SERVER_OR_DAEMON = "own server, else daemon"  # that where the engine has one, else the daemon if the engine can
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,18 +33,20 @@ class Parameter:
     neutral: tuple[Any, ...] = ()
 
 
-def _table(readers: Mapping[str, Reader[Any]], neutral: NeutralValues) -> Mapping[str, Parameter]:
+def _table(
+    readers: Mapping[str, Reader[Any]], choices: Mapping[str, Reader[Any]], neutral: NeutralValues
+) -> Mapping[str, Parameter]:
     ours = {name: Parameter(by=HonouredBy.DAEMON, reader=reader) for name, reader in readers.items()}
-    others = {
-        name: Parameter(
-            by=HonouredBy.ENGINE if name in ENGINE_PARAMETERS else HonouredBy.OWN_SERVER,
-            reader=ENGINE_PARAMETERS.get(name),
-            neutral=values,
-        )
-        for name, values in neutral.items()
-    }
-    return {**ours, **others}
+    return {**ours, **{name: _other(name, choices, values) for name, values in neutral.items()}}
 
 
-COMPLETION_PARAMETERS: Final = _table(COMPLETION_READERS, COMPLETION_NEUTRAL)
-CHAT_PARAMETERS: Final = _table(CHAT_READERS, CHAT_NEUTRAL)
+def _other(name: str, choices: Mapping[str, Reader[Any]], neutral: tuple[Any, ...]) -> Parameter:
+    if name in choices:
+        return Parameter(by=HonouredBy.OWN_SERVER_OR_DAEMON, reader=choices[name], neutral=neutral)
+    if name in ENGINE_PARAMETERS:
+        return Parameter(by=HonouredBy.ENGINE, reader=ENGINE_PARAMETERS[name], neutral=neutral)
+    return Parameter(by=HonouredBy.OWN_SERVER, neutral=neutral)
+
+
+COMPLETION_PARAMETERS: Final = _table(COMPLETION_READERS, COMPLETION_CHOICES, COMPLETION_NEUTRAL)
+CHAT_PARAMETERS: Final = _table(CHAT_READERS, CHAT_CHOICES, CHAT_NEUTRAL)

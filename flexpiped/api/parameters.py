@@ -3,12 +3,13 @@
 Every parameter is honoured, refused by name, or (``unsupported``) accepted where it changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
 from engines.protocol import EngineCapabilities, SamplingParams
-from flexpiped.api.engine_parameters import ENGINE_PARAMETERS, read_engine_params
+from flexpiped.api.choices import CHOICES, LOGPROBS, Choices, chat_choices, completion_choices
+from flexpiped.api.engine_parameters import read_engine_params
 from flexpiped.api.errors import ApiError, ErrorType, invalid
 from flexpiped.api.fields import (
     Body,
@@ -111,6 +112,7 @@ class Parameters:
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     engine_params: Mapping[str, Any]
+    choices: Choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,24 +129,35 @@ class ChatRequest:
     messages: tuple[dict[str, str], ...]
 
 
-def parse_completion(body: Body, *, takes_engine_params: bool = False) -> CompletionRequest:
-    """Raises: ApiError, with the parameter named."""
+def taken_here(capabilities: EngineCapabilities | None) -> frozenset[str]:
+    """Return the parameters that are honoured with this engine, besides those that are with every one.
+
+    What an engine's own server does as well is left to that: it has more of the kind.
+    """
+    if capabilities is None:
+        return frozenset()
+    choices = CHOICES if capabilities.own_server is None else frozenset()
+    logprobs = LOGPROBS if capabilities.own_server is None and capabilities.top_logprobs else frozenset()
+    return capabilities.engine_params | choices | logprobs
+
+
+def parse_completion(body: Body, *, taken: Set[str] = frozenset()) -> CompletionRequest:
+    """Read what ``taken`` and all engines honour. Raises: ApiError, with the parameter named."""
     refuse_unknown(body, COMPLETION_NAMES)
-    refuse_unsupported(body, _refused(COMPLETION_NEUTRAL, takes_engine_params))
-    parameters = _parameters(body, _SHARED, takes_engine_params=takes_engine_params)
+    refuse_unsupported(body, _without(taken, COMPLETION_NEUTRAL))
+    parameters = _parameters(body, _SHARED, completion_choices, taken=taken)
     return CompletionRequest(prompt=read_prompt(body.get("prompt")), parameters=parameters)
 
 
-def parse_chat(body: Body, *, takes_engine_params: bool = False) -> ChatRequest:
-    """Raises: ApiError, with the parameter named."""
+def parse_chat(body: Body, *, taken: Set[str] = frozenset()) -> ChatRequest:
+    """Read what ``taken`` and all engines honour. Raises: ApiError, with the parameter named."""
     refuse_unknown(body, CHAT_NAMES)
-    refuse_unsupported(body, _refused(CHAT_NEUTRAL, takes_engine_params))
-    parameters = _parameters(body, _OF_CHAT, takes_engine_params=takes_engine_params)
+    refuse_unsupported(body, _without(taken - {"echo"}, CHAT_NEUTRAL))
+    parameters = _parameters(body, _OF_CHAT, chat_choices, taken=taken)
     return ChatRequest(messages=read_messages(body.get("messages")), parameters=parameters)
 
 
-def _refused(neutral: NeutralValues, takes_engine_params: bool) -> NeutralValues:
-    taken = ENGINE_PARAMETERS.keys() if takes_engine_params else ()
+def _without(taken: Set[str], neutral: NeutralValues) -> NeutralValues:
     return {name: values for name, values in neutral.items() if name not in taken}
 
 
@@ -168,12 +181,14 @@ def sampling_of(
     default_tokens: int | None,
     capabilities: EngineCapabilities,
     new_seed: int,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
     """Check prompt and parameters against the model and return what the engine is asked.
 
     Args:
         default_tokens: ``max_tokens`` where none is given; None stands for the rest of the context.
         new_seed: Used where no seed is given.
+        bad_words: Those of the request, as tokens.
 
     Raises:
         ApiError: The prompt is empty, too long or outside the vocabulary, or the context is too short for it all.
@@ -197,7 +212,11 @@ def sampling_of(
     min_tokens = parameters.engine_params.get("min_tokens", 0)
     if min_tokens > max_tokens:
         message = f"min_tokens {min_tokens} is more than the {max_tokens} tokens that the output may have"
-        raise invalid(message, param="min_tokens", code="invalid_value")
+        raise invalid(message, param="min_tokens", code="contradiction")
+    choices = parameters.choices
+    prompt_logprobs = choices.prompt_logprobs
+    if choices.echo and choices.logprobs is not None:
+        prompt_logprobs = max(choices.logprobs, prompt_logprobs or 0)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=parameters.temperature,
@@ -206,6 +225,10 @@ def sampling_of(
         seed=new_seed if parameters.seed is None else parameters.seed & MAX_SEED,
         stop_token_ids=parameters.stop_token_ids,
         ignore_eos=parameters.ignore_eos,
+        logprobs=choices.logprobs is not None or choices.best_of > choices.n,
+        top_logprobs=choices.logprobs or 0,
+        prompt_logprobs=prompt_logprobs,
+        bad_words=bad_words,
         engine_params=parameters.engine_params,
     )
 
@@ -215,7 +238,9 @@ def ensure_in_vocabulary(name: str, token_ids: tuple[int, ...], vocab_size: int)
         raise invalid(f"{name} must hold token ids from 0 to {vocab_size - 1}", param=name, code="invalid_value")
 
 
-def _parameters(body: Body, readers: Mapping[str, Reader[Any]], *, takes_engine_params: bool) -> Parameters:
+def _parameters(
+    body: Body, readers: Mapping[str, Reader[Any]], read_choices: Callable[..., Choices], *, taken: Set[str]
+) -> Parameters:
     given = {name: read(body, name) for name, read in readers.items()}
     max_tokens_name, max_tokens = _max_tokens(given)
     stream = given["stream"] or False
@@ -235,7 +260,8 @@ def _parameters(body: Body, readers: Mapping[str, Reader[Any]], *, takes_engine_
         include_stop=given["include_stop_str_in_output"] or False,
         stop_token_ids=given["stop_token_ids"] or (),
         ignore_eos=given["ignore_eos"] or False,
-        engine_params=read_engine_params(body) if takes_engine_params else {},
+        engine_params=read_engine_params(body, taken=taken),
+        choices=read_choices(body, taken=taken, stream=stream),
     )
 
 

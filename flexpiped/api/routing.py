@@ -18,6 +18,7 @@ from flexpiped.api.parameters import (
     CompletionRequest,
     parse_chat,
     parse_completion,
+    taken_here,
 )
 from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NeutralValues, refuse_unsupported
 
@@ -71,10 +72,10 @@ def route(intake: Intake[T], body: Body, *, served: str, capabilities: EngineCap
     Raises:
         ApiError: 400, with the parameter named.
     """
-    takes_engine_params = capabilities is not None and capabilities.takes_engine_params
+    taken = taken_here(capabilities)
     own = None if capabilities is None else capabilities.own_server
     if own is None:
-        return intake.parse(body, takes_engine_params=takes_engine_params)
+        return intake.parse(body, taken=taken)
     own_names = intake.own_names(own)
     refuse_unknown(body, intake.names | own_names)
     refuse_unsupported(body, {name: values for name, values in intake.neutral.items() if name not in own_names})
@@ -82,7 +83,7 @@ def route(intake: Intake[T], body: Body, *, served: str, capabilities: EngineCap
     if not because:
         try:
             ours = {name: value for name, value in body.items() if name in intake.names}
-            return intake.parse(ours, takes_engine_params=takes_engine_params)
+            return intake.parse(ours, taken=taken)
         except ApiError as refusal:
             if refusal.code not in _NOT_OURS:
                 raise

@@ -1,6 +1,7 @@
 """Giving an answer: as server-sent events or whole."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 
 from aiohttp import ClientConnectionResetError, web
 
@@ -8,27 +9,53 @@ from engines.errors import EngineError
 from flexpiped.api.errors import ApiError, from_engine_error
 from flexpiped.api.generation import Piece
 from flexpiped.api.metrics import Observation, Outcome
-from flexpiped.api.wire import DONE, AnswerWire, Usage, error_event
+from flexpiped.api.token_reports import TokenReport
+from flexpiped.api.wire import DONE, AnswerWire, Usage, Whole, error_event
 
 _SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
+@dataclass(slots=True)
+class _Made:
+    """One choice as it comes."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenReport] = field(default_factory=list)
+    prompt: tuple[TokenReport, ...] = ()
+    last: Piece | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.texts.append(piece.text)
+        self.tokens += piece.tokens
+        self.prompt = piece.prompt or self.prompt
+        self.last = piece
+
+    @property
+    def mean_logprob(self) -> float:
+        return 0.0 if self.last is None else self.last.logprob / max(self.last.completion_tokens, 1)
+
+    def whole(self) -> Whole:
+        finish_reason = "" if self.last is None else self.last.finish_reason or ""
+        return Whole(text="".join(self.texts), finish_reason=finish_reason, tokens=self.tokens, prompt=self.prompt)
+
+
 async def send_whole(
-    pieces: AsyncGenerator[Piece, None], wire: AnswerWire, observation: Observation
+    pieces: AsyncGenerator[Piece, None], wire: AnswerWire, observation: Observation, *, made: int = 1, wanted: int = 1
 ) -> web.StreamResponse:
-    """Collect the text and answer with it.
+    """Collect the choices and answer with them: of ``made`` the ``wanted`` likeliest, by the mean over their tokens.
 
     Raises:
         ApiError, EngineError
     """
-    texts: list[str] = []
-    finish_reason = ""
+    counts = [0] * made
+    choices = [_Made() for _ in range(made)]
     async for piece in pieces:
-        observation.tokens(piece.completion_tokens)
-        texts.append(piece.text)
-        finish_reason = piece.finish_reason or ""
+        _count(piece, counts, observation)
+        choices[piece.index].add(piece)
+    if wanted < made:
+        choices = sorted(choices, key=lambda each: -each.mean_logprob)[:wanted]
     observation.outcome = Outcome.DONE
-    body = wire.whole("".join(texts), finish_reason, usage_of(observation))
+    body = wire.whole([each.whole() for each in choices], usage_of(observation))
     return web.Response(body=body, content_type="application/json")
 
 
@@ -39,6 +66,7 @@ async def send_events(
     observation: Observation,
     *,
     include_usage: bool,
+    choices: int = 1,
 ) -> web.StreamResponse:
     """Send the text as it comes. The status waits for the first token, so that an early error still has one of its own.
 
@@ -49,12 +77,14 @@ async def send_events(
     """
     first = await anext(pieces)
     response = web.StreamResponse(headers=_SSE_HEADERS)
+    counts = [0] * choices
     try:
         await response.prepare(http)
         try:
-            await response.write(wire.first() + _event_of(first, wire, observation))
+            heads = b"".join(wire.first(index) for index in range(choices))
+            await response.write(heads + _event_of(first, wire, counts, observation))
             async for piece in pieces:
-                data = _event_of(piece, wire, observation)
+                data = _event_of(piece, wire, counts, observation)
                 if data:
                     await response.write(data)
         except (ApiError, EngineError) as error:
@@ -72,8 +102,13 @@ def usage_of(observation: Observation) -> Usage:
     return Usage(prompt_tokens=observation.prompt_tokens, completion_tokens=observation.completion_tokens)
 
 
-def _event_of(piece: Piece, wire: AnswerWire, observation: Observation) -> bytes:
-    observation.tokens(piece.completion_tokens)
+def _event_of(piece: Piece, wire: AnswerWire, counts: list[int], observation: Observation) -> bytes:
+    _count(piece, counts, observation)
     if piece.finish_reason is not None:
-        return wire.last(piece.text, piece.finish_reason)
-    return wire.text(piece.text) if piece.text else b""
+        return wire.last(piece)
+    return wire.text(piece) if piece.says_something else b""
+
+
+def _count(piece: Piece, counts: list[int], observation: Observation) -> None:
+    counts[piece.index] = piece.completion_tokens
+    observation.tokens(sum(counts), in_a_row=max(counts))

@@ -1,11 +1,15 @@
 """Answers as bytes. What is equal in all chunks of a stream is encoded once, so a token costs one small string."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
 from flexpiped.api.errors import ApiError
+from flexpiped.api.generation import Piece
+from flexpiped.api.logprobs_wire import ChatLogprobs, CompletionLogprobs, prompt_to_wire
+from flexpiped.api.token_reports import TokenReport
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -13,7 +17,7 @@ _encode = msgspec.json.encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of a request; the one that ended the output counts."""
+    """Tokens of a request; those that ended the outputs count."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -38,22 +42,32 @@ class Head:
         return {"id": self.answer_id, "object": kind, "created": self.created_unix_s, "model": self.model}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """One choice of an answer that is not streamed."""
+
+    text: str
+    finish_reason: str
+    tokens: Sequence[TokenReport] = ()
+    prompt: Sequence[TokenReport] = ()
+
+
 class AnswerWire(Protocol):
     """One answer, as a stream of events or whole."""
 
-    def first(self) -> bytes:
-        """Events before any text."""
+    def first(self, index: int) -> bytes:
+        """Events of a choice before any text."""
 
-    def text(self, text: str) -> bytes:
+    def text(self, piece: Piece) -> bytes:
         """The event of some text."""
 
-    def last(self, text: str, finish_reason: str) -> bytes:
-        """Events that end the text."""
+    def last(self, piece: Piece) -> bytes:
+        """Events that end the text of a choice."""
 
     def usage(self, usage: Usage) -> bytes:
         """The event with the usage, after the last."""
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         """The body of an answer that is not streamed."""
 
 
@@ -73,59 +87,95 @@ def _around(chunk: dict[str, Any]) -> tuple[bytes, bytes]:
 
 
 class CompletionWire:
-    """Answers of ``/v1/completions``. With ``include_usage`` every chunk has the key, as OpenAI's have."""
+    """Answers of ``/v1/completions``. With ``include_usage`` every chunk has the key, as OpenAI's have.
 
-    def __init__(self, head: Head, *, include_usage: bool) -> None:
+    ``top``: how many of the likeliest tokens are told with each; None: nothing is told of tokens.
+    """
+
+    def __init__(self, head: Head, *, include_usage: bool, choices: int = 1, top: int | None = None) -> None:
         self._start = head.to_wire("text_completion")
         self._rest: dict[str, Any] = {"usage": None} if include_usage else {}
-        self._before, self._after = _around(self._chunk("@", None))
+        self._around = [_around(self._chunk(self._choice(index, "@", None))) for index in range(choices)]
+        self._logprobs = None if top is None else [CompletionLogprobs(top=top) for _ in range(choices)]
 
-    def first(self) -> bytes:
+    def first(self, index: int) -> bytes:  # noqa: ARG002
         return b""
 
-    def text(self, text: str) -> bytes:
-        return self._before + _encode(text) + self._after
+    def text(self, piece: Piece) -> bytes:
+        if self._logprobs is None:
+            before, after = self._around[piece.index]
+            return before + _encode(piece.text) + after
+        return self.last(piece)
 
-    def last(self, text: str, finish_reason: str) -> bytes:
-        return event(self._chunk(text, finish_reason))
+    def last(self, piece: Piece) -> bytes:
+        return event(self._chunk(self._choice(piece.index, piece.text, piece.finish_reason, piece.tokens)))
 
     def usage(self, usage: Usage) -> bytes:
         return event({**self._start, "choices": [], "usage": usage.to_wire()})
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> bytes:
-        return _encode({**self._chunk(text, finish_reason), "usage": usage.to_wire()})
+    def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
+        found = [
+            self._choice(index, each.text, each.finish_reason, each.tokens) | prompt_to_wire(each.prompt)
+            for index, each in enumerate(choices)
+        ]
+        return _encode({**self._chunk(*found), "usage": usage.to_wire()})
 
-    def _chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._start, "choices": [choice], **self._rest}
+    def _choice(
+        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[TokenReport] = ()
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs[index].to_wire(tokens) if tokens and self._logprobs is not None else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
+        return {**self._start, "choices": choices, **self._rest}
 
 
 class ChatWire:
-    """Answers of ``/v1/chat/completions``."""
+    """Answers of ``/v1/chat/completions``; ``top`` as of ``CompletionWire``."""
 
-    def __init__(self, head: Head, *, include_usage: bool) -> None:
+    def __init__(self, head: Head, *, include_usage: bool, choices: int = 1, top: int | None = None) -> None:
         self._head = head
         self._start = head.to_wire("chat.completion.chunk")
         self._rest: dict[str, Any] = {"usage": None} if include_usage else {}
-        self._before, self._after = _around(self._chunk({"content": "@"}, None))
+        self._around = [_around(self._chunk(index, {"content": "@"})) for index in range(choices)]
+        self._logprobs = None if top is None else ChatLogprobs(top=top)
 
-    def first(self) -> bytes:
-        return event(self._chunk({"role": "assistant", "content": ""}, None))
+    def first(self, index: int) -> bytes:
+        return event(self._chunk(index, {"role": "assistant", "content": ""}))
 
-    def text(self, text: str) -> bytes:
-        return self._before + _encode(text) + self._after
+    def text(self, piece: Piece) -> bytes:
+        if self._logprobs is None:
+            before, after = self._around[piece.index]
+            return before + _encode(piece.text) + after
+        return event(self._chunk(piece.index, {"content": piece.text}, tokens=piece.tokens))
 
-    def last(self, text: str, finish_reason: str) -> bytes:
-        return (self.text(text) if text else b"") + event(self._chunk({}, finish_reason))
+    def last(self, piece: Piece) -> bytes:
+        text = self.text(piece) if piece.says_something else b""
+        return text + event(self._chunk(piece.index, {}, piece.finish_reason))
 
     def usage(self, usage: Usage) -> bytes:
         return event({**self._start, "choices": [], "usage": usage.to_wire()})
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> bytes:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return _encode({**self._head.to_wire("chat.completion"), "choices": [choice], "usage": usage.to_wire()})
+    def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
+        found = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": each.text, "refusal": None},
+                "logprobs": None if self._logprobs is None else self._logprobs.to_wire(each.tokens),
+                "finish_reason": each.finish_reason,
+            }
+            for index, each in enumerate(choices)
+        ]
+        told = prompt_to_wire(choices[0].prompt)
+        return _encode({**self._head.to_wire("chat.completion"), "choices": found, "usage": usage.to_wire(), **told})
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        finish_reason: str | None = None,
+        tokens: Sequence[TokenReport] = (),
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs.to_wire(tokens) if tokens and self._logprobs is not None else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._start, "choices": [choice], **self._rest}

@@ -12,6 +12,7 @@ What an engine cannot do by its ``capabilities`` is skipped.
 import asyncio
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,17 @@ FORWARD = [
     HandoverPhase.DONE,
 ]
 PROMPT = (5, 9, 17, 33)
+# A value of each parameter that only some engines have.
+ENGINE_PARAMS: dict[str, Any] = {
+    "allowed_token_ids": list(range(3, 60)),
+    "bad_words": ["never"],
+    "frequency_penalty": 0.5,
+    "logit_bias": {"7": 1.5},
+    "min_p": 0.1,
+    "min_tokens": 2,
+    "presence_penalty": 0.5,
+    "repetition_penalty": 1.2,
+}
 _ids = itertools.count()
 
 
@@ -87,6 +99,12 @@ async def in_flight(engine: Engine) -> bool:
 
 async def ended(engine: Engine, refactorings_total: int) -> bool:
     return (await engine.counters()).refactorings_total == refactorings_total
+
+
+def ensure_top_logprobs(engine: Engine) -> None:
+    """Skip where the engine does not report them."""
+    if not engine.capabilities.top_logprobs:
+        pytest.skip(f"{engine.capabilities.name} reports the log-probability of the chosen token only")
 
 
 def refactoring_of(engine: Engine, targets: tuple[Pipeline, ...]) -> Pipeline:
@@ -153,6 +171,40 @@ class EngineContract:
         for wanted in (True, False):
             for chunk in await chunks_of(engine, request_of(logprobs=wanted)):
                 assert len(chunk.logprobs) == (len(chunk.token_ids) if wanted else 0)
+
+    async def test_the_likeliest_tokens_come_with_every_token_when_asked_for(self, engine: Engine) -> None:
+        ensure_top_logprobs(engine)
+        sampling = replace(request_of(max_tokens=9, logprobs=True).sampling, top_logprobs=3)
+        plain = await tokens_of(engine, request_of(max_tokens=9))
+        chunks = await chunks_of(engine, replace(request_of(), sampling=sampling))
+        assert tuple(token for chunk in chunks for token in chunk.token_ids) == plain
+        for chunk in chunks:
+            assert len(chunk.top_logprobs) == len(chunk.token_ids)
+            for token, logprob, top in zip(chunk.token_ids, chunk.logprobs, chunk.top_logprobs, strict=True):
+                assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+                assert len({each for each, _ in top}) == 3
+                assert top[0] == (token, pytest.approx(logprob, abs=1e-5))  # greedy
+
+    @pytest.mark.parametrize("count", [0, 2])
+    async def test_the_prompts_tokens_are_scored_once_when_asked_for(self, engine: Engine, count: int) -> None:
+        ensure_top_logprobs(engine)
+        sampling = replace(request_of(max_tokens=5).sampling, prompt_logprobs=count)
+        first, *others = await chunks_of(engine, replace(request_of(), sampling=sampling))
+        assert [each.token_id for each in first.prompt_logprobs] == list(PROMPT[1:])
+        assert all(len(each.top) == count and each.rank >= 1 for each in first.prompt_logprobs)
+        assert all(chunk.prompt_logprobs == () for chunk in others)
+
+    async def test_a_resumed_request_does_not_score_its_prompt_again(self, engine: Engine) -> None:
+        ensure_top_logprobs(engine)
+        sampling = replace(request_of(max_tokens=5).sampling, prompt_logprobs=1)
+        whole = await tokens_of(engine, request_of(max_tokens=5))
+        resumed = replace(request_of(), sampling=sampling, generated_token_ids=whole[:2])
+        assert all(chunk.prompt_logprobs == () for chunk in await chunks_of(engine, resumed))
+
+    async def test_every_parameter_of_its_own_is_taken(self, engine: Engine) -> None:
+        values = {name: ENGINE_PARAMS[name] for name in sorted(engine.capabilities.engine_params)}
+        sampling = replace(request_of(max_tokens=6).sampling, engine_params=values)
+        assert len(await tokens_of(engine, replace(request_of(), sampling=sampling))) == 6
 
     async def test_many_at_once_are_as_alone(self, engine: Engine) -> None:
         requests = [request_of((*PROMPT, 3 + i), temperature=float(i % 2), seed=i, max_tokens=4 + i) for i in range(24)]

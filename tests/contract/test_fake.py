@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engines.errors import EngineDied, EngineStartFailed, RefactoringAborted
-from engines.fake import FAKE_CAPABILITIES, FakeEngine
+from engines.fake import FAKE_CAPABILITIES, RICH_CAPABILITIES, FakeEngine
 from engines.protocol import Engine
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, pipeline_of
@@ -24,7 +24,7 @@ def silent(_message: str) -> None:
 
 @pytest.fixture
 async def engine() -> AsyncIterator[FakeEngine]:
-    engine = FakeEngine(pipeline=ONE)
+    engine = FakeEngine(pipeline=ONE, capabilities=RICH_CAPABILITIES)
     await engine.start(on_progress=silent)
     yield engine
     await engine.close()

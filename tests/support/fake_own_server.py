@@ -12,6 +12,7 @@ from multidict import CIMultiDictProxy
 from engines.fake import FakeEngine
 from engines.protocol import EngineCapabilities
 from engines.vllm.own_server import own_server
+from engines.vllm.sampling import ENGINE_PARAMS
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 EVENTS = (b'data: {"choices":[{"text":"a"}]}\n\n', b'data: {"choices":[{"text":"b"}]}\n\n')
@@ -54,7 +55,7 @@ class EngineWithServer(FakeEngine):
 
 def with_server(capabilities: EngineCapabilities, *, args: tuple[str, ...] = ()) -> EngineCapabilities:
     """Return the capabilities of an engine that is like vLLM in what it takes and in what its server knows."""
-    return replace(capabilities, name="vllm", takes_engine_params=True, own_server=own_server(args))
+    return replace(capabilities, name="vllm", engine_params=ENGINE_PARAMS, own_server=own_server(args))
 
 
 async def whole(_http: web.Request) -> web.StreamResponse:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from aiohttp import web
 
-from engines.fake import FAKE_CAPABILITIES, FakeEngine
+from engines.fake import FAKE_CAPABILITIES, RICH_CAPABILITIES, FakeEngine
 from engines.fake_batch import NextToken
-from engines.protocol import GenerationRequest
+from engines.protocol import EngineCapabilities, GenerationRequest
 from engines.restarts import RestartPolicy
 from engines.text.local import LocalText, PlainTokenizer
 from engines.text.protocol import Text
@@ -33,6 +33,7 @@ CREATED_UNIX_S = 1_700_000_000
 CAPABILITIES = replace(
     FAKE_CAPABILITIES, vocab_size=byte_level_tokenizer().get_vocab_size(), eos_token_ids=(EOS_ID,), max_model_len=256
 )
+RICH = replace(CAPABILITIES, top_logprobs=True, engine_params=RICH_CAPABILITIES.engine_params)
 ONE = pipeline_of(device_ids=["cpu:0"], cuts=[], num_decoders=8)
 
 
@@ -61,13 +62,14 @@ class FakeEngines:
     step_s: float = 0.0
     own_socket: Path | None = None
     args: tuple[str, ...] = ()
+    capabilities: EngineCapabilities = CAPABILITIES
     made: list[FakeEngine] = field(default_factory=list)
 
     def make(self, pipeline: Pipeline, epoch: int) -> FakeEngine:
         engine = EngineWithServer(
             pipeline=pipeline,
             epoch=epoch,
-            capabilities=with_server(CAPABILITIES, args=self.args) if self.own_socket else CAPABILITIES,
+            capabilities=with_server(self.capabilities, args=self.args) if self.own_socket else self.capabilities,
             next_token=self.next_token,
             step_s=self.step_s,
         )

@@ -11,6 +11,7 @@ from engines.errors import EngineClosed, EngineDied, UnsupportedByEngine
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from engines.fake_batch import hashed_tokens
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, SamplingParams
+from engines.vllm.sampling import ENGINE_PARAMS as VLLM_PARAMS
 from flexpiped.events import EventLog
 from flexpiped.handover_records import HandoverRecord, HandoverResult, Proposal, TargetResolver, Wanted, Way
 from flexpiped.refactoring import Refactorings, ReplicaHandover, Started
@@ -23,7 +24,7 @@ from tests.support.until import until
 
 STREAMS = 6
 TOKENS = 300
-RICH = replace(FAKE_CAPABILITIES, name="vllm", takes_engine_params=True)
+RICH = replace(FAKE_CAPABILITIES, name="vllm", engine_params=VLLM_PARAMS)
 PLAIN = replace(FAKE_CAPABILITIES, name="native", eos_token_ids=tuple(reversed(FAKE_CAPABILITIES.eos_token_ids)))
 KINDS = {"vllm": RICH, "native": PLAIN}
 

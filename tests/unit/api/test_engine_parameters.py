@@ -23,20 +23,21 @@ GIVEN: dict[str, Any] = {
 
 def test_all_are_passed_on_by_their_names() -> None:
     assert GIVEN.keys() == ENGINE_PARAMETERS.keys()
-    asked = parse_completion({"prompt": "x", **GIVEN}, takes_engine_params=True)
+    asked = parse_completion({"prompt": "x", **GIVEN}, taken=GIVEN.keys())
     assert asked.parameters.engine_params == GIVEN
-    chat = parse_chat({"messages": [{"role": "user", "content": "x"}], **GIVEN}, takes_engine_params=True)
+    chat = parse_chat({"messages": [{"role": "user", "content": "x"}], **GIVEN}, taken=GIVEN.keys())
     assert chat.parameters.engine_params == GIVEN
 
 
 def test_what_has_no_effect_is_left_out() -> None:
     neutral = {name: COMPLETION_NEUTRAL[name][0] for name in GIVEN if COMPLETION_NEUTRAL[name]}
-    assert read_engine_params(neutral | {"allowed_token_ids": None}) == {}
+    assert read_engine_params(neutral | {"allowed_token_ids": None}, taken=GIVEN.keys()) == {}
     assert {name: CHAT_NEUTRAL[name] for name in GIVEN} == {name: COMPLETION_NEUTRAL[name] for name in GIVEN}
 
 
 def test_biases_are_drawn_in_as_vllm_does() -> None:
-    assert read_engine_params({"logit_bias": {"1": 1000, "2": -1000}}) == {"logit_bias": {"1": 100.0, "2": -100.0}}
+    biases = {"logit_bias": {"1": 1000, "2": -1000}}
+    assert read_engine_params(biases, taken={"logit_bias"}) == {"logit_bias": {"1": 100.0, "2": -100.0}}
 
 
 @pytest.mark.parametrize("name", sorted(GIVEN))
@@ -70,12 +71,12 @@ def test_other_engines_refuse_them(name: str) -> None:
 )
 def test_wrong_values_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ApiError) as caught:
-        read_engine_params({name: value})
+        read_engine_params({name: value}, taken={name})
     assert (caught.value.status, caught.value.param) == (400, name)
 
 
 @pytest.mark.parametrize("bias", ["1", None, True])
 def test_the_bias_at_fault_is_named(bias: Any) -> None:
     with pytest.raises(ApiError) as caught:
-        read_engine_params({"logit_bias": {"7": 1, "8": bias}})
+        read_engine_params({"logit_bias": {"7": 1, "8": bias}}, taken={"logit_bias"})
     assert caught.value.param == "logit_bias[8]"

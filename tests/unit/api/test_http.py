@@ -216,7 +216,7 @@ async def test_probes(session: aiohttp.ClientSession) -> None:
 async def test_metrics(app: HttpApp, session: aiohttp.ClientSession) -> None:
     async with session.post(f"{app.url}/v1/completions", json=body()) as response:
         assert response.status == 200
-    async with session.post(f"{app.url}/v1/completions", json=body(n=2)) as response:
+    async with session.post(f"{app.url}/v1/completions", json=body(logprobs=2)) as response:
         assert response.status == 400
     async with session.get(f"{app.url}/metrics") as response:
         assert response.headers["Content-Type"].startswith("text/plain")

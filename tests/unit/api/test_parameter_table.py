@@ -1,7 +1,7 @@
 """No documented parameter is dropped in silence: each is honoured, passed on, or refused by name."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
@@ -9,13 +9,13 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from engines.fake import FAKE_CAPABILITIES
+from engines.fake import FAKE_CAPABILITIES, RICH_CAPABILITIES
 from engines.protocol import EngineCapabilities
 from engines.vllm.own_server import own_server
 from flexpiped.api.errors import ApiError
 from flexpiped.api.openapi import request_schema
 from flexpiped.api.parameter_table import CHAT_PARAMETERS, COMPLETION_PARAMETERS, HonouredBy, Parameter
-from flexpiped.api.parameters import parse_chat, parse_completion
+from flexpiped.api.parameters import parse_chat, parse_completion, taken_here
 from flexpiped.api.routing import CHAT, COMPLETIONS, Intake, ToEngine, route
 from tests.support.fake_own_server import with_server
 
@@ -87,9 +87,16 @@ VALUES: dict[str, Any] = {
     "min_tokens": 1,
     "presence_penalty": 1,
     "repetition_penalty": 2,
+    "n": 3,
+    "best_of": 4,
+    "echo": True,
+    "logprobs": True,  # of chats; a number of completions
+    "top_logprobs": 2,
+    "prompt_logprobs": 1,
 }
 WITHOUT_EFFECT = {"user"}  # names who asks, and is checked
-NEEDED_WITH = {"stream_options": {"stream": True}}
+NEEDED_WITH: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
+ALL_TAKEN = taken_here(RICH_CAPABILITIES)
 
 
 @pytest.fixture(params=sorted(APIS))
@@ -120,8 +127,27 @@ def test_what_engines_honour_is_passed_on_or_refused_by_name(api: Api) -> None:
         if parameter.by is not HonouredBy.ENGINE:
             continue
         body = api.least | {name: VALUES[name]}
-        assert name in api.parse(body, takes_engine_params=True).parameters.engine_params
+        assert name in api.parse(body, taken=ALL_TAKEN).parameters.engine_params
         refused_by_name(api, body, name, FAKE_CAPABILITIES)
+
+
+def test_what_the_daemon_does_where_no_own_server_is_changes_the_request_or_is_refused_by_name(api: Api) -> None:
+    for name, parameter in api.table.items():
+        if parameter.by is not HonouredBy.OWN_SERVER_OR_DAEMON:
+            continue
+        needed = NEEDED_WITH.get(name, {})
+        body = api.least | needed | {name: value_of(api, name)}
+        before = api.parse(api.least | needed, taken=ALL_TAKEN)
+        assert api.parse(body, taken=ALL_TAKEN) != before, name
+        with pytest.raises(ApiError) as caught:
+            api.parse(api.least | {name: value_of(api, name)})
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+        if name in api.of_vllm:
+            assert route(api.intake, api.least | {name: value_of(api, name)}, served="tiny", capabilities=VLLM) == (
+                ToEngine(name)
+            )
+        for neutral in (None, *parameter.neutral):
+            assert api.parse(api.least | {name: neutral}, taken=ALL_TAKEN) == api.parse(api.least)
 
 
 def test_what_only_an_own_server_honours_goes_there_or_is_refused_by_name(api: Api) -> None:
@@ -146,26 +172,26 @@ def refused_by_name(api: Api, body: dict[str, Any], name: str, capabilities: Eng
     assert name in caught.value.message
 
 
-@pytest.mark.parametrize("takes", [False, True])
-def test_the_description_takes_what_the_parser_takes(api: Api, takes: bool) -> None:
+@pytest.mark.parametrize("capabilities", [FAKE_CAPABILITIES, RICH_CAPABILITIES], ids=["plain", "rich"])
+def test_the_description_takes_what_the_parser_takes(api: Api, capabilities: EngineCapabilities) -> None:
     """Each parameter, with a value that is taken, neutral, or of another parameter."""
-    capabilities = with_params(takes)
     schema = request_schema(api.table, required=api.required, model="tiny", capabilities=capabilities)
     described = jsonschema.Draft202012Validator(schema)
     for name, parameter in api.table.items():
         values = [None, *parameter.neutral, *VALUES.values(), 0, -1, 1.5, "", [], {}, True, False]
         for value in values:
             body = api.least | NEEDED_WITH.get(name, {}) | {name: value}
-            assert described.is_valid(body) is is_taken(api, body, takes), (name, value)
+            assert described.is_valid(body) is is_taken(api, body, capabilities), (name, value)
 
 
-def with_params(takes: bool) -> EngineCapabilities:
-    return replace(FAKE_CAPABILITIES, takes_engine_params=takes)
+def value_of(api: Api, name: str) -> Any:
+    """Return one that is not the default."""
+    return 2 if name == "logprobs" and api.required == "prompt" else VALUES[name]
 
 
-def is_taken(api: Api, body: dict[str, Any], takes: bool) -> bool:
+def is_taken(api: Api, body: dict[str, Any], capabilities: EngineCapabilities) -> bool:
     try:
-        parsed = api.parse(body, takes_engine_params=takes)
-    except ApiError:
-        return False
+        parsed = api.parse(body, taken=taken_here(capabilities))
+    except ApiError as refused:
+        return refused.code == "contradiction"  # between parameters: no schema says so
     return parsed.parameters.model in (None, "tiny") and getattr(parsed, "prompt", None) != ()

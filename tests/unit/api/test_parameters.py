@@ -237,7 +237,7 @@ def test_a_context_that_is_too_short_is_said_in_numbers() -> None:
 
 
 def test_min_tokens_may_not_exceed_the_output() -> None:
-    asked = parse_completion(completion(min_tokens=17), takes_engine_params=True)
+    asked = parse_completion(completion(min_tokens=17), taken={"min_tokens"})
     with pytest.raises(ApiError, match="min_tokens 17 is more than the 16 tokens") as caught:
         sampling_of(
             asked.parameters,

@@ -8,6 +8,7 @@ import pytest
 
 from engines.fake import FAKE_CAPABILITIES
 from engines.sglang.own_server import own_server as sglang_server
+from engines.sglang.sampling import ENGINE_PARAMS as SGLANG_PARAMS
 from flexpiped.api.errors import ApiError
 from flexpiped.api.own_bodies import refuse_unfit
 from flexpiped.api.parameters import ChatRequest, CompletionRequest
@@ -121,7 +122,7 @@ def test_chats_that_nobody_takes_are_refused_here(body: dict[str, Any]) -> None:
 
 
 def test_without_a_server_all_is_ours_or_refused() -> None:
-    for body in ({"n": 2}, {"cache_salt": "x"}, {"min_p": 0.5}, {"prompt": ["a", "b"]}):
+    for body in ({"logprobs": 2}, {"cache_salt": "x"}, {"min_p": 0.5}, {"prompt": ["a", "b"]}):
         with pytest.raises(ApiError):
             route(COMPLETIONS, {"prompt": "Once", **body}, served="tiny", capabilities=FAKE_CAPABILITIES)
     for capabilities in (FAKE_CAPABILITIES, None):  # another model is not found by who answers
@@ -138,7 +139,7 @@ def test_neutral_values_stay_neutral() -> None:
             assert isinstance(chat({name: value}), ChatRequest)
 
 
-SGLANG = replace(FAKE_CAPABILITIES, name="sglang", takes_engine_params=True, own_server=sglang_server(()))
+SGLANG = replace(FAKE_CAPABILITIES, name="sglang", engine_params=SGLANG_PARAMS, own_server=sglang_server(()))
 
 
 def test_what_the_engines_server_would_ignore_is_refused_beside_what_only_it_does() -> None:

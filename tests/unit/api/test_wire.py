@@ -6,12 +6,17 @@ from typing import Any
 import pytest
 
 from flexpiped.api.errors import invalid
-from flexpiped.api.wire import ChatWire, CompletionWire, Head, Usage, error_event
+from flexpiped.api.generation import Piece
+from flexpiped.api.wire import ChatWire, CompletionWire, Head, Usage, Whole, error_event
 
 HEAD = Head(answer_id="id-1", created_unix_s=5, model='odd "model" @')
 USAGE = Usage(prompt_tokens=2, completion_tokens=3)
 USAGE_WIRE = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 TEXT = 'quote " backslash \\ newline \n 漢 🙂 "@"'
+
+
+def piece(text: str, finish_reason: str | None = None) -> Piece:
+    return Piece(text=text, completion_tokens=3, finish_reason=finish_reason)
 
 
 def events_of(data: bytes) -> list[dict[str, Any]]:
@@ -27,15 +32,17 @@ def test_completion_events(include_usage: bool) -> None:
     base = {"id": "id-1", "object": "text_completion", "created": 5, "model": HEAD.model}
     rest = {"usage": None} if include_usage else {}
     choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": None}
-    assert wire.first() == b""
-    assert events_of(wire.text(TEXT)) == [{**base, "choices": [choice], **rest}]
+    assert wire.first(0) == b""
+    assert events_of(wire.text(piece(TEXT))) == [{**base, "choices": [choice], **rest}]
     last = {**choice, "text": "", "finish_reason": "stop"}
-    assert events_of(wire.last("", "stop")) == [{**base, "choices": [last], **rest}]
+    assert events_of(wire.last(piece("", "stop"))) == [{**base, "choices": [last], **rest}]
     assert events_of(wire.usage(USAGE)) == [{**base, "choices": [], "usage": USAGE_WIRE}]
 
 
 def test_whole_completion() -> None:
-    whole = json.loads(CompletionWire(HEAD, include_usage=False).whole(TEXT, "length", USAGE))
+    whole = json.loads(
+        CompletionWire(HEAD, include_usage=False).whole([Whole(text=TEXT, finish_reason="length")], USAGE)
+    )
     choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "length"}
     base = {"id": "id-1", "object": "text_completion", "created": 5, "model": HEAD.model}
     assert whole == {**base, "choices": [choice], "usage": USAGE_WIRE}
@@ -49,15 +56,15 @@ def test_chat_events() -> None:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**base, "choices": [choice]}
 
-    assert events_of(wire.first()) == [chunk({"role": "assistant", "content": ""})]
-    assert events_of(wire.text(TEXT)) == [chunk({"content": TEXT})]
-    assert events_of(wire.last("end", "stop")) == [chunk({"content": "end"}), chunk({}, "stop")]
-    assert events_of(wire.last("", "length")) == [chunk({}, "length")]
+    assert events_of(wire.first(0)) == [chunk({"role": "assistant", "content": ""})]
+    assert events_of(wire.text(piece(TEXT))) == [chunk({"content": TEXT})]
+    assert events_of(wire.last(piece("end", "stop"))) == [chunk({"content": "end"}), chunk({}, "stop")]
+    assert events_of(wire.last(piece("", "length"))) == [chunk({}, "length")]
     assert events_of(wire.usage(USAGE)) == [{**base, "choices": [], "usage": USAGE_WIRE}]
 
 
 def test_whole_chat() -> None:
-    whole = json.loads(ChatWire(HEAD, include_usage=False).whole("hi", "stop", USAGE))
+    whole = json.loads(ChatWire(HEAD, include_usage=False).whole([Whole(text="hi", finish_reason="stop")], USAGE))
     message = {"role": "assistant", "content": "hi", "refusal": None}
     assert whole["object"] == "chat.completion"
     assert whole["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]

@@ -8,12 +8,36 @@ import pytest
 from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.options import NativeOptions
-from engines.protocol import EngineCounters, KvRange, RefactorCheck, RefactorProgress, SamplingParams, StageStatus
+from engines.native.shaping import Shaping
+from engines.protocol import (
+    EngineCounters,
+    KvRange,
+    RefactorCheck,
+    RefactorProgress,
+    SamplingParams,
+    ScoredToken,
+    StageStatus,
+)
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, pipeline_of
 
 SPEC = m.StageSpec(first_decoder=2, end_decoder=5, is_first=False, is_last=True, next_worker=-1)
-DRAW = m.Draw(row=1, temperature=0.7, top_p=0.9, top_k=40, seed=2**63 - 1, position=12)
+DRAW = m.Draw(row=1, temperature=0.7, top_p=0.9, top_k=40, seed=2**63 - 1, position=12, min_p=0.1)
+SHAPE = m.Shape(
+    row=0,
+    table_row=3,
+    is_masked=True,
+    forbidden=b"\x01\0\0\0",
+    bias_tokens=b"\x02\0\0\0",
+    bias_values=b"\0\0\x80\xbf",
+    repetition=1.2,
+    frequency=0.5,
+    presence=-0.5,
+    num_prompt=4,
+    num_tokens=9,
+)
+SCORE = m.Score(entry=1, targets=b"\x05\0\0\0", logprobs=b"", ranks=b"", top_tokens=b"", top_logprobs=b"")
+TOP = ((5, -0.5), (6, -1.5))
 COMMANDS: list[m.WorkerCommand] = [
     m.RunStep(
         step_id=3,
@@ -25,6 +49,9 @@ COMMANDS: list[m.WorkerCommand] = [
         sampled=b"",
         draws=[DRAW],
         logprobs=True,
+        shapes=[SHAPE],
+        tops=[m.Top(row=0, count=5)],
+        scored=[m.Scored(entry=1, skipped=2, targets=b"\x05\0\0\0", count=0)],
     ),
     m.Hidden(step_id=3, generation=4, source=1),
     m.Prepare(handover=7, spec=SPEC),
@@ -42,7 +69,15 @@ COMMANDS: list[m.WorkerCommand] = [
     m.Exit(),
 ]
 REPORTS: list[m.WorkerReport] = [
-    m.StepDone(worker=1, step_id=3, generation=4, tokens=b"\x07\0\0\0", logprobs=b"\0\0\x80\xbf"),
+    m.StepDone(
+        worker=1,
+        step_id=3,
+        generation=4,
+        tokens=b"\x07\0\0\0",
+        logprobs=b"\0\0\x80\xbf",
+        tops=[m.Tops(row=0, tokens=b"\x07\0\0\0", logprobs=b"\0\0\x80\xbf")],
+        scores=[SCORE],
+    ),
     m.Prepared(worker=1, handover=7, weights_bytes=2**40, done=False),
     m.Failed(worker=1, handover=7, reason="no such tensor"),
     m.Copied(worker=1, handover=7, ticket=8),
@@ -85,7 +120,13 @@ PROGRESS = RefactorProgress(
 )
 CLIENT_COMMANDS: list[c.ClientCommand] = [
     c.StartCore(options=OPTIONS, pipeline=PIPELINE, epoch=3),
-    c.Submit(key=1, prompt=[5, 6], generated=[7], sampling=SAMPLING),
+    c.Submit(
+        key=1,
+        prompt=[5, 6],
+        generated=[7],
+        sampling=SAMPLING,
+        shaping=Shaping(min_p=0.1, bias={5: 1.5}, allowed=(5, 6), bad_words=((1, 2),)),
+    ),
     c.Abort(key=1),
     c.Refactor(call=2, target=PIPELINE),
     c.CheckRefactor(call=2, target=PIPELINE),
@@ -109,7 +150,13 @@ CORE_REPORTS: list[c.CoreReport] = [
         kv_range=KvRange(least_blocks=4, most_blocks=100),
     ),
     c.StartFailed(reason="no such model", unsupported=True),
-    c.Outputs(keys=[1, 2], tokens=[5, -1], finishes=["", "length"], logprobs=[-0.5, None]),
+    c.Outputs(
+        keys=[1, 2],
+        tokens=[5, -1],
+        finishes=["", "length"],
+        logprobs=[-0.5, None],
+        details={1: c.Details(top=TOP, prompt=(ScoredToken(token_id=5, logprob=-0.5, rank=1, top=TOP),))},
+    ),
     c.Progress(call=2, progress=PROGRESS),
     c.Refactored(call=2, error="RefactoringAborted", message="cancelled"),
     c.Checked(call=2, check=RefactorCheck(feasible=False, sentences=("too big",), moves=("a",))),

@@ -15,8 +15,9 @@ from engines.native.attention import register
 from engines.native.families import build_family
 from engines.native.kv_memory import KVMemory
 from engines.native.messages import Draw, RunStep, StageSpec
+from engines.native.shared import SharedMemory, SharedSizes
 from engines.native.specs import specs_of
-from engines.native.stage import HeldLayers, StageRunner
+from engines.native.stage import HeldLayers, Sampled, StageRunner
 from engines.native.weights import WeightFiles
 from planner.layout import pipeline_of
 from planner.model_graph import build_model_graph
@@ -58,6 +59,24 @@ def expected_logprob(directory: Path, dtype: torch.dtype = torch.float32) -> flo
     return float(logits.log_softmax(dim=-1).max())
 
 
+def shared_memory() -> SharedMemory:
+    shared = SharedMemory(
+        SharedSizes(
+            num_workers=1,
+            max_num_seqs=2,
+            max_blocks_per_seq=4,
+            hidden_bytes_per_token=4,
+            max_num_batched_tokens=1,
+            outbox_slots=1,
+            staging_bytes=4,
+            max_model_len=64,
+            vocab_size=512,
+        )
+    )
+    shared.block_table[:] = TABLE
+    return shared
+
+
 class Worker:
     """A worker without its process."""
 
@@ -74,7 +93,7 @@ class Worker:
         )
         weights = WeightFiles(checkpoint, dtype=dtype)
         self.layers = HeldLayers(family, weights, self.kv, checkpoint.tensors)
-        self.runner = StageRunner(family, self.kv, table=TABLE, kv_block_tokens=BLOCK_TOKENS)
+        self.runner = StageRunner(family, self.kv, shared=shared_memory(), kv_block_tokens=BLOCK_TOKENS)
 
 
 class Stages:
@@ -135,8 +154,8 @@ class Stages:
                 runner = self.workers[index].runner
                 hidden, step = runner.forward(spec, message, hidden)
             assert hidden is not None
-            tokens, logprobs = runner.sample(message, hidden, step)
-        return np.frombuffer(tokens, np.int32).tolist(), np.frombuffer(logprobs, np.float32).tolist()
+            sampled = runner.sample(message, hidden, step)
+        return np.frombuffer(sampled.tokens, np.int32).tolist(), np.frombuffer(sampled.logprobs, np.float32).tolist()
 
     def prefill(self, *, chunk: int = len(PROMPT)) -> int:
         """Run the prompt in row 0; return the first token."""
@@ -246,7 +265,7 @@ def test_a_step_that_samples_nothing_says_nothing(llama: Path, kernel: Path) -> 
     )
     runner = stages.workers[0].runner
     with torch.inference_mode():
-        assert runner.sample(message, *runner.forward(stages.specs[0], message, None)) == (b"", b"")
+        assert runner.sample(message, *runner.forward(stages.specs[0], message, None)) == Sampled()
 
 
 @pytest.mark.parametrize("layer", ["embedding", "2", "head"])

@@ -1,0 +1,35 @@
+"""A request that has been checked, as the choices that it wants. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from engines.protocol import GenerationRequest
+from flexpiped.api.generation import Job
+from flexpiped.api.parameters import MAX_SEED, Parameters
+
+
+def jobs_of(parameters: Parameters, request: GenerationRequest, *, ending: frozenset[int], lead: str) -> list[Job]:
+    """Return one job for each choice: seeds and names of the others follow those of the first."""
+    choices, min_tokens = parameters.choices, parameters.engine_params.get("min_tokens", 0)
+    return [
+        Job(
+            request=each,
+            stop=parameters.stop,
+            include_stop=parameters.include_stop,
+            ending=ending,
+            index=index,
+            min_tokens=min_tokens,
+            lead=lead,
+            tells_tokens=choices.logprobs is not None,
+            tells_prompt=choices.prompt_logprobs is not None,
+            leads_tokens=choices.echo and choices.logprobs is not None,
+        )
+        for index, each in enumerate(_requests(request, choices.best_of))
+    ]
+
+
+def _requests(first: GenerationRequest, count: int) -> Iterator[GenerationRequest]:
+    yield first
+    for index in range(1, count):
+        sampling = replace(first.sampling, seed=(first.sampling.seed + index) & MAX_SEED)
+        yield replace(first, request_id=f"{first.request_id}-{index}", sampling=sampling)
