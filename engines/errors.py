@@ -39,11 +39,12 @@ class KvTransferFailed(EngineError):
 
 
 class InvalidRequest(EngineError):
-    """A request that cannot be run; ``parameter`` names what is wrong with it."""
+    """A request that cannot be run; ``parameter`` names what is wrong with it, ``code`` says for machines what is."""
 
-    def __init__(self, message: str, *, parameter: str) -> None:
+    def __init__(self, message: str, *, parameter: str, code: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+        self.code = code
 
 
 class RefactoringError(EngineError):

@@ -48,6 +48,7 @@ FAKE_CAPABILITIES = EngineCapabilities(
 # The same with all that an engine may have; the fake takes further parameters, and its tokens do not depend on them.
 RICH_CAPABILITIES = replace(
     FAKE_CAPABILITIES,
+    grammars=True,
     top_logprobs=True,
     engine_params=frozenset(
         {"allowed_token_ids", "bad_words", "frequency_penalty", "logit_bias", "min_p", "min_tokens"}

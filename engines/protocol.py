@@ -19,6 +19,26 @@ class FinishReason(Enum):
     ABORT = "abort"
 
 
+class GrammarKind(Enum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"  # a JSON array of strings
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an output must keep to; ``parameter`` is where the client said so.
+
+    ``any_whitespace``: between the parts of JSON; else there is none.
+    """
+
+    kind: GrammarKind
+    source: str
+    parameter: str
+    any_whitespace: bool = True
+
+
 TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, the likeliest first
 
 
@@ -42,6 +62,7 @@ class SamplingParams:
     top_logprobs: int = 0  # report so many of the likeliest tokens at each position, too
     prompt_logprobs: int | None = None  # the same of each prompt token but the first; 0: of that token alone
     bad_words: tuple[tuple[int, ...], ...] = ()  # what ``engine_params`` says by this name, as token ids
+    grammar: Grammar | None = None  # the output keeps to it, and ends where nothing may follow
     engine_params: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the engine's own, by its names
 
 
@@ -144,6 +165,7 @@ class EngineCapabilities:
         False  # the first requests of a kind make all others wait: it is tried out before it serves
     )
     engine_params: frozenset[str] = frozenset()  # the names that ``SamplingParams.engine_params`` may have
+    grammars: bool = False  # ``SamplingParams.grammar``
     top_logprobs: bool = False  # ``SamplingParams.top_logprobs`` and ``prompt_logprobs`` are reported
     caches_prefixes: bool = False  # the KV cache of a prompt's first tokens is kept for later prompts
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, TypeVar, assert_never
 
 from engines import errors
-from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, InvalidRequest, UnsupportedByEngine
 from engines.frames import read_frame, write_frame
 from engines.native import client_messages as c
 from engines.native.options import NativeOptions
@@ -299,6 +299,7 @@ class NativeEngine:
             tensor_parallel=False,
             kv_range=ready.kv_range,
             engine_params=ENGINE_PARAMS,
+            grammars=ready.grammars,
             top_logprobs=True,
         )
         self.attention = ready.attention
@@ -315,6 +316,8 @@ class NativeEngine:
         match report:
             case c.Outputs():
                 self._deliver(report)
+            case c.Refused():
+                self._refuse(report)
             case c.Progress():
                 self._note_progress(report)
             case c.Refactored():
@@ -338,13 +341,20 @@ class NativeEngine:
             stream = self._streams.get(key)
             if stream is None:  # aborted meanwhile
                 continue
-            stream.tokens.append(token)
+            if token >= 0:
+                stream.tokens.append(token)
             if logprob is not None:
                 stream.logprobs.append(logprob)
             if index in outputs.details:
                 stream.detail(outputs.details[index])
             if finish:
                 stream.finish = FinishReason(finish)
+            stream.wake()
+
+    def _refuse(self, refused: c.Refused) -> None:
+        stream = self._streams.get(refused.key)
+        if stream is not None:
+            stream.error = InvalidRequest(refused.message, parameter=refused.parameter, code=refused.code)
             stream.wake()
 
     def _note_progress(self, report: c.Progress) -> None:

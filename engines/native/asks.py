@@ -14,7 +14,9 @@ from engines.native.scheduler import Batch, Entry
 from engines.native.sequence import Sequence
 from engines.native.shaping import Shaping
 from engines.native.shared import SharedMemory
-from engines.native.token_mask import mask_from
+from engines.native.token_mask import allow_all, allow_only, forbid
+
+_NOTHING = Shaping()
 
 
 @dataclass(slots=True)
@@ -40,8 +42,9 @@ def asks_of(batch: Batch, sampled: list[int], shared: SharedMemory) -> Asks:
             asks.tops.append(m.Top(row=row, count=how.top_logprobs))
         if how.temperature > 0.0:
             asks.draws.append(_draw(sequence, row))
-        if sequence.shaping is not None and sequence.shaping.changes_logits:
-            asks.shapes.append(_shape(sequence, sequence.shaping, row, shared))
+        shaping = sequence.shaping
+        if sequence.matcher is not None or (shaping is not None and shaping.changes_logits):
+            asks.shapes.append(_shape(sequence, shaping or _NOTHING, row, shared))
     for index, entry in enumerate(batch.entries):
         if entry.sequence.scores is not None:
             scored = _scored(entry, index)
@@ -65,26 +68,44 @@ def _draw(sequence: Sequence, row: int) -> m.Draw:
 
 def _shape(sequence: Sequence, shaping: Shaping, row: int, shared: SharedMemory) -> m.Shape:
     tokens, is_counted = sequence.tokens, shaping.counts_tokens
+    if shaping.bias and not sequence.mirrored:
+        own = shared.biases[sequence.row]
+        own[:] = 0.0
+        own[list(shaping.bias)] = list(shaping.bias.values())
     if is_counted:
         shared.tokens[sequence.row, sequence.mirrored : len(tokens)] = tokens[sequence.mirrored :]
-        sequence.mirrored = len(tokens)
-    if shaping.allowed is not None:
-        mask_from(shaping.allowed, shared.masks[sequence.row])
-    bans = bool(shaping.bad_words) or sequence.num_output < shaping.min_tokens
-    forbidden = shaping.forbidden(tokens[sequence.num_prompt :], sequence.stop_ids) if bans else []
+    sequence.mirrored = len(tokens)
     return m.Shape(
         row=row,
         table_row=sequence.row,
-        is_masked=shaping.allowed is not None,
-        forbidden=np.array(forbidden, dtype=np.int32).tobytes(),
-        bias_tokens=np.array(list(shaping.bias), dtype=np.int32).tobytes(),
-        bias_values=np.array(list(shaping.bias.values()), dtype=np.float32).tobytes(),
+        is_masked=_fill_mask(sequence, shaping, shared),
+        is_biased=bool(shaping.bias),
         repetition=shaping.repetition,
         frequency=shaping.frequency,
         presence=shaping.presence,
         num_prompt=sequence.num_prompt,
         num_tokens=len(tokens) if is_counted else 0,
     )
+
+
+def _fill_mask(sequence: Sequence, shaping: Shaping, shared: SharedMemory) -> bool:
+    """Say which tokens may be chosen; False: all of them. What is forbidden besides counts if it leaves any."""
+    bans = bool(shaping.bad_words) or sequence.num_output < shaping.min_tokens
+    forbidden = shaping.forbidden(sequence.tokens[sequence.num_prompt :], sequence.stop_ids) if bans else []
+    if not forbidden and shaping.allowed is None and sequence.matcher is None:
+        return False
+    words = shared.masks[sequence.row]
+    if shaping.allowed is None:
+        allow_all(words, shared.sizes.vocab_size)
+    else:
+        allow_only(words, shaping.allowed)
+    if sequence.matcher is not None:
+        allowed = words.copy()
+        sequence.matcher.fill(words)
+        words &= allowed
+    if forbidden:
+        forbid(words, forbidden)
+    return True
 
 
 def _scored(entry: Entry, index: int) -> m.Scored | None:

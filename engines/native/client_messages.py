@@ -127,6 +127,7 @@ class Ready(FromCore, frozen=True, kw_only=True, tag=True):
     worker_pids: tuple[int, ...]
     attention: str  # "compiled" or "torch"
     kv_range: KvRange
+    grammars: bool
 
 
 class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
@@ -154,6 +155,15 @@ class Outputs(FromCore, frozen=True, kw_only=True, tag=True):
     finishes: list[str]
     logprobs: list[float | None]
     details: dict[int, Details] = {}
+
+
+class Refused(FromCore, frozen=True, kw_only=True, tag=True):
+    """A request that cannot be run, as ``InvalidRequest`` says it."""
+
+    key: int
+    message: str
+    parameter: str
+    code: str | None
 
 
 class Progress(FromCore, frozen=True, kw_only=True, tag=True):
@@ -247,6 +257,7 @@ CoreReport = (
     | Ready
     | StartFailed
     | Outputs
+    | Refused
     | Progress
     | Refactored
     | KvResized

@@ -62,6 +62,7 @@ class CoreServer:
                 worker_pids=self._pool.pids,
                 attention=boot_.attention,
                 kv_range=self._core.kv.range,
+                grammars=boot_.grammars is not None,
             )
         )
         self._spawn(self._core.watch_for_hangs())

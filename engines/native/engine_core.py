@@ -8,10 +8,11 @@ import asyncio
 import time
 from collections.abc import Callable
 from itertools import count
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.errors import RefactoringBusy
+from engines.errors import InvalidRequest, RefactoringBusy
 from engines.failpoints import Failpoints
 from engines.native import client_messages as c
 from engines.native import messages as m
@@ -31,6 +32,9 @@ from engines.native.workers import WorkerPool
 from engines.process import usable_cores
 from engines.protocol import EngineCounters
 from planner.layout import Pipeline
+
+if TYPE_CHECKING:
+    from engines.native.grammar import Matcher
 
 
 class EngineFailed(Exception):
@@ -81,7 +85,16 @@ class EngineCore:
     # --- requests ---
 
     def submit(self, request: c.Submit) -> None:
-        """Queue a request."""
+        """Queue a request, or say that it cannot be run."""
+        try:
+            matcher = self._matcher_of(request)
+        except InvalidRequest as refusal:
+            self._emit(c.Refused(key=request.key, message=str(refusal), parameter=refusal.parameter, code=refusal.code))
+            return
+        self._prompt_tokens += len(request.prompt)
+        if matcher is not None and matcher.is_done:  # the engine before this one had no time to say so
+            self._emit(c.Outputs(keys=[request.key], tokens=[-1], finishes=["stop"], logprobs=[None]))
+            return
         eos = () if request.sampling.ignore_eos else self.boot.eos_token_ids
         self.scheduler.add(
             Sequence(
@@ -92,10 +105,16 @@ class EngineCore:
                 stop_ids=frozenset((*request.sampling.stop_token_ids, *eos)),
                 order=self.scheduler.take_order(),
                 shaping=request.shaping,
+                matcher=matcher,
             )
         )
-        self._prompt_tokens += len(request.prompt)
         self.pump()
+
+    def _matcher_of(self, request: c.Submit) -> "Matcher | None":
+        grammar = request.sampling.grammar
+        if grammar is None or self.boot.grammars is None:
+            return None
+        return self.boot.grammars.matcher(grammar, request.generated)
 
     def abort(self, key: int) -> None:
         self.scheduler.abort(key)

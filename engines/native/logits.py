@@ -1,9 +1,8 @@
 """One row of logits as a request wants it changed, in the order in which vLLM 0.32 does so.
 
-1. Tokens outside the mask (``allowed_token_ids``, a grammar) cannot be chosen.
-2. Bad words, and what would end the request before ``min_tokens``, cannot either, unless nothing else is left.
-3. ``logit_bias`` is added.
-4. Of the tokens of prompt and output, positive logits are divided by the repetition penalty, others multiplied by it;
+1. Tokens outside the mask cannot be chosen: ``allowed_token_ids``, a grammar, bad words, ``min_tokens``.
+2. ``logit_bias`` is added.
+3. Of the tokens of prompt and output, positive logits are divided by the repetition penalty, others multiplied by it;
    output tokens lose the frequency penalty for each time they came, and the presence penalty once.
 
 Sources: Keskar et al., CTRL, 2019, section 4.1 (repetition); OpenAI's API reference (frequency, presence).
@@ -25,25 +24,12 @@ def shaped(row: torch.Tensor, shape: Shape, shared: SharedMemory) -> torch.Tenso
     own = row.to(torch.float32, copy=True)
     if shape.is_masked:
         own[torch.from_numpy(~is_set(shared.masks[shape.table_row], len(own)))] = -torch.inf
-    _forbid(own, np.frombuffer(shape.forbidden, dtype=np.int32))
-    if shape.bias_tokens:
-        own[_ids(np.frombuffer(shape.bias_tokens, dtype=np.int32))] += torch.from_numpy(
-            np.frombuffer(shape.bias_values, dtype=np.float32).copy()
-        )
+    if shape.is_biased:
+        own += torch.from_numpy(shared.biases[shape.table_row, : len(own)])
     if shape.num_tokens:
         tokens = shared.tokens[shape.table_row, : shape.num_tokens]
         _penalise(own, shape, prompt=tokens[: shape.num_prompt], output=tokens[shape.num_prompt :])
     return own
-
-
-def _forbid(own: torch.Tensor, tokens: Ints) -> None:
-    if not len(tokens):
-        return
-    ids = _ids(tokens)
-    before = own[ids]
-    own[ids] = -torch.inf
-    if bool(torch.isneginf(own).all()):
-        own[ids] = before
 
 
 def _penalise(own: torch.Tensor, shape: Shape, *, prompt: Ints, output: Ints) -> None:

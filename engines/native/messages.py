@@ -1,7 +1,7 @@
 """Messages between the engine core and its stage workers, and between workers.
 
 Arrays travel as the bytes of int32 (``tokens``, ``rows``, ``starts``, ``counts``, ``slots``, ...) or float32
-(``logprobs``, ``bias_values``).
+(``logprobs``).
 ``generation`` rises with every commit and every recovery; a message of another generation is stale and dropped.
 """
 
@@ -39,15 +39,14 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How to change one row of the logits before a token is chosen from it.
 
     ``table_row`` is the sequence's row in shared memory, where its first ``num_tokens`` tokens lie (0: they are not
-    needed), of which ``num_prompt`` are the prompt's, and the mask of what may be chosen, if ``is_masked``.
+    needed), of which ``num_prompt`` are the prompt's, the mask of what may be chosen, if ``is_masked``, and what is
+    added, if ``is_biased``. So this stays small, whatever a client gives.
     """
 
     row: int
     table_row: int
     is_masked: bool
-    forbidden: bytes
-    bias_tokens: bytes
-    bias_values: bytes
+    is_biased: bool
     repetition: float
     frequency: float
     presence: float

@@ -15,6 +15,8 @@ from engines.native.kv_blocks import KVBlocks
 from engines.native.sequence import Sequence, SequenceState
 from engines.protocol import FinishReason, ScoredToken, TopLogprobs
 
+_SCORED_TOKENS = 2048  # of prompts in one micro-batch, so that what is told of them is a message of some 350 KiB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
@@ -162,6 +164,7 @@ class Scheduler:
         """
         budget = self._limits.max_num_batched_tokens
         share = -(-min(len(self._running) + len(self._waiting), self._limits.max_num_seqs) // self.micro_batches)
+        scored = _SCORED_TOKENS
         entries: list[Entry] = []
         is_short = False  # of KV blocks: nobody is let in before those who run have theirs
         ready = [s for s in self._running if not s.in_flight]
@@ -171,20 +174,24 @@ class Scheduler:
                 break
             if sequence.state is not SequenceState.RUNNING:  # preempted for an earlier entry
                 continue
-            count = min(sequence.pending, budget)
+            count = min(sequence.pending, budget, scored if sequence.scores is not None else budget)
+            if not count:
+                continue
             if not self._ensure_blocks(sequence, sequence.computed + count):
                 is_short = True
                 continue
             entries.append(self._entry(sequence, count))
             budget -= count
+            scored -= count if sequence.scores is not None else 0
         while self._waiting and not is_short and budget and len(entries) < share and self._rows:
             sequence = self._waiting[0]
-            count = min(sequence.pending, budget)
-            if not self._admit(sequence, count, is_alone=not self._running):
+            count = min(sequence.pending, budget, scored if sequence.scores is not None else budget)
+            if not count or not self._admit(sequence, count, is_alone=not self._running):
                 break
             self._waiting.popleft()
             entries.append(self._entry(sequence, count))
             budget -= count
+            scored -= count if sequence.scores is not None else 0
         if not entries:
             return None
         self._next_step += 1

@@ -1,9 +1,13 @@
 """One request as the scheduler sees it."""
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from engines.native.shaping import Shaping
 from engines.protocol import FinishReason, SamplingParams, ScoredToken
+
+if TYPE_CHECKING:
+    from engines.native.grammar import Matcher
 
 
 class SequenceState(Enum):
@@ -25,6 +29,7 @@ class Sequence:
         "in_flight",
         "key",
         "last_step",
+        "matcher",
         "mirrored",
         "num_prompt",
         "order",
@@ -47,6 +52,7 @@ class Sequence:
         stop_ids: frozenset[int],
         order: int,
         shaping: Shaping | None = None,
+        matcher: "Matcher | None" = None,
     ) -> None:
         self.key = key
         self.tokens = prompt + generated
@@ -58,6 +64,7 @@ class Sequence:
         self.block_ids: list[int] = []
         self.row = -1
         self.shaping = shaping
+        self.matcher = matcher  # has taken in all output tokens
         self.mirrored = 0  # tokens that lie in shared memory, too, at its row
         # Of the prompt's tokens but the first, as far as they are known; None: not asked for, or reported before.
         self.scores: list[ScoredToken] | None = None if sampling.prompt_logprobs is None or generated else []
@@ -84,6 +91,12 @@ class Sequence:
 
     def finish_after(self, token: int, *, max_model_len: int) -> FinishReason | None:
         """Say whether ``token``, already appended, ends the sequence."""
+        if self.matcher is not None:
+            self.matcher.take(token)
+            if self.matcher.has_failed:
+                return FinishReason.ABORT
+            if self.matcher.is_done:
+                return FinishReason.STOP
         if token in self.stop_ids:
             return FinishReason.STOP
         if self.num_output >= self.sampling.max_tokens or len(self.tokens) >= max_model_len:

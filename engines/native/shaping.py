@@ -77,11 +77,12 @@ def shaping_of(sampling: SamplingParams, *, vocab_size: int) -> Shaping | None:
         min_tokens=given.get("min_tokens", 0),
         bias=bias,
         allowed=None if allowed is None else tuple(allowed),
-        bad_words=tuple(word for word in sampling.bad_words if word),
+        bad_words=tuple(word for word in sampling.bad_words if word and max(word) < vocab_size),
     )
 
 
 def _check_known(name: str, token_ids: Any, vocab_size: int) -> None:
     unknown = next((token for token in token_ids if not 0 <= token < vocab_size), None)
     if unknown is not None:
-        raise InvalidRequest(f"{name}: token ids are 0 to {vocab_size - 1}, not {unknown}", parameter=name)
+        message = f"{name}: token ids are 0 to {vocab_size - 1}, not {unknown}"
+        raise InvalidRequest(message, parameter=name, code="unknown_token")

@@ -34,7 +34,7 @@ class SharedMemory:
     """One hidden-state outbox and one KV staging area per worker, and what the core writes and all read.
 
     That has one row for each running sequence: the block table, and, for those of which the stage that samples needs
-    them, the tokens so far and a mask of the tokens that may be chosen.
+    them, the tokens so far, a mask of the tokens that may be chosen and what is added to their logits.
     """
 
     def __init__(self, sizes: SharedSizes) -> None:
@@ -43,6 +43,7 @@ class SharedMemory:
         self.block_table = _shared_rows(rows, columns)
         self.tokens = _shared_rows(rows, sizes.max_model_len)
         self.masks = _shared_rows(rows, words_for(sizes.vocab_size))
+        self.biases = _shared_rows(rows, sizes.vocab_size).view(np.float32)
         self._slot_bytes = sizes.max_num_batched_tokens * sizes.hidden_bytes_per_token
         self._outboxes = [mmap.mmap(-1, self._slot_bytes * sizes.outbox_slots) for _ in range(sizes.num_workers)]
         self._staging = [mmap.mmap(-1, sizes.staging_bytes * STAGING_BUFFERS) for _ in range(sizes.num_workers)]

@@ -87,7 +87,7 @@ def from_engine_error(error: EngineError) -> ApiError:
     """Return the answer for what an engine or the text process raised."""
     match error:
         case InvalidRequest():
-            return invalid(str(error), param=error.parameter)
+            return invalid(str(error), param=error.parameter, code=error.code)
         case TextRefused():
             return invalid(str(error), param=None, code="invalid_prompt")
         case EngineClosed() | TextClosed():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+from flexpiped.api import structured
 from flexpiped.api.choices import CHAT_CHOICES, COMPLETION_CHOICES
 from flexpiped.api.engine_parameters import ENGINE_PARAMETERS
 from flexpiped.api.fields import Reader
@@ -41,8 +42,9 @@ def _table(
 
 
 def _other(name: str, choices: Mapping[str, Reader[Any]], neutral: tuple[Any, ...]) -> Parameter:
-    if name in choices:
-        return Parameter(by=HonouredBy.OWN_SERVER_OR_DAEMON, reader=choices[name], neutral=neutral)
+    reader = choices.get(name) or structured.READERS.get(name)
+    if reader is not None:
+        return Parameter(by=HonouredBy.OWN_SERVER_OR_DAEMON, reader=reader, neutral=neutral)
     if name in ENGINE_PARAMETERS:
         return Parameter(by=HonouredBy.ENGINE, reader=ENGINE_PARAMETERS[name], neutral=neutral)
     return Parameter(by=HonouredBy.OWN_SERVER, neutral=neutral)

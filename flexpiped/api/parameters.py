@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engines.protocol import EngineCapabilities, SamplingParams
+from engines.protocol import EngineCapabilities, Grammar, SamplingParams
 from flexpiped.api.choices import CHOICES, LOGPROBS, Choices, chat_choices, completion_choices
 from flexpiped.api.engine_parameters import read_engine_params
 from flexpiped.api.errors import ApiError, ErrorType, invalid
@@ -23,6 +23,7 @@ from flexpiped.api.fields import (
     wrong_type,
 )
 from flexpiped.api.inputs import MESSAGES, PROMPT, read_messages, read_prompt
+from flexpiped.api.structured import STRUCTURED, read_grammar
 from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NeutralValues, refuse_unsupported
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
@@ -113,6 +114,7 @@ class Parameters:
     ignore_eos: bool
     engine_params: Mapping[str, Any]
     choices: Choices
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,8 @@ def taken_here(capabilities: EngineCapabilities | None) -> frozenset[str]:
         return frozenset()
     choices = CHOICES if capabilities.own_server is None else frozenset()
     logprobs = LOGPROBS if capabilities.own_server is None and capabilities.top_logprobs else frozenset()
-    return capabilities.engine_params | choices | logprobs
+    structured = STRUCTURED if capabilities.own_server is None and capabilities.grammars else frozenset()
+    return capabilities.engine_params | choices | logprobs | structured
 
 
 def parse_completion(body: Body, *, taken: Set[str] = frozenset()) -> CompletionRequest:
@@ -229,6 +232,7 @@ def sampling_of(
         top_logprobs=choices.logprobs or 0,
         prompt_logprobs=prompt_logprobs,
         bad_words=bad_words,
+        grammar=parameters.grammar,
         engine_params=parameters.engine_params,
     )
 
@@ -262,6 +266,7 @@ def _parameters(
         ignore_eos=given["ignore_eos"] or False,
         engine_params=read_engine_params(body, taken=taken),
         choices=read_choices(body, taken=taken, stream=stream),
+        grammar=read_grammar(body, taken=taken),
     )
 
 

@@ -65,6 +65,41 @@ async def test_a_stream_goes_on_as_if_nothing_had_happened(daemon: Daemon, clien
     assert len((await daemon.ask("/status"))["stages"]) == 2
 
 
+async def test_the_openai_client_gets_choices_log_probabilities_and_json(client: openai.AsyncOpenAI) -> None:
+    two = await client.completions.create(
+        model="demo-model", prompt="Once", n=2, seed=3, max_tokens=8, temperature=1.0, logprobs=2, echo=True
+    )
+    alone = await client.completions.create(
+        model="demo-model", prompt="Once", seed=4, max_tokens=8, temperature=1.0, presence_penalty=0.0
+    )
+    assert two.choices[1].text == "Once" + alone.choices[0].text
+    told = two.choices[0].logprobs
+    assert told is not None
+    assert told.token_logprobs is not None
+    assert told.token_logprobs[0] is None
+    assert len(told.token_logprobs) == two.usage.prompt_tokens + 8  # type: ignore[union-attr]
+    question: Any = [{"role": "user", "content": "What is 3 + 4?"}]
+    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 99}}, "required": ["sum"]}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+    answer = await client.chat.completions.create(
+        model="demo-model",
+        messages=question,
+        response_format=wanted,
+        logprobs=True,
+        top_logprobs=1,
+        extra_body={"structured_outputs": None},
+        max_tokens=60,
+        logit_bias={},
+    )
+    assert answer.choices[0].logprobs is not None
+    if answer.choices[0].finish_reason == "stop":
+        assert "sum" in json.loads(answer.choices[0].message.content or "")
+    wanted["json_schema"]["schema"] = {"type": "nonsense"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="demo-model", messages=question, response_format=wanted)
+    assert (caught.value.param, caught.value.code) == ("response_format", "invalid_grammar")
+
+
 async def test_the_openai_client_chats(client: openai.AsyncOpenAI) -> None:
     question: Any = [{"role": "user", "content": "What is 3 + 4?"}]
     answer = await client.chat.completions.create(model="demo-model", messages=question, temperature=0)

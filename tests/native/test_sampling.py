@@ -28,6 +28,7 @@ TOKENS = 24
 BOUND = 1e-3  # of log-probabilities, see the noise floor in test_exactness.py
 CLEAR = 1e-4  # of logits: what is closer may go either way
 BAN = ((44,), (12, 13))
+FEW_BLOCKS = {"kv_cache_bytes": 14 * 16 * 8 * 2 * 2 * 16 * 4}  # so that sequences are preempted
 PARAMS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4},
     {"frequency_penalty": 0.8, "presence_penalty": 0.5},
@@ -123,7 +124,7 @@ def candidates(row: torch.Tensor, wanted: GenerationRequest, position: int) -> t
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[NativeEngine]:
-    async with running(llama(), even(2), **CROWDED) as engine:
+    async with running(llama(), even(2), **(CROWDED | FEW_BLOCKS)) as engine:
         yield engine
 
 

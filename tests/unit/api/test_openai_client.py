@@ -124,8 +124,12 @@ async def test_models(client: AsyncOpenAI) -> None:
 
 async def test_errors_are_the_clients_own(client: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        await client.completions.create(model=MODEL, prompt="x", n=2)
-    assert (bad.value.param, bad.value.code, bad.value.type) == ("n", "unsupported_parameter", "invalid_request_error")
+        await client.completions.create(model=MODEL, prompt="x", suffix="y")
+    assert (bad.value.param, bad.value.code, bad.value.type) == (
+        "suffix",
+        "unsupported_parameter",
+        "invalid_request_error",
+    )
     with pytest.raises(openai.NotFoundError) as missing:
         await client.completions.create(model="other", prompt="x")
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")

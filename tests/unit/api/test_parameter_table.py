@@ -93,6 +93,8 @@ VALUES: dict[str, Any] = {
     "logprobs": True,  # of chats; a number of completions
     "top_logprobs": 2,
     "prompt_logprobs": 1,
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "a+"},
 }
 WITHOUT_EFFECT = {"user"}  # names who asks, and is checked
 NEEDED_WITH: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}

@@ -17,7 +17,7 @@ from engines.native.scheduler import Batch, Entry
 from engines.native.sequence import Sequence
 from engines.native.shaping import Shaping, shaping_of
 from engines.native.shared import SharedMemory, SharedSizes
-from engines.native.token_mask import is_set, mask_from, words_for
+from engines.native.token_mask import allow_all, allow_only, forbid, is_set, words_for
 from engines.protocol import SamplingParams
 
 VOCABULARY = 50
@@ -226,5 +226,8 @@ def test_tokens_outside_the_vocabulary_are_refused_by_name(params: dict[str, Any
 def test_masks_hold_what_was_put_in(size: int) -> None:
     words = np.full(words_for(size), -1, dtype=np.int32)
     wanted = tuple(range(0, size, 3))
-    mask_from(wanted, words)
+    allow_only(words, wanted)
     assert np.flatnonzero(is_set(words, size)).tolist() == list(wanted)
+    allow_all(words, size)
+    forbid(words, [*range(0, size, 2), size + 10_000])
+    assert np.flatnonzero(is_set(words, size)).tolist() == (list(range(1, size, 2)) if size > 1 else [0])

@@ -11,6 +11,8 @@ from engines.native.options import NativeOptions
 from engines.native.shaping import Shaping
 from engines.protocol import (
     EngineCounters,
+    Grammar,
+    GrammarKind,
     KvRange,
     RefactorCheck,
     RefactorProgress,
@@ -27,9 +29,7 @@ SHAPE = m.Shape(
     row=0,
     table_row=3,
     is_masked=True,
-    forbidden=b"\x01\0\0\0",
-    bias_tokens=b"\x02\0\0\0",
-    bias_values=b"\0\0\x80\xbf",
+    is_biased=False,
     repetition=1.2,
     frequency=0.5,
     presence=-0.5,
@@ -91,7 +91,14 @@ REPORTS: list[m.WorkerReport] = [
 
 PIPELINE: Pipeline = pipeline_of(device_ids=("cpu:0", "cpu:1"), cuts=[3], num_decoders=8)
 OPTIONS = NativeOptions(model_directory="/m", device_ids=("cpu:0", "cpu:1"), device_memory_bytes=1 << 30)
-SAMPLING = SamplingParams(max_tokens=5, temperature=0.5, seed=2**63 - 1, stop_token_ids=(1, 2), logprobs=True)
+SAMPLING = SamplingParams(
+    max_tokens=5,
+    temperature=0.5,
+    seed=2**63 - 1,
+    stop_token_ids=(1, 2),
+    logprobs=True,
+    grammar=Grammar(kind=GrammarKind.REGEX, source="a+", parameter="structured_outputs"),
+)
 COUNTERS = EngineCounters(
     running=1,
     waiting=2,
@@ -148,6 +155,7 @@ CORE_REPORTS: list[c.CoreReport] = [
         worker_pids=(12, 13),
         attention="compiled",
         kv_range=KvRange(least_blocks=4, most_blocks=100),
+        grammars=True,
     ),
     c.StartFailed(reason="no such model", unsupported=True),
     c.Outputs(
@@ -157,6 +165,7 @@ CORE_REPORTS: list[c.CoreReport] = [
         logprobs=[-0.5, None],
         details={1: c.Details(top=TOP, prompt=(ScoredToken(token_id=5, logprob=-0.5, rank=1, top=TOP),))},
     ),
+    c.Refused(key=1, message="no such schema", parameter="response_format", code="invalid_grammar"),
     c.Progress(call=2, progress=PROGRESS),
     c.Refactored(call=2, error="RefactoringAborted", message="cancelled"),
     c.Checked(call=2, check=RefactorCheck(feasible=False, sentences=("too big",), moves=("a",))),

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
+from engines.native.details import Details
 from engines.native.kv_blocks import KVBlocks
 from engines.native.scheduler import Batch, Output
 from engines.native.sequence import Sequence, SequenceState
-from engines.protocol import FinishReason
+from engines.protocol import FinishReason, ScoredToken
 from tests.unit.native.fake_model import Engine, undisturbed
 
 
@@ -560,3 +561,46 @@ def test_what_is_in_flight_is_moved_when_its_step_has_ended() -> None:
     engine.relocate(99)
     assert engine.scheduler.kv_blocks_above == 0
     assert second.state is SequenceState.WAITING
+
+
+def test_what_is_told_of_prompts_in_one_micro_batch_is_bounded() -> None:
+    engine = Engine(num_blocks=3000, budget=8192, max_model_len=4096, max_num_seqs=4)
+    told = [engine.add(range(1, 40), max_tokens=1) for _ in range(3)]
+    for sequence in told:
+        sequence.tokens = [1 + i % 30 for i in range(1500)]
+        sequence.num_prompt = len(sequence.tokens)
+        sequence.scores = []
+    plain = engine.add([1 + i % 30 for i in range(900)], max_tokens=1)
+    seen = 0
+    while (batch := engine.dispatch()) is not None:
+        assert sum(entry.count for entry in batch.entries if entry.sequence is not plain) <= 2048
+        seen += sum(entry.count for entry in batch.entries)
+        engine.complete()
+    assert seen == 3 * 1500 + 900
+    engine.assert_idle()
+
+
+def test_scores_of_a_prompt_come_once_in_order_and_survive_a_crash() -> None:
+    def score(token: int) -> ScoredToken:
+        return ScoredToken(token_id=token, logprob=-1.0, rank=1)
+
+    engine = Engine(budget=4)
+    sequence = engine.add(range(1, 11), max_tokens=3)
+    sequence.scores = []
+    reported = []
+    for step in range(12):
+        batch = engine.scheduler.schedule()
+        if batch is None:
+            break
+        (entry,) = batch.entries
+        if step == 1:  # the step in flight is lost with the KV cache
+            engine.scheduler.recompute_all()
+            assert [each.token_id for each in sequence.scores or ()] == [2, 3, 4, 5]
+            continue
+        known = len(sequence.scores or ())
+        first, end = max(entry.start, known) + 1, min(entry.start + entry.count, 9) + 1
+        scores = {0: [score(sequence.tokens[i]) for i in range(first, end)]} if sequence.scores is not None else {}
+        tokens = [7] if entry.samples else []
+        outputs = engine.scheduler.finish_step(batch, tokens, None, Details(tops={}, scores=scores))
+        reported += [[each.token_id for each in output.prompt] for output in outputs]
+    assert reported == [list(range(2, 11)), [], []]

@@ -1,0 +1,94 @@
+"""Output that keeps to a grammar: which tokens may come next, by llguidance (https://github.com/guidance-ai/llguidance).
+
+It runs in the core, which has the tokens of every request: a matcher is made anew from the tokens so far when a request
+comes from another engine, and the loss of a stage worker does not touch it. llguidance bounds what one grammar may
+cost, at its making (some 20 ms) and at each token; beyond that it is refused, or its request ends.
+"""
+
+import json
+from pathlib import Path
+from typing import assert_never
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from engines.errors import InvalidRequest
+from engines.native.token_mask import Words
+from engines.protocol import Grammar, GrammarKind
+
+
+class Matcher:
+    """The state of one request's grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill(self, words: Words) -> None:
+        """Set the bit of each token that may come next, and no other."""
+        words[:] = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32, count=len(words))
+
+    def take(self, token: int) -> None:
+        """Go on after ``token``."""
+        self._matcher.consume_token(token)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a token came that the grammar does not allow, or it became too complex."""
+        return bool(self._matcher.is_error())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
+
+class Grammars:
+    """Makes matchers for one model.
+
+    Args:
+        tokenizer: The model's ``tokenizer.json``.
+    """
+
+    def __init__(self, tokenizer: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        eos = list(eos_token_ids) or None
+        self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab_size, eos_token=eos)
+
+    def matcher(self, grammar: Grammar, generated: list[int]) -> Matcher:
+        """Return the state after ``generated``.
+
+        Raises:
+            InvalidRequest: The grammar is none, or ``generated`` does not keep to it.
+        """
+        try:
+            source = compiled(grammar)
+        except ValueError as error:
+            raise _refusal(grammar, str(error)) from error
+        matcher = LLMatcher(self._tokenizer, source, log_level=0)
+        if not matcher.is_error() and generated:
+            matcher.consume_tokens(generated)
+        if matcher.is_error():
+            raise _refusal(grammar, matcher.get_error())
+        return Matcher(matcher)
+
+
+def compiled(grammar: Grammar) -> str:
+    """Return the grammar in llguidance's words. Raises: ValueError."""
+    match grammar.kind:
+        case GrammarKind.JSON_SCHEMA:
+            spaces = grammar.any_whitespace
+            return str(LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_flexible": spaces}))
+        case GrammarKind.REGEX:
+            return str(LLMatcher.grammar_from_regex(grammar.source))
+        case GrammarKind.CHOICE:
+            choices = " | ".join(json.dumps(each) for each in json.loads(grammar.source))
+            return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
+        case GrammarKind.LARK:
+            return str(LLMatcher.grammar_from_lark(grammar.source))
+        case _:
+            assert_never(grammar.kind)
+
+
+def _refusal(grammar: Grammar, reason: str) -> InvalidRequest:
+    first = reason.strip().splitlines()[0] if reason.strip() else "it cannot be read"
+    message = f"{grammar.parameter}: {first}"
+    return InvalidRequest(message, parameter=grammar.parameter, code="invalid_grammar")
