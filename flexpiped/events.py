@@ -18,7 +18,7 @@ class EventKind(Enum):
     ENGINE = "engine"  # started, died, restarted, compiled again after a move
     REFACTORING = "refactoring"  # asked for, progress, done, refused, aborted
     DECISION = "decision"  # what the policy came to: what changes something here, all in a log of its own
-    DEVICES = "devices"  # a GPU appeared, left or got worse
+    DEVICES = "devices"  # a GPU appeared, left or got worse; others took or freed memory
     MISSED = "missed"  # events that this follower can no longer get
 
 

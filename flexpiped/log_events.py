@@ -92,6 +92,11 @@ def journal_failed(*, reason: str) -> None:
     _log.error("journal failed", reason=reason)
 
 
+def kv_resized(*, replica: int, before: int, after: int, reason: str) -> None:
+    """Others have taken or freed memory. In KV blocks."""
+    _log.info("KV cache resized", replica=replica, before=before, after=after, reason=reason)
+
+
 def layout_restored(*, engine: str, stages: Sequence[int], reason: str) -> None:
     _log.info("last layout restored", engine=engine, stages=list(stages), reason=reason)
 

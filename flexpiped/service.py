@@ -42,6 +42,7 @@ from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.keys import KeyRing
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.models import model_source, served_name
+from flexpiped.neighbourhood import Neighbourhood
 from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings, Started
@@ -55,6 +56,7 @@ from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.tls import LiveTls
 from flexpiped.watches import watch_hardware, watch_text
 from planner.layout import Pipeline
+from planner.neighbourhood import NeighbourConstants
 
 DRAIN_DEADLINE_S: Final = 30.0
 _STATES: Final = {
@@ -226,6 +228,7 @@ class Service:
         self._run_beside(stack, watch_text(text, on_failure=self._fail), name="text-watch")
         stack.push_async_callback(self._auto.close)
         self._run_beside(stack, self._auto.run_forever(), name="auto")
+        self._run_beside(stack, self._neighbourhood(hardware).run_forever(), name="neighbourhood")
         stack.callback(self._begin_drain)
         self._phase, self._text = ServiceState.READY, text
         # Before anybody can ask for another change, for nothing has been awaited since.
@@ -237,6 +240,17 @@ class Service:
         if coming is not None:
             await self._refactorings.ended(coming)
         self._journal.got_ready()
+
+    def _neighbourhood(self, hardware: Hardware) -> Neighbourhood:
+        devices = self._settings.devices
+        return Neighbourhood(
+            NeighbourConstants(keep_free_bytes=devices.keep_free_bytes, grow_after_s=devices.grow_after_s),
+            replicas=lambda: self._in_force.known_replicas().all,
+            kv_bytes_per_token=lambda: self._in_force.offer().resolver.kv_bytes_per_token,
+            devices=hardware.devices,
+            refactorings=self._refactorings,
+            events=self.events,
+        )
 
     def _serving(
         self, app: web.Application, listener: socket.socket, *, shutdown_s: float

@@ -28,10 +28,11 @@ class ScaleStand(Stand):
     def __init__(self) -> None:
         super().__init__()
         self.events = EventLog()
+        self.resolver = EvenResolver()
         self.fleet = Fleet(replicas=lambda: self.replicas, factory=lambda: self.workshop.make, drain_deadline_s=5.0)
         self.refactorings = Refactorings(
             engine=lambda: self.replicas.all[0].supervisor.engines[0],
-            resolver=EvenResolver,
+            resolver=lambda: self.resolver,
             events=self.events,
             replica=lambda target, on: ReplicaRunner(
                 (self.replicas.main if on is None else self.fleet.replica(on)).supervisor, target

@@ -1,0 +1,162 @@
+"""Watches what others take of the memory that stages share, and has KV caches and layers follow before it runs out.
+
+``planner.neighbourhood`` decides. KV caches are resized by their engines; layers move as with ``flexctl rebalance``. It
+works whatever ``[auto]`` says: running out of memory is not a matter of taste.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, assert_never
+
+from engines.errors import EngineError, RefactoringBusy
+from engines.protocol import Engine, KvResizing, StageStatus
+from flexpiped import log_events
+from flexpiped.events import EventKind, EventLog
+from flexpiped.handover_records import Proposal, Wanted
+from flexpiped.memory_pools import pool_names, pools_of, replica_kv
+from flexpiped.refactoring import Refactorings
+from flexpiped.replica import Replica
+from planner.errors import PlannerError
+from planner.neighbourhood import Change, NeighbourConstants, NeighbourState, ReplicaKv, Verb, decide
+from topology.device import Device, DeviceKind
+from topology.host_memory import FreeMemory, free_host_memory
+
+_PERIOD_S: Final = 2.0  # a look takes a few milliseconds
+
+
+class LayoutChanged(Exception):
+    """Between two questions to an engine: the next look comes soon."""
+
+
+class Neighbourhood:
+    """Used on one event loop.
+
+    Args:
+        replicas: Those of now; raises ``EngineError`` before there are any.
+        kv_bytes_per_token: Of the model, over all decoders.
+        devices: Looks at the devices; may block, and is called in a thread.
+        host: Looks at the memory of the host; likewise.
+    """
+
+    def __init__(
+        self,
+        constants: NeighbourConstants,
+        *,
+        replicas: Callable[[], Sequence[Replica]],
+        kv_bytes_per_token: Callable[[], int],
+        devices: Callable[[], Sequence[Device]],
+        refactorings: Refactorings,
+        events: EventLog,
+        host: Callable[[], FreeMemory | None] = free_host_memory,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._constants = constants
+        self._replicas = replicas
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._devices = devices
+        self._refactorings = refactorings
+        self._events = events
+        self._host = host
+        self._clock = clock
+        self._state = NeighbourState()
+        self._seen: Sequence[Device] = ()
+
+    async def run_forever(self) -> None:
+        """Look again and again."""
+        while True:
+            await self.look()
+            await asyncio.sleep(_PERIOD_S)
+
+    async def look(self) -> tuple[Change, ...]:
+        """Look at the memory, and carry out what follows; return that."""
+        devices, host = await asyncio.to_thread(self._look_around)
+        names = pool_names(devices, host)
+        try:
+            serving = [(each, each.engine) for each in self._replicas() if each.engine is not None]
+            if await self._has_plenty(serving, devices, host):
+                self._state = NeighbourState()
+                return ()
+            stages = [await engine.stages() for _, engine in serving]
+            kvs = [await self._kv(*each, names, seen) for each, seen in zip(serving, stages, strict=True)]
+        except (EngineError, LayoutChanged):  # while it was asked
+            return ()
+        pools = pools_of(devices, [stage for seen in stages for stage in seen], host=host)
+        self._state, changes = decide(self._state, kvs, pools, now_s=self._clock(), constants=self._constants)
+        for change in changes:
+            await self._carry_out(change, next(each for each, _ in serving if each.number == change.number))
+        return changes
+
+    def _look_around(self) -> tuple[Sequence[Device], FreeMemory | None]:
+        """Look at the host, and at GPUs: CPU devices are what the configuration says, and stay that."""
+        if not self._seen or any(each.kind is not DeviceKind.CPU for each in self._seen):
+            self._seen = self._devices()
+        return self._seen, self._host()
+
+    async def _has_plenty(
+        self, serving: Sequence[tuple[Replica, Engine]], devices: Sequence[Device], host: FreeMemory | None
+    ) -> bool:
+        """Whether all KV caches fit even if nothing of them is mapped yet: to ask what is mapped costs stages time."""
+        if any(each.kind is not DeviceKind.CPU for each in devices):
+            return False
+        names = pool_names(devices, host)
+        kvs = [await self._kv(*each, names, None) for each in serving]
+        _, changes = decide(
+            NeighbourState(), kvs, pools_of(devices, (), host=host), now_s=self._clock(), constants=self._constants
+        )
+        return not changes and all(kv.blocks == kv.most_blocks for kv in kvs)
+
+    async def _kv(
+        self, replica: Replica, engine: Engine, names: Mapping[str, str], seen: Sequence[StageStatus] | None
+    ) -> ReplicaKv:
+        """Return the KV cache of a replica; ``seen`` None: as if nothing of it were mapped."""
+        pipeline, counters = engine.pipeline, await engine.counters()
+        if seen is not None and len(seen) != pipeline.granularity:
+            raise LayoutChanged
+        return replica_kv(
+            replica.number,
+            counters,
+            pipeline,
+            mapped_bytes=[0] * pipeline.granularity if seen is None else [stage.kv_mapped_bytes for stage in seen],
+            kv_range=engine.capabilities.kv_range,
+            kv_bytes_per_token=self._kv_bytes_per_token(),
+            pool_of=names,
+        )
+
+    async def _carry_out(self, change: Change, replica: Replica) -> None:
+        engine = replica.engine
+        if engine is None:
+            return
+        try:
+            match change.verb:
+                case Verb.SHRINK | Verb.GROW:
+                    await self._resize(change, replica, engine)
+                case Verb.MOVE:
+                    await self._move(change, engine)
+                case _:
+                    assert_never(change.verb)
+        except RefactoringBusy:  # the next look comes soon
+            pass
+        except (EngineError, PlannerError) as error:
+            self._tell(change, f"replica {change.number}: not done: {error}")
+
+    async def _move(self, change: Change, engine: Engine) -> None:
+        """Ask for a layout of as many stages: the planner sees what is free on each device now."""
+        self._tell(change, f"replica {change.number}: {change.reason}")
+        started = await self._refactorings.start(Wanted(stages=engine.pipeline.granularity, on=change.number))
+        if isinstance(started, Proposal):
+            self._tell(change, f"replica {change.number}: not done: {'; '.join(started.check.sentences)}")
+
+    async def _resize(self, change: Change, replica: Replica, engine: Engine) -> None:
+        assert isinstance(engine, KvResizing), "as its kv_range says"
+        before = (await engine.counters()).kv_blocks_capacity
+        await engine.resize_kv(change.blocks)
+        after = await engine.counters()
+        replica.facts.kv_capacity_tokens = after.kv_blocks_capacity * after.kv_block_tokens
+        log_events.kv_resized(replica=change.number, before=before, after=change.blocks, reason=change.reason)
+        said = f"replica {change.number}: KV cache {change.verb.value}s from {before} to {change.blocks} KV blocks"
+        self._tell(change, f"{said}: {change.reason}")
+
+    def _tell(self, change: Change, message: str) -> None:
+        fields = {"change": change.verb.value, "replica": change.number, "kv_blocks": change.blocks}
+        self._events.publish(EventKind.DEVICES, message, **fields)

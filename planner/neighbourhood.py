@@ -1,0 +1,192 @@
+"""What to do when others take or free memory: the KV cache shrinks or grows, or layers move. Pure: no I/O, no clock.
+
+    short of memory --> shrink, at once          (never below the longest request)
+                        still short after that, on a device with other tenants, and another has room --> move layers
+    room again, for ``grow_after_s`` --> grow
+
+A KV cache takes memory as it is written, up to its number of KV blocks. So what counts is what it *may* take: that has
+to be there, and ``keep_free_bytes`` besides. Several replicas on the same memory give way in proportion.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from topology.units import format_bytes
+
+
+class Verb(Enum):
+    SHRINK = "shrink"
+    GROW = "grow"
+    MOVE = "move"  # a layout for what is free now, of as many stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Memory that stages share with others: that of one GPU, or of a host that has CPU devices.
+
+    Attributes:
+        free_bytes: What everybody may still take; None: not known.
+        is_shared: Whether another tenant is known to be there, so that layers may have to leave it.
+    """
+
+    name: str
+    free_bytes: int | None
+    is_shared: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolShare:
+    """What the KV cache of one replica takes of one pool: per KV block, and what is backed by memory now."""
+
+    pool: str
+    block_bytes: float
+    mapped_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaKv:
+    """The KV cache of one replica. An engine that cannot change its KV cache has ``blocks`` as least and as most."""
+
+    number: int
+    blocks: int
+    least_blocks: int
+    most_blocks: int
+    shares: tuple[PoolShare, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeighbourConstants:
+    """Each with its reason.
+
+    Attributes:
+        keep_free_bytes: Left to others: what they take between two looks must not be what is missing.
+        slack: So much less than fits is taken, so that not every look changes something.
+        grow_after_s: Memory must have been free for so long: whoever frees some often takes it again.
+        move_after_s: Layers move only where it has been short for so long: that costs more than it takes to look again.
+        move_again_s: And not again within this time.
+    """
+
+    keep_free_bytes: int
+    slack: float = 0.1
+    grow_after_s: float = 30.0
+    move_after_s: float = 10.0
+    move_again_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeighbourState:
+    """What is remembered: since when each replica could grow, since when it is short, when its layers last moved."""
+
+    roomy_since_s: Mapping[int, float] = field(default_factory=dict)
+    short_since_s: Mapping[int, float] = field(default_factory=dict)
+    moved_s: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One thing to do for one replica, with its reason in words. ``blocks``: the new number of KV blocks."""
+
+    number: int
+    verb: Verb
+    blocks: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bound:
+    """The pool that leaves a replica the fewest KV blocks: the number that ``fits``, which may be below zero."""
+
+    pool: Pool
+    fits: float
+
+
+def decide(
+    state: NeighbourState,
+    replicas: Sequence[ReplicaKv],
+    pools: Sequence[Pool],
+    *,
+    now_s: float,
+    constants: NeighbourConstants,
+) -> tuple[NeighbourState, tuple[Change, ...]]:
+    """Return the next state, and what to do for which replica: nothing for most, most of the time.
+
+    1. More KV blocks than fit: fewer at once.
+    2. As few as can be, and still more than fit: layers move, where others have taken the memory of one device.
+    3. Room for more, for long enough: more.
+    """
+    known = {pool.name: pool for pool in pools if pool.free_bytes is not None}
+    ratios = {name: _ratio(pool, replicas, constants) for name, pool in known.items()}
+    roomy: dict[int, float] = {}
+    short: dict[int, float] = {}
+    moved = {number: at_s for number, at_s in state.moved_s.items() if now_s - at_s < constants.move_again_s}
+    changes: list[Change] = []
+    for replica in replicas:
+        tightest = min((s.pool for s in replica.shares if s.pool in known), key=lambda name: ratios[name], default=None)
+        if tightest is None:
+            continue
+        bound = _Bound(pool=known[tightest], fits=ratios[tightest] * replica.most_blocks)
+        if bound.fits < replica.blocks:
+            change = _fewer(replica, bound, constants)  # 1
+            if bound.fits < replica.least_blocks:
+                short[replica.number] = since_s = state.short_since_s.get(replica.number, now_s)
+                may_move = now_s - since_s >= constants.move_after_s and replica.number not in moved
+                if change is None and may_move and _can_move(bound.pool, known.values(), constants):
+                    change = _moving(replica, bound.pool, constants)  # 2
+                    moved[replica.number] = now_s
+        elif (change := _more(replica, bound, constants)) is not None:
+            roomy[replica.number] = since_s = state.roomy_since_s.get(replica.number, now_s)
+            if now_s - since_s < constants.grow_after_s:  # 3
+                change = None
+        changes += [] if change is None else [change]
+    return NeighbourState(roomy_since_s=roomy, short_since_s=short, moved_s=moved), tuple(changes)
+
+
+def _ratio(pool: Pool, replicas: Sequence[ReplicaKv], constants: NeighbourConstants) -> float:
+    """Return how much of their largest KV caches the replicas may have in a pool; negative: not even what is mapped."""
+    assert pool.free_bytes is not None
+    shares = [(each, share) for each in replicas for share in each.shares if share.pool == pool.name]
+    most = sum(each.most_blocks * share.block_bytes for each, share in shares)
+    mapped = sum(share.mapped_bytes for _, share in shares)
+    return (mapped + pool.free_bytes - constants.keep_free_bytes) / most if most else 1.0
+
+
+def _target(replica: ReplicaKv, bound: _Bound, constants: NeighbourConstants) -> int:
+    """Return the number of KV blocks to have: all where all fit, else what fits less some slack."""
+    if bound.fits >= replica.most_blocks:
+        return replica.most_blocks
+    return max(replica.least_blocks, int(bound.fits * (1.0 - constants.slack)))
+
+
+def _fewer(replica: ReplicaKv, bound: _Bound, constants: NeighbourConstants) -> Change | None:
+    blocks = _target(replica, bound, constants)
+    if blocks >= replica.blocks:
+        return None
+    words = f"{_left(bound.pool, constants)}, for {max(0, int(bound.fits))} KV blocks"
+    return Change(number=replica.number, verb=Verb.SHRINK, blocks=blocks, reason=words)
+
+
+def _more(replica: ReplicaKv, bound: _Bound, constants: NeighbourConstants) -> Change | None:
+    blocks = _target(replica, bound, constants)
+    is_worth_it = blocks == replica.most_blocks or blocks >= replica.blocks * (1.0 + constants.slack)
+    if blocks <= replica.blocks or not is_worth_it:
+        return None
+    words = f"{_left(bound.pool, constants)}, since {constants.grow_after_s:g} s at least"
+    return Change(number=replica.number, verb=Verb.GROW, blocks=blocks, reason=words)
+
+
+def _can_move(pool: Pool, pools: Iterable[Pool], constants: NeighbourConstants) -> bool:
+    """Whether others have taken the memory of a device, and another device has some."""
+    return pool.is_shared and any(
+        other.name != pool.name and (other.free_bytes or 0) > 2 * constants.keep_free_bytes for other in pools
+    )
+
+
+def _moving(replica: ReplicaKv, pool: Pool, constants: NeighbourConstants) -> Change:
+    words = f"{_left(pool, constants)}, and the KV cache cannot shrink further: layers move"
+    return Change(number=replica.number, verb=Verb.MOVE, blocks=replica.blocks, reason=words)
+
+
+def _left(pool: Pool, constants: NeighbourConstants) -> str:
+    free, keep = format_bytes(max(0, pool.free_bytes or 0)), format_bytes(constants.keep_free_bytes)
+    return f"{free} are free on {pool.name}, where {keep} are to stay free"
