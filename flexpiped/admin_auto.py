@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from flexpiped.admin import send_log
+from flexpiped.admin_answers import send_log
 from flexpiped.auto import AutoControl
 from flexpiped.events import EventKind, EventLog
 from flexpiped.settings import AutoMode

@@ -32,8 +32,8 @@ class Scope(Enum):
     """What a key opens on the HTTP port; the admin API is a Unix socket of its own, opened by file permission."""
 
     INFER = "infer"  # everything that generates, and the list of models
-    READ = "read"  # metrics and the list of models
-    ADMIN = "admin"  # both
+    READ = "read"  # metrics, what the dashboard shows, and the list of models
+    ADMIN = "admin"  # both, and changing the layout from the dashboard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.admin import admin_app
 from flexpiped.admin_auto import auto_routes
+from flexpiped.admin_changes import Changes
 from flexpiped.admin_config import Configuration, config_routes
 from flexpiped.admin_history import history_routes
 from flexpiped.admin_profile import profile_routes
@@ -32,6 +33,8 @@ from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
 from flexpiped.connections import ConnectionLimits
+from flexpiped.dashboard.feed import Feed, Sources
+from flexpiped.dashboard.routes import Dashboard
 from flexpiped.engine_factory import Model, engine_python, find_files
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_start import EngineStart
@@ -117,6 +120,9 @@ class Service:
         self._journal: Journal = journal_of(
             settings.journal, environment=os.environ, instance=str(admin_socket), on_failure=log_events.journal_failed
         )
+        self._changes = Changes(
+            refactorings=self._refactorings, events=self.events, plans=self, settled=lambda: self._journal.settled()
+        )
         self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.intended, intent=None)
         self._text: TextService | None = None
         self._load = LoadSampler(
@@ -201,10 +207,18 @@ class Service:
         stack.callback(listener.close)
         self.api_url = f"{url_of(listener, is_tls=self._tls is not None)}/v1"
         await self._open_journal(stack)
+        hardware, status = Hardware(self._settings, python=engine_python(self._settings)), self._daemon_status()
+        feed = self._feed_dashboards(stack, status, hardware)
+        pages = Dashboard(
+            feed=feed,
+            changes=self._changes,
+            mode=lambda: self._settings.http.dashboard,
+            keys=lambda: self._keys,
+        ).routes()
         gate = await stack.enter_async_context(AsyncExitStack())
-        await gate.enter_async_context(self._serving(starting_app(lambda: self.health), listener, shutdown_s=1.0))
-        hardware = Hardware(self._settings, python=engine_python(self._settings))
-        await self._open_admin(stack, hardware)
+        first = starting_app(lambda: self.health, keys=lambda: self._keys, further=pages)
+        await gate.enter_async_context(self._serving(first, listener, shutdown_s=1.0))
+        await self._open_admin(stack, hardware, status)
         self._progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
         engine_start = self._engine_start()
@@ -222,13 +236,16 @@ class Service:
                 devices=hardware.devices,
             ),
             max_body_bytes=self._settings.http.max_body_bytes,
+            further=pages,
         )
         await stack.enter_async_context(self._serving(app, listener, shutdown_s=DRAIN_DEADLINE_S))
+        feed.end_streams("it serves now")
         await gate.aclose()
         self._run_beside(stack, watch_text(text, on_failure=self._fail), name="text-watch")
         stack.push_async_callback(self._auto.close)
         self._run_beside(stack, self._auto.run_forever(), name="auto")
         self._run_beside(stack, self._neighbourhood(hardware).run_forever(), name="neighbourhood")
+        stack.callback(feed.close, "the daemon ends")
         stack.callback(self._begin_drain)
         self._phase, self._text = ServiceState.READY, text
         # Before anybody can ask for another change, for nothing has been awaited since.
@@ -276,8 +293,8 @@ class Service:
             self.events.publish(EventKind.DAEMON, f"journal failed: {error}")
         self.events.publish(EventKind.DAEMON, f"starting flexpiped {flexpiped.__version__} with {self.source}")
 
-    async def _open_admin(self, stack: AsyncExitStack, hardware: Hardware) -> None:
-        status = DaemonStatus(
+    def _daemon_status(self) -> DaemonStatus:
+        return DaemonStatus(
             identity=Identity(
                 model_name=self.name,
                 model_path=self.source,
@@ -291,20 +308,34 @@ class Service:
             fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
             auto=lambda: {"mode": self._auto.mode.value, "decision": self._auto.last},
         )
+
+    def _feed_dashboards(self, stack: AsyncExitStack, status: DaemonStatus, hardware: Hardware) -> Feed:
+        feed = Feed(
+            Sources(
+                status=status,
+                tokens_per_s=lambda: status.tokens_per_s,
+                load=self._load.observe,
+                events=self.events,
+                decisions=self._auto.decided,
+                topology=hardware.look,
+            )
+        )
+        self._run_beside(stack, feed.run_forever(), name="dashboard-feed")
+        return feed
+
+    async def _open_admin(self, stack: AsyncExitStack, hardware: Hardware, status: DaemonStatus) -> None:
         profiles = profile_routes(self._settings, source=self.source, environment=os.environ)
         app = admin_app(
             status=status,
-            refactorings=self._refactorings,
+            changes=self._changes,
             events=self.events,
             hardware=hardware,
-            plans=self,
             further=(
                 *profiles.routes(),
                 *history_routes(self._journal),
                 *auto_routes(self._auto, events=self.events),
                 *config_routes(self._configuration),
             ),
-            settled=self._journal.settled,
         )
         await stack.enter_async_context(serving_admin(app, self._admin_socket))
         stack.callback(self.events.close)

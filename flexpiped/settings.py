@@ -74,6 +74,12 @@ class LogLevel(Enum):
     ERROR = "error"
 
 
+class DashboardMode(Enum):
+    OFF = "off"  # there is none
+    ON = "on"  # it shows; whoever has a key with scope admin may change the layout
+    CONTROL = "control"  # where no key is asked for, anybody who reaches the port may
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
     """The key's word in the file, where that is not the field's name."""
@@ -97,6 +103,7 @@ class HttpSettings:
     tls_certificate: Annotated[Path | None, optional_path, Live()] = None
     tls_key: Annotated[Path | None, optional_path, Live()] = None
     api_keys: Annotated[Path | None, optional_path, Live()] = None
+    dashboard: Annotated[DashboardMode, choice(DashboardMode), Live()] = DashboardMode.ON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,25 @@
-"""What the HTTP port answers before the engine is ready: alive, not serving yet, and why."""
+"""What the HTTP port answers before the engine is ready: alive, not serving yet, and why. The dashboard is there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
+from flexpiped.api.access import keys_asked_for
+from flexpiped.api.app import errors_in_one_shape
+from flexpiped.keys import KeyRing
 from flexpiped.status import Health
 
 
-def starting_app(health: Callable[[], Health]) -> web.Application:
-    """Return an application that knows ``/healthz`` and answers everything else 503 with the reason."""
+def starting_app(
+    health: Callable[[], Health],
+    *,
+    keys: Callable[[], KeyRing | None] = lambda: None,
+    further: Sequence[web.RouteDef] = (),
+) -> web.Application:
+    """Return an application that knows ``/healthz`` and ``further``, and answers everything else 503 with the reason.
+
+    Only who has a key is told the reason, where keys are asked for, but by ``/readyz``.
+    """
 
     async def alive(_request: web.Request) -> web.Response:
         return web.json_response({"status": "alive"})
@@ -19,6 +30,6 @@ def starting_app(health: Callable[[], Health]) -> web.Application:
         error = {"message": message, "type": "service_unavailable", "param": None, "code": now.state.value}
         return web.json_response({"error": error}, status=503, headers={"Retry-After": "1"})
 
-    app = web.Application()
-    app.add_routes([web.get("/healthz", alive), web.route("*", "/{path:.*}", not_yet)])
+    app = web.Application(middlewares=[errors_in_one_shape, keys_asked_for(keys)])
+    app.add_routes([web.get("/healthz", alive), *further, web.route("*", "/{path:.*}", not_yet)])
     return app

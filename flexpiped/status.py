@@ -115,6 +115,11 @@ class DaemonStatus:
         self._started_s = monotonic_clock()
         self._rate = TokenRate()
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """What all engines generate now; None while that is not known."""
+        return self._rate.tokens_per_s
+
     async def sample_forever(self) -> None:
         """Read the engine's token counter once a second."""
         while True:

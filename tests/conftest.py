@@ -8,6 +8,7 @@ from hypothesis import settings
 from tests.engines.install_sglang import SGLANG
 from tests.engines.install_vllm import VLLM
 from tests.engines.interpreter import ensure_there
+from tests.support.browser import ensure_chromium
 
 # Machines that run tests are shared: how long one example takes says nothing.
 settings.register_profile("shared-machine", deadline=None)
@@ -40,11 +41,13 @@ def cost(item: pytest.Item) -> int:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip at one place what needs an engine that is not here, so that one line says how many and why."""
+    """Skip at one place what needs an engine or browser that is not here, so that one line says how many and why."""
     if item.get_closest_marker("vllm"):
         ensure_there(VLLM)
     if item.get_closest_marker("sglang"):
         ensure_there(SGLANG)
+    if item.get_closest_marker("browser"):
+        ensure_chromium()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -28,9 +28,12 @@ _MAX_BODY_BYTES = 16 << 20
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def create_app(backend: Backend, *, max_body_bytes: int = _MAX_BODY_BYTES) -> web.Application:
+def create_app(
+    backend: Backend, *, max_body_bytes: int = _MAX_BODY_BYTES, further: Sequence[web.RouteDef] = ()
+) -> web.Application:
     """Return the application. It must be run with ``handler_cancellation``: a client that leaves frees its request."""
-    app = web.Application(middlewares=[errors_in_one_shape, keys_asked_for], client_max_size=max_body_bytes)
+    middlewares = [errors_in_one_shape, keys_asked_for(backend.keys)]
+    app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     app[BACKEND] = backend
     app.add_routes(
         [
@@ -48,6 +51,7 @@ def create_app(backend: Backend, *, max_body_bytes: int = _MAX_BODY_BYTES) -> we
             web.get("/metrics", metrics),
         ]
     )
+    app.add_routes(further)
     return app
 
 

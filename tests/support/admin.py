@@ -12,6 +12,7 @@ from engines.errors import EngineDied
 from engines.fake import FakeEngine
 from engines.protocol import Engine
 from flexpiped.admin import admin_app
+from flexpiped.admin_changes import Changes
 from flexpiped.config_values import Auto
 from flexpiped.events import EventLog
 from flexpiped.hardware import Hardware
@@ -135,7 +136,8 @@ async def _served(
     hardware = Hardware(
         Settings(devices=DeviceSettings(cpu_count=cpu_count)), python=sys.executable, state=folder / "links.json"
     )
-    app = admin_app(status=status, refactorings=refactorings, events=events, hardware=hardware, plans=CannedPlans())
+    changes = Changes(refactorings=refactorings, events=events, plans=CannedPlans())
+    app = admin_app(status=status, changes=changes, events=events, hardware=hardware)
     async with serving_admin(app, folder / "admin.sock"):
         yield
         events.close()

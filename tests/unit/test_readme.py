@@ -22,7 +22,7 @@ def test_every_file_has_its_line() -> None:
     files = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
-        for pattern in ("*.py", "*.c")
+        for pattern in ("*.py", "*.c", "*.html", "*.css", "*.js")
         for path in (ROOT / package).rglob(pattern)
         if path.name != "__init__.py"
     }

@@ -1,0 +1,57 @@
+// Which plots there are, and over which time.
+
+import { age, latency, number } from "./format.js";
+import { el } from "./dom.js";
+import { Plot } from "./plot.js";
+
+const SPANS_S = [120, 300, 900];
+
+export class Plots {
+  #frame;
+  #plots = [];
+  #spanS = SPANS_S[1];
+  #redraw = () => {};
+
+  constructor(frame, choice) {
+    this.#frame = frame;
+    for (const span of SPANS_S) {
+      const input = el("input", { type: "radio", name: "span", value: span, checked: span === this.#spanS });
+      input.addEventListener("change", () => { this.#spanS = span; this.#redraw(); });
+      choice.append(el("label", {}, input, age(span)));
+    }
+  }
+
+  draw(store) {
+    if (this.#plots.length === 0) this.#make(store.cvWindows);
+    this.#redraw = () => this.draw(store);
+    const to = store.points.at(-1)?.time_unix_s ?? store.now();
+    const marks = store.events.filter((event) => event.fields.state === "ended").map((event) => event.time_unix_s);
+    for (const plot of this.#plots) plot.show({ points: store.points, from: to - this.#spanS, to, marks });
+  }
+
+  /** Another daemon may watch the arrivals over other windows. */
+  forget() {
+    this.#plots = [];
+    this.#frame.replaceChildren();
+  }
+
+  #make(cvWindows) {
+    this.#plots = specs(cvWindows).map((spec) => new Plot(spec));
+    this.#frame.append(...this.#plots.map((plot) => plot.element));
+  }
+}
+
+function specs(cvWindows) {
+  return [
+    {
+      title: "Time to first token", write: latency, least: 0.01,
+      curves: [{ name: "mean", of: (point) => point.ttft_s }, { name: "p99", of: (point) => point.ttft_p99_s }],
+    },
+    { title: "Time per output token", write: latency, least: 0.002, curves: [{ name: "mean", of: (point) => point.tpot_s }] },
+    { title: "Tokens per second", write: number, least: 10, curves: [{ name: "generated", of: (point) => point.tokens_per_s }] },
+    {
+      title: "CV of the arrivals", write: number, least: 1,
+      curves: cvWindows.slice(0, 3).map((window, index) => ({ name: age(window), of: (point) => point.cvs[index] ?? null })),
+    },
+  ];
+}
