@@ -21,11 +21,12 @@ PERIOD_S: Final = 1.0
 _POINTS_KEPT: Final = 900
 _EVENTS_SHOWN: Final = 200
 _MOST_WATCHERS: Final = 64
+_STATUS_DEADLINE_S: Final = 5.0
 _TOPOLOGY_PERIOD_S: Final = 15.0  # what others hold on a GPU changes
 
 
-class TooManyWatchers(Exception):
-    """As many dashboards are open as may be, or the daemon ends."""
+class NoStream(Exception):
+    """There cannot be one now: as many dashboards are open as may be, the daemon ends, or its engine hangs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +107,13 @@ class Feed:
         A watcher that is slow gets the newest status and no older one; events it gets as far as the logs go back.
 
         Raises:
-            TooManyWatchers: Before the first message.
+            NoStream: Before the first message.
         """
         with self._counted():
             generation = self._generation
             await self._read()
+            if not self._status[1]:
+                raise NoStream(f"the engine has not answered for {_STATUS_DEADLINE_S:g} s")
             seen = self._now()
             yield self._hello()
             while generation == self._generation:
@@ -125,9 +128,9 @@ class Feed:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         if self._is_closed:
-            raise TooManyWatchers(self._end_reason)
+            raise NoStream(self._end_reason)
         if self._watchers >= _MOST_WATCHERS:
-            raise TooManyWatchers(f"{self._watchers} dashboards are open already, and no more may be")
+            raise NoStream(f"{self._watchers} dashboards are open already, and no more may be")
         self._watchers += 1
         try:
             yield
@@ -139,7 +142,7 @@ class Feed:
         is_due = True
         while True:
             if is_due:
-                next_point_s += self._period_s
+                next_point_s = max(next_point_s + self._period_s, self._monotonic_clock())
                 self._add_point()
             if self._watchers:
                 await self._read()
@@ -173,7 +176,9 @@ class Feed:
     async def _read(self) -> None:
         """Read status and topology anew; two that want it at once share one reading after the other."""
         async with self._reading:
-            self._status = (self._status[0] + 1, await self._sources.status.status())
+            with suppress(TimeoutError):  # an engine that hangs; events and points go on meanwhile
+                async with asyncio.timeout(_STATUS_DEADLINE_S):
+                    self._status = (self._status[0] + 1, await self._sources.status.status())
             now_s = self._monotonic_clock()
             if self._topology_read_s is None or now_s - self._topology_read_s >= _TOPOLOGY_PERIOD_S:
                 self._topology_read_s = now_s

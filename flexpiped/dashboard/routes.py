@@ -20,13 +20,18 @@ from engines.closing import closing
 from flexpiped.admin_answers import Handler, error_answer, errors_as_json
 from flexpiped.admin_changes import Changes
 from flexpiped.api.access import client_of
-from flexpiped.dashboard.feed import Feed, TooManyWatchers
+from flexpiped.dashboard.feed import Feed, NoStream
 from flexpiped.dashboard.guard import why_no_change, why_not_ours
 from flexpiped.dashboard.messages import Message, Topic, encode
 from flexpiped.dashboard.pages import INDEX, SECURITY_HEADERS, load_pages
 from flexpiped.keys import KeyRing, Scope
 from flexpiped.settings import DashboardMode
 
+_STREAM_HEADERS: Final = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # or nginx in front would hold events back
+}
 _WRITE_DEADLINE_S: Final = 30.0  # a reader that takes nothing for so long is gone
 
 
@@ -77,7 +82,7 @@ class Dashboard:
         """Send what the feed has until it ends, the reader leaves, or keys or settings change."""
         self._ensure_on()
         ring = self._keys()
-        headers = {**SECURITY_HEADERS, "Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        headers = {**SECURITY_HEADERS, **_STREAM_HEADERS}
         response = web.StreamResponse(headers=headers)
         try:
             async with closing(self._feed.watch()) as messages:
@@ -90,8 +95,8 @@ class Dashboard:
                     async with asyncio.timeout(_WRITE_DEADLINE_S):
                         await response.write(encode(message))
             await response.write_eof()
-        except TooManyWatchers as error:
-            return error_answer("too_many_dashboards", str(error), HTTPStatus.SERVICE_UNAVAILABLE)
+        except NoStream as error:
+            return error_answer("no_stream", str(error), HTTPStatus.SERVICE_UNAVAILABLE)
         except (ClientConnectionResetError, TimeoutError):
             pass
         return response

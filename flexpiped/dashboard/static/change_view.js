@@ -1,7 +1,7 @@
 // Changing the layout: what is wanted, a preview of what that would do, and only then the change itself.
 // What is carried out is the layout that was previewed, whatever the planner would say a moment later.
 
-import { bytes, latency, number, plural } from "./format.js";
+import { arrows, bytes, latency, number, plural } from "./format.js";
 import { Refused } from "./daemon.js";
 import { el, fill, say } from "./dom.js";
 import { decodersOf, replicasOf } from "./layers.js";
@@ -77,11 +77,11 @@ export class ChangeView {
 
   #show(proposal, stages) {
     this.#onPreview(proposal.feasible && proposal.changes_something ? proposal : null);
-    const head = !proposal.feasible ? "It does not fit" : proposal.changes_something ? proposal.what : "Nothing to do";
+    const head = !proposal.feasible ? "It does not fit" : proposal.changes_something ? arrows(proposal.what) : "Nothing to do";
     fill(this.#frame,
       el("h3", {}, head),
       el("p", { class: proposal.feasible ? "note" : "said bad" }, proposal.sentences.join("; ")),
-      proposal.moves.length > 0 ? el("ul", { class: "facts-list" }, proposal.moves.map((move) => el("li", {}, move))) : null,
+      proposal.moves.length > 0 ? el("ul", { class: "facts-list" }, proposal.moves.map((move) => el("li", {}, arrows(move)))) : null,
       proposal.feasible && proposal.changes_something ? this.#choices(proposal, stages) : el("div", { class: "buttons" }, this.#dismiss()),
     );
   }

@@ -59,6 +59,11 @@ export function rate(bytesPerSecond) {
   return `${value >= 9.95 ? value.toFixed(0) : value >= 0.995 ? value.toFixed(1) : value.toFixed(2)} GB/s`;
 }
 
+/** The daemon's words with arrows as a page has them. */
+export function arrows(text) {
+  return text.replaceAll(" -> ", " \u2192 ");
+}
+
 /** The part of a UUID by which people tell devices apart; other names as they are. */
 export function shortDevice(id, labels = {}) {
   return labels[id] ?? id.replace(/^((?:GPU|MIG)-[0-9a-f]{8})-.*$/, "$1");

@@ -1,6 +1,6 @@
 // The handover under way, or the last one: its phases with what each moved and took, as `flexctl rebalance --wait` tells.
 
-import { age, bytes, duration, plural } from "./format.js";
+import { age, arrows, bytes, duration, plural } from "./format.js";
 import { el, fill } from "./dom.js";
 import { phasesOf } from "./handover.js";
 
@@ -18,7 +18,7 @@ export function drawHandover(frame, handover, { nowUnix, onCancel }) {
 }
 
 function headline(handover) {
-  return `#${handover.number}  ${handover.plan?.what ?? handover.record?.what ?? ""}`;
+  return arrows(`#${handover.number}  ${handover.plan?.what ?? handover.record?.what ?? ""}`);
 }
 
 function stateTag(handover) {
@@ -74,7 +74,7 @@ function phaseRow(phase) {
 
 function moves(sentences, isOpen) {
   return el("details", { open: isOpen === true }, el("summary", {}, plural(sentences.length, "move")),
-    el("ul", { class: "facts-list" }, sentences.map((move) => el("li", {}, move))));
+    el("ul", { class: "facts-list" }, sentences.map((move) => el("li", {}, arrows(move)))));
 }
 
 function cancelButton(onCancel, frame) {

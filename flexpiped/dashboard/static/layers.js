@@ -82,7 +82,7 @@ function rowOf(device, topology, held, replicas, used) {
     id: device.id,
     label: topology?.labels?.[device.id] ?? device.id,
     title: [device.id, device.name, device.pci_bus_id].filter(Boolean).join("  "),
-    note: replicas.length > 1 && replica !== undefined ? `replica ${replica.number}` : "",
+    note: noteOf(device.id, replica, replicas.length > 1),
     total: device.memory_total_bytes ?? null,
     others: device.memory_others_bytes ?? 0,
     weights: held.get(device.id)?.weights ?? 0,
@@ -90,6 +90,13 @@ function rowOf(device, topology, held, replicas, used) {
     busy: held.get(device.id)?.busy ?? null,
     isUsed: used.has(device.id),
   };
+}
+
+/** Which stage, and of several replicas whose: the colour alone does not say it. */
+function noteOf(id, replica, areSeveral) {
+  if (replica === undefined) return "";
+  const stages = replica.stages.flatMap((stage, index) => (stage.device_ids.includes(id) ? [index] : []));
+  return `${areSeveral ? `#${replica.number} ` : ""}stage ${stages.join(", ")}`;
 }
 
 /** A stage's bytes are of its whole group; each device of it holds its part. */

@@ -22,11 +22,13 @@ export class LayoutView {
   constructor(frame) {
     this.#frame = frame;
     this.#root.append(this.#lanes, this.#flows, this.#paths, this.#ghosts, this.#cells);
-    new ResizeObserver(() => this.#drawing && this.draw(this.#drawing)).observe(frame);
+    new ResizeObserver(() => this.#drawing && this.draw(this.#drawing, true)).observe(frame);
   }
 
-  draw(drawing) {
+  /** `isStill`: nothing slides, since it is only the window that is another one. */
+  draw(drawing, isStill = false) {
     this.#drawing = drawing;
+    set(this.#root, { class: isStill ? "still" : null });
     if (drawing.rows.length === 0) {
       this.#known.clear();
       fill(this.#cells);
@@ -75,7 +77,7 @@ export class LayoutView {
 function placeOf(width, drawing) {
   const longest = Math.max(...drawing.rows.map((row) => Math.max(row.label.length, row.note.length)));
   const left = Math.min(Math.max(longest * 7.2 + 12, 44), width * 0.3);
-  const right = width >= 620 ? 176 : 0;
+  const right = width >= 620 ? 192 : 0;
   const step = Math.max(2, (width - left - right) / Math.max(1, drawing.columns));
   return {
     width, left, right, step,
@@ -92,7 +94,7 @@ function heads(drawing, place) {
   const every = Math.max(1, Math.ceil(22 / place.step));
   const decoders = Array.from({ length: drawing.decoders }, (_, index) => index).filter((index) => index % every === 0);
   const numbers = decoders.map((index) => svg("text", { x: place.x(index + 1) + place.cell / 2, y: 13, "text-anchor": "middle" }, String(index)));
-  const right = place.right ? [svg("text", { x: place.end + 14, y: 13 }, "memory"), svg("text", { x: place.end + 134, y: 13 }, "busy")] : [];
+  const right = place.right ? [svg("text", { x: place.end + 14, y: 13 }, "memory"), svg("text", { x: place.end + 152, y: 13 }, "busy")] : [];
   return [...numbers, ...right];
 }
 
@@ -110,21 +112,23 @@ function lane(row, index, place) {
 
 function memory(row, middle, place) {
   const x = place.end + 14, width = 104;
-  if (!row.total) return svg("text", { x, y: middle + 4 }, "not known");
+  if (!row.total) return svg("text", { x, y: middle + 4 }, "memory not known");
+  const held = row.weights + row.kv + row.others;
   const parts = [["bar-others", row.others], ["bar-weights", row.weights], ["bar-kv", row.kv]];
   let from = x;
   const bars = parts.filter(([, size]) => size > 0).map(([name, size]) => {
     const wide = Math.min(Math.max(1.5, (size / row.total) * width), x + width - from);
-    const bar = svg("rect", { class: name, x: from, y: middle - 3, width: Math.max(0, wide), height: 6 });
+    const bar = svg("rect", { class: name, x: from, y: middle + 5, width: Math.max(0, wide), height: 5 });
     from += wide;
     return bar;
   });
   const said = `${bytes(row.weights)} weights, ${bytes(row.kv)} KV${row.others ? `, ${bytes(row.others)} of others` : ""}, of ${bytes(row.total)}`;
   return svg("g", {},
     svg("title", {}, said),
-    svg("rect", { class: "bar", x, y: middle - 3, width, height: 6, rx: 3 }),
+    svg("text", { x, y: middle }, `${held > 0 ? `${bytes(held)} of ` : ""}${bytes(row.total)}`),
+    svg("rect", { class: "bar", x, y: middle + 5, width, height: 5, rx: 2.5 }),
     bars,
-    svg("text", { x: x + 120, y: middle + 4 }, row.busy === null ? "" : percent(row.busy)),
+    svg("text", { x: x + 138, y: middle + 4 }, row.busy === null ? "" : percent(row.busy)),
   );
 }
 

@@ -1,6 +1,6 @@
 // What was decided, with the reasons, and what happened: newest first.
 
-import { age, clock, number } from "./format.js";
+import { age, arrows, clock, number } from "./format.js";
 import { el, fill } from "./dom.js";
 
 const SHOWN = 80;
@@ -21,15 +21,19 @@ export function drawEvents(list, store) {
   fill(list, store.events.toReversed().slice(0, SHOWN).map(happened));
 }
 
-/** Decisions one after the other for the same reason are one line: the daemon decides every few seconds. */
+/** Decisions one after the other for the same reason, but for its numbers, are one line: there is one every few seconds. */
 export function alike(decisions) {
   const groups = [];
   for (const each of decisions) {
     const last = groups.at(-1);
-    if (last !== undefined && last.newest.message === each.message) groups[groups.length - 1] = { ...last, newest: each, count: last.count + 1 };
+    if (last !== undefined && reasonOf(last.newest) === reasonOf(each)) groups[groups.length - 1] = { ...last, newest: each, count: last.count + 1 };
     else groups.push({ newest: each, first: each.sequence, count: 1 });
   }
   return groups;
+}
+
+function reasonOf(each) {
+  return each.message.replace(/\d+(\.\d+)?/g, "#");
 }
 
 function decision({ newest, first, count }, now, open) {
@@ -38,7 +42,7 @@ function decision({ newest, first, count }, now, open) {
   const names = Object.entries(numbers ?? {});
   return el("li", {},
     el("p", { class: "meta" }, el("span", { class: VERB_TAGS[verb] ?? "tag" }, verb), el("span", {}, times), mode === "dry-run" ? el("span", {}, "dry run") : null),
-    el("p", {}, newest.message),
+    el("p", {}, arrows(newest.message.replace(`${verb}: `, ""))),
     names.length > 0 ? el("details", { "data-number": first, open: open.has(String(first)) }, el("summary", {}, "numbers"),
       el("dl", { class: "numbers" }, names.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, typeof value === "number" ? number(value) : String(value))]))) : null,
   );
@@ -50,7 +54,7 @@ function happened(event) {
   const subject = event.fields.handover === undefined ? event.kind : `handover #${event.fields.handover}`;
   return el("li", {},
     el("p", { class: "meta" }, el("span", { class: tag }, subject), el("time", {}, clock(event.time_unix_s))),
-    el("p", {}, event.message),
+    el("p", {}, arrows(event.message)),
   );
 }
 

@@ -3,6 +3,7 @@
 import { ChangeView } from "./change_view.js";
 import { ask, follow } from "./daemon.js";
 import { byId, say, set } from "./dom.js";
+import { arrows } from "./format.js";
 import { drawHandover } from "./handover_view.js";
 import { askForKey, key, prepareKeys } from "./key_dialog.js";
 import { drawingOf } from "./layers.js";
@@ -27,6 +28,8 @@ const change = new ChangeView(byId("change"), byId("preview"), (path, body) => a
 
 const dirty = new Set();
 let stream = new AbortController();
+let lost = ""; // why nothing comes; empty while it does
+let said = ""; // what the daemon answered last to something asked for
 
 function schedule(topic) {
   if (dirty.size === 0) requestAnimationFrame(draw);
@@ -43,8 +46,8 @@ function draw() {
     drawHead(store.status);
     drawStages(byId("stages"), store.status, store.topology);
     say(byId("auto-mode"), store.status.auto ? `auto ${store.status.auto.mode}` : "");
-    notice(store.status.reason);
   }
+  notice();
   if (any("status", "rights")) change.update(store.status, store.rights);
   if (any("status", "point")) drawTiles(store.status, store.points.at(-1));
   if (any("status", "event", "topology")) drawLayout();
@@ -61,7 +64,7 @@ function drawLayout() {
   layout.draw(drawingOf(shown.status, store.topology, shown.change));
   const isPreview = shown.change?.isPreview === true;
   const host = store.topology?.host_id ? `on ${store.topology.host_id}` : "";
-  say(byId("layout-note"), isPreview ? `preview: ${preview.what}` : store.isMoving ? `handover #${store.handover.number}: layers are moving` : host);
+  say(byId("layout-note"), isPreview ? `preview: ${arrows(preview.what)}` : store.isMoving ? `handover #${store.handover.number}: layers are moving` : host);
 }
 
 function mayChange() {
@@ -70,21 +73,26 @@ function mayChange() {
 
 async function rollBack() {
   try {
-    notice((await ask("rebalance/cancel", {}, key)).message);
+    said = (await ask("rebalance/cancel", {}, key)).message;
   } catch (error) {
-    notice(error.message);
+    said = error.message;
   }
+  notice();
+  setTimeout(() => { said = ""; notice(); }, 6000);
 }
 
-function notice(text) {
+/** One line for what matters most: nothing comes, what comes is old, an answer, or why the service is as it is. */
+function notice() {
+  const text = lost || said || store.staleness || store.status?.reason || "";
   const place = byId("notice");
-  say(place, text ?? "");
-  place.hidden = !text;
+  say(place, text);
+  place.hidden = text === "";
 }
 
 function connected(isLive, reason = "") {
   say(set(byId("live"), { "data-live": isLive ? "yes" : "no" }), isLive ? "live" : "not connected");
-  if (!isLive) notice(`${reason}; trying again`);
+  lost = isLive ? "" : `${reason}; trying again`;
+  notice();
 }
 
 function start() {

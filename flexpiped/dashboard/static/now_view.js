@@ -18,7 +18,8 @@ export function drawHead(status) {
   ].filter(Boolean);
   fill(byId("facts"), facts.map((fact) => el("span", {}, fact)));
   say(set(byId("state"), { "data-state": status.state }), status.state);
-  say(byId("foot"), `flexpiped ${status.version}   model ${status.model.path}   API ${status.api_url}`);
+  const foot = [`flexpiped ${status.version}`, `model ${status.model.path}`, `API ${status.api_url}`];
+  fill(byId("foot"), foot.map((fact) => el("span", {}, fact)));
   document.title = `${status.model.name}: ${status.state} - flexpiped`;
 }
 

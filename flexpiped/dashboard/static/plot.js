@@ -6,7 +6,7 @@ import { linear, nearest, runsOf, ticksTo } from "./scale.js";
 
 const HEIGHT = 150, TOP = 8, BOTTOM = 20, LEFT = 52, RIGHT = 6;
 
-/** `spec`: `{title, write, curves: [{name, of}], least}`; `write` turns a value into text with its unit. */
+/** `spec`: `{title, write, tick, curves: [{name, of}], least}`; `write`, and `tick` on the axis, turn a value into text. */
 export class Plot {
   #spec;
   #now = el("p", { class: "said-now" });
@@ -25,7 +25,7 @@ export class Plot {
     new ResizeObserver(() => this.#draw()).observe(this.#root);
   }
 
-  /** Show `{points, from, to, marks}`: times in unix seconds, `marks` of handovers. */
+  /** Show `{points, from, to, parts, marks}`: times in unix seconds, the axis in `parts`, `marks` of handovers. */
   show(scene) {
     this.#scene = scene;
     this.#draw();
@@ -53,16 +53,17 @@ export class Plot {
   #tick(tick, y, width) {
     return svg("g", {},
       svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y, y2: y }),
-      svg("text", { x: LEFT - 8, y: y + 4, "text-anchor": "end" }, this.#spec.write(tick)),
+      svg("text", { x: LEFT - 8, y: y + 4, "text-anchor": "end" }, tick === 0 ? "0" : (this.#spec.tick ?? this.#spec.write)(tick)),
     );
   }
 
   #timeTicks(scene, x, width) {
     const span = scene.to - scene.from;
-    const places = width > 420 ? [1, 0.5, 0] : [1, 0];
-    return places.map((share) => svg("text", {
+    const parts = width > 300 ? scene.parts : 1;
+    const places = Array.from({ length: parts + 1 }, (_, index) => 1 - index / parts);
+    return places.map((each) => Math.max(0, each)).map((share) => svg("text", {
       x: x(scene.to - span * share), y: HEIGHT - 4, "text-anchor": share === 1 ? "start" : share === 0 ? "end" : "middle",
-    }, share === 0 ? "now" : `${age(span * share)} ago`));
+    }, share === 0 ? "now" : share === 1 ? `${age(span)} ago` : age(span * share)));
   }
 
   #cursorLine(shown, x) {

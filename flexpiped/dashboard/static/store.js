@@ -16,6 +16,7 @@ export class Store {
   events = [];
   decisions = [];
   handover = null;
+  statusMs = 0; // when the last status came
   skew = 0; // of the daemon's clock against this one, in seconds
   #listeners = [];
   #clock;
@@ -43,6 +44,13 @@ export class Store {
     return this.#clock() / 1000 + this.skew;
   }
 
+  /** Why what is shown is not of now; empty: it is. */
+  get staleness() {
+    if (this.status === null) return "";
+    const seconds = (this.#clock() - this.statusMs) / 1000;
+    return seconds < 4 ? "" : `the engine has not answered for ${seconds.toFixed(0)} s: what is shown is of before`;
+  }
+
   /** Whether layers are drawn as on their way. */
   get isMoving() {
     const handover = this.handover;
@@ -58,12 +66,17 @@ export class Store {
       this.points = data.points;
       this.topology = data.topology;
       this.status = data.status;
+      this.statusMs = this.#clock();
       this.decisions = data.decisions;
       this.events = data.events.filter(isTold);
       this.handover = data.events.reduce((known, event) => afterEvent(known, event, 0), null);
       this.#ofRecord();
     },
-    status: (data) => { this.status = data; this.#ofRecord(); },
+    status: (data) => {
+      this.status = data;
+      this.statusMs = this.#clock();
+      this.#ofRecord();
+    },
     topology: (data) => { this.topology = data; },
     point: (data) => { this.points = [...this.points, data].slice(-POINTS_KEPT); },
     decision: (data) => { this.decisions = [...this.decisions, data].slice(-EVENTS_KEPT); },

@@ -100,6 +100,7 @@ async def test_it_fits_every_width_and_can_be_read(page: Page, stand: DashboardS
     for width in WIDTHS:
         await page.look(width=width, dark=dark)
         await page.until(f"innerWidth === {width}")
+        await page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         wide = "[...document.querySelectorAll('body *')].filter((each) => !each.closest('.scroll, .skip, .hidden')"
         over = await page.run(
             f"{wide} && each.getBoundingClientRect().right > {width} + 1).map((each) => each.outerHTML)"
@@ -128,9 +129,12 @@ async def test_a_layout_is_previewed_and_carried_out_by_the_keyboard_alone(page:
     await page.run("document.activeElement.select()")
     await page.write("4")
     await page.press("Enter")
-    await page.until("document.querySelectorAll('.ghost').length === 5")
+    await page.until("document.querySelectorAll('.ghost').length === 7")
     assert stand.engine.epoch == 0
-    assert await page.run("document.getElementById('layout-note').textContent") == "preview: 2 -> 4 stages"
+    assert (
+        await page.run("document.getElementById('layout-note').textContent")
+        == "preview: 2 \N{RIGHTWARDS ARROW} 4 stages"
+    )
     await page.until("document.getElementById('carry-out')")
     await tab_to(page, "carry-out")
     await page.press("Enter")

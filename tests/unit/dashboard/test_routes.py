@@ -247,7 +247,7 @@ async def test_the_end_of_the_feed_ends_every_stream(stand: DashboardStand, http
     assert said[-1] == ("bye", {"reason": "the daemon ends"})
     assert any(topic == "event" and "draining" in data["message"] for topic, data in said)
     async with http.get("/dashboard/stream") as answer:
-        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "too_many_dashboards")
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "no_stream")
 
 
 async def test_so_many_may_look_on_and_who_leaves_makes_room(
