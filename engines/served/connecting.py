@@ -68,7 +68,20 @@ async def connect_ranks(run_directory: Path, *, count: int) -> dict[int, Channel
     sides: dict[int, Channel] = {}
     for rank in range(count):
         with suppress(FileNotFoundError, ConnectionRefusedError):
-            sides[rank] = await Channel.connect(run_directory / f"rank-{rank}.sock")
+            sides[rank] = await Channel.connect(_side_of(run_directory, rank))
+    return sides
+
+
+async def await_ranks(run_directory: Path, *, count: int) -> dict[int, Channel]:
+    """Return the side channels of all ranks, by global rank; those that do not listen yet are waited for."""
+    sides: dict[int, Channel] = {}
+    try:
+        for rank in range(count):
+            sides[rank] = await _connect(_side_of(run_directory, rank))
+    except BaseException:
+        for side in sides.values():
+            await side.close()
+        raise
     return sides
 
 
@@ -80,7 +93,11 @@ def read_hub_token(file: str) -> str:
         raise EngineStartFailed(f"cannot read the hub token in {file}: {error.strerror}") from error
 
 
-async def _connect(path: Path, on_message: Callable[[Message], None]) -> Channel:
+def _side_of(run_directory: Path, rank: int) -> Path:
+    return run_directory / f"rank-{rank}.sock"
+
+
+async def _connect(path: Path, on_message: Callable[[Message], None] = lambda _message: None) -> Channel:
     while True:
         with suppress(FileNotFoundError, ConnectionRefusedError):
             return await Channel.connect(path, on_message=on_message)

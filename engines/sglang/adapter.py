@@ -14,7 +14,7 @@ from typing import Any, Final
 from engines.errors import EngineError, EngineStartFailed, InvalidRequest
 from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, TokenChunk
 from engines.served.channel import Channel, Message
-from engines.served.connecting import connect_ranks, first_contact, read_hub_token
+from engines.served.connecting import await_ranks, first_contact, read_hub_token
 from engines.served.engine import ServedEngine, ServedSetup
 from engines.served.logs import LogLine
 from engines.served.options import handover_setup
@@ -210,7 +210,8 @@ class SglangEngine(ServedEngine):
 
     async def _find_processes(self, server: EngineServer) -> dict[str, Any]:
         """Return process ids: of the API server, of schedulers and their helpers by rank, of detokenizers."""
-        sides = await connect_ranks(server.run_directory, count=len(self._options.device_ids))
+        # A rank may come to its loop after the first one serves: forgotten, it would be missing in each handover.
+        sides = await await_ranks(server.run_directory, count=len(self._options.device_ids))
         try:
             ranks = [await sides[rank].call("status") for rank in sorted(sides)]
         finally:

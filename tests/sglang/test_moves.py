@@ -1,40 +1,89 @@
 """Layers move in SGLang as the daemon has it: adapter, handovers and plugin together. See ``test_plugin_moves.py``."""
 
 import asyncio
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from engines.errors import RefactoringAborted, RefactoringRefused
+from engines.sglang.adapter import SglangEngine
 from planner.handover import HandoverPhase
-from tests.support.sglang import running
-from tests.support.vllm import layout, llama
+from tests.contract.engine_contract import assert_idle
+from tests.sglang.conftest import Shared
+from tests.support.until import until
+from tests.support.vllm import layout
 from tests.vllm.streams import assert_same, move, on_ranks, run_streams
 
-pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop]
-LAPS = (on_ranks(6, 2), on_ranks(8, 0), on_ranks(1, 7), on_ranks(4, 4))
+pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
+EVEN = on_ranks(4, 4)
+LAPS = (on_ranks(6, 2), on_ranks(8, 0), on_ranks(1, 7), EVEN)
+STEPS = 20
+LONGEST_SLICE_S = 0.005
 
 
-async def test_streams_do_not_notice_that_layers_move() -> None:
-    async with running(llama(), layout(4), ranks=2) as engine:
-        undisturbed = await run_streams(engine)
-        streams = asyncio.create_task(run_streams(engine))
-        held = []
-        for target in LAPS:
-            reports = await move(engine, target)
-            assert reports[-1].phase is HandoverPhase.DONE
-            held.append([stage.weights_bytes for stage in await engine.stages()])
-        assert_same(await streams, undisturbed)
-        assert engine.epoch == len(LAPS)
-        first, last = zip(*held, strict=True)
-        assert first[2] < first[0] < first[1]
-        assert last[1] < last[0] < last[2]
+async def test_streams_do_not_notice_that_layers_move(engine: SglangEngine) -> None:
+    await move(engine, EVEN)
+    epoch = engine.epoch
+    undisturbed = await run_streams(engine)
+    streams = asyncio.create_task(run_streams(engine))
+    held = []
+    for target in LAPS:
+        reports = await move(engine, target)
+        assert reports[-1].phase is HandoverPhase.DONE
+        held.append([stage.weights_bytes for stage in await engine.stages()])
+    assert_same(await streams, undisturbed)
+    assert engine.epoch == epoch + len(LAPS)
+    first, last = zip(*held, strict=True)
+    assert first[2] < first[0] < first[1]
+    assert last[1] < last[0] < last[2]
 
-        await engine.arm_failpoint("core.round", "fail")
-        with pytest.raises(RefactoringAborted, match=r"core\.round"):
-            await move(engine, LAPS[0])
-        assert (engine.pipeline, engine.epoch) == (LAPS[-1], len(LAPS))
-        with pytest.raises(RefactoringRefused, match="no rank on cpu:7"):
-            await move(engine, layout(4, ranks=(0, 7)))
-        await engine.drain()
-        counters = await engine.counters()
-        assert (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
+    await engine.arm_failpoint("core.round", "fail")
+    with pytest.raises(RefactoringAborted, match=r"core\.round"):
+        await move(engine, LAPS[0])
+    assert (engine.pipeline, engine.epoch) == (EVEN, epoch + len(LAPS))
+    with pytest.raises(RefactoringRefused, match="no rank on cpu:7"):
+        await move(engine, layout(4, ranks=(0, 7)))
+    await assert_idle(engine)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Let a process do nothing while the scope lasts."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_another_process_loads_layers_beside_the_steps(engine: SglangEngine) -> None:
+    """While it is stopped the steps go on, and the layer comes when it goes on, too: no step waits for a load."""
+    await move(engine, EVEN)
+    helper = engine.pids["helpers"][1]
+    assert helper not in engine.pids["workers"]
+    undisturbed = await run_streams(engine, count=4)
+    streams = asyncio.create_task(run_streams(engine, count=4))
+    with stopped(helper):
+        moving = asyncio.create_task(move(engine, on_ranks(3, 5)))
+        before = (await engine.counters()).steps_total
+
+        async def stepped() -> bool:
+            return (await engine.counters()).steps_total >= before + STEPS
+
+        await until(stepped, timeout_s=60.0)
+        assert not moving.done()
+        assert engine.pipeline == EVEN
+    assert (await moving)[-1].phase is HandoverPhase.DONE
+    assert_same(await streams, undisturbed)
+    assert 0 < (await engine.rank_status(1))["longest_slice_s"] < LONGEST_SLICE_S
+
+
+async def test_nobody_has_ever_asked_it_whether_it_is_healthy(shared: Shared) -> None:
+    """Not at the start, in a move, nor between: ``/health`` fails while it holds still, and generates to find out."""
+    asked = {found[1] for line in shared.log if (found := re.search(r'"[A-Z]+ (/\S*) HTTP', line.message))}
+    assert {"/model_info", "/generate"} <= asked
+    assert [path for path in asked if path.startswith(("/health", "/ready"))] == []

@@ -14,8 +14,8 @@ import pytest_asyncio
 
 from engines.errors import RefactoringAborted
 from planner.layout import Pipeline
+from tests.contract.engine_contract import assert_idle
 from tests.support.sglang_plugin import PluginDriver, driven
-from tests.support.until import until
 from tests.support.vllm import llama
 from tests.vllm.streams import (
     FAILURES_BEFORE_COMMIT,
@@ -28,6 +28,7 @@ from tests.vllm.streams import (
     one_decoder_further,
     run_streams,
     stream,
+    until_under_way,
 )
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
@@ -55,18 +56,18 @@ class Crowd:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def crowd(driver: PluginDriver) -> Crowd:
-    retracted = (await driver.counters())["preemptions_total"]
+    retracted = (await driver.counters()).preemptions_total
     streams = asyncio.create_task(run_streams(driver))
     most_waiting = most_running = 0
     while not streams.done():
         counters = await driver.counters()
-        most_waiting, most_running = max(most_waiting, counters["waiting"]), max(most_running, counters["running"])
+        most_waiting, most_running = max(most_waiting, counters.waiting), max(most_running, counters.running)
         await asyncio.sleep(0.02)
     return Crowd(
         undisturbed=await streams,
         most_running=most_running,
         most_waiting=most_waiting,
-        retractions=(await driver.counters())["preemptions_total"] - retracted,
+        retractions=(await driver.counters()).preemptions_total - retracted,
     )
 
 
@@ -80,21 +81,6 @@ async def move(driver: PluginDriver, target: Pipeline) -> None:
     if target != driver.pipeline:
         async for _ in driver.refactor(target):
             pass
-
-
-async def until_under_way(driver: PluginDriver) -> None:
-    """Return when a request that has been sent runs."""
-
-    async def runs() -> bool:
-        return bool((await driver.counters())["running"] > 0)
-
-    await until(runs, timeout_s=60.0)
-
-
-async def assert_idle(driver: PluginDriver) -> None:
-    await driver.drain()
-    counters = await driver.counters()
-    assert (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
 
 
 async def check_moves(
@@ -255,7 +241,7 @@ async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
     await driver.core.core("hold")
     paused = await driver.counters()
     await asyncio.sleep(0.5)
-    assert (await driver.counters())["steps_total"] == paused["steps_total"]
-    assert paused["running"] + paused["waiting"] > 0
+    assert (await driver.counters()).steps_total == paused.steps_total
+    assert paused.running + paused.waiting > 0
     await driver.core.core("resume")
     assert_same(await streams, undisturbed)

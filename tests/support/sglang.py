@@ -1,9 +1,10 @@
 """Starting real SGLang for tests: where its interpreter is, and options for a checkpoint that vLLM takes, too."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from engines.served.logs import LogLine
 from engines.sglang.adapter import SglangEngine
 from engines.sglang.options import SglangOptions
 from planner.layout import Pipeline
@@ -32,12 +33,22 @@ def options_for(directory: Path, *, ranks: int, **overrides: object) -> SglangOp
     return SglangOptions(**(values | overrides))  # type: ignore[arg-type]
 
 
+def _ignore(_line: LogLine) -> None:
+    pass
+
+
 @asynccontextmanager
 async def running(
-    directory: Path, pipeline: Pipeline, *, ranks: int, **overrides: object
+    directory: Path,
+    pipeline: Pipeline,
+    *,
+    ranks: int,
+    on_log: Callable[[LogLine], None] = _ignore,
+    **overrides: object,
 ) -> AsyncIterator[SglangEngine]:
     """Start an engine and close it on the way out."""
-    engine = SglangEngine(options_for(directory, ranks=ranks, **overrides), pipeline, graph=graph_of(directory))
+    options = options_for(directory, ranks=ranks, **overrides)
+    engine = SglangEngine(options, pipeline, graph=graph_of(directory), on_log=on_log)
     await engine.start(on_progress=lambda _message: None)
     try:
         yield engine

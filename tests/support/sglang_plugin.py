@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 from engines.errors import RefactoringAborted
-from engines.protocol import GenerationRequest, RefactorProgress
+from engines.protocol import EngineCounters, GenerationRequest, RefactorProgress
 from engines.served.channel import Channel
 from engines.served.handover import LayerHandover, MoveSpec
 from engines.served.plugin_path import plugin_path
@@ -131,9 +131,9 @@ class PluginDriver:
         for report in reports:
             yield report
 
-    async def counters(self) -> dict[str, Any]:
-        found: dict[str, Any] = await self.core.core("counters")
-        return found
+    async def counters(self) -> EngineCounters:
+        """Return them as the adapter does, but for what only that counts."""
+        return EngineCounters(**await self.core.core("counters"), worker_restarts_total=0, refactorings_total=0)
 
     async def status(self) -> list[dict[str, Any]]:
         return [await self.sides[rank].call("status") for rank in sorted(self.sides)]
@@ -141,7 +141,7 @@ class PluginDriver:
     async def drain(self) -> None:
         async def is_idle() -> bool:
             found = await self.counters()
-            return not (found["running"] or found["waiting"])
+            return not (found.running or found.waiting)
 
         await until(is_idle, timeout_s=60)
 

@@ -7,6 +7,7 @@ import pytest
 import pytest_asyncio
 
 from engines.vllm.adapter import VllmEngine
+from tests.support.order import put_sharers_last
 from tests.support.vllm import layout, llama, running
 
 # Few KV blocks and few sequences at once: at any time some streams wait, some are in prefill, some decode, and some
@@ -22,12 +23,7 @@ CROWDED = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put those that share this vLLM after those that boot others, and last the one that kills it."""
-    items.sort(key=place)
-
-
-def place(item: pytest.Item) -> int:
-    names = getattr(item, "fixturenames", ()) if item.path.parent == Path(__file__).parent else ()
-    return 2 if "doomed" in names else int("engine" in names)
+    put_sharers_last(items, Path(__file__).parent, shared="engine", ends="doomed")
 
 
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")

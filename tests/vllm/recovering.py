@@ -1,18 +1,18 @@
-"""Streams that go on when their vLLM is replaced, through the supervisor."""
+"""Streams that go on when their engine is replaced, through what serves requests."""
 
 import asyncio
 
 from engines.closing import closing
-from flexpiped.supervisor import Supervisor
+from flexpiped.api.backend import Serving
 from tests.vllm.copied import ENDLESS
 from tests.vllm.streams import Result, stream
 
 
 class Streams:
-    """Streams through the supervisor. ``stop`` ends each at its next token."""
+    """Streams through one supervised engine or several. ``stop`` ends each at its next token."""
 
-    def __init__(self, supervisor: Supervisor, *, count: int) -> None:
-        self._supervisor = supervisor
+    def __init__(self, serving: Serving, *, count: int) -> None:
+        self._serving = serving
         self._stopped = False
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -25,7 +25,7 @@ class Streams:
 
     async def _read(self, index: int, max_tokens: int) -> None:
         try:
-            async with closing(self._supervisor.generate(stream(index, max_tokens=max_tokens))) as chunks:
+            async with closing(self._serving.generate(stream(index, max_tokens=max_tokens))) as chunks:
                 async for chunk in chunks:
                     self.tokens[index] += chunk.token_ids
                     self._news.set()

@@ -3,14 +3,22 @@
 import asyncio
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
-from engines.protocol import Engine, GenerationRequest, RefactorProgress, SamplingParams
+from engines.protocol import Engine, EngineCounters, GenerationRequest, RefactorProgress, SamplingParams
 from planner.layout import Pipeline, Stage
+from tests.support.until import until
 from tests.support.vllm import layout
 
 STREAMS = 8
 LOGPROB_BOUND = 1e-3
 Result = list[tuple[list[int], list[float]]]
+
+
+class Counted(Protocol):
+    """An engine, or what stands for one, that says what it is doing."""
+
+    async def counters(self) -> EngineCounters: ...
 
 
 def stream(index: int, *, max_tokens: int = 0, salt: int = 0) -> GenerationRequest:
@@ -43,6 +51,15 @@ async def move(engine: Engine, target: Pipeline) -> list[RefactorProgress]:
     if target == engine.pipeline:
         return []
     return [progress async for progress in engine.refactor(target)]
+
+
+async def until_under_way(engine: Counted) -> None:
+    """Return when a request that has been sent runs."""
+
+    async def runs() -> bool:
+        return (await engine.counters()).running > 0
+
+    await until(runs, timeout_s=60.0)
 
 
 def largest_difference(left: Result, right: Result) -> float:

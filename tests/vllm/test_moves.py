@@ -12,7 +12,7 @@ from engines.errors import RefactoringAborted, RefactoringBusy, RefactoringRefus
 from engines.vllm.adapter import VllmEngine
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
-from tests.support.until import until
+from tests.contract.engine_contract import assert_idle
 from tests.support.vllm import layout
 from tests.vllm.conftest import CROWDED, KV_BLOCKS
 from tests.vllm.streams import (
@@ -27,6 +27,7 @@ from tests.vllm.streams import (
     one_decoder_further,
     run_streams,
     stream,
+    until_under_way,
 )
 
 pytestmark = [
@@ -63,21 +64,6 @@ async def crowd(engine: VllmEngine) -> Crowd:
 async def few(engine: VllmEngine) -> Result:
     """Return what a few short streams give without a move."""
     return await run_streams(engine, count=3, max_tokens=40)
-
-
-async def until_under_way(engine: VllmEngine) -> None:
-    """Return when a request that has been sent runs."""
-
-    async def runs() -> bool:
-        return (await engine.counters()).running > 0
-
-    await until(runs, timeout_s=60.0)
-
-
-async def assert_idle(engine: VllmEngine) -> None:
-    await engine.drain()
-    counters = await engine.counters()
-    assert (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
 
 
 async def check_moves(engine: VllmEngine, count: int, undisturbed: Result, *, laps: Sequence[Pipeline] = MOVES) -> None:

@@ -1,7 +1,8 @@
-"""Real SGLang keeps the contract; and what its own server answers, through the daemon's HTTP API (it boots once)."""
+"""What real SGLang's own server answers, through the daemon's HTTP API, and what its processes show of themselves."""
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,42 +13,28 @@ import pytest_asyncio
 from engines.served.server import members_of
 from engines.sglang.adapter import SglangEngine
 from engines.sglang.own_server import ELSEWHERE, own_server
-from planner.layout import Pipeline
-from tests.contract.engine_contract import EngineContract, request_of
+from tests.contract.engine_contract import request_of
+from tests.sglang.conftest import Shared
 from tests.support.listening import listening_beyond_loopback
 from tests.support.own_routes import ANSWER, FORMAT, TOOL, WORD, Api, api_before
-from tests.support.sglang import running
 from tests.support.until import until
-from tests.support.vllm import layout, llama
+from tests.support.vllm import llama
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.sglang,
     pytest.mark.real_loop,
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
 ]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[SglangEngine]:
-    async with running(llama(), layout(4), ranks=2) as engine:
-        yield engine
+# As Qwen2.5 says it, which is what TOOLS has SGLang read.
+CALL = '<tool_call>\n{"name": "paint", "arguments": {"colour": "red"}}\n</tool_call>'
 
 
-@pytest.fixture
-def disposable_engine(engine: SglangEngine) -> SglangEngine:
-    """The engine of all: a start takes a minute, and the test that closes it is the last."""
-    return engine
-
-
-@pytest.fixture(scope="module")
-def targets() -> tuple[Pipeline, ...]:
-    return layout(6), layout(2)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def api(engine: SglangEngine) -> AsyncIterator[Api]:
-    async with api_before(engine, model=llama()) as api:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def api(shared: Shared) -> AsyncIterator[Api]:
+    async with api_before(shared.engine, model=llama()) as api:
         yield api
 
 
@@ -86,6 +73,29 @@ class TestOwnServer:
         assert json.loads(answer["choices"][0]["message"]["content"]) in ANSWER["enum"]
         answer = await api.completion(regex="(yes|no)")
         assert answer["choices"][0]["text"] in ("yes", "no")
+
+    async def test_a_tool_that_must_be_called_is_called(self, api: Api) -> None:
+        for choice in ("required", {"type": "function", "function": {"name": "paint"}}):
+            answer = await api.chat(tools=[TOOL], tool_choice=choice, max_tokens=200)
+            (call,) = answer["choices"][0]["message"]["tool_calls"]
+            assert call["function"]["name"] == "paint"
+            assert json.loads(call["function"]["arguments"])["colour"] in ANSWER["enum"]
+
+    async def test_the_parser_that_arguments_name_finds_a_call(self, api: Api) -> None:
+        """A model that is not trained for it calls a tool when it can say nothing else."""
+        tool = {"type": "function", "function": {**TOOL["function"], "strict": False}}
+        only = {"tools": [tool], "regex": re.escape(CALL), "max_tokens": 200}
+        message = (await api.chat(**only))["choices"][0]["message"]
+        assert [call["function"] for call in message["tool_calls"]] == [
+            {"name": "paint", "arguments": json.dumps({"colour": "red"})}
+        ]
+        assert not message["content"]
+        messages = {"messages": [{"role": "user", "content": "Which colour?"}], "temperature": 0}
+        events = await api.events("/v1/chat/completions", {**messages, **only})
+        deltas = [choice["delta"] for event in events for choice in event["choices"]]
+        calls = [call["function"] for delta in deltas for call in delta.get("tool_calls") or ()]
+        assert "".join(call.get("name") or "" for call in calls) == "paint"
+        assert json.loads("".join(call.get("arguments") or "" for call in calls)) == {"colour": "red"}
 
     async def test_further_routes(self, api: Api) -> None:
         status, answer = await api.post("/tokenize", {"prompt": "Once"})
@@ -213,7 +223,3 @@ class TestProcesses:
         after = await engine.counters()
         assert after.generated_tokens_total - before.generated_tokens_total == 6 * 150
         assert after.prompt_tokens_total - before.prompt_tokens_total == 6 * 3
-
-
-class TestSglang(EngineContract):
-    pass
