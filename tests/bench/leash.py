@@ -1,9 +1,11 @@
 """``python -m tests.bench.leash FOLDER COMMAND...``: runs a command in FOLDER until standard input ends.
 
 The command leads a process group of its own. When whoever holds the other end of standard input lets go, or dies in
-whatever way, the group is asked to end and then made to, so that no server outlives a benchmark.
+whatever way, or when this program is asked to end, the group is asked to end and then made to. When this program is
+killed, the kernel kills the command. So no server outlives a benchmark.
 """
 
+import ctypes
 import os
 import select
 import signal
@@ -13,18 +15,32 @@ from contextlib import suppress
 
 _GRACE_S = 10.0
 _POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
+_asked: list[int] = []  # signals that ask for the end
 
 
 def main() -> int:
     """Run the command and return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's interrupt is for the benchmark, which then lets go
-    child = subprocess.Popen(sys.argv[2:], cwd=sys.argv[1], stdin=subprocess.DEVNULL, start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a second one must not break off what ends the group
+        signal.signal(number, lambda number, _frame: _asked.append(number))
+    child = subprocess.Popen(
+        sys.argv[2:],
+        cwd=sys.argv[1],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
     try:
-        while child.poll() is None and not _let_go():
+        while child.poll() is None and not _asked and not _let_go():
             pass
     finally:
         _end_group(child)
     return child.returncode
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _let_go() -> bool:

@@ -28,6 +28,7 @@ async def leashed(
             stderr=out,
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             cwd=ROOT,
+            start_new_session=True,  # what ends the benchmark's process group must not end the leash before the server
         )
     try:
         yield process
