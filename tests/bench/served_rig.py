@@ -1,6 +1,9 @@
 """An engine with a server of its own in this process's hands: moved in place, or stopped and started again."""
 
+import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tests.bench.tables import mib, table
 
 RANKS = 4
 _MEMORY_STREAMS, _MEMORY_PROMPT_TOKENS = 8, 512  # while memory is measured
+_TOUCHED_S = 2.0  # after which the streams have touched what came
 _PLACES = Ranks(device_ids=DEVICES[:RANKS])
 # In place, with another number of stages each: layers leave two ranks, come back, and go to the last one.
 LAPS = tuple(_PLACES.pipeline_of(counts) for counts in ((2, 2, 2, 2), (4, 0, 0, 4), (3, 0, 3, 2)))
@@ -114,22 +118,65 @@ def graph_of(model: Path) -> ModelGraph:
     return build_model_graph(checkpoint.config, checkpoint.tensors, dtype="float32")
 
 
-async def measure_memory(rig: ServedRig, raw: dict[str, Any]) -> None:
-    """Print what each rank holds, and its PSS under streams, as it began and in each layout after moves.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """What one rank holds. ``kv_bytes`` is address space for its KV caches, of which what was written has memory."""
 
-    Without streams nothing would have touched the weights that came in a move, nor the KV caches.
+    decoders: tuple[int, ...]
+    weights_bytes: int
+    kv_bytes: int
+    pss_bytes: int
+
+    @property
+    def held(self) -> str:
+        return ",".join(map(str, self.decoders)) or "-"
+
+
+async def measure_memory(rig: ServedRig, raw: dict[str, Any], *, restart: bool) -> None:
+    """Print what each rank holds before and after moves under streams, and beside it after a restart instead.
+
+    Without streams nothing would touch the weights that come in a move, nor the KV caches. The last move leads back to
+    the first layout, and so does the restart.
     """
+    targets = [*rig.laps[1:], rig.laps[0]]
     rows = []
-    for number, target in enumerate((*rig.laps, rig.laps[0])):
-        if number:
-            await rig.move(target)
+    for number, target in enumerate(targets, start=1):
         await rig.begin(_MEMORY_STREAMS, _MEMORY_PROMPT_TOKENS)
-        for rank, pid in enumerate(rig.engine.pids["workers"]):
-            status = await rig.engine.rank_status(rank)
-            held = ",".join(map(str, status["layers"])) or "-"
-            sizes = (status["weights_bytes"], status["kv_mapped_bytes"], memory_pss_bytes(pid) or 0)
-            since = f"{target.granularity} stages, after {number} moves"
-            rows.append([f"{since}, rank {rank}", held, *map(mib, sizes)])
+        before = await _memory_of(rig)
+        await rig.move(target)
+        await asyncio.sleep(_TOUCHED_S)
+        after = await _memory_of(rig)
+        rows += _changes(f"move {number}", before, after)
+        if restart and number == len(targets):
+            await rig.restart(target)
+            await asyncio.sleep(_TOUCHED_S)
+            anew = await _memory_of(rig)
+            rows += _changes("that, then a restart", after, anew)
         await rig.end()
-    table("memory of the ranks (MiB)", ["layout, rank", "decoders", "weights", "KV capacity", "PSS"], rows)
+    head = ["memory of the ranks (MiB)", "decoders", "weights", "KV capacity", "PSS"]
+    table(f"before and after, under {_MEMORY_STREAMS} streams", head, rows)
     raw["memory"] = rows
+
+
+async def _memory_of(rig: ServedRig) -> list[RankMemory]:
+    seen = []
+    for rank, pid in enumerate(rig.engine.pids["workers"]):
+        status = await rig.engine.rank_status(rank)
+        seen.append(
+            RankMemory(
+                decoders=tuple(status["layers"]),
+                weights_bytes=status["weights_bytes"],
+                kv_bytes=status["kv_mapped_bytes"],
+                pss_bytes=memory_pss_bytes(pid) or 0,
+            )
+        )
+    return seen
+
+
+def _changes(name: str, before: Sequence[RankMemory], after: Sequence[RankMemory]) -> list[list[str]]:
+    rows = []
+    for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+        sizes = [(old.weights_bytes, new.weights_bytes), (old.kv_bytes, new.kv_bytes), (old.pss_bytes, new.pss_bytes)]
+        changes = [f"{mib(was)} -> {mib(now)}" for was, now in sizes]
+        rows.append([f"{name}, rank {rank}", f"{old.held} -> {new.held}", *changes])
+    return rows

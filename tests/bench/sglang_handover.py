@@ -1,7 +1,7 @@
 """Handover inside real SGLang: layers move between its pipeline ranks while streams run.
 
 As tests.bench.vllm_handover, over four ranks (2,2,2,2 -> 4,0,0,4 -> 3,0,3,2 decoders), beside stopping and restarting
-SGLang with the new partition. Also the memory of each rank in each layout.
+SGLang with the new partition. Also the memory of each rank before and after moves under streams, and after a restart.
 """
 
 import argparse
@@ -36,7 +36,7 @@ async def main() -> int:
     bounds: list[Bound] = []
     python = options.sglang_python.absolute()  # not resolved: a virtual environment is found by its link
     async with sglang_rig(model, setup_of(options), python=python) as rig:
-        await measure_memory(rig, raw)
+        await measure_memory(rig, raw, restart=options.restarts > 0)
         bounds += await measure(rig, options, raw, is_direct=True, commit_limit_ms=_COMMIT_LIMIT_MS)
     verdicts(bounds)
     write_json(options.json, raw, bounds)

@@ -75,7 +75,7 @@ async def main() -> int:
     raw: dict[str, Any] = {"options": {key: str(value) for key, value in vars(options).items()}}
     bounds: list[Bound] = []
     async with vllm_rig(model, setup_of(options), python=options.vllm_python) as rig:
-        await measure_memory(rig, raw)
+        await measure_memory(rig, raw, restart=options.restarts > 0)
         await _pauses(rig, options)
         bounds += await measure(rig, options, raw, is_direct=True, commit_limit_ms=_COMMIT_LIMIT_MS)
         await _kill(rig, raw)
