@@ -36,11 +36,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pyt
 # retracts one now and then, as it does when the KV cache is full.
 CROWDED = ("--max-total-tokens", "1000", "--chunked-prefill-size", "48", "--max-running-requests", "8")
 RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "37"}
+IMPATIENT = {"SGLANG_HEALTH_CHECK_TIMEOUT": "1"}  # s; by default its /health waits 20 for a token
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def driver() -> AsyncIterator[PluginDriver]:
-    async with driven(llama(), (2, 2, 2, 2), more=CROWDED, variables=RETRACTING) as made:
+    async with driven(llama(), (2, 2, 2, 2), more=CROWDED, variables=RETRACTING | IMPATIENT) as made:
         yield made
 
 
@@ -233,14 +234,18 @@ async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> N
 
 
 async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
-    """SGLang's own pause does not under pipeline parallelism, and says that it did."""
+    """SGLang's own does not under pipeline parallelism, and says that it did. In a real one its ``/health`` fails.
+
+    So the daemon never asks for that; see ``test_moves.py``.
+    """
     await move(driver, START)
     undisturbed = await run_streams(driver, count=4, max_tokens=80, salt=7)
     streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=80, salt=7))
     await until_under_way(driver)
     await driver.core.core("hold")
     paused = await driver.counters()
-    await asyncio.sleep(0.5)
+    assert await driver.health() == 503  # it takes itself for dead, and what the daemon asks is answered:
+    assert [rank["epoch"] for rank in await driver.status()] == [driver.epoch] * 4
     assert (await driver.counters()).steps_total == paused.steps_total
     assert paused.running + paused.waiting > 0
     await driver.core.core("resume")
