@@ -55,18 +55,22 @@ def test_the_gate_is_exactly_make_test() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec make test"
 
 
-def test_cheap_tests_come_first_and_one_vllm_is_alive_at_a_time() -> None:
-    lines = [line for line in collect("tests/contract", "tests/vllm") if "::" in line]
+def test_cheap_tests_come_first_and_one_served_engine_is_alive_at_a_time() -> None:
+    lines = [line for line in collect("tests/contract", "tests/sglang", "tests/vllm") if "::" in line]
     files = [file for file, _ in groupby(line.partition("::")[0] for line in lines)]
 
     assert files[:3] == ["tests/contract/test_fake.py", "tests/contract/test_native.py", "tests/contract/test_vllm.py"]
-    # Of vLLM one serves many tests; those before it boot others, and the last test kills it.
-    shared = ["tests/vllm/test_moves.py", "tests/vllm/test_routes.py", "tests/vllm/test_death.py"]
-    assert files[-4:] == [*shared, "tests/contract/test_sglang.py"]
+    # Of each one serves many tests; those before it boot others, and the last test ends it.
+    of_vllm = ["moves", "routes", "death"]
+    of_sglang = ["contract", "moves", "own_server", "recovery", "contract"]
+    shared = [f"tests/vllm/test_{name}.py" for name in of_vllm], [f"tests/sglang/test_{name}.py" for name in of_sglang]
+    first_of_sglang = next(place for place, file in enumerate(files) if file.startswith("tests/sglang/"))
+    assert files[first_of_sglang - len(of_vllm) : first_of_sglang] == shared[0]
+    assert files[-len(of_sglang) :] == shared[1]
 
 
 def test_what_is_left_out_is_counted_with_its_reason() -> None:
-    lines = collect("-m", "not engine and not vllm and not sglang", "tests/contract")
+    lines = collect("-m", "not engine and not vllm and not sglang", "tests/contract", "tests/sglang/test_contract.py")
     told = [re.sub(r"\d+", "N", line) for line in lines if line.startswith("left out")]
 
     assert told == [
