@@ -16,6 +16,7 @@ from engines.errors import RefactoringAborted
 from planner.layout import Pipeline
 from tests.contract.engine_contract import assert_idle
 from tests.support.sglang_plugin import PluginDriver, driven
+from tests.support.until import until
 from tests.support.vllm import llama
 from tests.vllm.streams import (
     FAILURES_BEFORE_COMMIT,
@@ -244,7 +245,11 @@ async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
     await until_under_way(driver)
     await driver.core.core("hold")
     paused = await driver.counters()
-    assert await driver.health() == 503  # it takes itself for dead, and what the daemon asks is answered:
+
+    async def takes_itself_for_dead() -> bool:
+        return await driver.health() == 503  # unless what it had sent before came only now
+
+    await until(takes_itself_for_dead, timeout_s=30.0)  # and what the daemon asks is answered:
     assert [rank["epoch"] for rank in await driver.status()] == [driver.epoch] * 4
     assert (await driver.counters()).steps_total == paused.steps_total
     assert paused.running + paused.waiting > 0
