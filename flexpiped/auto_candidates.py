@@ -46,6 +46,8 @@ class PlannedCandidates:
         resolver: That of the engine in force.
         serving: The pipelines of all replicas; empty: there is only the one that is asked about.
         expected: The workload that the configuration expects: it counts as long as nothing has been seen.
+        start_s: How long a replica of so many stages would take to start, as measured; None: none was measured. Called
+            in a thread.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class PlannedCandidates:
         expected: Workload,
         slo: Slo,
         serving: Callable[[], Sequence[Pipeline]] = tuple,
+        start_s: Callable[[int], float | None] = lambda _num_stages: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._serving = serving
+        self._start_s = start_s
         self._resolver = resolver
         self._expected = expected
         self._slo = slo
@@ -88,20 +92,23 @@ class PlannedCandidates:
         asked, now_s = (engine.capabilities.name, engine.pipeline, tuple(self._serving())), self._clock()
         if self._planned is None or self._planned[0] != asked or now_s - self._planned[1] > PLAN_AGE_S:
             taken = devices_beside(engine.pipeline, self._serving())
-            answer, free = await asyncio.to_thread(self._plan, engine, taken)
+            planned, free = await asyncio.to_thread(self._plan, engine, taken)
             found = tuple(
                 replace(each, most_replicas=most_replicas(each, serving=self._serving(), free_devices=free))
-                for each in granularities_of(answer)
+                for each in planned
             )
             self._planned = (asked, now_s, found)
             self._known.clear()
         return self._planned[2]
 
-    def _plan(self, engine: Engine, taken: frozenset[str]) -> tuple[PlanAnswer, int]:
-        """Return the plan for the main replica, and how many devices no replica has."""
+    def _plan(self, engine: Engine, taken: frozenset[str]) -> tuple[tuple[Granularity, ...], int]:
+        """Return what is planned for the main replica, and how many devices no replica has."""
         resolver, current = self._resolver(), engine.pipeline
         answer = resolver.answer(Auto.AUTO, current=current, resident=engine.capabilities.resident, taken=taken)
-        return answer, resolver.free_devices(taken=taken | set(current.device_ids))
+        planned = tuple(
+            replace(each, start_s=self._start_s(each.num_stages) or 0.0) for each in granularities_of(answer)
+        )
+        return planned, resolver.free_devices(taken=taken | set(current.device_ids))
 
 
 def devices_beside(main: Pipeline, serving: Sequence[Pipeline]) -> frozenset[str]:

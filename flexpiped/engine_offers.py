@@ -3,23 +3,28 @@
 What an engine is to be told comes from its own part of the configuration, whichever engine the daemon started with.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engines.errors import UnsupportedByEngine
 from flexpiped.engine_factory import Model, engine_factory, find_files, ignore_news
 from flexpiped.planner_question import question_here
 from flexpiped.settings import EngineKind, Settings
+from flexpiped.start_times import StartTimes, start_times_of
 from flexpiped.supervisor import EngineFactory
 from flexpiped.target_resolver import PlannerResolver
+from topology.measured import state_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOffer:
-    """One kind of engine for the model that is served: what makes it, and what plans for it."""
+    """One kind of engine for the model that is served: what makes it, what plans for it, and how long it starts."""
 
     factory: EngineFactory
     resolver: PlannerResolver
+    starts: StartTimes
 
 
 class EngineOffers:
@@ -50,6 +55,10 @@ class EngineOffers:
     def use(self, settings: Settings) -> None:
         """Plan from now on for the workload, targets and planner's limits of ``settings``; the rest stays."""
         self._settings = replace(self._settings, workload=settings.workload, slo=settings.slo, planner=settings.planner)
+
+    def is_warm(self) -> bool:
+        """Whether the model's parameters are in the memory of this host now. Blocks for a millisecond."""
+        return next(iter(self._made.values())).starts.is_warm
 
     def _planned_for(self, settings: Settings) -> Settings:
         now = self._settings
@@ -84,5 +93,11 @@ class EngineOffers:
             factory=engine_factory(settings, model, on_news=self._on_news),
             resolver=PlannerResolver(
                 lambda: question_here(self._planned_for(settings), model.graph), on_plan=self._on_plan
+            ),
+            starts=start_times_of(
+                model.graph,
+                model.directory,
+                engine=settings.engine.value,
+                state_folder=state_file(os.environ, home=Path.home()).parent,
             ),
         )

@@ -19,6 +19,7 @@ from flexpiped.replica_facts import ReplicaFacts
 from flexpiped.replicas import Replicas
 from flexpiped.restore import Beginning, restored
 from flexpiped.settings import Settings
+from flexpiped.start_times import StartMeter
 from flexpiped.supervision import Supervision
 from flexpiped.supervisor import EngineFactory, Supervisor
 from planner.layout import Pipeline
@@ -170,4 +171,11 @@ class EngineStart:
             on_change=on_change,
             on_progress=on_progress,
             flights=flights,
+            meter=StartMeter(
+                starts=lambda name: self._offers().of(name).starts, is_warm=lambda: self._offers().is_warm()
+            ),
         )
+
+    def _offers(self) -> EngineOffers:
+        assert self._in_force.offers is not None, "set before any engine is made"
+        return self._in_force.offers

@@ -92,6 +92,10 @@ def journal_failed(*, reason: str) -> None:
     _log.error("journal failed", reason=reason)
 
 
+def start_time_not_kept(*, reason: str) -> None:
+    _log.warning("start time not kept", reason=reason)
+
+
 def kv_resized(*, replica: int, before: int, after: int, reason: str) -> None:
     """Others have taken or freed memory. In KV blocks."""
     _log.info("KV cache resized", replica=replica, before=before, after=after, reason=reason)

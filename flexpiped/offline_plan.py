@@ -1,6 +1,7 @@
 """A plan without a daemon: for any topology, any model directory and any workload, from files alone."""
 
 import json
+import os
 import time
 import tomllib
 from collections.abc import Mapping
@@ -15,14 +16,17 @@ from flexpiped.models import model_source
 from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import known_costs, question_of
 from flexpiped.settings import EngineKind, Settings
+from flexpiped.start_times import start_times_of
 from planner.errors import InvalidWorkload, UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
 from planner.model_graph import ModelGraph, build_model_graph
 from planner.planning import plan
 from planner.question import PlanQuestion
+from planner.start_times import StartRecord
 from planner.workload import parse_workload
 from topology.device import DeviceKind
 from topology.machines import load_topology
+from topology.measured import state_file
 
 _DEGREES: Final = (1, 2, 4, 8)  # that vLLM and SGLang are asked to take
 
@@ -56,11 +60,9 @@ def offline_question(request: OfflineRequest) -> PlanQuestion:
 
     Raises as ``offline_plan``, but nothing of the planner's.
     """
-    settings = load_config(Path(request.config)) if request.config else Settings()
-    if request.engine:
-        settings = replace(settings, engine=EngineKind(request.engine))
+    settings = _settings(request)
     topology = load_topology(request.topology) if request.topology else host_topology(settings)
-    graph = _graph(settings, request.model or model_source(settings))
+    graph = _graph(settings, _directory(settings, request.model or model_source(settings)))
     costs = known_costs(settings, graph=graph, topology=topology)
     question = question_of(settings, graph=graph, topology=topology, costs=costs)
     engine = question.engine
@@ -74,9 +76,31 @@ def offline_question(request: OfflineRequest) -> PlanQuestion:
     return replace(question, engine=engine, num_stages=request.num_stages, max_replicas=request.max_replicas)
 
 
-def _graph(settings: Settings, source: str) -> ModelGraph:
+def measured_starts(request: OfflineRequest, *, state_folder: Path | None = None) -> tuple[StartRecord, ...]:
+    """Return how long replicas of the model took to start on this host; a topology from a file is another one.
+
+    ``state_folder`` None: where this user's or service's state is kept. Raises as ``offline_question``.
+    """
+    if request.topology:
+        return ()
+    settings = _settings(request)
+    directory = _directory(settings, request.model or model_source(settings))
+    folder = state_folder or state_file(os.environ, home=Path.home()).parent
+    graph = _graph(settings, directory)
+    return start_times_of(graph, directory, engine=settings.engine.value, state_folder=folder).records
+
+
+def _settings(request: OfflineRequest) -> Settings:
+    settings = load_config(Path(request.config)) if request.config else Settings()
+    return replace(settings, engine=EngineKind(request.engine)) if request.engine else settings
+
+
+def _directory(settings: Settings, source: str) -> Path:
+    return find_model(source, revision=settings.revision, token_file=settings.hf_token_file)
+
+
+def _graph(settings: Settings, directory: Path) -> ModelGraph:
     """Describe a model: from its config.json alone where no weights lie beside it."""
-    directory = find_model(source, revision=settings.revision, token_file=settings.hf_token_file)
     if not any((directory / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return build_model_graph(_read_table(directory / CONFIG), dtype=settings.dtype.value)
     checkpoint = read_checkpoint(directory)

@@ -134,6 +134,7 @@ class Service:
         self._candidates = PlannedCandidates(
             resolver=lambda: self._in_force.offer().resolver,
             serving=lambda: self._in_force.known_replicas().pipelines,
+            start_s=lambda num_stages: self._in_force.offer().starts.expected_s(num_stages),
             expected=workload_of(settings),
             slo=slo_of(settings),
         )

@@ -7,6 +7,7 @@ During a replica handover it owns two. One is in force at any time and gets the 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed
@@ -35,6 +36,13 @@ from planner.layout import Pipeline
 EngineFactory = Callable[[Pipeline, int], Engine]  # not started yet; called per start with pipeline and epoch
 
 
+Meter = Callable[[Engine], AbstractAsyncContextManager[None]]
+
+
+def _unmeasured(_engine: Engine) -> AbstractAsyncContextManager[None]:
+    return nullcontext()
+
+
 def _ignore(_news: object) -> None:
     pass
 
@@ -58,6 +66,7 @@ class Supervisor:
         on_change: Told each new state with its reason (for log, events and readiness).
         on_progress: Told what a starting engine says.
         flights: The requests under way; those of several replicas are kept together.
+        meter: Makes the scope in which an engine starts, to measure how long that takes.
     """
 
     def __init__(
@@ -72,7 +81,9 @@ class Supervisor:
         on_change: Callable[[Supervision], None] = _ignore,
         on_progress: Callable[[str], None] = _ignore,
         flights: Flights | None = None,
+        meter: Meter = _unmeasured,
     ) -> None:
+        self._meter = meter
         self._factory = factory
         self._pipeline = pipeline
         self._epoch = 0
@@ -130,10 +141,11 @@ class Supervisor:
         """
         engine = self._factory(self._pipeline, self._epoch)
         try:
-            await engine.start(on_progress=self._on_progress)
-            if engine.capabilities.compiles_at_first_use:  # here nobody waits for it yet, as at a later start
-                self._on_progress("trying the engine out: what first requests need is compiled")
-                await warm_up(engine)
+            async with self._meter(engine):
+                await engine.start(on_progress=self._on_progress)
+                if engine.capabilities.compiles_at_first_use:  # here nobody waits for it yet, as at a later start
+                    self._on_progress("trying the engine out: what first requests need is compiled")
+                    await warm_up(engine)
         except BaseException:
             await engine.close()
             raise
@@ -235,7 +247,7 @@ class Supervisor:
         factory = factory or self._factory
         second = factory(pipeline, self._engine.epoch + 1)
         self._succession = _Succession(second, factory, asyncio.get_running_loop().create_future())
-        await second.start(on_progress=on_progress)
+        await self._start(second, on_progress)
         loss = loss_of(self._capabilities, second.capabilities)
         if loss is not None:
             raise EngineStartFailed(loss)
@@ -290,6 +302,10 @@ class Supervisor:
         self._on_change(self._supervision)
         return decision if isinstance(decision, Restart) else None
 
+    async def _start(self, engine: Engine, on_progress: Callable[[str], None]) -> None:
+        async with self._meter(engine):
+            await engine.start(on_progress=on_progress)
+
     def _adopt(self, engine: Engine) -> None:
         self._engine = engine
         self._capabilities = engine.capabilities
@@ -328,7 +344,7 @@ class Supervisor:
             await self._sleep(restart.after_s)
             engine = self._factory(self._pipeline, self._epoch)
             try:
-                await engine.start(on_progress=self._on_progress)
+                await self._start(engine, self._on_progress)
             except EngineError as failure:
                 await engine.close()
                 restart = self._apply(Died(reason=str(failure)))

@@ -1,12 +1,12 @@
 """What is simulated: devices and replicas, from files or from OPT-66B's published table."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from flexpiped.offline_plan import OfflineRequest, offline_question
+from flexpiped.offline_plan import OfflineRequest, measured_starts, offline_question
 from planner.candidate_plan import Found, Verdict
 from planner.errors import InvalidTrace, NoFeasiblePlan
 from planner.planning import plan
@@ -18,6 +18,7 @@ from planner.simulation.pool import DevicePool, PoolDevice
 from planner.simulation.run import MemoryChange
 from planner.simulation.shape import Shape, Shapes
 from planner.stage_times import pipeline_times
+from planner.start_times import StartRecord, expected_start_s
 from planner.workload import Slo, Workload
 
 NODES, PODS = "openb_node_list_gpu_node.csv", "openb_pod_list_default.csv"
@@ -113,8 +114,9 @@ def planned(request: OfflineRequest, *, workload: Workload, slo: Slo, clock: Cal
     """
     question = replace(offline_question(request), workload=workload, slo=slo, max_replicas=1)
     answer = plan(question, clock=clock)
+    starts = measured_starts(request)
     shapes = {
-        each.num_stages: _shape(question, each.found)
+        each.num_stages: _shape(question, each.found, starts)
         for each in answer.candidates
         if each.found is not None and each.degree == 1 and each.verdict in (Verdict.CHOSEN, Verdict.LOST)
     }
@@ -129,15 +131,16 @@ def planned(request: OfflineRequest, *, workload: Workload, slo: Slo, clock: Cal
         )
         for index, device in enumerate(question.topology.devices)
     ]
-    return Scenario(shapes=shapes, devices=tuple(devices), memory_changes=(), source=question.costs.source)
+    source = f"{question.costs.source}; start times as {'measured' if starts else 'estimated'}"
+    return Scenario(shapes=shapes, devices=tuple(devices), memory_changes=(), source=source)
 
 
-def _shape(question: PlanQuestion, found: Found) -> Shape:
+def _shape(question: PlanQuestion, found: Found, starts: Sequence[StartRecord]) -> Shape:
     pipeline = found.pipelines[0]
     largest = max(found.memory, key=lambda each: each.needed_bytes)
     weight_bytes = largest.weight_bytes + largest.workspace_bytes
-    cold_s = largest.weight_bytes / _STORAGE_BYTES_PER_S + _PROCESS_S
-    warm_s = largest.weight_bytes / _HOST_MEMORY_BYTES_PER_S + _PROCESS_S
+    load_s = largest.weight_bytes / _HOST_MEMORY_BYTES_PER_S
+    cold_s, warm_s = start_times(starts, num_stages=pipeline.granularity, weight_bytes=largest.weight_bytes)
     return Shape(
         num_stages=pipeline.granularity,
         times=pipeline_times(question, pipeline, kv_tokens=found.kv_tokens),
@@ -146,9 +149,22 @@ def _shape(question: PlanQuestion, found: Found) -> Shape:
         min_kv_tokens=min(found.kv_tokens, int(4 * question.workload.sequence_tokens_mean) + 1),
         cold_s=cold_s,
         warm_s=warm_s,
-        prepare_s=warm_s - _PROCESS_S,
+        prepare_s=load_s,
         pause_s=_PAUSE_S,
     )
+
+
+def start_times(starts: Sequence[StartRecord], *, num_stages: int, weight_bytes: int) -> tuple[float, float]:
+    """Return how long a replica starts, cold and warm: as measured; what was not is estimated from what was, or all.
+
+    A start that was only measured warm takes what storage takes longer than memory, when it is cold.
+    """
+    from_storage_s, from_memory_s = weight_bytes / _STORAGE_BYTES_PER_S, weight_bytes / _HOST_MEMORY_BYTES_PER_S
+    warm_s = expected_start_s(starts, num_stages=num_stages, is_warm=True)
+    cold_s = expected_start_s(starts, num_stages=num_stages, is_warm=False)
+    if warm_s is None:
+        warm_s = from_memory_s + _PROCESS_S if cold_s is None else max(0.0, cold_s - from_storage_s + from_memory_s)
+    return (warm_s + from_storage_s - from_memory_s if cold_s is None else cold_s), warm_s
 
 
 def describe(scenario: Scenario) -> Mapping[str, str]:

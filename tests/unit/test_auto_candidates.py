@@ -75,6 +75,18 @@ async def test_what_is_alike_is_planned_and_predicted_once(engine: FakeEngine) -
     assert planner.plans == 2
 
 
+async def test_a_replica_takes_as_long_to_start_as_was_measured(engine: FakeEngine) -> None:
+    planner = Planner()
+    source = PlannedCandidates(
+        resolver=lambda: planner,
+        expected=EXPECTED,
+        slo=Slo(),
+        start_s={1: 4.0, 2: 6.0}.get,
+    )
+    found = await source.of(engine, LoadMonitor(began_s=0.0).observe(1.0))
+    assert [each.start_s for each in found] == [4.0, 6.0, 0.0, 0.0]
+
+
 async def test_other_lengths_are_predicted_anew_without_a_plan(engine: FakeEngine) -> None:
     planner = Planner()
     source = PlannedCandidates(resolver=lambda: planner, expected=EXPECTED, slo=Slo(), clock=lambda: 0.0)
