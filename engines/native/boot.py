@@ -1,9 +1,7 @@
 """Start of the engine core: read the model's description, build its skeleton, size the KV cache; read no weights."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +18,6 @@ from engines.native.shared import SharedMemory, SharedSizes
 from engines.native.worker import WorkerContext
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
-
-if TYPE_CHECKING:
-    from engines.native.grammar import Grammars
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,7 +36,6 @@ class Boot:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     attention: str  # "compiled", or "torch" and why
-    grammars: "Grammars | None"  # None: llguidance or the tokenizer is not here
 
     @property
     def kv_block_bytes(self) -> int:
@@ -110,7 +104,6 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
         eos_token_ids=_eos_token_ids(checkpoint),
         vocab_size=int(config.vocab_size),
         attention=note,
-        grammars=_grammars(checkpoint, vocab_size=int(config.vocab_size)),
     )
 
 
@@ -162,16 +155,6 @@ def _compiled(options: NativeOptions) -> tuple[dict[str, Path], str]:
         return {name: build_kernel(name, directory=directory) for name in ("paged_attention", "llama_ops")}, "compiled"
     except KernelBuildFailed as error:
         return {}, f"torch ({error})"
-
-
-def _grammars(checkpoint: Checkpoint, *, vocab_size: int) -> "Grammars | None":
-    """Read the tokenizer for llguidance: here, since it takes a second where the vocabulary is large."""
-    tokenizer = Path(checkpoint.directory) / "tokenizer.json"
-    if importlib.util.find_spec("llguidance") is None or not tokenizer.exists():
-        return None
-    from engines.native.grammar import Grammars
-
-    return Grammars(tokenizer, vocab_size=vocab_size, eos_token_ids=_eos_token_ids(checkpoint))
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import assert_never
 
 import uvloop
@@ -23,6 +24,7 @@ from engines.native import messages as m
 from engines.native.boot import Boot, boot
 from engines.native.engine_core import EngineCore, EngineFailed
 from engines.native.feasibility import check_refactor
+from engines.native.grammar_setup import grammars_for
 from engines.native.handover import HandoverRunner
 from engines.native.specs import specs_of
 from engines.native.workers import WorkerPool
@@ -48,8 +50,11 @@ class CoreServer:
     async def serve(self) -> None:
         """Load the first layout, then obey until told to shut down or the daemon is gone."""
         self._emit(c.Starting(message="loading weights"))
+        starting = asyncio.ensure_future(self._core.start())
+        await asyncio.sleep(0)  # the workers are told to read them
+        self._read_grammars()
         try:
-            await self._core.start()
+            await starting
         except EngineFailed as error:
             self._emit(c.StartFailed(reason=str(error), unsupported=False))
             return
@@ -62,7 +67,7 @@ class CoreServer:
                 worker_pids=self._pool.pids,
                 attention=boot_.attention,
                 kv_range=self._core.kv.range,
-                grammars=boot_.grammars is not None,
+                grammars=self._core.grammars is not None,
             )
         )
         self._spawn(self._core.watch_for_hangs())
@@ -73,6 +78,15 @@ class CoreServer:
             await self._writer.drain()
         else:
             await commands
+
+    def _read_grammars(self) -> None:
+        """Make ready for constrained output: while the workers are busy, since nothing else runs here meanwhile."""
+        boot_ = self._boot
+        self._core.grammars, reason = grammars_for(
+            Path(boot_.context.checkpoint.directory), vocab_size=boot_.vocab_size, eos_token_ids=boot_.eos_token_ids
+        )
+        if reason:
+            self._emit(c.Starting(message=f"no constrained output: {reason}"))
 
     async def _obey(self) -> None:
         while (raw := await read_frame(self._reader)) is not None:

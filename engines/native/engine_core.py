@@ -34,7 +34,7 @@ from engines.protocol import EngineCounters
 from planner.layout import Pipeline
 
 if TYPE_CHECKING:
-    from engines.native.grammar import Matcher
+    from engines.native.grammar import Grammars, Matcher
 
 
 class EngineFailed(Exception):
@@ -52,6 +52,7 @@ class EngineCore:
         self.failpoints = Failpoints()
         self.trace = StepTrace()
         self.handover: HandoverRunner | None = None
+        self.grammars: Grammars | None = None  # set before the first request
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.refactorings = 0
         self.worker_of = {device: index for index, device in enumerate(boot.options.device_ids)}
@@ -112,9 +113,11 @@ class EngineCore:
 
     def _matcher_of(self, request: c.Submit) -> "Matcher | None":
         grammar = request.sampling.grammar
-        if grammar is None or self.boot.grammars is None:
+        if grammar is None:
             return None
-        return self.boot.grammars.matcher(grammar, request.generated)
+        if self.grammars is None:
+            raise InvalidRequest("this model's output cannot be kept to a grammar", parameter=grammar.parameter)
+        return self.grammars.matcher(grammar, request.generated)
 
     def abort(self, key: int) -> None:
         self.scheduler.abort(key)

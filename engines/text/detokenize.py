@@ -26,6 +26,10 @@ class Detokenizer(Protocol):
     def finish(self) -> str:
         """Return what was held back. Nothing may be fed afterwards."""
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether some of what was fed is held back."""
+
 
 def _byte_level_alphabet() -> dict[str, int]:
     """Return the byte behind each character of the byte-level alphabet (GPT-2's ``bytes_to_unicode``, inverted)."""
@@ -70,6 +74,10 @@ class ByteLevelDetokenizer:
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
+    @property
+    def is_pending(self) -> bool:
+        return bool(self._utf8.getstate()[0])
+
 
 class WindowDetokenizer:
     """For all other decoders.
@@ -104,6 +112,10 @@ class WindowDetokenizer:
 
     def finish(self) -> str:
         return self._take(final=True)
+
+    @property
+    def is_pending(self) -> bool:
+        return len(self._window) > self._num_shown
 
     def _take(self, *, final: bool) -> str:
         text = self._decode(self._window)

@@ -57,9 +57,8 @@ class TextStream:
             if self._stop_hit:
                 break
             self._tokens_consumed += 1
-            text = self._detokenizer.feed(token_id)
-            parts.append(self._match(text))
-            self._ends.append(self._made if text else self._made + 1)  # without text yet: shown with what comes next
+            parts.append(self._match(self._detokenizer.feed(token_id)))
+            self._ends.append(self._made + self._detokenizer.is_pending)  # its rest is shown with what comes next
         if final and not self._stop_hit:
             parts.append(self._match(self._detokenizer.finish()))
             if not self._stop_hit:

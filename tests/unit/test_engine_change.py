@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,14 @@ from engines.closing import closing
 from engines.errors import EngineClosed, EngineDied, UnsupportedByEngine
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from engines.fake_batch import hashed_tokens
-from engines.protocol import Engine, EngineCapabilities, GenerationRequest, SamplingParams
+from engines.protocol import (
+    Engine,
+    EngineCapabilities,
+    GenerationRequest,
+    Grammar,
+    GrammarKind,
+    SamplingParams,
+)
 from engines.vllm.sampling import ENGINE_PARAMS as VLLM_PARAMS
 from flexpiped.events import EventLog
 from flexpiped.handover_records import HandoverRecord, HandoverResult, Proposal, TargetResolver, Wanted, Way
@@ -24,7 +32,8 @@ from tests.support.until import until
 
 STREAMS = 6
 TOKENS = 300
-RICH = replace(FAKE_CAPABILITIES, name="vllm", engine_params=VLLM_PARAMS)
+RICH = replace(FAKE_CAPABILITIES, name="vllm", engine_params=VLLM_PARAMS, top_logprobs=True, grammars=True)
+GRAMMAR = Grammar(kind=GrammarKind.REGEX, source="a+", parameter="structured_outputs")
 PLAIN = replace(FAKE_CAPABILITIES, name="native", eos_token_ids=tuple(reversed(FAKE_CAPABILITIES.eos_token_ids)))
 KINDS = {"vllm": RICH, "native": PLAIN}
 
@@ -183,6 +192,17 @@ async def test_a_request_that_the_other_engine_does_not_know_ends_at_the_first(s
     )
     assert await asyncio.gather(*streams) == [undisturbed(index) for index in range(3)]
     assert (await stand.engines[1].counters()).generated_tokens_total < 2 * TOKENS
+
+
+@pytest.mark.parametrize("sampling", [{"top_logprobs": 2}, {"prompt_logprobs": 0}, {"grammar": GRAMMAR}], ids=str)
+async def test_neither_does_one_that_asks_for_what_the_other_cannot_tell_or_do(
+    stand: Stand, sampling: dict[str, Any]
+) -> None:
+    asked = request(1)
+    (stream,) = await stand.begin(replace(asked, sampling=replace(asked.sampling, **sampling)))
+    record = await stand.change(Wanted(engine="native"))
+    assert record.message.endswith("1 more finished at the first")
+    assert await stream == undisturbed(1)
 
 
 async def test_it_is_not_waited_for_without_end(stand: Stand) -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llguidance import LLMatcher
+from tokenizers import Tokenizer
 
 from engines.errors import InvalidRequest
 from engines.native.asks import asks_of
 from engines.native.grammar import Grammars, Matcher
+from engines.native.grammar_setup import grammars_for
 from engines.native.scheduler import Batch, Entry
 from engines.native.sequence import Sequence
 from engines.native.shaping import Shaping
 from engines.native.shared import SharedMemory, SharedSizes
 from engines.native.token_mask import is_set, words_for
 from engines.protocol import FinishReason, Grammar, GrammarKind, SamplingParams
-from tests.support.tiny_tokenizer import byte_level_tokenizer
+from tests.support.tiny_tokenizer import byte_fallback_tokenizer, byte_level_tokenizer, word_piece_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 VOCABULARY = TOKENIZER.get_vocab_size()
@@ -178,6 +180,27 @@ def test_what_is_allowed_besides_and_by_the_grammar_counts_together(grammars: Gr
     (shape,) = asks_of(Batch(1, (Entry(sequence, 0, 1, samples=True),)), [0], shared).shapes
     assert shape.is_masked
     assert np.flatnonzero(is_set(shared.masks[1], VOCABULARY)).tolist() == sorted(digits[:2])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size", "reason"),
+    [
+        (word_piece_tokenizer(), 12, "decoder"),
+        (TOKENIZER, 100, "too small"),
+        (TOKENIZER, VOCABULARY, ""),
+        (byte_fallback_tokenizer(), 300, ""),
+        (None, 100, "no tokenizer.json"),
+    ],
+    ids=["word piece", "small vocabulary", "byte level", "byte fallback", "none"],
+)
+def test_a_tokenizer_that_llguidance_does_not_read_is_no_reason_not_to_serve(
+    tmp_path: Path, tokenizer: Tokenizer | None, vocab_size: int, reason: str
+) -> None:
+    if tokenizer is not None:
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found, why = grammars_for(tmp_path, vocab_size=vocab_size, eos_token_ids=(EOS_ID,))
+    assert (found is None) is bool(reason)
+    assert reason in why
 
 
 def test_llguidance_has_its_own_validation() -> None:

@@ -202,6 +202,16 @@ def test_tokens_are_copied_to_shared_memory_once_and_again_after_a_preemption() 
     assert shared.tokens[1, :11].tolist() == [*PROMPT, *OUTPUT, 11]
 
 
+def test_a_plain_greedy_request_costs_the_stage_nothing() -> None:
+    plain = sequence_of()
+    assert plain.shaping is None
+    asks = asks_of(Batch(1, (Entry(plain, plain.computed, 1, samples=True),)), [0], memory())
+    assert (asks.draws, asks.shapes, asks.tops, asks.scored, asks.logprobs) == ([], [], [], [], False)
+    only_min_p = sequence_of(min_p=0.1)
+    asks = asks_of(Batch(1, (Entry(only_min_p, plain.computed, 1, samples=True),)), [0], memory())
+    assert (asks.draws, asks.shapes) == ([], [])
+
+
 def test_a_request_that_asks_for_nothing_has_no_shaping() -> None:
     assert shaping_of(SamplingParams(max_tokens=3, temperature=1.0), vocab_size=VOCABULARY) is None
     assert not Shaping(min_p=0.5).counts_tokens

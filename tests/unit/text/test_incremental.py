@@ -60,6 +60,7 @@ def test_any_split_and_any_resumption_gives_the_same(seed: int) -> None:
     token_ids = tuple(rng.randrange(512) for _ in range(60))
     stop = (TOKENIZER._tokenizer.decode(token_ids[40:44]),) if seed % 2 else ("unlikely",)
     whole = stream(stop).feed(token_ids, final=True)
+    assert whole.stop_hit or whole.tokens_shown == len(token_ids)
     one, text, position = stream(stop), "", 0
     while True:
         end = min(len(token_ids), position + rng.randrange(0, 6))
@@ -70,6 +71,38 @@ def test_any_split_and_any_resumption_gives_the_same(seed: int) -> None:
         if rng.random() < 0.3:  # the process that held it died: another one is told what was fed and shown
             one = stream(stop, token_ids=token_ids[:position], characters_sent=len(text))
     assert (text, delta.stop_hit, delta.tokens_consumed) == (whole.text, whole.stop_hit, whole.tokens_consumed)
+    assert delta.tokens_shown == whole.tokens_shown
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_text_of_tokens_that_may_be_told_has_been_given(seed: int) -> None:
+    rng, text = random.Random(seed), "Once 漢字 upon 🙂🙃 naïve cafés; the quick brown fox jumps"
+    begin = rng.randrange(8, 40)
+    stop, given = text[begin : begin + rng.randrange(1, 6)], ""
+    one = stream((stop,))
+    for token_id in (token_ids := ids_of(text)):
+        delta = one.feed((token_id,))
+        given += delta.text
+        assert given.encode().startswith(b"".join(map(TOKENIZER.piece, token_ids[: delta.tokens_shown])))
+        if delta.stop_hit:
+            break
+    assert delta.stop_hit
+    assert given == text.partition(stop)[0]
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
+    token_ids = ids_of("one, two, three")
+    until = next(i for i in range(len(token_ids)) if byte_level_tokenizer().decode(token_ids[: i + 1]).count(",") == 1)
+    one = TextStream(TOKENIZER.detokenizer(()), StopMatcher((",",)), min_tokens=until + 1)
+    assert one.feed(token_ids, final=True).text == "one, two"
+    resumed = TextStream(
+        TOKENIZER.detokenizer(()),
+        StopMatcher((",",)),
+        token_ids=token_ids[: until + 1],
+        characters_sent=4,
+        min_tokens=until + 1,
+    )
+    assert resumed.feed(token_ids[until + 1 :], final=True).text == " two"
 
 
 def test_text_that_was_never_sent_is_owed() -> None:

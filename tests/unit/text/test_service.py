@@ -50,6 +50,15 @@ async def test_encode_as_the_tokenizer_does(service: TextService) -> None:
     assert await service.decode(ids_of(text)) == text
 
 
+async def test_the_bytes_of_tokens_are_asked_for_once(service: TextService) -> None:
+    token_ids = ids_of("Once 漢")
+    assert b"".join(await service.pieces(token_ids)) == "Once 漢".encode()
+    kill(service)
+    assert b"".join(await service.pieces(token_ids)) == "Once 漢".encode()  # while there is no process
+    assert b"".join(await service.pieces(ids_of("upon"))) == b"upon"
+    assert await service.pieces([]) == []
+
+
 async def test_chat_renders_the_template(service: TextService) -> None:
     messages = [{"role": "user", "content": "hello"}]
     assert await service.chat(messages) == ids_of("user: hello\nassistant: ")
