@@ -57,6 +57,13 @@ def test_it_runs_from_where_it_is(place: Path) -> None:
     assert run(place / "usr/bin/flexpiped", "--check-config", "--config", config) == f"{config}: ok\n"
 
 
+def test_the_dashboard_is_in_it(place: Path) -> None:
+    source = ROOT / "flexpiped" / "dashboard" / "static"
+    (installed,) = (path for path in place.rglob("dashboard/static") if path.is_dir())
+
+    assert {path.name for path in installed.iterdir()} == {path.name for path in source.iterdir()}
+
+
 def test_nothing_in_it_names_the_place_where_it_was_made(place: Path) -> None:
     named = subprocess.run(
         ["grep", "-rlF", place.with_name("made"), place], capture_output=True, text=True, check=False

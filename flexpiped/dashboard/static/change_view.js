@@ -130,7 +130,7 @@ export class ChangeView {
   async #showCandidates(stages) {
     const answer = await this.#ask("plan", { stages });
     const rows = answer.candidates.map(candidate);
-    const heads = ["stages", "TTFT", "TPOT", "tok/s at most", "moves", "verdict"];
+    const heads = ["stages", "TTFT", "TPOT", "tok/s at most", "moves", ...(answer.candidates.length > 1 ? ["why not"] : [])];
     this.#frame.append(
       el("h3", {}, "What is predicted"),
       el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Candidates" },
@@ -153,9 +153,10 @@ function candidate(each) {
   const predicted = found === null ? ["-", "-", "-", "-"] : [
     seconds(found.prediction.ttft_s), seconds(found.prediction.tpot_s), number(found.prediction.capacity_tokens_per_s), bytes(found.moved_bytes),
   ];
-  const verdict = each.verdict === "chosen" ? el("td", {}, el("span", { class: "tag good" }, "chosen"))
-    : el("td", { class: "words" }, each.verdict === "lost" ? each.reason : `${each.verdict}: ${each.reason}`);
-  return el("tr", {}, el("th", { scope: "row" }, name), predicted.map((text) => el("td", {}, text)), verdict);
+  const isChosen = each.verdict === "chosen";
+  const tag = isChosen ? el("span", { class: "tag good" }, "chosen") : null;
+  const why = isChosen ? "" : each.verdict === "lost" ? each.reason : `${each.verdict}: ${each.reason}`;
+  return el("tr", {}, el("th", { scope: "row" }, `${name} `, tag), predicted.map((text) => el("td", {}, text)), el("td", { class: why ? "words" : null }, why));
 }
 
 function seconds(value) {
