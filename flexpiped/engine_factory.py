@@ -12,7 +12,7 @@ from engines.errors import EngineStartFailed, UnsupportedByEngine
 from engines.native.options import NativeOptions
 from engines.protocol import Engine
 from flexpiped.config_values import Auto
-from flexpiped.hardware import host_topology
+from flexpiped.hardware import cpu_memory_bytes, host_topology
 from flexpiped.settings import EngineKind, Settings
 from planner.errors import UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
@@ -146,7 +146,7 @@ def native_options(settings: Settings, model: Model) -> NativeOptions:
     return NativeOptions(
         model_directory=str(model.directory),
         device_ids=tuple(device.id for device in devices_of(settings)),
-        device_memory_bytes=settings.devices.cpu_memory_bytes,
+        device_memory_bytes=cpu_memory_bytes(settings),
         python=engine_python(settings),
         dtype=settings.dtype.value,
         max_model_len=auto_as_zero(settings.max_model_len),

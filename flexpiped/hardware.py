@@ -22,6 +22,7 @@ from topology.changes import TopologyChange, changes
 from topology.device import Device, DeviceKind
 from topology.discovery import CpuBudget, Surroundings, discover, discover_cpu
 from topology.errors import NotMeasured
+from topology.host_memory import host_memory_bytes
 from topology.measured import (
     Measurement,
     load_measurement,
@@ -35,7 +36,9 @@ from topology.processes import family_of
 from topology.snapshot import to_json
 from topology.states import DriverState
 from topology.topology import HostTopology
+from topology.units import MIB
 
+_UNKNOWN_CPU_MEMORY_BYTES: Final = 512 * MIB  # of a device, where the kernel does not say what there is
 _CPU_ONLY: Final = {
     EngineKind.NATIVE: "the native engine computes on CPU devices",
     EngineKind.FAKE: "the fake engine computes nothing",
@@ -100,7 +103,18 @@ def cpu_budget(settings: Settings) -> CpuBudget:
     threads = settings.engines.native.threads
     cores = usable_cores() if threads is Auto.AUTO else threads
     count = settings.devices.cpu_count
-    return CpuBudget(count=count, memory_bytes=settings.devices.cpu_memory_bytes, threads=max(1, cores // count))
+    return CpuBudget(count=count, memory_bytes=cpu_memory_bytes(settings), threads=max(1, cores // count))
+
+
+def cpu_memory_bytes(settings: Settings) -> int:
+    """Return what one CPU device may hold: as configured, else all of them half of the memory that there is."""
+    configured = settings.devices.cpu_memory_bytes
+    if configured is not Auto.AUTO:
+        return configured
+    of_host = host_memory_bytes()
+    if of_host is None:
+        return _UNKNOWN_CPU_MEMORY_BYTES
+    return max(MIB, of_host // 2 // settings.devices.cpu_count)
 
 
 def memory_of_one(devices: tuple[Device, ...]) -> int:

@@ -1,4 +1,4 @@
-"""How much memory the processes of this host may still take: what the kernel has, within the limits of our cgroup.
+"""How much memory the processes of this host may take, and still take: what the kernel has, within the limits of our cgroup.
 
 Another tenant is seen by what is left, whoever it is: of the whole host in ``MemAvailable``, of a cgroup (a container,
 a slice of systemd) in its limit less what all of its processes use. Both leave out what the kernel can give up.
@@ -36,7 +36,7 @@ _V2: Final = _Version(limit="memory.max", used="memory.current", given_up=("inac
 
 def free_host_memory(*, procfs: Path = PROCFS, cgroupfs: Path = CGROUPFS) -> FreeMemory | None:
     """Return the smallest of all that is left here; None where the kernel does not say. Takes about a millisecond."""
-    of_host = _available_bytes(procfs / "meminfo")
+    of_host = _host_bytes(procfs / "meminfo", "MemAvailable")
     found = [] if of_host is None else [FreeMemory(free_bytes=of_host, bound="the host")]
     for folder, version in _cgroups(procfs, cgroupfs):
         left = _left_in(folder, version)
@@ -45,9 +45,17 @@ def free_host_memory(*, procfs: Path = PROCFS, cgroupfs: Path = CGROUPFS) -> Fre
     return min(found, key=lambda each: each.free_bytes, default=None)
 
 
-def _available_bytes(meminfo: Path) -> int | None:
+def host_memory_bytes(*, procfs: Path = PROCFS, cgroupfs: Path = CGROUPFS) -> int | None:
+    """Return what there is in all, used or not: the host's memory, or the smallest limit; None as above."""
+    of_host = _host_bytes(procfs / "meminfo", "MemTotal")
+    limits = (next(iter(_lines(folder / version.limit)), "").strip() for folder, version in _cgroups(procfs, cgroupfs))
+    found = [int(limit) for limit in limits if limit.isdecimal()]
+    return min(found if of_host is None else [*found, of_host], default=None)
+
+
+def _host_bytes(meminfo: Path, name: str) -> int | None:
     for line in _lines(meminfo):
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
 

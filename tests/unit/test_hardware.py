@@ -11,11 +11,12 @@ import pytest
 
 from engines.errors import UnsupportedByEngine
 from engines.vllm.interpreter import is_cpu_build
-from flexpiped.hardware import Hardware, cpu_budget, devices_in_words, host_topology
+from flexpiped.hardware import Hardware, cpu_budget, cpu_memory_bytes, devices_in_words, host_topology
 from flexpiped.settings import DeviceSettings, DevicesKind, EngineKind, EnginesSettings, NativeSettings, Settings
 from tests.support.fake_nvml import library
 from topology.device import DeviceKind
 from topology.errors import NotMeasured
+from topology.host_memory import host_memory_bytes
 from topology.processes import family_of
 from topology.snapshot import from_json
 from topology.topology import HostTopology
@@ -76,6 +77,12 @@ def test_cpu_devices_have_their_share_of_the_threads() -> None:
 
     assert [(device.id, device.threads) for device in host.devices] == [("cpu:0", 2), ("cpu:1", 2), ("cpu:2", 2)]
     assert cpu_budget(settings(count=8)).threads == 1
+
+
+def test_cpu_devices_hold_half_of_the_memory_together_unless_the_configuration_says_else() -> None:
+    assert cpu_budget(settings()).memory_bytes == 1 << 20
+    left = replace(Settings(), devices=DeviceSettings(cpu_count=4))
+    assert cpu_budget(left).memory_bytes == cpu_memory_bytes(left) == (host_memory_bytes() or 0) // 8
 
 
 def test_auto_takes_gpus_where_the_engine_does(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from topology.host_memory import FreeMemory, free_host_memory
+from topology.host_memory import FreeMemory, free_host_memory, host_memory_bytes
 from topology.units import GIB, MIB
 
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\n"
@@ -64,3 +64,13 @@ def test_this_machine_says_something() -> None:
     here = free_host_memory()
     assert here is not None
     assert here.free_bytes > 0
+
+
+def test_all_there_is_is_the_memory_of_the_host_or_the_smallest_limit_around_us(procfs: Path, tmp_path: Path) -> None:
+    cgroupfs = procfs.with_name("cgroup")
+    assert host_memory_bytes(procfs=procfs, cgroupfs=cgroupfs) == 16 * GIB
+    write(procfs / "self", cgroup="0::/ml.slice/flexpiped.service\n")
+    write(cgroupfs / "ml.slice", memory__max=f"{4 * GIB}\n")
+    write(cgroupfs / "ml.slice" / "flexpiped.service", memory__max="max\n")
+    assert host_memory_bytes(procfs=procfs, cgroupfs=cgroupfs) == 4 * GIB
+    assert host_memory_bytes(procfs=tmp_path / "nowhere", cgroupfs=cgroupfs) is None
