@@ -1,4 +1,4 @@
-"""How much memory the processes of this host may take, and still take: what the kernel has, within the limits of our cgroup.
+"""How much memory the processes of this host may take in all, and how much of it is left, within our cgroup's limits.
 
 Another tenant is seen by what is left, whoever it is: of the whole host in ``MemAvailable``, of a cgroup (a container,
 a slice of systemd) in its limit less what all of its processes use. Both leave out what the kernel can give up.

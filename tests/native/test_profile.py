@@ -52,11 +52,11 @@ def test_a_profile_is_measured_fitted_shown_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_model_that_the_native_engine_does_not_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(dict(OPT_66B.config)))
+    (tmp_path / "config.json").write_text(json.dumps({**OPT_66B.config, "model_type": "mamba"}))
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     done = flexctl("profile", "--model", str(tmp_path), state=tmp_path)
     assert done.returncode == 4
-    assert "model_type 'opt' is not supported by the native engine" in done.stderr
+    assert "model_type 'mamba' is not supported; supported are: gemma2" in done.stderr
 
 
 @pytest.mark.long
