@@ -30,10 +30,20 @@ from flexpiped.servers import PortTaken
 from flexpiped.service import DRAIN_DEADLINE_S, Service
 from flexpiped.settings import Settings
 from flexpiped.signals import Signals
+from flexpiped.spans import TracingUnavailable
 from flexpiped.tls import TlsError
 from planner.errors import PlannerError
 
-_START_ERRORS = (PortTaken, AdminSocketError, NoDemoModel, KeyFileError, TlsError, EngineError, PlannerError)
+_START_ERRORS = (
+    PortTaken,
+    AdminSocketError,
+    NoDemoModel,
+    KeyFileError,
+    TlsError,
+    TracingUnavailable,
+    EngineError,
+    PlannerError,
+)
 
 
 def run(settings: Settings, *, config_file: Path | None, environment: Mapping[str, str]) -> int:

@@ -30,6 +30,9 @@ class LoadSampler:
         """A request came."""
         self._monitor.arrived(request, self._clock())
 
+    def admitted(self, request: object) -> None:
+        """Nothing that the policy looks at."""
+
     def first_token(self, request: object) -> None:
         """Its answer has begun."""
         self._monitor.first_token(request, self._clock())

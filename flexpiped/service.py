@@ -27,6 +27,7 @@ from flexpiped.admin_profile import profile_routes
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
+from flexpiped.api.forwarding import OWN_PATHS
 from flexpiped.api.metrics import Metrics
 from flexpiped.auto import DECISIONS_KEPT, AutoControl
 from flexpiped.auto_candidates import PlannedCandidates
@@ -53,15 +54,18 @@ from flexpiped.reload import load_files
 from flexpiped.replicas import Replicas
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
 from flexpiped.settings import Settings
+from flexpiped.spans import spans_of
 from flexpiped.starting_app import starting_app
 from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
 from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.tls import LiveTls
+from flexpiped.tracing import Handovers, TracedLoad, traced
 from flexpiped.watches import watch_hardware, watch_text
 from planner.layout import Pipeline
 from planner.neighbourhood import NeighbourConstants
 
 DRAIN_DEADLINE_S: Final = 30.0
+TRACED: Final = frozenset({"/v1/completions", "/v1/chat/completions", *OWN_PATHS})
 _STATES: Final = {
     SupervisorState.STARTING: ServiceState.STARTING,
     SupervisorState.READY: ServiceState.READY,
@@ -80,7 +84,7 @@ class Service:
         configuration: What the admin API shows and reloads.
 
     Raises:
-        KeyFileError, TlsError
+        KeyFileError, TlsError, TracingUnavailable
     """
 
     def __init__(
@@ -130,7 +134,8 @@ class Service:
             memory_s=settings.auto.latency_window_s,
             stale_after_s=settings.auto.stale_after_s,
         )
-        self._metrics = Metrics(listener=self._load)
+        self._spans, self._handovers = spans_of(settings.tracing, model=self.name), Handovers()
+        self._metrics = Metrics(listener=self._load if self._spans is None else TracedLoad(self._load))
         self._candidates = PlannedCandidates(
             resolver=lambda: self._in_force.offer().resolver,
             serving=lambda: self._in_force.known_replicas().pipelines,
@@ -238,7 +243,10 @@ class Service:
             ),
             max_body_bytes=self._settings.http.max_body_bytes,
             further=pages,
+            outermost=() if self._spans is None else (traced(self._spans, handovers=self._handovers, paths=TRACED),),
         )
+        if self._spans is not None:
+            stack.push_async_callback(asyncio.to_thread, self._spans.close)
         await stack.enter_async_context(self._serving(app, listener, shutdown_s=DRAIN_DEADLINE_S))
         feed.end_streams("it serves now")
         await gate.aclose()
@@ -378,6 +386,7 @@ class Service:
 
     def _keep(self, event: Event) -> None:
         """Have the journal keep what happens; progress is only for those who watch."""
+        self._handovers.note(event)
         if event.kind is EventKind.REFACTORING and event.fields.get("state") == "ended":
             self._metrics.handover_ended(event.fields["record"])
         if event.fields.get("state") != "progress":

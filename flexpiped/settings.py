@@ -213,6 +213,12 @@ class WorkloadSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracingSettings:
+    otlp_endpoint: Annotated[str | None, optional_text] = None
+    sample_ratio: Annotated[float, number(0, 1)] = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SloSettings:
     ttft_s: Annotated[float | None, optional_seconds] = None
     tpot_s: Annotated[float | None, optional_seconds] = None
@@ -283,6 +289,7 @@ class Settings:
     admin: AdminSettings = field(default_factory=AdminSettings)
     admission: Annotated[AdmissionSettings, Live()] = field(default_factory=AdmissionSettings)
     log: Annotated[LogSettings, Live()] = field(default_factory=LogSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     journal: JournalSettings = field(default_factory=JournalSettings)
     devices: DeviceSettings = field(default_factory=DeviceSettings)
     engines: EnginesSettings = field(default_factory=EnginesSettings)

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import flexpiped
@@ -29,10 +30,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def create_app(
-    backend: Backend, *, max_body_bytes: int = _MAX_BODY_BYTES, further: Sequence[web.RouteDef] = ()
+    backend: Backend,
+    *,
+    max_body_bytes: int = _MAX_BODY_BYTES,
+    further: Sequence[web.RouteDef] = (),
+    outermost: Sequence[Middleware] = (),
 ) -> web.Application:
     """Return the application. It must be run with ``handler_cancellation``: a client that leaves frees its request."""
-    middlewares = [errors_in_one_shape, keys_asked_for(backend.keys)]
+    middlewares = [*outermost, errors_in_one_shape, keys_asked_for(backend.keys)]
     app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     app[BACKEND] = backend
     app.add_routes(

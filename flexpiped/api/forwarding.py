@@ -25,6 +25,7 @@ from flexpiped.api.metrics import Observation, Outcome, outcome_of
 from flexpiped.api.own_bodies import refuse_unfit
 from flexpiped.api.wire import error_event
 from flexpiped.supervision import FRUITLESS_DEATHS
+from flexpiped.tracing import headers_to_pass_on
 
 # Paths of OpenAI-like servers that the daemon has nothing for; a server that has one of them not says so itself.
 OWN_PATHS: Final = (
@@ -72,6 +73,7 @@ async def forward(
     async with backend.admission.admit(client_of(http), deadline_s=deadline_of(http)) as lease:
         tokens = tokens_expected(body, num_bytes=len(raw), default=default_tokens, max_model_len=max_model_len)
         await backend.admission.reserve(lease, tokens=tokens)
+        observation.admitted()
         engine: Engine | None = None
         for _ in range(FRUITLESS_DEATHS):
             engine = await backend.serving.ready_engine(other_than=engine)
@@ -150,7 +152,9 @@ async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGener
         url = URL(f"http://localhost{http.path_qs}", encoded=True)
         key = engine.own_routes_key
         ours = {"authorization"} if key or http.app[BACKEND].keys() is not None else set()
-        headers = [*_without(_NOT_ASKED | ours, http.headers), ("Content-Type", "application/json")]
+        context = headers_to_pass_on()
+        passed_on = _without(_NOT_ASKED | ours | set(context), http.headers)
+        headers = [*passed_on, *context.items(), ("Content-Type", "application/json")]
         if key:
             headers.append(("Authorization", f"Bearer {key}"))
         try:

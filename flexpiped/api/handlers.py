@@ -125,6 +125,7 @@ async def answer(
             bad_words=await bad_words_as_tokens(backend.text, parameters.engine_params.get("bad_words", ())),
         )
         await backend.admission.reserve(lease, tokens=choices.best_of * (len(prompt) + sampling.max_tokens))
+        observation.admitted()
         observation.prompt_tokens = len(prompt)
         answer_id = f"{kind.id_prefix}-{uuid.uuid4().hex}"
         head = Head(answer_id=answer_id, created_unix_s=int(backend.wall_clock()), model=backend.model)

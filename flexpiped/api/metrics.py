@@ -55,6 +55,9 @@ class RequestListener(Protocol):
     def arrived(self, request: object) -> None:
         """It came."""
 
+    def admitted(self, request: object) -> None:
+        """It waits no longer: the engine gets it."""
+
     def first_token(self, request: object) -> None:
         """Its answer has begun."""
 
@@ -84,6 +87,11 @@ class Observation:
         self._is_load = True
         if self._listener is not None:
             self._listener.arrived(self)
+
+    def admitted(self) -> None:
+        """Note that it waits no longer."""
+        if self._listener is not None and self._is_load:
+            self._listener.admitted(self)
 
     def began(self) -> None:
         """Note that the answer has begun, with tokens of which nothing else is known."""

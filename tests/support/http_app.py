@@ -18,10 +18,13 @@ from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
 from flexpiped.keys import KeyRing
+from flexpiped.load_monitor import LoadSampler
 from flexpiped.servers import listen_tcp, serving, url_of
+from flexpiped.service import TRACED
 from flexpiped.status import Health, ServiceState
 from flexpiped.supervision import SupervisorState
 from flexpiped.supervisor import Supervisor
+from flexpiped.tracing import Handovers, Spans, TracedLoad, traced
 from planner.layout import Pipeline, pipeline_of
 from tests.support.fake_own_server import EngineWithServer, with_server
 from tests.support.tiny_tokenizer import byte_level_tokenizer
@@ -127,6 +130,8 @@ async def http_app(
     max_body_bytes: int = 1 << 20,
     body_deadline_s: float = 60.0,
     keys: Callable[[], KeyRing | None] = lambda: None,
+    spans: Spans | None = None,
+    handovers: Handovers | None = None,
 ) -> AsyncIterator[HttpApp]:
     """Serve on 127.0.0.1 and any free port while the scope lasts. Seeds are 7, the time of creation is fixed."""
     engines = engines or FakeEngines(next_token=saying("Once upon a time"))
@@ -137,7 +142,7 @@ async def http_app(
         serving=supervisor,
         text=text or LocalText(PlainTokenizer(byte_level_tokenizer())),
         admission=Admission(limits=limits),
-        metrics=Metrics(),
+        metrics=Metrics(listener=None if spans is None else TracedLoad(LoadSampler())),
         health=health_of(supervisor),
         keys=keys,
         body_deadline_s=body_deadline_s,
@@ -148,7 +153,8 @@ async def http_app(
     )
     listener = listen_tcp("127.0.0.1", 0)
     url = url_of(listener)
-    app: web.Application = create_app(backend, max_body_bytes=max_body_bytes)
+    outermost = () if spans is None else (traced(spans, handovers=handovers or Handovers(), paths=TRACED),)
+    app: web.Application = create_app(backend, max_body_bytes=max_body_bytes, outermost=outermost)
     try:
         async with serving(app, listener, shutdown_s=1.0):
             yield HttpApp(url=url, backend=backend, engines=engines, app=app)

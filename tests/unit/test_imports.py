@@ -11,7 +11,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("topology", "planner", "engines", "flexpiped")  # each may import itself and those to its left
 MODEL_LIBRARIES = {"torch", "transformers", "vllm", "sglang", "ray"}
 ENGINE_FOLDERS = ("native", "text", "served/plugin", "vllm", "sglang")  # the only places of those libraries
-ALONE = {"ortools": "planner/solver.py", "pynvml": "topology/nvml.py"}  # one module each
+ALONE = {
+    "ortools": "planner/solver.py",
+    "pynvml": "topology/nvml.py",
+    "opentelemetry": "flexpiped/spans.py",
+}  # one module each
 
 
 def modules_imported(source: str, package: str) -> set[str]:
