@@ -15,9 +15,9 @@ from typing import Final
 
 from engines.errors import EngineError
 from engines.protocol import Engine, GenerationRequest, KvParcel, SamplingParams, TokenChunk
+from planner.routing import NEWEST
 
 _OUTPUT_TOKENS: Final = 128.0  # of a request, before one has ended
-_NEWEST: Final = 0.1  # the weight of the last request in the mean
 
 
 class TakenOff(Exception):
@@ -179,7 +179,7 @@ class Flights:
             yield flight
         finally:
             del self._all[flight]
-            self.output_tokens_mean += _NEWEST * (flight.generated_tokens - self.output_tokens_mean)
+            self.output_tokens_mean += NEWEST * (flight.generated_tokens - self.output_tokens_mean)
             flight.end()
 
     def at(self, engine: Engine) -> tuple[Flight, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from engines.protocol import Engine, GenerationRequest
 from flexpiped.flight import Flights
 from flexpiped.replica import Replica
-from planner.routing import Job, Option, choose_replica
+from planner.routing import Job, Jobs, Option, choose_replica
 
 
 def route(request: GenerationRequest, ready: Mapping[Engine, Replica], *, flights: Flights) -> Engine:
@@ -21,14 +21,16 @@ def _option(engine: Engine, replica: Replica, token_ids: tuple[int, ...], flight
     replica.facts.refresh(engine)
     return Option(
         replica=replica.number,
-        jobs=[
-            Job(
-                context_tokens=flight.num_tokens,
-                prefill_tokens=flight.prefill_tokens,
-                output_tokens=_expected(flight.output_tokens, flights),
-            )
-            for flight in flights.at(engine)
-        ],
+        load=Jobs(
+            [
+                Job(
+                    context_tokens=flight.num_tokens,
+                    prefill_tokens=flight.prefill_tokens,
+                    output_tokens=_expected(flight.output_tokens, flights),
+                )
+                for flight in flights.at(engine)
+            ]
+        ),
         kv_capacity_tokens=replica.facts.kv_capacity_tokens,
         cached_tokens=replica.facts.cached_tokens(token_ids),
         pace=replica.facts.pace,

@@ -47,6 +47,7 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
     """Simulate, showing how far it is, then the figures; asks no daemon."""
     from planner.simulation.run import Setting
     from planner.simulation.run import simulate as run
+    from planner.traces import workload_of
 
     if not 0 <= options.occupancy < 1:
         raise BadUsage("bad_input", f"--occupancy: from 0 to below 1, not {options.occupancy:g}")
@@ -54,7 +55,13 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
     options.slo_tpot = options.slo_tpot or _TARGET_TPOT_S
     trace = trace_of(options)
     scenario = _scenario(options, trace)
-    setting = Setting(trace=trace, shapes=scenario.shapes, slo=slo_of(options), memory_changes=scenario.memory_changes)
+    setting = Setting(
+        trace=trace,
+        shapes=scenario.shapes,
+        slo=slo_of(options),
+        memory_changes=scenario.memory_changes,
+        expected=workload_of(trace),
+    )
     began_s, shown_s = time.monotonic(), 0.0
 
     def show(now_s: float, end_s: float) -> None:

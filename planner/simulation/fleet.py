@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
+from planner.prediction import Pipeline
+from planner.routing import NEWEST, Job, Option, Pace, choose_replica
 from planner.simulation.clock import Clock
 from planner.simulation.pool import DevicePool, Placed, Placing, PoolDevice
 from planner.simulation.replica import Replica, SimulatedRequest
 from planner.simulation.shape import Shape, Shapes
 from planner.simulation.step_times import StepTimes
+from planner.workload import Workload
 
 
 class MemberState(Enum):
@@ -51,7 +54,14 @@ class Fleet:
     """All replicas of the model."""
 
     def __init__(
-        self, clock: Clock, pool: DevicePool, shapes: Shapes, events: FleetEvents, *, placing: Placing
+        self,
+        clock: Clock,
+        pool: DevicePool,
+        shapes: Shapes,
+        events: FleetEvents,
+        *,
+        placing: Placing,
+        expected: Workload,
     ) -> None:
         self.clock = clock
         self.pool = pool
@@ -68,11 +78,17 @@ class Fleet:
         self._counted_s = 0.0
         self._steps: dict[tuple[int, int], StepTimes] = {}
         self._names = 0
+        self._expected = expected
+        self._output_tokens = expected.output_tokens_mean
+        self._paces: dict[int, Pace] = {}
 
     # --- requests ---
 
     def submit(self, request: SimulatedRequest) -> None:
-        """Send a request to the replica that would bring its first token soonest; it waits where none serves."""
+        """Send a request where the daemon would; it waits where none serves.
+
+        Its output is expected to be as long as others were lately: nobody knows how long it will be.
+        """
         serving = [each for each in self.members if each.state is MemberState.SERVING]
         if not serving:
             self.gateway.append(request)
@@ -80,8 +96,28 @@ class Fleet:
         if len(serving) == 1:
             serving[0].replica.submit(request)
             return
-        best = min(serving, key=lambda each: (each.replica.expected_wait_s(request), each.replica.live))
-        best.replica.submit(request)
+        job = Job(
+            context_tokens=request.context_tokens,
+            prefill_tokens=request.context_tokens,
+            output_tokens=self._output_tokens,
+        )
+        route = choose_replica(job, [self._option(index, each) for index, each in enumerate(serving)])
+        serving[route.replica].replica.submit(request)
+
+    def _option(self, index: int, member: Member) -> Option:
+        steps = member.replica.steps
+        return Option(
+            replica=index,
+            load=member.replica.load(self._output_tokens),
+            kv_capacity_tokens=steps.times.kv_capacity_tokens,
+            pace=self._pace_of(steps, member.shape.num_stages),
+        )
+
+    def _pace_of(self, steps: StepTimes, num_stages: int) -> Pace:
+        """Return the predicted pace of a granularity, as the daemon predicts it: for what is expected of requests."""
+        if num_stages not in self._paces:
+            self._paces[num_stages] = Pipeline(steps.times, self._expected)
+        return self._paces[num_stages]
 
     # --- what a policy does ---
 
@@ -213,6 +249,7 @@ class Fleet:
         return self._steps[key]
 
     def _ended(self, request: SimulatedRequest) -> None:
+        self._output_tokens += (request.output_tokens - self._output_tokens) * NEWEST
         self._events.on_end(request)
         for member in [each for each in self.members if each.state is MemberState.DRAINING]:
             self._end_if_drained(member)

@@ -45,6 +45,19 @@ class SimulatedRequest:
         return self.prompt_tokens + self.done_tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What is at a replica, as a ``planner.routing.Load``: all of its requests are expected to be of one length."""
+
+    requests: int
+    prefill_tokens: float
+    kv_tokens: float
+    output_tokens: float
+
+    def steps_until_free(self, kv_tokens: float) -> float:
+        return self.output_tokens if self.requests and kv_tokens > 0 else 0.0
+
+
 class Replica:
     """A pipeline that serves requests until it is drained. ``name`` is for people."""
 
@@ -75,6 +88,7 @@ class Replica:
         self._progress = 0.0
         self._kv_base = 0.0  # with the progress of those who decode: tokens in the KV cache
         self._prompt_kv = 0  # reserved by prompts that are not through
+        self._waiting_tokens = 0  # of those who wait: what they will have in the KV cache before the next token
         self._ahead = 0  # tokens of prompts that are still to be computed, of those who wait too
         self._orders = 0
         self._bulk: tuple[float, float, float, float] | None = None  # began, seconds a round, rounds, tokens a round
@@ -104,19 +118,15 @@ class Replica:
     def kv_use(self) -> float:
         return self.kv_used_tokens / max(1, self.steps.times.kv_capacity_tokens)
 
-    def expected_wait_s(self, request: SimulatedRequest) -> float:
-        """Return about how long until ``request`` would have its first token here: the prompts before it, and it."""
-        times = self.steps
-        ahead = self._ahead
-        budget = times.times.max_step_tokens
-        tokens = min(budget, request.context_tokens)
-        chunk = times.chunk(tokens, 1, request.context_tokens, beside=self.live > 0)
-        rounds = (ahead + request.context_tokens) / tokens
-        wait_s = max(0.0, self.paused_until_s - self._clock.now_s) + rounds * (chunk.slowest_s + _TINY)
-        missing = self.kv_used_tokens + ahead + request.context_tokens - times.times.kv_capacity_tokens
-        if missing > 0 and self._num_decoding:  # until others have ended
-            wait_s += missing / self._num_decoding * self._round_s(NOTHING)[0]
-        return wait_s
+    def load(self, output_tokens: float) -> "Standing":
+        """Return what is here, for routing; of each request so many tokens more are expected."""
+        context = self.kv_used_tokens + self._waiting_tokens
+        return Standing(
+            requests=self.live,
+            prefill_tokens=self._ahead,
+            kv_tokens=context + self.live * output_tokens,
+            output_tokens=output_tokens,
+        )
 
     # --- what happens to it ---
 
@@ -124,6 +134,7 @@ class Replica:
         """Queue a request."""
         request.left_tokens = request.context_tokens
         self._ahead += request.left_tokens
+        self._waiting_tokens += request.context_tokens
         self._waiting.append(request)
         self._wake()
 
@@ -141,7 +152,7 @@ class Replica:
             self._preempt_youngest()
         taken = list(self._waiting)
         self._waiting.clear()
-        self._ahead = 0
+        self._ahead = self._waiting_tokens = 0
         self._version += 1
         return taken
 
@@ -213,6 +224,7 @@ class Replica:
             if self.running and self.kv_used_tokens + needed + headroom > times.kv_capacity_tokens:
                 return
             request = waiting.popleft()
+            self._waiting_tokens -= needed
             self._orders += 1
             request.order, request.left_tokens = self._orders, needed
             self._prompts.append(request)
@@ -235,6 +247,7 @@ class Replica:
         request.preemptions += 1
         request.left_tokens = request.context_tokens
         self._ahead += request.left_tokens
+        self._waiting_tokens += request.context_tokens
         self._waiting.appendleft(request)
 
     def _begin_rounds(self) -> None:

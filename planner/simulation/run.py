@@ -15,7 +15,7 @@ from planner.simulation.replica import SimulatedRequest
 from planner.simulation.shape import Shapes
 from planner.simulation.system import System
 from planner.traces import TraceRequest
-from planner.workload import Slo
+from planner.workload import Slo, Workload
 
 _CV_WINDOW_S = 180.0
 _STALL_BEGINS, _STALL_ENDS = 1.5, 1.2  # times the 25th percentile of latency: FlexPipe's measure
@@ -93,11 +93,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Everything but the system. ``drain_s``: how long after the last arrival requests may still end."""
+    """Everything but the system. ``drain_s``: how long after the last arrival requests may still end.
+
+    ``expected``: Requests as they are expected before any has come, which routing goes by.
+    """
 
     trace: Sequence[TraceRequest]
     shapes: Shapes
     slo: Slo
+    expected: Workload
     placing: Placing = Placing.FRAGMENTS
     memory_changes: Sequence[MemoryChange] = ()
     interval_s: float = 5.0
@@ -134,6 +138,7 @@ class _Run:
             setting.shapes,
             FleetEvents(on_first=self._first, on_end=self._ended),
             placing=setting.placing,
+            expected=setting.expected,
         )
         self._requests: list[SimulatedRequest] = []
         self._since: list[SimulatedRequest] = []  # ended since the last sample

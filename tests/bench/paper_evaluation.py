@@ -108,7 +108,7 @@ def pool(seed: int) -> DevicePool:
 
 def one(contestant: Contestant, trace: Trace, expected: Workload, *, slo: Slo, seed: int) -> Outcome:
     """Run one system on one half."""
-    setting = Setting(trace=trace, shapes=contestant.shapes, slo=slo)
+    setting = Setting(trace=trace, shapes=contestant.shapes, slo=slo, expected=expected)
     return simulate(setting, pool(seed), contestant.make(expected, trace))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from planner.prefixes import SeenPrefixes
-from planner.routing import Job, Option, choose_replica, expected_finish_s
+from planner.routing import Job, Jobs, Option, choose_replica, expected_finish_s
 
 JOB = Job(context_tokens=100, prefill_tokens=100, output_tokens=50)
 DECODING = Job(context_tokens=200, prefill_tokens=0, output_tokens=30)
@@ -28,7 +28,7 @@ class Fixed:
 
 def test_the_expected_finish_adds_prompts_before_it_its_own_and_its_steps_beside_the_others() -> None:
     waiting = Job(context_tokens=300, prefill_tokens=300, output_tokens=10)
-    option = Option(replica=1, jobs=(DECODING, waiting))
+    option = Option(replica=1, load=Jobs((DECODING, waiting)))
     assert expected_finish_s(JOB, option, pace=Fixed(step_s=0.01, more_s=0.002)) == pytest.approx(
         (300 + 100) * 0.001 + 50 * (0.01 + 3 * 0.002)
     )
@@ -44,7 +44,7 @@ def test_the_faster_one_serves_until_its_queue_costs_more_than_the_slower_one() 
     slow = Option(replica=1, pace=Fixed(step_s=0.02))
 
     def fast(jobs: int) -> Option:
-        return Option(replica=2, jobs=(DECODING,) * jobs, pace=Fixed(step_s=0.008, more_s=0.002))
+        return Option(replica=2, load=Jobs((DECODING,) * jobs), pace=Fixed(step_s=0.008, more_s=0.002))
 
     chosen = [choose_replica(JOB, (slow, fast(jobs))).replica for jobs in range(8)]
     assert chosen == [2, 2, 2, 2, 2, 1, 1, 1]  # 0.008 + 6 * 0.002 = 0.02: of equals the one with fewer requests
@@ -52,7 +52,7 @@ def test_the_faster_one_serves_until_its_queue_costs_more_than_the_slower_one() 
 
 def test_a_prefix_that_is_cached_is_not_computed_again() -> None:
     pace = Fixed(step_s=0.01)
-    cold, warm = Option(replica=1, pace=pace), Option(replica=2, jobs=(DECODING,), cached_tokens=96, pace=pace)
+    cold, warm = Option(replica=1, pace=pace), Option(replica=2, load=Jobs((DECODING,)), cached_tokens=96, pace=pace)
     assert choose_replica(JOB, (cold, warm)).replica == 2
     assert choose_replica(JOB, (cold, warm)).finish_s == pytest.approx(4 * 0.001 + 50 * 0.01)
 
@@ -60,14 +60,14 @@ def test_a_prefix_that_is_cached_is_not_computed_again() -> None:
 def test_a_prefix_does_not_outweigh_a_long_queue() -> None:
     pace = Fixed(step_s=0.01)
     long = Job(context_tokens=5000, prefill_tokens=5000, output_tokens=1)
-    options = (Option(replica=1, pace=pace), Option(replica=2, jobs=(long,), cached_tokens=96, pace=pace))
+    options = (Option(replica=1, pace=pace), Option(replica=2, load=Jobs((long,)), cached_tokens=96, pace=pace))
     assert choose_replica(JOB, options).replica == 1
 
 
 def test_a_replica_without_room_in_its_kv_cache_is_waited_for_only_if_that_is_sooner() -> None:
     pace = Fixed(step_s=0.01)
-    full = Option(replica=1, jobs=(DECODING,), kv_capacity_tokens=300, pace=pace)
-    free = Option(replica=2, jobs=(DECODING,), kv_capacity_tokens=400, pace=pace)
+    full = Option(replica=1, load=Jobs((DECODING,)), kv_capacity_tokens=300, pace=pace)
+    free = Option(replica=2, load=Jobs((DECODING,)), kv_capacity_tokens=400, pace=pace)
     assert choose_replica(JOB, (full, free)).replica == 2
     assert expected_finish_s(JOB, full, pace=pace) == pytest.approx(0.1 + (30 + 50) * 0.01)
     slow = Option(replica=2, kv_capacity_tokens=400, pace=Fixed(step_s=0.05))
@@ -80,23 +80,23 @@ def test_it_waits_for_as_many_as_must_end_and_no_more() -> None:
     asked = Job(context_tokens=100, prefill_tokens=100, output_tokens=10)
     needed = sum(each.context_tokens + each.output_tokens for each in jobs) + 110
     for capacity, steps in ((needed, 0), (needed - 1, 5), (needed - 106, 10), (needed - 300, 1000)):
-        option = Option(replica=1, jobs=jobs, kv_capacity_tokens=int(capacity))
+        option = Option(replica=1, load=Jobs(jobs), kv_capacity_tokens=int(capacity))
         assert expected_finish_s(asked, option, pace=pace) == pytest.approx(steps + 10)
 
 
 def test_a_cached_prefix_takes_no_further_kv_cache() -> None:
-    option = Option(replica=1, jobs=(DECODING,), kv_capacity_tokens=300, cached_tokens=96)
+    option = Option(replica=1, load=Jobs((DECODING,)), kv_capacity_tokens=300, cached_tokens=96)
     assert expected_finish_s(JOB, option, pace=Fixed(step_s=0.01)) == pytest.approx(0.004 + 50 * 0.01)
 
 
 def test_where_a_pace_is_unknown_none_counts() -> None:
-    known = Option(replica=1, jobs=(DECODING,), pace=Fixed(step_s=0.001))
+    known = Option(replica=1, load=Jobs((DECODING,)), pace=Fixed(step_s=0.001))
     unknown = Option(replica=2)
     assert choose_replica(JOB, (known, unknown)).replica == 2
 
 
 def test_of_equals_the_one_with_fewer_requests_then_the_first() -> None:
-    assert choose_replica(JOB, (Option(replica=1, jobs=(DECODING,)), Option(replica=2))).replica == 2
+    assert choose_replica(JOB, (Option(replica=1, load=Jobs((DECODING,))), Option(replica=2))).replica == 2
     assert choose_replica(JOB, (Option(replica=2), Option(replica=1))).replica == 1
 
 

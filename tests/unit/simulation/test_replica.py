@@ -149,21 +149,21 @@ def test_the_same_trace_gives_the_same_times() -> None:
     assert [(each.number, each.end_s) for each in first] == [(each.number, each.end_s) for each in again]
 
 
-def test_the_wait_that_is_expected_is_about_the_one_there_is() -> None:
-    clock, replica, ended = stand()
+def test_routing_is_told_of_all_who_are_there() -> None:
+    clock, replica, _ = stand()
     for number in range(20):
-        replica.submit(request(number, prompt=1000, output=10))
-    last = request(99, prompt=1000, output=10)
-    expected_s = replica.expected_wait_s(last)
-    replica.submit(last)
-    clock.run(until_s=100.0)
-
-    assert last in ended
-    assert expected_s == pytest.approx(last.first_token_s, rel=0.3)
+        replica.submit(request(number, prompt=1000, output=50))
+    load = replica.load(10.0)
+    assert (load.requests, load.prefill_tokens, load.kv_tokens) == (20, 20_000, 20 * 1010)
+    assert (load.steps_until_free(0.0), load.steps_until_free(1.0)) == (0.0, 10.0)
+    clock.run(until_s=0.1)
+    later = replica.load(10.0)
+    assert later.prefill_tokens < load.prefill_tokens
+    assert later.kv_tokens == pytest.approx(load.kv_tokens, rel=0.05)  # and the tokens that have come
 
 
 def test_prompts_that_are_ahead_are_counted_right_through_preemptions() -> None:
-    """Whatever happened before, an idle replica expects the same wait as a fresh one."""
+    """Whatever happened before, an idle replica is to routing as a fresh one."""
     clock, replica, ended = stand(kv_tokens=1000)
     for number in range(12):
         replica.submit(request(number, prompt=100 + 20 * number, output=200))
@@ -175,4 +175,4 @@ def test_prompts_that_are_ahead_are_counted_right_through_preemptions() -> None:
 
     assert len(ended) == 12
     assert sum(each.preemptions for each in ended) > 0
-    assert replica.expected_wait_s(request(99)) == fresh.expected_wait_s(request(99))
+    assert replica.load(10.0) == fresh.load(10.0)

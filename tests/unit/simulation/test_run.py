@@ -6,13 +6,18 @@ import pytest
 
 from planner.layer_costs import decode_batch, prefill_batch
 from planner.policy_state import PolicyConstants
+from planner.prediction import Pipeline
 from planner.request_figures import RequestTimes
+from planner.routing import Job, Jobs, Option, choose_replica
 from planner.simulation import opt_66b
 from planner.simulation.baselines import BestStatic, FastColdStart, Oracle, Static
+from planner.simulation.clock import Clock
 from planner.simulation.cluster import hosts_of, mostly_free, occupied_devices
+from planner.simulation.fleet import Fleet, FleetEvents
 from planner.simulation.outlooks import Outlooks
 from planner.simulation.own_policy import Flexpiped
 from planner.simulation.pool import DevicePool, Placing, PoolDevice
+from planner.simulation.replica import SimulatedRequest
 from planner.simulation.run import MemoryChange, Outcome, Setting, simulate, stall_lengths
 from planner.simulation.system import System
 from planner.simulation.variants import multiplexed, sharing_tensors
@@ -23,7 +28,7 @@ SLO = Slo(ttft_s=5.0, tpot_s=0.4)
 CALM = Workload(rate_per_s=4.0, prompt_tokens_mean=512, output_tokens_mean=64)
 TRACE = drawn_trace(CALM, duration_s=200.0, seed=1)
 SHAPES = opt_66b.shapes()
-SETTING = Setting(trace=TRACE, shapes=SHAPES, slo=SLO)
+SETTING = Setting(trace=TRACE, shapes=SHAPES, slo=SLO, expected=CALM)
 
 
 def pool(devices: int = 32, occupancy: float = 0.0) -> DevicePool:
@@ -198,3 +203,29 @@ def test_an_unended_request_counts_as_failed() -> None:
 
     assert outcome.figures.failed > 0
     assert outcome.figures.attainment < 1
+
+
+def test_requests_go_where_the_daemon_would_send_them() -> None:
+    """Of one granularity each, 60 requests at once: each choice is that of ``choose_replica`` for what is there."""
+    fleet = Fleet(Clock(), pool(), SHAPES, FleetEvents(), placing=Placing.FRAGMENTS, expected=CALM)
+    sizes = sorted(SHAPES)[:3]
+    for stages in sizes:
+        assert fleet.add(stages, start_s=0.0)
+    fleet.clock.run(until_s=0.0)
+    sent: list[list[Job]] = [[] for _ in sizes]
+    for number in range(60):
+        tokens = 100 + 37 * number % 900
+        job = Job(context_tokens=tokens, prefill_tokens=tokens, output_tokens=CALM.output_tokens_mean)
+        options = [
+            Option(
+                replica=index,
+                load=Jobs(jobs),
+                kv_capacity_tokens=member.placed.kv_tokens,
+                pace=Pipeline(member.shape.times_with(member.placed.kv_tokens), CALM),
+            )
+            for index, (member, jobs) in enumerate(zip(fleet.members, sent, strict=True))
+        ]
+        sent[choose_replica(job, options).replica].append(job)
+        fleet.submit(SimulatedRequest(number=number, arrival_s=0.0, prompt_tokens=tokens, output_tokens=10))
+        assert [each.replica.live for each in fleet.members] == [len(jobs) for jobs in sent]
+    assert all(sent)
