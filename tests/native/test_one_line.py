@@ -1,6 +1,7 @@
 """A downloaded directory of the shape of Qwen2.5-0.5B-Instruct, served by a configuration of one line."""
 
 import asyncio
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ async def test_one_line_serves_a_downloaded_qwen(shape: Mapping[str, int], tmp_p
             assert undisturbed.strip()
             assert usage.prompt_tokens == len(prompt_by_transformers(directory))
             assert usage.completion_tokens == TOKENS
+            assert await constrained(client, model=directory.name) in ("yes", "no")
             streaming = asyncio.create_task(chat(client, model=directory.name))
             code, _, err = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
             assert code == 0, err
@@ -57,6 +59,15 @@ async def chat(client: openai.AsyncOpenAI, *, model: str) -> tuple[str, openai.t
     usage = parts[-1].usage
     assert usage is not None
     return "".join(part.choices[0].delta.content or "" for part in parts if part.choices), usage
+
+
+async def constrained(client: openai.AsyncOpenAI, *, model: str) -> str:
+    """Ask for one of two words: the rows of the table without a token, and the added tokens, must not be chosen."""
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"enum": ["yes", "no"]}}}
+    answer = await client.chat.completions.create(
+        model=model, messages=QUESTION, temperature=1.0, seed=1, max_tokens=16, response_format=schema
+    )
+    return str(json.loads(answer.choices[0].message.content or ""))
 
 
 def prompt_by_transformers(directory: Path) -> list[int]:

@@ -1,5 +1,7 @@
 """The compiled parts of a Llama decoder against transformers' own."""
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,18 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from engines.native.kernels.build import build_kernel
-from engines.native.llama_ops import LlamaOps
+from engines.native.llama_ops import LIKE_LLAMA, LlamaOps, install
+from tests.support.family_checkpoints import config_of, noisy_model
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> LlamaOps:
-    return LlamaOps(build_kernel("llama_ops", directory=tmp_path_factory.mktemp("kernels")))
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_kernel("llama_ops", directory=tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def ops(library: Path) -> LlamaOps:
+    return LlamaOps(library)
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +75,27 @@ def test_rows_do_not_depend_on_the_batch(ops: LlamaOps) -> None:
     with torch.inference_mode():
         together = ops.rms_norm(module, hidden)
         assert all(torch.equal(ops.rms_norm(module, hidden[:, i : i + 1])[0, 0], together[0, i]) for i in range(40))
+
+
+@pytest.mark.parametrize("kind", sorted(LIKE_LLAMA))
+def test_families_like_llama_compute_the_same_with_the_compiled_parts(
+    kind: str, monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    model = noisy_model(config_of(kind)).eval()
+    modeling = sys.modules[type(model).__module__]
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)  # what it is now comes back
+    tokens = torch.arange(20, 60)[None]
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        install(model, library)
+        assert isinstance(model.model.norm.forward, partial)
+        assert torch.allclose(model(tokens).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_other_families_keep_their_own() -> None:
+    model = noisy_model(config_of("gemma2"))
+    install(model, Path("no library is loaded for it"))
+    assert not isinstance(model.model.norm.forward, partial)
 
 
 def test_the_source_is_shipped() -> None:
