@@ -87,6 +87,11 @@ def config_rejected(*, file: str, problems: Sequence[str]) -> None:
     _log.error("configuration rejected, the old one stays in force", file=file, problems=list(problems))
 
 
+def traces_not_sent(*, reason: str) -> None:
+    """Nobody takes the traces, at least not now; requests are served as before."""
+    _log.warning("traces not sent", reason=reason)
+
+
 def journal_failed(*, reason: str) -> None:
     """History is incomplete from here on, and a restart may not know the last layout; requests are served as before."""
     _log.error("journal failed", reason=reason)

@@ -6,10 +6,12 @@ through. The context of a client's trace is taken from ``traceparent`` and ``tra
 TracingUnavailable   traces are asked for, and the library is not installed
 """
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import flexpiped
+from flexpiped import log_events
 from flexpiped.settings import TracingSettings
 from flexpiped.tracing import HandoverTrace, RequestTrace, now_ns
 
@@ -99,6 +101,13 @@ def _attributes(trace: RequestTrace, status: int | None) -> dict[str, int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+class _Complaints(logging.Handler):
+    """What the library complains of is an event of our log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log_events.traces_not_sent(reason=record.getMessage())
+
+
 def spans_of(settings: TracingSettings, *, model: str) -> OtelSpans | None:
     """Return what sends traces where ``settings`` say; None where they say nothing.
 
@@ -117,6 +126,8 @@ def spans_of(settings: TracingSettings, *, model: str) -> OtelSpans | None:
         raise TracingUnavailable(
             f"tracing.otlp_endpoint is set, but {error.name} is not installed: pip install 'flexpiped[otel]'"
         ) from None
+    complaints = logging.getLogger("opentelemetry")
+    complaints.handlers, complaints.propagate = [_Complaints(logging.WARNING)], False
     provider = TracerProvider(
         resource=Resource.create({"service.name": "flexpiped", "service.version": flexpiped.__version__}),
         sampler=ParentBasedTraceIdRatio(settings.sample_ratio),

@@ -1,6 +1,7 @@
 """One trace per request, as OpenTelemetry's own in-memory exporter gets it; and by OTLP, as a collector does."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from flexpiped.events import EventKind, EventLog
 from flexpiped.servers import listen_tcp, serving, url_of
@@ -247,6 +249,9 @@ async def test_a_collector_that_is_away_disturbs_nobody() -> None:
     assert spans is not None
     async with http_app(spans=spans) as app, aiohttp.ClientSession(app.url) as http:
         assert [await complete(http) for _ in range(3)] == [200] * 3
+    with capture_logs() as logged:
+        logging.getLogger("opentelemetry.exporter").warning("nobody answers at %s", endpoint)
+    assert logged == [{"event": "traces not sent", "reason": f"nobody answers at {endpoint}", "log_level": "warning"}]
 
 
 def test_without_an_endpoint_there_are_none() -> None:
