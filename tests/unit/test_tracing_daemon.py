@@ -26,7 +26,7 @@ async def test_a_collector_gets_the_traces_of_a_daemon(tmp_path: Path) -> None:
     async with serving(collector, listener, shutdown_s=1.0), started(tmp_path, ready=True, more=more) as daemon:
         url = (await daemon.ask("/status"))["api_url"]
         async with aiohttp.ClientSession() as session:
-            body = {"prompt": "Once", "max_tokens": 400, "stream": True, "ignore_eos": True}
+            body = {"prompt": "Once", "max_tokens": 60, "stream": True, "ignore_eos": True}
             async with session.post(f"{url}/completions", json=body) as answer:
                 await answer.content.readline()
                 code, out, err = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
