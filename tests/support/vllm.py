@@ -28,6 +28,13 @@ def llama() -> Path:
     return checkpoints.make_llama(CACHE / "llama-heads-of-32", hidden_size=128, intermediate_size=352)
 
 
+def roomy_llama() -> Path:
+    """Return the same with a context that no stream fills while it is handed over, however slow the machine is."""
+    return checkpoints.make_llama(
+        CACHE / "llama-heads-of-32-roomy", hidden_size=128, intermediate_size=352, max_position_embeddings=16384
+    )
+
+
 def graph_of(directory: Path, *, dtype: str = "float32") -> ModelGraph:
     checkpoint = read_checkpoint(directory)
     return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=dtype)

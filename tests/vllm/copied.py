@@ -7,7 +7,7 @@ from engines.protocol import KvParcel
 from engines.vllm.adapter import VllmEngine
 from tests.vllm.streams import collect, stream
 
-ENDLESS = 1900  # tokens of a stream that is to run until it is told to end, however slow the machine is
+ENDLESS = 16000  # tokens of a stream of ``roomy_llama`` that is to run until it is told to end
 _BEFORE, _AFTER = 40, 24  # tokens at the first vLLM, and at the second
 
 

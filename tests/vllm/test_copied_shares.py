@@ -7,7 +7,7 @@ import pytest
 from engines.vllm.adapter import VllmEngine
 from flexpiped.kv_carrier import copy_refusal
 from planner.layout import Pipeline, Stage
-from tests.support.vllm import devices, layout, llama, running
+from tests.support.vllm import devices, layout, roomy_llama, running
 from tests.vllm.copied import assert_copy_is_exact_and_needed
 from tests.vllm.streams import move, on_pairs
 
@@ -22,7 +22,7 @@ async def test_shares_go_to_another_number_of_pipeline_ranks_and_not_to_another_
     async with AsyncExitStack() as stack:
 
         async def boot(pipeline: Pipeline, *, ranks: int, **options: object) -> VllmEngine:
-            return await stack.enter_async_context(running(llama(), pipeline, ranks=ranks, **options))  # type: ignore[arg-type]
+            return await stack.enter_async_context(running(roomy_llama(), pipeline, ranks=ranks, **options))  # type: ignore[arg-type]
 
         two = await boot(on_pairs(4), ranks=2, device_ids=devices(2, tensor_parallel=2), **IN_PAIRS)
         one = await boot(ONE_PAIR, ranks=1, device_ids=devices(1, tensor_parallel=2), **IN_PAIRS)

@@ -13,7 +13,7 @@ from planner.kv_route import KvPreference
 from planner.layout import Pipeline
 from planner.replica_steps import ReplicaLimits
 from tests.support.nixl import ARGS, TRANSPORTS, nixl_interpreter
-from tests.support.vllm import graph_of, layout, llama, options_for
+from tests.support.vllm import graph_of, layout, options_for, roomy_llama
 from tests.vllm.copied import copied_by_hand
 from tests.vllm.recovering import Streams
 from tests.vllm.streams import collect, run_streams, stream
@@ -26,8 +26,8 @@ _SOURCES = re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="(\w+)"\} 
 
 
 def with_nixl(pipeline: Pipeline, epoch: int) -> VllmEngine:
-    options = options_for(llama(), ranks=1, python=nixl_interpreter(), args=ARGS, env=TRANSPORTS, threads=1)
-    return VllmEngine(options, pipeline, epoch=epoch, graph=graph_of(llama()))
+    options = options_for(roomy_llama(), ranks=1, python=nixl_interpreter(), args=ARGS, env=TRANSPORTS, threads=1)
+    return VllmEngine(options, pipeline, epoch=epoch, graph=graph_of(roomy_llama()))
 
 
 async def prompt_tokens_by_source(engine: VllmEngine) -> dict[str, int]:

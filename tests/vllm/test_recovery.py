@@ -13,7 +13,7 @@ from planner.handover import HandoverPhase
 from planner.kv_route import KvPreference
 from planner.layout import Pipeline
 from planner.replica_steps import ReplicaLimits
-from tests.support.vllm import graph_of, layout, llama, options_for
+from tests.support.vllm import graph_of, layout, options_for, roomy_llama
 from tests.vllm.copied import assert_copy_is_exact_and_needed
 from tests.vllm.recovering import Streams
 from tests.vllm.streams import move, run_streams
@@ -32,8 +32,8 @@ class Made:
         self.engines: list[VllmEngine] = []
 
     def __call__(self, pipeline: Pipeline, epoch: int) -> VllmEngine:
-        options = options_for(llama(), ranks=pipeline.granularity, kv_cache_bytes=256 << 20)
-        self.engines.append(VllmEngine(options, pipeline, epoch=epoch, graph=graph_of(llama())))
+        options = options_for(roomy_llama(), ranks=pipeline.granularity, kv_cache_bytes=256 << 20)
+        self.engines.append(VllmEngine(options, pipeline, epoch=epoch, graph=graph_of(roomy_llama())))
         return self.engines[-1]
 
 
