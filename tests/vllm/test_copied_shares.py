@@ -14,7 +14,7 @@ from tests.vllm.streams import move, on_pairs
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop, pytest.mark.long]
 
 ONE_PAIR = Pipeline(stages=(Stage(device_ids=("cpu:0", "cpu:1"), first_decoder=0, end_decoder=8),))
-IN_PAIRS = {"tensor_parallel": 2}
+IN_PAIRS = {"tensor_parallel": 2, "kv_cache_bytes": 128 << 20}
 
 
 async def test_shares_go_to_another_number_of_pipeline_ranks_and_not_to_another_degree() -> None:
@@ -32,5 +32,5 @@ async def test_shares_go_to_another_number_of_pipeline_ranks_and_not_to_another_
         await assert_copy_is_exact_and_needed(one, two)
         await one.close()
 
-        alone = await boot(layout(), ranks=1)
+        alone = await boot(layout(), ranks=1, kv_cache_bytes=128 << 20)
         assert "2 shares" in copy_refusal(two.capabilities, alone.capabilities)

@@ -26,7 +26,15 @@ _SOURCES = re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="(\w+)"\} 
 
 
 def with_nixl(pipeline: Pipeline, epoch: int) -> VllmEngine:
-    options = options_for(roomy_llama(), ranks=1, python=nixl_interpreter(), args=ARGS, env=TRANSPORTS, threads=1)
+    options = options_for(
+        roomy_llama(),
+        ranks=1,
+        python=nixl_interpreter(),
+        args=ARGS,
+        env=TRANSPORTS,
+        threads=1,
+        kv_cache_bytes=128 << 20,
+    )
     return VllmEngine(options, pipeline, epoch=epoch, graph=graph_of(roomy_llama()))
 
 
