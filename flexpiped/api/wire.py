@@ -108,7 +108,7 @@ class CompletionWire:
         return self.last(piece)
 
     def last(self, piece: Piece) -> bytes:
-        return event(self._chunk(self._choice(piece.index, piece.text, piece.finish_reason, piece.tokens)))
+        return event(self._chunk(self._choice(piece.index, piece.text, piece.finish_reason, piece.tokens or None)))
 
     def usage(self, usage: Usage) -> bytes:
         return event({**self._start, "choices": [], "usage": usage.to_wire()})
@@ -121,9 +121,9 @@ class CompletionWire:
         return _encode({**self._chunk(*found), "usage": usage.to_wire()})
 
     def _choice(
-        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[TokenReport] = ()
+        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[TokenReport] | None = None
     ) -> dict[str, Any]:
-        logprobs = self._logprobs[index].to_wire(tokens) if tokens and self._logprobs is not None else None
+        logprobs = None if tokens is None or self._logprobs is None else self._logprobs[index].to_wire(tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,9 @@ async def test_logprobs_of_completions(app: HttpApp, session: aiohttp.ClientSess
     assert [len(each) for each in alone["choices"][0]["logprobs"]["top_logprobs"]] == [1] * len(token_ids)
     without = await whole(app, session, "completions", prompt="x", logprobs=False, max_tokens=200)
     assert without["choices"][0]["logprobs"] is None
+    nothing = await whole(app, session, "completions", prompt="x", logprobs=1, max_tokens=200, stop=TEXTS[0][:2])
+    assert nothing["choices"][0]["text"] == ""
+    assert nothing["choices"][0]["logprobs"]["tokens"] == []
 
 
 async def test_logprobs_of_chats(app: HttpApp, session: aiohttp.ClientSession) -> None:
