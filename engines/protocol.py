@@ -179,7 +179,7 @@ class EngineCapabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStatus:
-    """One stage as it stands. ``busy`` is the share of time spent computing since the last call, None at the first."""
+    """One stage as it stands. ``busy`` is the share of the last seconds spent computing, None at first."""
 
     index: int
     device_ids: tuple[str, ...]

@@ -144,7 +144,6 @@ class DaemonStatus:
         with suppress(EngineError):  # starting, or between two engines: the state says which
             main = self._engine()
         fleet = self._fleet()
-        # Each engine is asked once: how busy a stage was is told since it was asked before.
         wires = [await replica_to_wire(each) for each in fleet]
         of_main = next((wire for each, wire in zip(fleet, wires, strict=True) if each.engine is main), None)
         shown = of_main if of_main is not None and main is not None else await engine_to_wire(main)

@@ -5,6 +5,7 @@ import time
 from itertools import count
 from typing import TypeVar
 
+from engines.busy import BusyShares
 from engines.native import messages as m
 from engines.native.workers import WorkerPool
 
@@ -21,7 +22,7 @@ class Inquiries:
         self._checksums: dict[tuple[int, int], asyncio.Future[list[int]]] = {}
         self._steps: dict[tuple[int, int], asyncio.Future[m.Steps]] = {}
         self._bounds: dict[tuple[int, int], asyncio.Future[m.KvBounded]] = {}
-        self._busy: dict[int, tuple[float, float]] = {}
+        self._busy = BusyShares(clock=time.monotonic)
 
     def stats(self, worker: int) -> asyncio.Future[m.Stats]:
         """Ask for counters."""
@@ -78,13 +79,8 @@ class Inquiries:
                 waiting.pop(key).cancel()
 
     def busy_share(self, stats: m.Stats) -> float | None:
-        """Return the share of time that a worker has computed since this was last asked."""
-        now = time.monotonic()
-        before = self._busy.get(stats.worker)
-        self._busy[stats.worker] = (now, stats.busy_s)
-        if before is None or stats.busy_s < before[1] or now <= before[0]:
-            return None
-        return min(1.0, (stats.busy_s - before[1]) / (now - before[0]))
+        """Return the share of time that a worker computes, None at its first reading."""
+        return self._busy.share(stats.worker, stats.busy_s)
 
 
 def settle(future: "asyncio.Future[T] | None", value: T) -> None:

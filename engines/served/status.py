@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from engines.busy import BusyShares
 from engines.protocol import StageStatus
 from engines.served.channel import Message
 from engines.served.ranks import Ranks
@@ -9,12 +10,11 @@ from planner.layout import Pipeline, Stage
 
 
 class StageReader:
-    """Remembers how busy each rank was when it was last asked."""
+    """Remembers how busy each rank was."""
 
     def __init__(self, *, ranks: Ranks, clock: Callable[[], float]) -> None:
         self._ranks = ranks
-        self._clock = clock
-        self._last: dict[int, tuple[float, float]] = {}  # by rank: time, busy time until then
+        self._busy = BusyShares(clock=clock)
 
     def read(self, pipeline: Pipeline, answers: Mapping[int, Message]) -> tuple[StageStatus, ...]:
         """Return what the answers of the workers, by global rank, say of each stage."""
@@ -24,7 +24,7 @@ class StageReader:
         place, degree = self._ranks.rank_of(stage.device_ids), self._ranks.tensor_parallel
         assert place is not None, "the pipeline in force lies on the ranks"
         group = [rank for rank in range(place * degree, (place + 1) * degree) if rank in answers]
-        busy = [share for rank in group if (share := self._busy(rank, answers[rank]["busy_s"])) is not None]
+        busy = [share for rank in group if (share := self._busy.share(rank, answers[rank]["busy_s"])) is not None]
         return StageStatus(
             index=index,
             device_ids=stage.device_ids,
@@ -36,14 +36,6 @@ class StageReader:
             busy=max(busy) if busy else None,
             runs=_together([answers[rank]["runs"] for rank in group]),
         )
-
-    def _busy(self, rank: int, busy_s: float) -> float | None:
-        now_s = self._clock()
-        before = self._last.get(rank)
-        self._last[rank] = (now_s, busy_s)
-        if before is None or now_s <= before[0]:
-            return None
-        return min(1.0, max(0.0, (busy_s - before[1]) / (now_s - before[0])))
 
 
 def _together(runs: Sequence[str]) -> str:

@@ -129,8 +129,8 @@ export class ChangeView {
 
   async #showCandidates(stages) {
     const answer = await this.#ask("plan", { stages });
-    const rows = answer.candidates.map(candidate);
-    const heads = ["stages", "TTFT", "TPOT", "tok/s at most", "moves", ...(answer.candidates.length > 1 ? ["why not"] : [])];
+    const rows = answer.candidates.flatMap(candidate);
+    const heads = ["stages", "TTFT", "TPOT", "tok/s at most", "moves"];
     this.#frame.append(
       el("h3", {}, "What is predicted"),
       el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Candidates" },
@@ -156,7 +156,8 @@ function candidate(each) {
   const isChosen = each.verdict === "chosen";
   const tag = isChosen ? el("span", { class: "tag good" }, "chosen") : null;
   const why = isChosen ? "" : each.verdict === "lost" ? each.reason : `${each.verdict}: ${each.reason}`;
-  return el("tr", {}, el("th", { scope: "row" }, `${name} `, tag), predicted.map((text) => el("td", {}, text)), el("td", { class: why ? "words" : null }, why));
+  const row = el("tr", { class: why ? "with-reason" : null }, el("th", { scope: "row" }, `${name} `, tag), predicted.map((text) => el("td", {}, text)));
+  return why ? [row, el("tr", {}, el("td", { class: "words", colspan: 5 }, arrows(why)))] : [row];
 }
 
 function seconds(value) {
