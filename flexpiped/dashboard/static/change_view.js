@@ -16,7 +16,7 @@ export class ChangeView {
   #stages = el("input", { type: "number", min: 1, value: 1, id: "stages-number", "aria-label": "number of stages" });
   #on = el("select", { id: "replica" });
   #onRow = el("div", { class: "row", hidden: true });
-  #button = el("button", { type: "submit" }, "Preview");
+  #button = el("button", { type: "submit", disabled: true }, "Preview");
   #why = el("p", { class: "note said" });
   #rights = { may_preview: false, why_no_change: "" };
   #isTouched = false;

@@ -27,13 +27,14 @@ export async function follow(key, on, signal) {
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Refused && (error.status === 401 || error.status === 403)) {
-        on.lost(error.message);
-        await on.keyWanted(error.message);
+        const wanted = key() ? error.message : "This daemon asks for an API key";
+        on.lost(wanted);
+        await on.keyWanted(wanted);
         continue;
       }
       reason = error instanceof Refused ? error.message : "the daemon does not answer";
     }
-    on.lost(reason);
+    on.lost(`${reason}; trying again`);
     await new Promise((resolve) => setTimeout(resolve, pause));
     pause = Math.min(pause * 2, LONGEST_PAUSE_MS);
   }

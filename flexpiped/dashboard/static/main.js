@@ -91,7 +91,7 @@ function notice() {
 
 function connected(isLive, reason = "") {
   say(set(byId("live"), { "data-live": isLive ? "yes" : "no" }), isLive ? "live" : "not connected");
-  lost = isLive ? "" : `${reason}; trying again`;
+  lost = isLive ? "" : reason;
   notice();
 }
 
