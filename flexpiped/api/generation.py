@@ -3,7 +3,7 @@
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from engines.closing import closing
@@ -20,6 +20,7 @@ class Job:
 
     ``lead`` is text that comes first. ``tells_tokens``: pieces tell of their tokens, and with ``leads_tokens`` the
     first one begins with those of the prompt. ``tells_prompt``: it tells of the prompt's apart from these.
+    ``is_prompt_only``: what comes of the engine is not wanted but for what it says of the prompt.
     """
 
     request: GenerationRequest
@@ -32,6 +33,7 @@ class Job:
     tells_tokens: bool = False
     tells_prompt: bool = False
     leads_tokens: bool = False
+    is_prompt_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +107,18 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
                 if told is not None:
                     all_shown = finish is not None and not delta.stop_hit
                     piece = await told.with_tokens(piece, chunk, shown=None if all_shown else delta.tokens_shown)
+                if job.is_prompt_only:
+                    yield without_output(piece, job)
+                    return
                 yield piece
                 if delta.stop_hit:
                     return
+
+
+def without_output(first: Piece, job: Job) -> Piece:
+    """Return the whole answer of a request that wants no output."""
+    tokens = first.tokens[: len(job.request.prompt_token_ids)] if job.leads_tokens else ()
+    return replace(first, text=job.lead, completion_tokens=0, finish_reason="length", tokens=tokens, logprob=0.0)
 
 
 class _Told:

@@ -23,6 +23,7 @@ def jobs_of(parameters: Parameters, request: GenerationRequest, *, ending: froze
             tells_tokens=choices.logprobs is not None,
             tells_prompt=choices.prompt_logprobs is not None,
             leads_tokens=choices.echo and choices.logprobs is not None,
+            is_prompt_only=parameters.max_tokens == 0,
         )
         for index, each in enumerate(_requests(request, choices.best_of))
     ]

@@ -89,7 +89,9 @@ _SHARED: Final[Mapping[str, Reader[Any]]] = {
     "include_stop_str_in_output": boolean,
 }
 _OF_CHAT: Final = {"max_completion_tokens": integer(1, _MAX_COUNT), **_SHARED}
-COMPLETION_READERS: Final[Mapping[str, Reader[Any]]] = {"prompt": PROMPT, **_SHARED}
+# 0, with ``echo``: only the prompt is wanted, with its log-probabilities
+_OF_COMPLETIONS: Final = {**_SHARED, "max_tokens": integer(0, _MAX_COUNT)}
+COMPLETION_READERS: Final[Mapping[str, Reader[Any]]] = {"prompt": PROMPT, **_OF_COMPLETIONS}
 CHAT_READERS: Final[Mapping[str, Reader[Any]]] = {"messages": MESSAGES, **_OF_CHAT}
 COMPLETION_NAMES: Final = COMPLETION_READERS.keys() | COMPLETION_NEUTRAL.keys()
 CHAT_NAMES: Final = CHAT_READERS.keys() | CHAT_NEUTRAL.keys()
@@ -148,7 +150,9 @@ def parse_completion(body: Body, *, taken: Set[str] = frozenset()) -> Completion
     """Read what ``taken`` and all engines honour. Raises: ApiError, with the parameter named."""
     refuse_unknown(body, COMPLETION_NAMES)
     refuse_unsupported(body, _without(taken, COMPLETION_NEUTRAL))
-    parameters = _parameters(body, _SHARED, completion_choices, taken=taken)
+    parameters = _parameters(body, _OF_COMPLETIONS, completion_choices, taken=taken)
+    if parameters.max_tokens == 0 and not parameters.choices.echo:
+        raise invalid("max_tokens 0 goes with echo: true only", param="max_tokens", code="contradiction")
     return CompletionRequest(prompt=read_prompt(body.get("prompt")), parameters=parameters)
 
 
@@ -211,7 +215,7 @@ def sampling_of(
         )
         raise invalid(message, param=parameters.max_tokens_name, code="context_length_exceeded")
     default = room if default_tokens is None else min(default_tokens, room)
-    max_tokens = default if parameters.max_tokens is None else parameters.max_tokens
+    max_tokens = default if parameters.max_tokens is None else max(parameters.max_tokens, 1)
     min_tokens = parameters.engine_params.get("min_tokens", 0)
     if min_tokens > max_tokens:
         message = f"min_tokens {min_tokens} is more than the {max_tokens} tokens that the output may have"

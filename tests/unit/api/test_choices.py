@@ -229,6 +229,24 @@ async def test_echo_gives_the_prompt_with_its_log_probabilities(
     assert logprobs["text_offset"][0] == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_without_output_scores_the_prompt(
+    app: HttpApp, session: aiohttp.ClientSession, stream: bool
+) -> None:
+    asked: dict[str, Any] = {"prompt": "hello, you", "echo": True, "max_tokens": 0, "logprobs": 1}
+    prompt_ids = TOKENIZER.encode("hello, you").ids
+    if stream:
+        found = await events(app, session, "completions", **asked, stream_options={"include_usage": True})
+        choice, usage = found[0]["choices"][0], found[-1]["usage"]
+        assert len(found) == 2
+    else:
+        answer = await whole(app, session, "completions", **asked)
+        choice, usage = answer["choices"][0], answer["usage"]
+    assert (choice["text"], choice["finish_reason"]) == ("hello, you", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, *map(logprob_of, prompt_ids[1:])]
+    assert usage == {"prompt_tokens": len(prompt_ids), "completion_tokens": 0, "total_tokens": len(prompt_ids)}
+
+
 async def test_echo_of_tokens_without_log_probabilities(app: HttpApp, session: aiohttp.ClientSession) -> None:
     token_ids = list(ids_of("hello"))
     answer = await whole(app, session, "completions", prompt=token_ids, echo=True, max_tokens=200)
@@ -273,6 +291,7 @@ async def test_bad_words_reach_the_engine_as_tokens(session: aiohttp.ClientSessi
         ({"n": 3, "best_of": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_contradictions_of_completions_are_refused_by_name(body: dict[str, Any], param: str) -> None:
