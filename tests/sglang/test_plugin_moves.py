@@ -37,12 +37,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pyt
 # retracts one now and then, as it does when the KV cache is full.
 CROWDED = ("--max-total-tokens", "1000", "--chunked-prefill-size", "48", "--max-running-requests", "8")
 RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "37"}
-IMPATIENT = {"SGLANG_HEALTH_CHECK_TIMEOUT": "1"}  # s; by default its /health waits 20 for a token
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def driver() -> AsyncIterator[PluginDriver]:
-    async with driven(llama(), (2, 2, 2, 2), more=CROWDED, variables=RETRACTING | IMPATIENT) as made:
+    async with driven(llama(), (2, 2, 2, 2), more=CROWDED, variables=RETRACTING) as made:
         yield made
 
 
@@ -235,10 +234,7 @@ async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> N
 
 
 async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
-    """SGLang's own does not under pipeline parallelism, and says that it did. In a real one its ``/health`` fails.
-
-    So the daemon never asks for that; see ``test_moves.py``.
-    """
+    """SGLang's own pause does not under pipeline parallelism, and says that it did."""
     await move(driver, START)
     undisturbed = await run_streams(driver, count=4, max_tokens=80, salt=7)
     streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=80, salt=7))
@@ -246,11 +242,8 @@ async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
     await driver.core.core("hold")
     paused = await driver.counters()
 
-    async def takes_itself_for_dead() -> bool:
-        return await driver.health() == 503  # unless what it had sent before came only now
-
-    await until(takes_itself_for_dead, timeout_s=30.0)  # and what the daemon asks is answered:
-    assert [rank["epoch"] for rank in await driver.status()] == [driver.epoch] * 4
+    await asyncio.sleep(0.5)
+    assert [rank["epoch"] for rank in await driver.status()] == [driver.epoch] * 4  # what the daemon asks is answered
     assert (await driver.counters()).steps_total == paused.steps_total
     assert paused.running + paused.waiting > 0
     await driver.core.core("resume")

@@ -35,24 +35,15 @@ class Client:
         assert choices[-1]["finish_reason"] == "length"
         return answer.status, "".join(choice["text"] for choice in choices)
 
-    async def until_refused(self, prompt: str, **more: Any) -> list[str]:
-        """Ask again and again until the answer is no, so that a request is under way at any time; return the texts."""
-        texts = []
-        while True:
-            status, text = await self.complete(prompt, **more)
-            if status != 200:
-                return texts
-            texts.append(text)
-
     @asynccontextmanager
-    async def busy(self, expected: dict[str, str]) -> AsyncIterator[None]:
-        """Have each prompt completed again and again, always with the same text."""
+    async def busy(self, expected: dict[str, str], **more: Any) -> AsyncIterator[None]:
+        """Have each prompt completed again and again, always with the same text. ``more`` is in each request."""
         is_over = asyncio.Event()
 
         async def again_and_again(prompt: str) -> int:
             times = 0
             while not is_over.is_set():
-                assert await self.complete(prompt) == (200, expected[prompt])
+                assert await self.complete(prompt, **more) == (200, expected[prompt])
                 times += 1
             return times
 

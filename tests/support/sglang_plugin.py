@@ -138,11 +138,6 @@ class PluginDriver:
     async def status(self) -> list[dict[str, Any]]:
         return [await self.sides[rank].call("status") for rank in sorted(self.sides)]
 
-    async def health(self) -> int:
-        """Return the status with which SGLang itself says how it is."""
-        async with self._http.get("/health") as answer:
-            return answer.status
-
     async def drain(self) -> None:
         async def is_idle() -> bool:
             found = await self.counters()
