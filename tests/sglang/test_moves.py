@@ -91,7 +91,7 @@ async def test_layers_are_adopted_in_short_slices(engine: SglangEngine) -> None:
 
 
 async def test_nobody_has_ever_asked_it_whether_it_is_healthy(shared: Shared) -> None:
-    """Not at the start, in a move, nor between: ``/health`` generates to find out, and is no sign of life in a pause."""
+    """Not at the start, in a move, nor between: ``/health`` generates, and says that it is well in a pause."""
     asked = {found[1] for line in shared.log if (found := re.search(r'"[A-Z]+ (/\S*) HTTP', line.message))}
     assert {"/model_info", "/generate"} <= asked
     assert [path for path in asked if path.startswith(("/health", "/ready"))] == []

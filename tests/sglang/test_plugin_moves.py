@@ -16,7 +16,6 @@ from engines.errors import RefactoringAborted
 from planner.layout import Pipeline
 from tests.contract.engine_contract import assert_idle
 from tests.support.sglang_plugin import PluginDriver, driven
-from tests.support.until import until
 from tests.support.vllm import llama
 from tests.vllm.streams import (
     FAILURES_BEFORE_COMMIT,
