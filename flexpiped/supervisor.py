@@ -141,11 +141,7 @@ class Supervisor:
         """
         engine = self._factory(self._pipeline, self._epoch)
         try:
-            async with self._meter(engine):
-                await engine.start(on_progress=self._on_progress)
-                if engine.capabilities.compiles_at_first_use:  # here nobody waits for it yet, as at a later start
-                    self._on_progress("trying the engine out: what first requests need is compiled")
-                    await warm_up(engine)
+            await self._start(engine, self._on_progress, tries_out=True)
         except BaseException:
             await engine.close()
             raise
@@ -302,9 +298,13 @@ class Supervisor:
         self._on_change(self._supervision)
         return decision if isinstance(decision, Restart) else None
 
-    async def _start(self, engine: Engine, on_progress: Callable[[str], None]) -> None:
+    async def _start(self, engine: Engine, on_progress: Callable[[str], None], *, tries_out: bool = False) -> None:
+        """Start an engine. ``tries_out``, where it compiles at first use: at a first start nobody waits yet."""
         async with self._meter(engine):
             await engine.start(on_progress=on_progress)
+            if tries_out and engine.capabilities.compiles_at_first_use:
+                on_progress("trying the engine out: what first requests need is compiled")
+                await warm_up(engine)
 
     def _adopt(self, engine: Engine) -> None:
         self._engine = engine

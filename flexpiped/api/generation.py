@@ -147,11 +147,8 @@ class _Told:
             for _ in tokens:
                 self._waiting.popleft()
             self._num_told += len(tokens)
-        return Piece(
-            text=piece.text,
-            completion_tokens=piece.completion_tokens,
-            finish_reason=piece.finish_reason,
-            index=piece.index,
+        return replace(
+            piece,
             tokens=(*prompt, *tokens) if self._job.leads_tokens else tokens,
             prompt=prompt if self._job.tells_prompt else (),
             logprob=0.0 if piece.finish_reason is None else sum(self._logprobs[: piece.completion_tokens]),

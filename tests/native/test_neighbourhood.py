@@ -19,7 +19,7 @@ from flexpiped.replicas import Replicas
 from flexpiped.supervisor import Supervisor
 from planner.neighbourhood import NeighbourConstants, Verb
 from tests.native.test_replica import Made, stream
-from tests.support.daemon import Daemon, started
+from tests.support.daemon import Daemon, completed, started
 from tests.support.layouts import EvenResolver
 from tests.support.memory_taker import taking_all_but
 from tests.support.native import collect, layout
@@ -112,9 +112,7 @@ async def test_another_tenant_takes_the_memory_and_frees_it_and_no_request_notic
         url = (await daemon.ask("/status"))["api_url"]
 
         async def text() -> str:
-            async with http.post(f"{url}/completions", json=body) as answer:
-                assert answer.status == 200, await answer.text()
-                return str((await answer.json())["choices"][0]["text"])
+            return await completed(http, url, body)
 
         most, before = await kv_blocks(daemon), await text()
         streams = [asyncio.create_task(text()) for _ in range(3)]

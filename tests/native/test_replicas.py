@@ -20,7 +20,7 @@ from flexpiped.replica import ReplicaState
 from flexpiped.replicas import Replicas
 from flexpiped.supervisor import Supervisor
 from tests.native.test_replica import STREAMS, Made, Streams, stream
-from tests.support.daemon import started, write_config
+from tests.support.daemon import completed, started, write_config
 from tests.support.native import collect, layout
 from tests.support.until import until
 
@@ -71,9 +71,7 @@ async def test_the_daemon_scales_as_flexctl_asks_and_loses_no_request(tmp_path: 
         url = (await daemon.ask("/status"))["api_url"]
 
         async def text() -> str:
-            async with http.post(f"{url}/completions", json=body) as answer:
-                assert answer.status == 200, await answer.text()
-                return str((await answer.json())["choices"][0]["text"])
+            return await completed(http, url, body)
 
         over = asyncio.Event()
         before, texts = await text(), set()
@@ -137,10 +135,6 @@ async def test_a_start_brings_back_all_replicas_that_were_asked_for(tmp_path: Pa
         assert [each["stages"][0]["device_ids"] for each in replicas] == [["cpu:1"], ["cpu:0"]]
         url = (await daemon.ask("/status"))["api_url"]
 
-        async def text() -> str:
-            async with http.post(f"{url}/completions", json=body) as answer:
-                return str((await answer.json())["choices"][0]["text"])
-
-        assert len(set(await asyncio.gather(*(text() for _ in range(4))))) == 1
+        assert len(set(await asyncio.gather(*(completed(http, url, body) for _ in range(4))))) == 1
         steps = [each["engine_counters"] for each in (await daemon.ask("/status"))["replicas"]]
         assert all(each["generated_tokens_total"] > 0 for each in steps)

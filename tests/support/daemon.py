@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,3 +158,10 @@ async def started(
             if process.returncode is None:
                 process.kill()
             await process.wait()
+
+
+async def completed(http: aiohttp.ClientSession, url: str, body: Mapping[str, Any]) -> str:
+    """Return the whole text of a completion; anything but success fails the test."""
+    async with http.post(f"{url}/completions", json=body) as answer:
+        assert answer.status == 200, await answer.text()
+        return str((await answer.json())["choices"][0]["text"])

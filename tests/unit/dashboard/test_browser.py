@@ -122,13 +122,18 @@ async def tab_to(page: Page, name: str) -> None:
     raise AssertionError(f"{name} is not reached by the keyboard")
 
 
-async def test_a_layout_is_previewed_and_carried_out_by_the_keyboard_alone(page: Page, stand: DashboardStand) -> None:
+async def preview_four_stages(page: Page, stand: DashboardStand) -> None:
+    """Open the page and ask for it by the keyboard alone."""
     await page.open(f"{stand.url}/")
     await page.until(IS_LIVE)
     await tab_to(page, "stages-number")
     await page.run("document.activeElement.select()")
     await page.write("4")
     await page.press("Enter")
+
+
+async def test_a_layout_is_previewed_and_carried_out_by_the_keyboard_alone(page: Page, stand: DashboardStand) -> None:
+    await preview_four_stages(page, stand)
     await page.until("document.querySelectorAll('.ghost').length === 7")
     assert stand.engine.epoch == 0
     assert (
@@ -146,12 +151,7 @@ async def test_a_layout_is_previewed_and_carried_out_by_the_keyboard_alone(page:
 
 async def test_without_rights_it_says_how_else(page: Page, stand: DashboardStand) -> None:
     stand.mode = DashboardMode.ON
-    await page.open(f"{stand.url}/")
-    await page.until(IS_LIVE)
-    await tab_to(page, "stages-number")
-    await page.run("document.activeElement.select()")
-    await page.write("4")
-    await page.press("Enter")
+    await preview_four_stages(page, stand)
     await page.until("document.querySelector('.command')?.textContent === 'flexctl rebalance --stages 4'")
     assert await page.run("document.getElementById('carry-out')") is None
 
