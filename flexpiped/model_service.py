@@ -1,0 +1,324 @@
+"""Everything that serves one model: engine, replicas, text process, changes of layout, load, automatic control.
+
+A daemon has one of these for each model that it serves; what they share (ports, admission, journal, devices) is in
+``flexpiped.service``.
+
+    start: files -> engine and text process -> begin: control loops, further replicas -> end_control -> close
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from engines.text.client import TextService
+from flexpiped import log_events
+from flexpiped.admin_changes import Changes
+from flexpiped.api.metrics import Metrics
+from flexpiped.auto import DECISIONS_KEPT, AutoControl
+from flexpiped.auto_candidates import PlannedCandidates
+from flexpiped.background import run_beside
+from flexpiped.config_values import Auto
+from flexpiped.engine_factory import Model, engine_python, find_files
+from flexpiped.engine_in_force import EngineInForce
+from flexpiped.engine_start import EngineStart
+from flexpiped.events import Event, EventKind, EventLog
+from flexpiped.intent import Intent, IntentKeeper, basis_of
+from flexpiped.journal import Journal
+from flexpiped.load_monitor import LoadSampler
+from flexpiped.neighbourhood import Neighbourhood
+from flexpiped.plan_wire import answer_to_wire
+from flexpiped.planner_question import slo_of, workload_of
+from flexpiped.refactoring import Refactorings, Started
+from flexpiped.replicas import Replicas
+from flexpiped.settings import Settings
+from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
+from flexpiped.supervision import Supervision, SupervisorState
+from flexpiped.tracing import TracedLoad
+from flexpiped.watches import watch_text
+from planner.layout import Pipeline
+from planner.neighbourhood import NeighbourConstants
+from topology.device import Device
+
+_STATES: Final = {
+    SupervisorState.STARTING: ServiceState.STARTING,
+    SupervisorState.READY: ServiceState.READY,
+    SupervisorState.RECOVERING: ServiceState.RECOVERING,
+    SupervisorState.ASLEEP: ServiceState.ASLEEP,
+    SupervisorState.FAILED: ServiceState.FAILED,
+    SupervisorState.CLOSING: ServiceState.DRAINING,
+}
+
+
+class ModelService:
+    """Serves one model from ``start`` to ``close``. Used on one event loop.
+
+    Args:
+        name: Under which clients ask for it.
+        source: Directory or hub id.
+        events: Told what happens.
+        is_traced: Whether requests leave traces.
+        on_progress: Told what the start is doing.
+        on_given_up: Told that it will not serve again, with the reason.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        source: str,
+        events: EventLog,
+        journal: Journal,
+        is_traced: bool,
+        on_progress: Callable[[str], None],
+        on_given_up: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self.name = name
+        self.source = source
+        self._events = events
+        self._journal = journal
+        self._on_progress = on_progress
+        self._on_given_up = on_given_up
+        self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
+        self._reason = "starting"
+        self._further: tuple[Pipeline, ...] = ()  # replicas that are to come back beside the first
+        self._text: TextService | None = None
+        self._engines, self._control = AsyncExitStack(), AsyncExitStack()
+        self._in_force = EngineInForce(
+            settings=lambda: self._settings, reason=lambda: self.health.reason, against_change=self._against_change
+        )
+        self.refactorings = Refactorings(
+            engine=self._in_force.engine_to_change,
+            resolver=lambda: self._in_force.offer().resolver,
+            events=events,
+            replica=self._in_force.replica,
+            fleet=self._in_force.fleet,
+            other_engine=self._in_force.other,
+            settled=journal.settled,
+        )
+        self.changes = Changes(refactorings=self.refactorings, events=events, plans=self, settled=journal.settled)
+        self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.intended, intent=None)
+        self.load = LoadSampler(
+            windows_s=settings.auto.windows_s,
+            memory_s=settings.auto.latency_window_s,
+            stale_after_s=settings.auto.stale_after_s,
+        )
+        self.metrics = Metrics(listener=TracedLoad(self.load) if is_traced else self.load)
+        self._candidates = PlannedCandidates(
+            resolver=lambda: self._in_force.offer().resolver,
+            serving=lambda: self._in_force.known_replicas().pipelines,
+            start_s=lambda num_stages: self._in_force.offer().starts.expected_s(num_stages),
+            expected=workload_of(settings),
+            slo=slo_of(settings),
+        )
+        self.auto = AutoControl(
+            settings.auto,
+            engine=self._in_force.engine_to_change,
+            load=self.load,
+            candidates=self._candidates,
+            refactorings=self.refactorings,
+            rest=lambda: self._in_force.replicas,
+            fleet=lambda: self._in_force.fleet.serving,
+            engines=lambda: self._in_force.known_replicas().engines,
+            decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
+        )
+
+    # --- what it is ---
+
+    @property
+    def health(self) -> Health:
+        """Its state: what is done with it comes first, then what the engine is doing."""
+        replicas = self._in_force.replicas
+        if self._phase is not ServiceState.READY or replicas is None:
+            return Health(state=self._phase, reason=self._reason)
+        if self._text is not None and self._text.failure is not None:
+            return Health(state=ServiceState.FAILED, reason=self._text.failure)
+        supervision = replicas.supervision
+        state = _STATES[supervision.state]
+        return Health(state=state, reason="" if state is ServiceState.READY else supervision.reason)
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline in force, None before there is one."""
+        return self._in_force.pipeline
+
+    @property
+    def max_stages(self) -> int:
+        """How many stages the engine in force could have on the devices that are here."""
+        return self._in_force.offer().resolver.max_stages
+
+    @property
+    def serving(self) -> Replicas:
+        """What serves its requests, once it has started."""
+        return self._in_force.known_replicas()
+
+    @property
+    def text(self) -> TextService:
+        """Its text process, once it has started."""
+        assert self._text is not None, "start comes first"
+        return self._text
+
+    async def plan(self, stages: int | Auto) -> dict[str, Any]:
+        """Return what the planner would do now, with every candidate; moves nothing.
+
+        Raises:
+            PlannerError, EngineError
+        """
+        engine, resolver = self._in_force.engine(), self._in_force.offer().resolver
+        began_s = time.monotonic()
+        answer = await asyncio.to_thread(
+            resolver.answer, stages, current=engine.pipeline, resident=engine.capabilities.resident
+        )
+        return answer_to_wire(answer, took_s=time.monotonic() - began_s)
+
+    def status_source(self, *, api_url: str) -> DaemonStatus:
+        """Return what reads its status; it is for one who samples it as long as it serves."""
+        return DaemonStatus(
+            identity=Identity(model_name=self.name, model_path=self.source, api_url=api_url),
+            engine_name=lambda: self._in_force.name,
+            health=lambda: self.health,
+            engine=self._in_force.engine,
+            refactorings=self.refactorings,
+            latencies=self.metrics.latencies,
+            fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
+            auto=lambda: {"mode": self.auto.mode.value, "decision": self.auto.last},
+        )
+
+    # --- its life ---
+
+    def use(self, settings: Settings) -> None:
+        """Use what ``settings`` say of what is live. What is started later is started with them."""
+        self._settings = settings
+        self._candidates.expect(workload_of(settings), slo_of(settings))
+        self._in_force.use(settings)
+
+    async def start(self) -> None:
+        """Start the engine, with the text process beside it; ``close`` ends them, also after a failure.
+
+        Raises:
+            EngineError, PlannerError
+        """
+        self._progress("reading the model's description")
+        model = await asyncio.to_thread(find_files, self._settings, source=self.source)
+        engine_start = EngineStart(
+            settings=lambda: self._settings,
+            source=self.source,
+            in_force=self._in_force,
+            journal=self._journal,
+            intents=self._intents,
+            events=self._events,
+            refactorings=self.refactorings,
+            on_change=self._on_supervision,
+            on_progress=self._progress,
+            on_plan=self.metrics.planned,
+        )
+        await self._start_both(model, engine_start)
+        self._further = engine_start.further
+
+    async def _start_both(self, model: Model, engine_start: EngineStart) -> None:
+        text = TextService(
+            model=model.tokenizer_directory,
+            python=engine_python(self._settings),
+            on_death=lambda reason: log_events.text_process_died(reason=reason),
+        )
+        self._engines.push_async_callback(text.close)
+        try:
+            async with asyncio.TaskGroup() as starting:
+                starting.create_task(text.start())
+                starting.create_task(engine_start.run(self._engines, model))
+        except ExceptionGroup as group:  # the first that failed; the other was cancelled
+            raise group.exceptions[0] from None
+        self._text = text
+
+    def begin(self, *, devices: Callable[[], Sequence[Device]]) -> None:
+        """Begin with what runs beside the service, and count as serving. ``devices`` looks at them, and blocks."""
+        control = self._control
+        self._run_beside(control, watch_text(self.text, on_failure=self._give_up), name="text-watch")
+        control.push_async_callback(self.auto.close)
+        self._run_beside(control, self.auto.run_forever(), name="auto")
+        self._run_beside(control, self._neighbourhood(devices).run_forever(), name="neighbourhood")
+        self._phase = ServiceState.READY
+        # Before anybody can ask for another change, for nothing has been awaited since.
+        coming = self.refactorings.bring_back(self._further) if self._further else None
+        self._run_beside(control, self._get_whole(coming), name="replicas-restored")
+
+    def begin_drain(self, reason: str) -> None:
+        """Take no request and no change any more."""
+        self._phase, self._reason = ServiceState.DRAINING, reason
+
+    async def end_control(self) -> None:
+        """End what runs beside the service; requests go on. Idempotent."""
+        await self._control.aclose()
+
+    async def close(self) -> None:
+        """End engine and text process. Idempotent."""
+        await self._engines.aclose()
+
+    def noted(self, event: Event) -> Intent | None:
+        """Take one event of this model, and return its intent where the event changes that."""
+        if event.kind is EventKind.REFACTORING and event.fields.get("state") == "ended":
+            self.metrics.handover_ended(event.fields["record"])
+        # What the end of the daemon breaks off is still asked for, as after `kill -9`.
+        return None if self._phase is ServiceState.DRAINING else self._intents.after(event)
+
+    # --- inside ---
+
+    async def _get_whole(self, coming: Started | None) -> None:
+        """Wait for replicas that come back. Until they are there, the start counts as one that may fail."""
+        if coming is not None:
+            await self.refactorings.ended(coming)
+        self._journal.got_ready()
+
+    def _neighbourhood(self, devices: Callable[[], Sequence[Device]]) -> Neighbourhood:
+        own = self._settings.devices
+        return Neighbourhood(
+            NeighbourConstants(keep_free_bytes=own.keep_free_bytes, grow_after_s=own.grow_after_s),
+            replicas=lambda: self._in_force.known_replicas().all,
+            kv_bytes_per_token=lambda: self._in_force.offer().resolver.kv_bytes_per_token,
+            devices=devices,
+            refactorings=self.refactorings,
+            events=self._events,
+        )
+
+    def _tell_change(self, decision: Event) -> None:
+        """Count it; a decision that changes something belongs to what happened, and to the journal."""
+        self.metrics.decided(decision.fields["verb"])
+        if decision.fields["verb"] != "keep":
+            self._events.publish(EventKind.DECISION, decision.message, **decision.fields)
+
+    def _on_supervision(self, number: int, supervision: Supervision) -> None:
+        """Tell how a replica fares. One that fails for good is the end only where no other one may serve."""
+        replicas = () if self._in_force.replicas is None else self._in_force.replicas.all
+        reason = f"replica {number}: {supervision.reason}" if len(replicas) > 1 else supervision.reason
+        self._events.publish(EventKind.ENGINE, reason, state=supervision.state.value, replica=number)
+        match supervision.state:
+            case SupervisorState.RECOVERING:
+                log_events.engine_recovering(reason=reason)
+            case SupervisorState.FAILED if all(each.has_failed for each in replicas):
+                self._give_up(reason)
+            case SupervisorState.FAILED:
+                log_events.engine_failed(reason=reason)
+            case _:
+                pass
+
+    def _give_up(self, reason: str) -> None:
+        log_events.engine_failed(reason=reason)
+        self._on_given_up(reason)
+
+    def _run_beside(self, stack: AsyncExitStack, work: Coroutine[None, None, None], *, name: str) -> None:
+        run_beside(stack, work, name=name, on_failure=lambda said: self._events.publish(EventKind.DAEMON, said))
+
+    def _against_change(self) -> str:
+        if self._phase is ServiceState.DRAINING:
+            return f"the daemon is draining: {self._reason}"
+        replicas = self._in_force.replicas
+        if self._phase is ServiceState.STARTING and replicas is not None and replicas.engine is not None:
+            return f"the daemon is starting: {self._reason}"  # those replicas come first that are to come back
+        return ""
+
+    def _progress(self, message: str) -> None:
+        self._reason = message
+        self._on_progress(message)
