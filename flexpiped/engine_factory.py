@@ -10,6 +10,7 @@ from typing import assert_never
 from engines.checkpoint import Checkpoint, find_model, read_checkpoint
 from engines.errors import EngineStartFailed, UnsupportedByEngine
 from engines.native.options import NativeOptions
+from engines.native.text_part import text_part
 from engines.protocol import Engine
 from flexpiped.config_values import Auto
 from flexpiped.hardware import cpu_memory_bytes, host_topology
@@ -62,6 +63,8 @@ def find_files(settings: Settings, *, source: str) -> Model:
 def _graph(settings: Settings, checkpoint: Checkpoint) -> ModelGraph:
     """Describe the model. Some engines know more families than the planner, and say what they cannot serve."""
     runs_all = settings.engine in RUN_ALL_FAMILIES
+    if settings.engine is EngineKind.NATIVE:
+        checkpoint = text_part(checkpoint)
     try:
         return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
     except UnsupportedModel:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.checkpoint import CONFIG, WEIGHTS, WEIGHTS_INDEX, find_model, read_checkpoint
+from engines.native.text_part import text_part
 from flexpiped.config_file import load_config
 from flexpiped.hardware import host_topology
 from flexpiped.models import model_source
@@ -104,6 +105,8 @@ def _graph(settings: Settings, directory: Path) -> ModelGraph:
     if not any((directory / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return build_model_graph(_read_table(directory / CONFIG), dtype=settings.dtype.value)
     checkpoint = read_checkpoint(directory)
+    if settings.engine is EngineKind.NATIVE:
+        checkpoint = text_part(checkpoint)
     try:
         return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
     except UnsupportedModel:

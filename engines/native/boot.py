@@ -15,6 +15,7 @@ from engines.native.kernels.build import KernelBuildFailed, build_kernel, cache_
 from engines.native.options import NativeOptions
 from engines.native.scheduler import SchedulerLimits
 from engines.native.shared import SharedMemory, SharedSizes
+from engines.native.text_part import text_part
 from engines.native.worker import WorkerContext
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
@@ -52,9 +53,9 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     from transformers import AutoConfig
 
     torch.set_num_threads(1)
-    checkpoint = open_checkpoint(options.model_directory)
+    checkpoint = text_part(open_checkpoint(options.model_directory))
     graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
-    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
     dtype = _DTYPES[graph.dtype]
     kernels, note = _compiled(options)
     num_blocks = 1 + options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)

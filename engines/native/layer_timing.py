@@ -14,6 +14,7 @@ from engines.errors import EngineError, UnsupportedByEngine
 from engines.native import timing_messages as t
 from engines.native.boot import boot
 from engines.native.options import NativeOptions
+from engines.native.text_part import text_part
 from engines.native.timing_plan import Limits, TimedLayout, timed_batches, timed_layouts
 from engines.native.timing_rig import StageTimes, TimingRig
 from engines.process import die_with_parent, usable_cores
@@ -67,7 +68,7 @@ def _measure(request: t.TimingRequest) -> None:
 
 def _whole(options: NativeOptions) -> Pipeline:
     """Return the pipeline of one stage, with which the engine is described; it is not what is measured."""
-    checkpoint = open_checkpoint(options.model_directory)
+    checkpoint = text_part(open_checkpoint(options.model_directory))
     graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
     return pipeline_of(device_ids=options.device_ids[:1], cuts=[], num_decoders=graph.num_decoders)
 

@@ -8,7 +8,15 @@ import pytest
 
 from engines.errors import UnsupportedByEngine
 from tests.support import checkpoints
-from tests.support.family_checkpoints import KINDS, MAX_MODEL_LEN, NUM_DECODERS, VARIANTS, config_of, make_family
+from tests.support.family_checkpoints import (
+    KINDS,
+    MAX_MODEL_LEN,
+    NUM_DECODERS,
+    VARIANTS,
+    config_of,
+    make_family,
+    make_gemma3_that_sees_images,
+)
 from tests.support.native import CACHE, collect, even, gpt2, layout, llama, move, request, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
@@ -65,6 +73,14 @@ async def test_every_family_gives_the_tokens_of_transformers_at_any_stages_and_a
                 assert (await collect(engine, wanted))[0] == expected
             assert (await moving).epoch is not None
             assert (await collect(engine, wanted))[0] == expected
+
+
+async def test_of_a_checkpoint_that_sees_images_the_text_part_is_served() -> None:
+    directory = make_gemma3_that_sees_images()
+    expected = generated_by_transformers(directory)
+    async with running(directory, even(1, NUM_DECODERS), max_model_len=MAX_MODEL_LEN) as engine:
+        await move(engine, even(NUM_DECODERS, NUM_DECODERS))
+        assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
 
 
 async def test_an_uneven_start_layout_on_other_devices_gives_the_same() -> None:

@@ -201,18 +201,42 @@ def make_family(kind: str, *, root: Path = CACHE / "families", shards: int = 1, 
     return make(root / f"{kind}-{dtype}-{shards}", config, model_of=noisy_model, shards=shards)
 
 
+def make_gemma3_that_sees_images(*, root: Path = CACHE / "families") -> Path:
+    """Make Gemma 3 as it is published from 4 B on, its text part that of ``config_of("gemma3_text")``."""
+    from transformers import Gemma3Config
+
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Gemma3Config(
+        text_config=config_of("gemma3_text").to_dict(),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    return make(root / "gemma3-float32", config, model_of=_noisy_image_model)
+
+
+def _noisy_image_model(config: PretrainedConfig) -> PreTrainedModel:
+    from transformers import Gemma3ForConditionalGeneration
+
+    return _noisy(Gemma3ForConditionalGeneration(config))
+
+
 def noisy_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return the language model that ``config`` describes, with noise in its norms and biases.
 
     Where the head is the embedding's table, a small table has the decoders say what comes next, not the last token.
     """
+    return _noisy(causal_model(config))
+
+
+def _noisy(model: PreTrainedModel) -> PreTrainedModel:
     import torch
 
-    model = causal_model(config)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         model.get_input_embeddings().weight.data *= 0.1
     return model
 
