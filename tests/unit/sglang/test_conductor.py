@@ -1,8 +1,10 @@
 """Commands reach all ranks at the same slot, and a commit happens at one. Ranks in a row, without SGLang."""
 
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -23,6 +25,8 @@ class FakeScheduler:
     """What the loop of a scheduler calls once in a slot."""
 
     _engine_paused = False
+    running_batch: str = "running"
+    last_batch: object = None
 
     def __init__(self) -> None:
         self.taken: list[object] = []
@@ -34,7 +38,7 @@ class FakeScheduler:
         self.taken += recv_reqs
 
     def get_next_batch_to_run(self, running_batch: str, last_batch: object) -> str:  # noqa: ARG002
-        return "a batch"
+        return "a batch" if running_batch == "running" else "no batch"
 
     def _pp_microbatches_drained(self) -> bool:
         return True
@@ -65,6 +69,7 @@ class Row:
     seen: list[list[tuple[int, Command]]] = field(default_factory=list)
     slot: int = 0
     mute: bool = False
+    late: int | None = None  # the rank whose answers to the copy come with that to the switch
 
     def __post_init__(self) -> None:
         self.schedulers = [FakeScheduler() for _ in range(RANKS)]
@@ -72,8 +77,9 @@ class Row:
         self.slots = [
             Slots(
                 scheduler,
+                before_slot=lambda: self.conductor.on_slot(),
                 on_command=lambda command, rank=rank: self.command(rank, command),
-                on_slot=(lambda: self.conductor.on_slot()) if rank == 0 else (lambda: None),
+                on_slot=lambda: None,
                 no_batch=lambda _running: "no batch",
                 would_run=lambda running, _last: running == "running",
             )
@@ -81,8 +87,9 @@ class Row:
         ]
         self.failpoints = Failpoints()
         self.conductor = Conductor(
-            self.slots[0], layout=LAYOUT, ranks=RANKS, drain_slots=DRAIN_SLOTS, failpoints=self.failpoints
+            self.slots[0], layout=LAYOUT, stages=RANKS, group=1, drain_slots=DRAIN_SLOTS, failpoints=self.failpoints
         )
+        self.held_up: list[tuple[int, dict[str, Any]]] = []  # tickets and answers of the late rank
 
     def command(self, rank: int, command: Command) -> None:
         self.seen[rank].append((self.slot, command))
@@ -95,10 +102,16 @@ class Row:
             self.switch(rank, *arguments)
         elif name not in ("begin", "abandon") and not self.mute:
             answers = self.answer_of.get(name, [{}] * RANKS)
-            self.conductor.on_answer(arguments[0], rank, answers[rank])
+            if rank == self.late:
+                self.held_up.append((arguments[0], answers[rank]))
+            else:
+                self.conductor.on_answer(arguments[0], rank, answers[rank])
 
     def switch(self, rank: int, ticket: int, _number: int, _epoch: int, holder: str) -> None:
-        """As a rank: one that fails lets no batch pass."""
+        """As a rank: one that fails lets no batch pass. What it has answered before arrives before."""
+        if rank == self.late:
+            for earlier, held_up in self.held_up:
+                self.conductor.on_answer(earlier, rank, held_up)
         answer = self.answer_of.get("switch", [{}] * RANKS)[rank]
         if "error" not in answer:
             self.slots[rank].held_by.discard(holder)
@@ -111,7 +124,9 @@ class Row:
             passed = [*requests, *self.schedulers[0]._poll_timeout_aborts()]
             for scheduler in self.schedulers:
                 scheduler.process_input_requests(list(passed))
-            ran.append([s.get_next_batch_to_run("running", None) for s in self.schedulers])
+            ran.append([s.get_next_batch_to_run(s.running_batch, s.last_batch) for s in self.schedulers])
+            if ran[-1][0] == "a batch":
+                self.conductor.dispatched()
             self.slot += 1
         return ran
 
@@ -142,7 +157,7 @@ def test_requests_pass_by_and_commands_do_not(row: Row) -> None:
     row.run(1, requests=("a request",))
     row.run(1)
     assert [scheduler.taken for scheduler in row.schedulers] == [["a request"]] * RANKS
-    assert row.seen == [[(1, ("begin", 1, LAYOUT, NEW_LAYOUT))]] * RANKS  # all at the same slot
+    assert row.seen == [[(0, ("begin", 1, LAYOUT, NEW_LAYOUT))]] * RANKS  # all at the same slot
 
 
 def test_a_round_ends_when_all_ranks_have_sent(row: Row) -> None:
@@ -183,6 +198,51 @@ def test_what_fails_before_the_switch_leaves_the_old_layout(row: Row, answers: d
     assert row.conductor.layout == LAYOUT
     assert ran[-1] == ["a batch"] * RANKS
     assert not any(name == "switch" for _, (name, *_) in row.seen[0])
+
+
+def test_who_loses_no_layer_is_not_waited_for(row: Row) -> None:
+    row.late = RANKS - 1
+    begun(row).ask("commit", 1, 1.0, False)
+    row.run(10)
+    assert row.replies[-1]["result"] == {"epoch": 1, "remainder_blocks": 2, "drain_s": ANY}
+
+
+def test_who_is_not_waited_for_must_agree_all_the_same(row: Row) -> None:
+    row.late = RANKS - 1
+    row.answer_of["commit_copy"] = [{"blocks": 2, "live": live} for live in (77, 77, 78)]
+    begun(row).ask("commit", 1, 1.0, False)
+    row.run(10)
+    assert "do not agree" in row.replies[-1]["result"]["crash"]
+
+
+def test_who_loses_a_layer_is_waited_for_in_a_slot_that_would_begin_a_batch(row: Row) -> None:
+    """That slot is then the first of the new layout, and the wait counts as one in which a batch was held back."""
+    row.late = 0
+    begun(row).ask("commit", 1, 1.0, False)
+    for scheduler in row.schedulers:
+        scheduler.running_batch = ""  # which has something to begin in one slot only
+    row.run(5)
+    assert row.slots[0].held_back_s is None
+    for scheduler in row.schedulers:
+        scheduler.running_batch = "running"
+    ((ticket, answer),) = row.held_up
+    threading.Timer(0.02, row.conductor.on_answer, [ticket, 0, answer]).start()
+    assert row.run(1) == [["a batch"] * RANKS]
+    row.run(1)
+    assert row.conductor._pause()["pause_s"] > 0.0
+
+
+def test_batches_are_held_where_the_next_is_far(row: Row) -> None:
+    """A slot without a batch after one with a batch: the results of that are on their way for the longest time."""
+    begun(row)
+    for turn in range(4):
+        for scheduler in row.schedulers:
+            scheduler.running_batch = "running" if turn == 2 else ""
+        if turn == 1:
+            row.ask("commit", 1, 1.0, False)
+        row.run(1)
+    (held,) = [slot for slot, (name, *_) in row.seen[0] if name == "hold"]
+    assert held == row.slot - 1
 
 
 def test_a_rank_that_fails_to_switch_lets_no_batch_pass_and_it_is_told_at_once(row: Row) -> None:
@@ -254,10 +314,10 @@ def test_a_held_batch_whose_requests_have_ended_does_not_keep_sglang_from_being_
 
 
 def test_it_is_known_since_when_something_was_held_back(row: Row) -> None:
-    row.ask("hold")
-    row.run(1)
     slots = row.slots[0]
-    assert slots.held_back_s is None  # not yet at the slot from which on batches are held
+    row.run(1)
+    assert slots.held_back_s is None
+    row.ask("hold")
     row.run(2)
     since_s = slots.held_back_s
     assert since_s is not None

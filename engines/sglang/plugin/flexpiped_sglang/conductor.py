@@ -13,6 +13,7 @@ from flexpiped_served.failpoints import Failpoints
 from flexpiped_served.side import Reply
 
 from flexpiped_sglang.answers import Answer
+from flexpiped_sglang.asking import Asking
 from flexpiped_sglang.slots import Slots
 
 _MOVE, _PAUSE = "move", "pause"  # who holds the batches
@@ -29,29 +30,30 @@ class Conductor:
 
     Args:
         layout: The pipeline rank of each layer, at start.
-        ranks: How many processes answer a command, all stages together.
+        stages: Pipeline ranks.
+        group: How many processes answer a command in each of them.
         drain_slots: After so many without a new batch the results of all are in, on every rank.
     """
 
     def __init__(
-        self, slots: Slots, *, layout: list[int], ranks: int, drain_slots: int, failpoints: Failpoints
+        self, slots: Slots, *, layout: list[int], stages: int, group: int, drain_slots: int, failpoints: Failpoints
     ) -> None:
         self._slots = slots
         self.layout = layout
-        self._num_ranks = ranks
+        self._stages = stages
+        self._asking = Asking(slots, stages=stages, group=group)
         self._drain_slots = drain_slots
         self._failpoints = failpoints
         self._epoch = 0
         self._number = 0  # of the handover under way
         self._new_layout: list[int] = []
-        self._tickets = 0
-        self._answers: dict[int, dict[int, Answer]] = {}  # by ticket and rank; filled by a thread
         self._calls: deque[tuple[str, list[Any], Reply, int]] = deque()  # filled by a thread
         self._work: tuple[Work, Reply, int] | None = None
         self._switching: tuple[int, Callable[[str], None]] | None = None  # the ticket, and what tells of a crash
         self._pause_s: float | None = None  # of the last commit, once a batch has been begun after it
         self._ends: deque[tuple[float, int]] = deque(maxlen=_TRACE_LENGTH)
         self._dispatches: deque[float] = deque(maxlen=_TRACE_LENGTH)
+        self._has_begun = False  # a batch, in the slot before this one
 
     # --- from other threads ---
 
@@ -64,14 +66,14 @@ class Conductor:
         if switching is not None and switching[0] == ticket and "error" in answer:
             # Told from here: by now the main thread may wait for what that rank no longer computes.
             switching[1](_failed_switch(answer["error"]))
-        if ticket in self._answers:  # else of work that was given up
-            self._answers[ticket][rank] = answer
+        self._asking.note(ticket, rank, answer)
 
     # --- steps, in the main thread ---
 
     def dispatched(self) -> None:
         """A batch is about to run."""
         now_s = time.monotonic()
+        self._has_begun = True
         self._dispatches.append(now_s)
         if self._pause_s is None:
             held_back_s = self._slots.held_back_s
@@ -82,11 +84,13 @@ class Conductor:
         self._ends.append((time.monotonic(), self._epoch))
 
     def on_slot(self) -> None:
-        """Begin what was asked for, and go on with what is under way."""
+        """A slot begins: begin what was asked for, and go on with what is under way."""
+        self._asking.begin_slot()
         while self._calls and (self._work is None or self._calls[0][0] in _AT_ONCE):
             self._start(*self._calls.popleft())
         if self._work is not None:
             self._go_on(*self._work)
+        self._has_begun = False
 
     # --- calls ---
 
@@ -162,7 +166,7 @@ class Conductor:
         """Copy what was written since the last round; done when all destinations have it."""
         self._of(number)
         self._failpoints.hit("core.round")
-        answers = yield from self._ask("round", number)
+        answers = yield from self._asking.ask("round", number)
         return {
             "sent_blocks": max(answer["sent_blocks"] for answer in answers),
             "sent_bytes": sum(answer["sent_bytes"] for answer in answers),
@@ -173,7 +177,9 @@ class Conductor:
         """Hold batches, copy the remainder, compare if asked to, and switch all ranks to the new layout.
 
         Each rank copies in the slot from which on it begins no batch: it has run all that were begun before, and their
-        results are still on their way. So the pipeline is not drained: the batches of a few slots are left out.
+        results are still on their way. So the pipeline is not drained: the batches of a few slots are left out. Only
+        ranks that lose layers have something to copy, so only they are waited for: those after them still run what was
+        begun before while rank 0 begins the first batch of the new layout.
 
         Returns ``{"crash": reason}`` when some ranks may have switched and others not.
 
@@ -190,38 +196,53 @@ class Conductor:
         watch = threading.Timer(patience_s, tell_crash, [f"the ranks did not commit within {patience_s:g} s"])
         watch.daemon = True
         watch.start()
+        ticket = 0
         try:
-            copied = yield from self._copy_held(number, deadline_s, verify)
-            return (yield from self._switch(tell_crash)) | copied
+            yield from self._until_few_are_held()
+            began_s = time.monotonic()
+            self._slots.send("hold", _MOVE)
+            self._failpoints.hit("core.commit")
+            ticket = self._asking.put("commit_copy", number, deadline_s)
+            copied = yield from self._copied(ticket, verify)
+            drain_s = time.monotonic() - began_s  # until the last rank had come to that slot and had copied
+            return (yield from self._switch(ticket, tell_crash)) | copied | {"drain_s": drain_s}
         except RuntimeError:
             self._slots.send("release", _MOVE)
             raise
         finally:
             watch.cancel()
+            if ticket:
+                self._asking.forget(ticket)
 
-    def _copy_held(self, number: int, deadline_s: float, verify: bool) -> Work:
-        held_s = time.monotonic()
-        self._slots.send("hold", _MOVE)
-        self._failpoints.hit("core.commit")
-        answers = yield from self._ask("commit_copy", number, deadline_s)
-        drain_s = time.monotonic() - held_s  # until the last rank had come to that slot and had copied
-        if len({answer["live"] for answer in answers}) != 1:
-            raise RuntimeError("the ranks do not agree about which KV blocks are live")
+    def _until_few_are_held(self) -> Generator[None, None, None]:
+        """Wait for a slot without a batch after one with a batch: all that follow till the next batch cost nothing.
+
+        Where every slot has one, none is better than the others.
+        """
+        for _ in range(self._stages):
+            if self._has_begun and not self._slots.would_begin():
+                return
+            yield
+
+    def _copied(self, ticket: int, verify: bool) -> Work:
+        losing = {old for old, new in zip(self.layout, self._new_layout, strict=True) if old != new}
+        answers = yield from self._asking.answers(ticket, self._asking.members(losing))
+        _agree(answers)
         if verify and not self._failpoints.hit("core.verify"):
-            _compare((yield from self._ask("checksums", number)))
+            _compare((yield from self._asking.ask("checksums", self._number)))
         self._failpoints.hit("core.commit.last")
-        remainder_blocks = max(answer["blocks"] for answer in answers)
-        return {"drain_s": drain_s, "remainder_blocks": remainder_blocks}
+        return {"remainder_blocks": max(answer["blocks"] for answer in answers)}
 
-    def _switch(self, tell_crash: Callable[[str], None]) -> Work:
+    def _switch(self, copy_ticket: int, tell_crash: Callable[[str], None]) -> Work:
         number = self._number
         # What is dispatched from now on is of the new layout: ranks run batches again in the slot in which they switch.
         self._epoch += 1
         self.layout, self._number = self._new_layout, 0
         self._pause_s = None
-        self._switching = (self._tickets + 1, tell_crash)
+        self._switching = (self._asking.next_ticket, tell_crash)
         try:
-            yield from self._ask("switch", number, self._epoch, _MOVE)
+            yield from self._asking.ask("switch", number, self._epoch, _MOVE)
+            _agree((yield from self._asking.answers(copy_ticket)))  # of those that nobody waited for, too
         except RuntimeError as error:
             return {"crash": _failed_switch(error)}
         finally:
@@ -236,23 +257,6 @@ class Conductor:
         _, reply, call = self._work
         return lambda reason: reply({"op": "reply", "call": call, "result": {"crash": reason}})
 
-    def _ask(self, command: str, *arguments: Any) -> Generator[None, None, list[Answer]]:
-        """Have all ranks do something at the same slot, and return their answers. Raises: RuntimeError."""
-        self._tickets += 1
-        ticket = self._tickets
-        self._answers[ticket] = {}
-        self._slots.send(command, ticket, *arguments)
-        try:
-            while len(self._answers[ticket]) < self._num_ranks:
-                yield
-            answers = [answer for _, answer in sorted(self._answers[ticket].items())]
-        finally:
-            del self._answers[ticket]
-        errors = [answer["error"] for answer in answers if "error" in answer]
-        if errors:
-            raise RuntimeError(errors[0])
-        return answers
-
     def _of(self, number: int) -> None:
         if self._number != number:
             raise RuntimeError(f"handover {number} has not begun")
@@ -260,6 +264,12 @@ class Conductor:
 
 def _failed_switch(error: object) -> str:
     return f"a rank failed while it switched: {error}"
+
+
+def _agree(answers: list[Answer]) -> None:
+    """All ranks must have the same KV blocks live. Raises: RuntimeError."""
+    if len({answer["live"] for answer in answers}) != 1:
+        raise RuntimeError("the ranks do not agree about which KV blocks are live")
 
 
 def _compare(answers: list[Answer]) -> None:

@@ -55,6 +55,15 @@ def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
+def _in_order(function: Any, *words: str) -> bool:
+    """Return whether a function is there, and has these one after the other."""
+    if function is None:
+        return False
+    source = inspect.getsource(function)
+    places = [source.find(word) for word in words]
+    return places[0] >= 0 and places == sorted(places)
+
+
 def _expectations() -> list[tuple[str, bool]]:
     return [
         ("Scheduler._poll_timeout_aborts()", _parameters(Scheduler._poll_timeout_aborts) == ["self"]),
@@ -75,7 +84,17 @@ def _expectations() -> list[tuple[str, bool]]:
             "Scheduler._collect_inflight_batches()",
             _parameters(Scheduler._collect_inflight_batches) == ["self"],
         ),
-        ("Scheduler.event_loop_pp", callable(getattr(Scheduler, "event_loop_pp", None))),
+        (
+            "Scheduler.event_loop_pp (batches of a slot, its requests, those sent on, the choice of what runs)",
+            _in_order(
+                getattr(Scheduler, "event_loop_pp", None),
+                "self.running_batch = ",
+                "self.last_batch = ",
+                "self.ingest_requests(",
+                "self._pp_send_pyobj_to_next_stage(",
+                "self.get_next_batch_to_run(",
+            ),
+        ),
         ("NextBatchPlan", set(NextBatchPlan.__struct_fields__) == {"batch_to_run", "running_batch"}),
         ("ScheduleBatch.out_cache_loc", "out_cache_loc" in inspect.getsource(ScheduleBatch)),
         (

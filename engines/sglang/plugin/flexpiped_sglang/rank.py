@@ -57,6 +57,7 @@ class Rank:
         if not internals.check():
             self._slots = Slots(
                 scheduler,
+                before_slot=self._before_slot,
                 on_command=self._on_command,
                 on_slot=self._on_slot,
                 no_batch=internals.no_batch,
@@ -103,7 +104,8 @@ class Rank:
             self._conductor = Conductor(
                 self._slots,
                 layout=_layout(num_layers, parallel.pp_size),
-                ranks=parallel.pp_size * parallel.tp_size,
+                stages=parallel.pp_size,
+                group=parallel.tp_size,
                 # A batch's results are in one slot before its turn comes again. Without pipeline parallelism there is
                 # one micro-batch, whose results may be processed a slot later.
                 drain_slots=max(2, parallel.pp_size + parallel.pp_async_batch_depth),
@@ -139,11 +141,13 @@ class Rank:
 
     # --- in each slot, between two steps ---
 
+    def _before_slot(self) -> None:
+        if self._conductor is not None:
+            self._conductor.on_slot()
+
     def _on_slot(self) -> None:
         if self._sending is not None:
             self._sending.pump()
-        if self._conductor is not None:
-            self._conductor.on_slot()
 
     def _on_command(self, command: Command) -> None:
         match command:

@@ -34,6 +34,7 @@ class _Round:
 class _Handover:
     number: int
     takes_part: bool
+    loses: bool  # a layer: has something to send
     marks: KvMarks
     round: _Round | None = None
 
@@ -61,9 +62,13 @@ class Sending:
 
     def begin(self, number: int, layout: list[int], new_layout: list[int]) -> None:
         """Begin to mark what steps write; everything live counts as written."""
-        changed = {stage for old, new in zip(layout, new_layout, strict=True) if old != new for stage in (old, new)}
-        marks = KvMarks(self._live(), block_tokens=self._allocator.page_size)
-        self._handover = _Handover(number, self._stage in changed, marks)
+        changes = [(old, new) for old, new in zip(layout, new_layout, strict=True) if old != new]
+        self._handover = _Handover(
+            number=number,
+            takes_part=any(self._stage in change for change in changes),
+            loses=any(old == self._stage for old, _ in changes),
+            marks=KvMarks(self._live(), block_tokens=self._allocator.page_size),
+        )
 
     def begin_round(self, number: int, answer: Callable[[Answer], None]) -> None:
         """Begin to send what was written since the last round; ``answer`` is told when all has arrived."""
@@ -102,11 +107,14 @@ class Sending:
             )
 
     def commit_copy(self, number: int, deadline_s: float) -> Answer:
-        """Send the remainder and return when it has been copied. The layers have not changed yet."""
+        """Send the remainder and return when it has been copied. The layers have not changed yet.
+
+        A rank that loses no layer has nothing to send, and must not fail here: nobody waits for it.
+        """
         handover = self._of(number)
         live = self._live()
         blocks = handover.marks.take(live)
-        sent = self._moving.commit_copy(number, blocks, deadline_s) if handover.takes_part else {"bytes": 0}
+        sent = self._moving.commit_copy(number, blocks, deadline_s) if handover.loses else {"bytes": 0}
         return {"blocks": len(blocks), "live": fingerprint(live), **sent}
 
     def checksums(self, number: int) -> Answer:

@@ -17,7 +17,8 @@ class Slots:
     """Added to one scheduler.
 
     Args:
-        on_command: Told each command, in the scheduler's main thread.
+        before_slot: Called on rank 0 before each slot's requests are taken; what it sends goes with them.
+        on_command: Told each command, in the scheduler's main thread, when the next rank has it, too.
         on_slot: Called once in each slot, after its commands.
         no_batch: Returns SGLang's word for a slot in which nothing runs, given the batch of running requests.
         would_run: Whether a slot with this running and this last batch has something to run.
@@ -27,21 +28,23 @@ class Slots:
         self,
         scheduler: Any,
         *,
+        before_slot: Callable[[], None],
         on_command: Callable[[Command], None],
         on_slot: Callable[[], None],
         no_batch: Callable[[Any], Any],
         would_run: Callable[[Any, Any], bool],
     ) -> None:
         self._scheduler = scheduler
+        self._before_slot = before_slot
         self._on_command = on_command
         self._on_slot = on_slot
         self._no_batch = no_batch
         self._would_run = would_run
         self._outbox: list[Command] = []
+        self._inbox: list[Command] = []
         self.held_by: set[str] = set()  # while there is any, no batch is begun
-        self._unjoined: dict[
-            int, Any
-        ] = {}  # batches whose requests join the running ones of their slot when it goes on
+        # Batches whose requests join the running ones of their slot when it goes on.
+        self._unjoined: dict[int, Any] = {}
         self.held_back_s: float | None = None  # since when there was something to begin, the last time it was held
         self._is_holding = False
         self._send_with_requests()
@@ -50,16 +53,27 @@ class Slots:
         self._see_held_prefills()
 
     def send(self, *command: Any) -> None:
-        """Have all ranks do something at the next slot. For rank 0, in its main thread."""
+        """Have all ranks do something at the slot whose requests are taken next. For rank 0, in its main thread."""
         self._outbox.append((_MARK, *command))
+
+    def would_begin(self) -> bool:
+        """Return whether the slot whose requests are about to be taken has something to begin. For rank 0."""
+        return self._would_run(self._scheduler.running_batch, self._scheduler.last_batch)
+
+    def hold_back(self) -> None:
+        """Note that something was not begun because batches are held."""
+        if self.held_back_s is None:
+            self.held_back_s = time.monotonic()
 
     def _send_with_requests(self) -> None:
         poll = self._scheduler._poll_timeout_aborts
 
         @wraps(poll)
         def poll_timeout_aborts() -> list[Any]:
+            aborts = poll()
+            self._before_slot()
             commands, self._outbox = self._outbox, []
-            return [*poll(), *commands]
+            return [*aborts, *commands]
 
         self._scheduler._poll_timeout_aborts = poll_timeout_aborts
 
@@ -70,9 +84,7 @@ class Slots:
         def process_input_requests(recv_reqs: list[Any]) -> None:
             commands = [each for each in recv_reqs if isinstance(each, tuple) and each[:1] == (_MARK,)]
             process([each for each in recv_reqs if not isinstance(each, tuple)] if commands else recv_reqs)
-            for command in commands:
-                self._on_command(command[1:])
-            self._on_slot()
+            self._inbox += [command[1:] for command in commands]
 
         self._scheduler.process_input_requests = process_input_requests
 
@@ -81,6 +93,7 @@ class Slots:
 
         @wraps(choose)
         def get_next_batch_to_run(running_batch: Any, last_batch: Any) -> Any:
+            self._do_commands()
             # Under pipeline parallelism SGLang itself does not look at the flag of its own pause.
             was_holding, self._is_holding = self._is_holding, bool(self.held_by or scheduler._engine_paused)
             if not self._is_holding:
@@ -90,11 +103,18 @@ class Slots:
                 self._unjoined[id(last_batch)] = last_batch
             if not was_holding:
                 self.held_back_s = None
-            if self.held_back_s is None and self._would_run(running_batch, last_batch):
-                self.held_back_s = time.monotonic()
+            if self._would_run(running_batch, last_batch):
+                self.hold_back()
             return self._no_batch(running_batch)
 
         scheduler.get_next_batch_to_run = get_next_batch_to_run
+
+    def _do_commands(self) -> None:
+        """By now the requests of this slot have been sent on: no rank waits for what an earlier one does for a move."""
+        commands, self._inbox = self._inbox, []
+        for command in commands:
+            self._on_command(command)
+        self._on_slot()
 
     def _see_held_prefills(self) -> None:
         """Keep in sight what was prefilled and has not joined the running requests of its slot when batches are held.
