@@ -1,25 +1,24 @@
 """From settings to an engine. The only module of the daemon that knows which engines there are."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
 from engines.checkpoint import Checkpoint, find_model, read_checkpoint
-from engines.errors import EngineStartFailed, UnsupportedByEngine
+from engines.errors import UnsupportedByEngine
 from engines.native.options import NativeOptions
 from engines.native.text_part import text_part
 from engines.protocol import Engine
 from flexpiped.config_values import Auto
-from flexpiped.hardware import cpu_memory_bytes, host_topology
+from flexpiped.hardware import host_topology, memory_of_one
+from flexpiped.native_interpreter import engine_python
 from flexpiped.settings import EngineKind, Settings
 from planner.errors import UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
-from topology.device import Device
+from topology.device import Device, DeviceKind
 
 # They run code that comes with a model, and models whose layers the planner does not know.
 RUN_ALL_FAMILIES = (EngineKind.VLLM, EngineKind.SGLANG)
@@ -78,33 +77,6 @@ def devices_of(settings: Settings) -> tuple[Device, ...]:
     return host_topology(settings).devices
 
 
-def engine_python(settings: Settings, *, own_has_transformers: bool | None = None) -> str:
-    """Return the interpreter that has what the native engine and the text process need.
-
-    1. The one that the configuration names for the native engine. 2. The daemon's own, if it has transformers: as a
-    package it has not. 3. That of vLLM or SGLang, which have them, too.
-
-    Args:
-        own_has_transformers: Whether the daemon's own has them; None looks.
-
-    Raises:
-        EngineStartFailed: None is known.
-    """
-    if settings.engines.native.python is not None:  # 1
-        return str(settings.engines.native.python)
-    if own_has_transformers is None:
-        own_has_transformers = importlib.util.find_spec("transformers") is not None  # not imported
-    if own_has_transformers:  # 2
-        return sys.executable
-    for other in (settings.engines.vllm.python, settings.engines.sglang.python):  # 3
-        if other is not None:
-            return str(other)
-    raise EngineStartFailed(
-        f"torch and transformers are not installed for {sys.executable}: set python under [engines.native] to an "
-        "interpreter that has them (pip install torch transformers tokenizers msgspec numpy)"
-    )
-
-
 def ignore_news(_news: str) -> None:
     """Tell nobody."""
 
@@ -146,10 +118,13 @@ def _native(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engin
 def native_options(settings: Settings, model: Model) -> NativeOptions:
     """Return what the native engine is told."""
     native, handover = settings.engines.native, settings.handover
+    devices = devices_of(settings)
+    on_gpus = devices[0].kind is DeviceKind.CUDA  # then all are
     return NativeOptions(
         model_directory=str(model.directory),
-        device_ids=tuple(device.id for device in devices_of(settings)),
-        device_memory_bytes=cpu_memory_bytes(settings),
+        device_ids=tuple(device.id for device in devices),
+        device_memory_bytes=memory_of_one(devices),
+        visible=tuple(device.id for device in devices) if on_gpus else (),
         python=engine_python(settings),
         dtype=settings.dtype.value,
         max_model_len=auto_as_zero(settings.max_model_len),

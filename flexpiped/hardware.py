@@ -12,11 +12,12 @@ from typing import Any, Final, assert_never
 
 import msgspec
 
-from engines.errors import UnsupportedByEngine
+from engines.errors import EngineStartFailed, UnsupportedByEngine
 from engines.process import usable_cores
-from engines.sglang.interpreter import has_cpu_torch
+from engines.torch_build import has_cpu_torch
 from engines.vllm.interpreter import is_cpu_build
 from flexpiped.config_values import Auto
+from flexpiped.native_interpreter import engine_python
 from flexpiped.settings import DevicesKind, EngineKind, Settings
 from topology.changes import TopologyChange, changes
 from topology.device import Device, DeviceKind
@@ -39,10 +40,6 @@ from topology.topology import HostTopology
 from topology.units import MIB
 
 _UNKNOWN_CPU_MEMORY_BYTES: Final = 512 * MIB  # of a device, where the kernel does not say what there is
-_CPU_ONLY: Final = {
-    EngineKind.NATIVE: "the native engine computes on CPU devices",
-    EngineKind.FAKE: "the fake engine computes nothing",
-}
 
 
 def host_topology(
@@ -195,10 +192,20 @@ def _refusal(settings: Settings) -> str | None:
         case EngineKind.SGLANG:
             python = settings.engines.sglang.python
             return f"{python} has torch built for the CPU" if python is not None and has_cpu_torch(python) else None
-        case EngineKind.NATIVE | EngineKind.FAKE:
-            return _CPU_ONLY[settings.engine]
+        case EngineKind.NATIVE:
+            return _no_cuda_torch(settings)
+        case EngineKind.FAKE:
+            return "the fake engine computes nothing"
         case _:
             assert_never(settings.engine)
+
+
+def _no_cuda_torch(settings: Settings) -> str | None:
+    try:
+        python = engine_python(settings)
+    except EngineStartFailed as error:
+        return str(error)
+    return f"{python} has torch built for the CPU" if has_cpu_torch(Path(python)) else None
 
 
 def _no_gpus(host: HostTopology) -> str:

@@ -20,13 +20,14 @@ from flexpiped.auto import DECISIONS_KEPT, AutoControl
 from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
-from flexpiped.engine_factory import Model, engine_python, find_files
+from flexpiped.engine_factory import Model, find_files
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_start import EngineStart
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.intent import Intent, IntentKeeper, basis_of
 from flexpiped.journal import Journal
 from flexpiped.load_monitor import LoadSampler
+from flexpiped.native_interpreter import engine_python
 from flexpiped.neighbourhood import Neighbourhood
 from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import slo_of, workload_of

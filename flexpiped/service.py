@@ -30,13 +30,13 @@ from flexpiped.config_values import Auto
 from flexpiped.connections import ConnectionLimits
 from flexpiped.dashboard.feed import Feed, Sources
 from flexpiped.dashboard.routes import Dashboard
-from flexpiped.engine_factory import engine_python
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.hardware import Hardware
 from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.keys import KeyRing
 from flexpiped.model_service import ModelService
 from flexpiped.models import model_source, served_name
+from flexpiped.native_interpreter import engine_python
 from flexpiped.reload import load_files
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
 from flexpiped.settings import Settings

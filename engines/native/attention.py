@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engines.native.kv_memory import KVMemory
+from engines.native.kv_store import KVStore
 
 ATTENTION_NAME = "flexpiped_paged"
 _TILE, _MAX_HEAD_DIM, _MAX_GROUP = 16, 256, 16  # of paged_attention.c
@@ -42,7 +42,7 @@ class PagedStep:
         starts: npt.NDArray[np.int32],
         counts: npt.NDArray[np.int32],
         kv_block_tokens: int,
-        kv: KVMemory,
+        kv: KVStore,
     ) -> None:
         self.kv = kv
         self.table = table
@@ -82,6 +82,7 @@ class CompiledAttention:
         """Say whether the kernel can do this dtype and shape. The limits are those of the C source."""
         return (
             q.dtype is torch.float32
+            and q.device.type == "cpu"
             and q.shape[3] <= _MAX_HEAD_DIM
             and q.shape[1] <= _MAX_GROUP * k.shape[1]
             and step.kv_block_tokens % _TILE == 0
@@ -124,21 +125,21 @@ def torch_attention(
     size = step.kv_block_tokens
     if step.slots is None:
         blocks = step.table[step.rows[step.sequence_of], step.positions // size].astype(np.int64)
-        step.slots = torch.from_numpy(blocks * size + step.positions % size)
+        step.slots = torch.from_numpy(blocks * size + step.positions % size).to(keys.device)
     keys.index_copy_(0, step.slots, k[0].transpose(0, 1))
     values.index_copy_(0, step.slots, v[0].transpose(0, 1))
     groups = q.shape[1] // k.shape[1]
-    out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
+    out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
     for row, start, count, end in zip(step.rows, step.starts, step.counts, step.ends, strict=True):
         context = int(start) + int(count)
         window = scores.window_tokens or context
         first = max(0, int(start) - window + 1) // size  # KV block of the oldest key that counts
-        blocks = torch.from_numpy(step.table[row, first : -(-context // size)].astype(np.int64))
+        blocks = torch.from_numpy(step.table[row, first : -(-context // size)].astype(np.int64)).to(keys.device)
         shape = (-1, size, *keys.shape[1:])
         past_k = keys.view(shape)[blocks].flatten(0, 1)[: context - first * size].transpose(0, 1)
         past_v = values.view(shape)[blocks].flatten(0, 1)[: context - first * size].transpose(0, 1)
-        at = torch.arange(int(start), context)[:, None]
-        of = torch.arange(first * size, context)[None, :]
+        at = torch.arange(int(start), context, device=q.device)[:, None]
+        of = torch.arange(first * size, context, device=q.device)[None, :]
         attended = _attend(
             q[0, :, int(end) - int(count) : int(end)],
             past_k.repeat_interleave(groups, 0),

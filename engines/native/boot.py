@@ -8,6 +8,7 @@ import torch
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import UnsupportedByEngine
 from engines.native import attention, llama_ops
+from engines.native.context import WorkerContext
 from engines.native.families import build_family
 from engines.native.family import Family
 from engines.native.inbox import Inbox
@@ -16,7 +17,6 @@ from engines.native.options import NativeOptions
 from engines.native.scheduler import SchedulerLimits
 from engines.native.shared import SharedMemory, SharedSizes
 from engines.native.text_part import text_part
-from engines.native.worker import WorkerContext
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
 
@@ -36,7 +36,7 @@ class Boot:
     num_blocks: int
     eos_token_ids: tuple[int, ...]
     vocab_size: int
-    attention: str  # "compiled", or "torch" and why
+    attention: str  # "compiled", or "torch" and why where it is the CPU
 
     @property
     def kv_block_bytes(self) -> int:
@@ -79,6 +79,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
             vocab_size=int(config.vocab_size),
         )
     )
+    shared.kv_end_slot = num_blocks * options.kv_block_tokens
     context = WorkerContext(
         family=family,
         checkpoint=checkpoint,
@@ -88,6 +89,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
         num_slots=num_blocks * options.kv_block_tokens,
         kv_block_tokens=options.kv_block_tokens,
         nice=options.nice,
+        visible=options.visible,
     )
     return Boot(
         options=options,
@@ -151,6 +153,8 @@ def check_pipeline(pipeline: Pipeline, family: Family, options: NativeOptions) -
 
 def _compiled(options: NativeOptions) -> tuple[dict[str, Path], str]:
     """Return the compiled kernels by name (none where they cannot be built), and a word on that."""
+    if options.visible:
+        return {}, "torch"
     directory = cache_directory(options.cache_directory)
     try:
         return {name: build_kernel(name, directory=directory) for name in ("paged_attention", "llama_ops")}, "compiled"

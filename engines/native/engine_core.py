@@ -65,6 +65,7 @@ class EngineCore:
             scheduler=self.scheduler,
             inquiries=self.inquiries,
             pool=pool,
+            shared=boot.context.shared,
             least=-(-boot.limits.max_model_len // boot.limits.kv_block_tokens),
             block_tokens=boot.limits.kv_block_tokens,
             blocks_at_once=max(1, boot.options.slice_bytes // boot.kv_block_bytes),

@@ -90,6 +90,9 @@ class Family(ABC):
         hidden: torch.Tensor = self.module(self.places.table)(tokens)
         return hidden
 
+    def move_to(self, device: torch.device) -> None:  # noqa: B027
+        """Put what the family computes with beside parameters on ``device``, for this process alone."""
+
     @abstractmethod
     def step_arguments(self, positions: torch.Tensor) -> Sequence[dict[str, Any]]:
         """Return what each decoder is given beside the hidden states, by its index."""

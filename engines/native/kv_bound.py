@@ -1,4 +1,4 @@
-"""A worker's part of a change of the number of KV blocks: copies below the bound, and pages above it given back."""
+"""A worker's part of a change of the number of KV blocks: copies below the bound, memory up to it and none above."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -6,17 +6,17 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from engines.native.kv_memory import KVMemory
+from engines.native.kv_store import KVStore
 from engines.native.messages import BoundKv, MoveKv
 
 
 class KvBound:
-    """Knows up to which token slot the KV cache is in use."""
+    """Knows up to which token slot the KV cache is in use, which is ``end_slot`` to begin with."""
 
-    def __init__(self, kv: KVMemory, *, kv_block_tokens: int) -> None:
+    def __init__(self, kv: KVStore, *, kv_block_tokens: int, end_slot: int) -> None:
         self._kv = kv
         self._kv_block_tokens = kv_block_tokens
-        self._end_slot = kv.num_slots
+        self._end_slot = end_slot
 
     def move(self, message: MoveKv, decoders: Sequence[int]) -> None:
         """Copy KV blocks to others, in these decoders."""
@@ -34,7 +34,7 @@ class KvBound:
         returned = [0]
 
         def release(decoder: int) -> None:
-            returned[0] += self._kv.release_above(decoder, self._end_slot)
+            returned[0] += self._kv.bound(decoder, self._end_slot)
 
         for decoder in decoders:
             yield partial(release, decoder)

@@ -50,6 +50,9 @@ class KVMemory:
         # Rows as plain bytes, so that copies are the same for every dtype.
         self._raw = [t.view(num_slots, self.row_bytes).numpy() for t in flat]
 
+    def hold(self, decoder: int) -> None:
+        """Nothing to do: memory comes with the first write."""
+
     def read_into(self, decoders: list[int], slots: npt.NDArray[np.int32], target: memoryview) -> None:
         """Copy token slots of some decoders into ``target``, decoder by decoder, keys before values.
 
@@ -79,9 +82,9 @@ class KVMemory:
             self._space.madvise(mmap.MADV_DONTNEED, decoder * 2 * self._half_bytes, 2 * self._half_bytes)
         return mapped
 
-    def release_above(self, decoder: int, first_slot: int) -> int:
+    def bound(self, decoder: int, end_slot: int) -> int:
         """Give the pages from a token slot on back to the system; return how many bytes were mapped there."""
-        offset = -(-first_slot * self.row_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        offset = -(-end_slot * self.row_bytes // _PAGE_BYTES) * _PAGE_BYTES
         length, returned = self._half_bytes - offset, 0
         if length <= 0:
             return 0

@@ -2,7 +2,8 @@
 
     shrink: what is given out ends at the new capacity --> KV blocks above it are copied below, a few between two steps,
             the youngest sequences giving way where that is full --> the pages above are given back, slice by slice
-    grow:   workers learn the bound --> KV blocks up to it are given out; memory comes with the first write
+    grow:   workers learn the bound --> once all have answered, KV blocks up to it are given out; in the host's memory
+            pages come with the first write, on a device the workers allocate before they answer
 
 A copy needs no answer: workers take what the core sends in order, so it is done before the next step that reads it.
 Only sequences that are not in flight are moved, and their targets are free, so that steps under way see neither.
@@ -17,10 +18,11 @@ from engines.errors import RefactoringBusy, RefactoringRefused
 from engines.native import messages as m
 from engines.native.inquiries import Inquiries
 from engines.native.scheduler import Scheduler
+from engines.native.shared import SharedMemory
 from engines.native.workers import WorkerPool
 from engines.protocol import KvRange
 
-_ANSWER_S = 30.0  # to give pages back; a worker that is lost meanwhile has none left anyway
+_ANSWER_S = 30.0  # to give memory back or to get it; a worker that is lost meanwhile has none left anyway
 
 
 class KvResizer:
@@ -37,6 +39,7 @@ class KvResizer:
         scheduler: Scheduler,
         inquiries: Inquiries,
         pool: WorkerPool,
+        shared: SharedMemory,
         least: int,
         block_tokens: int,
         blocks_at_once: int,
@@ -44,6 +47,7 @@ class KvResizer:
         self._scheduler = scheduler
         self._inquiries = inquiries
         self._pool = pool
+        self._shared = shared
         self._block_tokens = block_tokens
         self._blocks_at_once = blocks_at_once
         self.range = KvRange(least_blocks=least, most_blocks=scheduler.kv_capacity)
@@ -69,11 +73,11 @@ class KvResizer:
                 self._scheduler.resize_kv(capacity)
                 await self._settle(pump)
             # Before anything is written above it: what is still to be given back there is then kept.
-            returned = [self._inquiries.bound_kv(worker, self._slots(capacity)) for worker in range(self._pool.size)]
+            returned_bytes = await self._bound(self._slots(capacity))
             if not is_less:
                 self._scheduler.resize_kv(capacity)
                 pump()
-            return await _sum_of(returned)
+            return returned_bytes
         finally:
             self.is_under_way = False
 
@@ -90,6 +94,16 @@ class KvResizer:
         if not self._scheduler.kv_blocks_above and not self._settled.done():
             self._settled.set_result(None)
 
+    async def _bound(self, end_slot: int) -> int:
+        """Tell all workers; return what they gave back. One that is lost meanwhile begins with the new bound."""
+        before, self._shared.kv_end_slot = self._shared.kv_end_slot, end_slot
+        answers = [self._inquiries.bound_kv(worker, end_slot) for worker in range(self._pool.size)]
+        done, silent = await asyncio.wait(answers, timeout=_ANSWER_S)
+        if silent and end_slot > before:
+            self._shared.kv_end_slot = before
+            raise RefactoringBusy(f"{len(silent)} workers had no memory for more KV blocks within {_ANSWER_S:.0f} s")
+        return sum(each.result().returned_bytes for each in done if not each.cancelled())
+
     async def _settle(self, pump: Callable[[], None]) -> None:
         self._settled = asyncio.get_running_loop().create_future()
         try:
@@ -100,9 +114,3 @@ class KvResizer:
 
     def _slots(self, capacity: int) -> int:
         return (capacity + 1) * self._block_tokens  # KV block 0 comes before them
-
-
-async def _sum_of(returned: list[asyncio.Future[m.KvBounded]]) -> int:
-    """Return what the workers gave back; one that was lost meanwhile counts for nothing."""
-    done, _ = await asyncio.wait(returned, timeout=_ANSWER_S)
-    return sum(each.result().returned_bytes for each in done if not each.cancelled())

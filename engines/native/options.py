@@ -10,6 +10,7 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     device_ids: tuple[str, ...]
     device_memory_bytes: int  # budget of each device
     python: str = ""  # interpreter of the engine's processes; empty: the caller's own
+    visible: tuple[str, ...] = ()  # GPU of each of ``device_ids``, by UUID; empty: stages compute on the CPU
     dtype: str = "auto"
     max_model_len: int = 0  # tokens; 0: as the model says, within the KV capacity
     kv_cache_bytes: int = 64 << 20  # over all decoders

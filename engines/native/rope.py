@@ -45,6 +45,10 @@ class RotaryTables:
             cos, sin = rotary(like, positions, kind) if kind is not None else rotary(like, positions)
             self._tables[kind] = (cos[0], sin[0])
 
+    def move_to(self, device: torch.device) -> None:
+        """Have the tables on ``device``."""
+        self._tables = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in self._tables.items()}
+
     def at(self, positions: torch.Tensor) -> ByAttention:
         """Return cosine and sine (1, tokens, rotated) at ``positions`` (tokens), by kind of attention."""
         return {kind: (cos[positions][None], sin[positions][None]) for kind, (cos, sin) in self._tables.items()}

@@ -49,6 +49,9 @@ class RotaryFamily(Family):
         parameters = config.rope_parameters or {}
         return [each or {} for each in parameters.values()] if cls.rope_by_attention else [parameters]
 
+    def move_to(self, device: torch.device) -> None:
+        self._tables.move_to(device)
+
     def step_arguments(self, positions: torch.Tensor) -> Sequence[dict[str, Any]]:
         by_kind = {kind: {"position_embeddings": tables} for kind, tables in self._tables.at(positions).items()}
         return [by_kind[kind] for kind in self._kinds]
@@ -71,6 +74,10 @@ class Gemma2Family(RotaryFamily):
         super().__init__(model, max_model_len=max_model_len, dtype=dtype)
         # transformers keeps it in a buffer of the table, which has no memory here
         self._scale = torch.tensor(self.module(self.places.table).scalar_embed_scale).to(dtype)
+
+    def move_to(self, device: torch.device) -> None:
+        super().move_to(device)
+        self._scale = self._scale.to(device)
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         return nn.functional.embedding(tokens, self.module(self.places.table).weight) * self._scale

@@ -44,9 +44,19 @@ class SharedMemory:
         self.tokens = _shared_rows(rows, sizes.max_model_len)
         self.masks = _shared_rows(rows, words_for(sizes.vocab_size))
         self.biases = _shared_rows(rows, sizes.vocab_size).view(np.float32)
+        self._kv_end_slot = _shared_rows(1, 1)
         self._slot_bytes = sizes.max_num_batched_tokens * sizes.hidden_bytes_per_token
         self._outboxes = [mmap.mmap(-1, self._slot_bytes * sizes.outbox_slots) for _ in range(sizes.num_workers)]
         self._staging = [mmap.mmap(-1, sizes.staging_bytes * STAGING_BUFFERS) for _ in range(sizes.num_workers)]
+
+    @property
+    def kv_end_slot(self) -> int:
+        """Below this token slot the KV cache of a layer that comes has memory. The core sets it."""
+        return int(self._kv_end_slot[0, 0])
+
+    @kv_end_slot.setter
+    def kv_end_slot(self, value: int) -> None:
+        self._kv_end_slot[0, 0] = value
 
     def outbox(self, worker: int, step_id: int) -> memoryview:
         """Return the bytes in which ``worker`` leaves the hidden states of a step."""

@@ -2,20 +2,24 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
 
 from engines.native.attention import PagedStep
+from engines.native.compute import Compute
 from engines.native.family import Family
-from engines.native.kv_memory import KVMemory
+from engines.native.kv_store import KVStore
 from engines.native.logits import shaped
 from engines.native.messages import RunStep, Score, Scored, StageSpec, Tops
 from engines.native.sampling import chosen_logprobs, sample
 from engines.native.scoring import score, tops_of
 from engines.native.shared import SharedMemory
 from engines.native.weights import WeightFiles
+
+_IN_PLACE: Final = Compute()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +35,10 @@ class _Parameter:
 class HeldLayers:
     """The layers whose weights this worker has attached. Two layouts may be held at once during a handover."""
 
-    def __init__(self, family: Family, weights: WeightFiles, kv: KVMemory, names: Iterable[str]) -> None:
+    def __init__(
+        self, family: Family, weights: WeightFiles, kv: KVStore, names: Iterable[str], *, compute: Compute = _IN_PLACE
+    ) -> None:
+        self._compute = compute
         self._family = family
         self._weights = weights
         self._kv = kv
@@ -55,8 +62,12 @@ class HeldLayers:
         return {full: parameter.stored for full, parameter in self._parameters_of(layer).items()}
 
     def read(self, layer: str) -> dict[str, torch.Tensor]:
-        """Return the layer's parameters, mapped from the checkpoint. May run beside the interpreter's main thread."""
-        return {full: self._weights.tensor(stored) for full, stored in self.tensor_names(layer).items()}
+        """Return the layer's parameters where they are computed with: on the CPU, mapped from the checkpoint.
+
+        May run beside the interpreter's main thread.
+        """
+        mapped = {full: self._weights.tensor(stored) for full, stored in self.tensor_names(layer).items()}
+        return self._compute.weights(mapped)
 
     def attach(self, layer: str, tensors: dict[str, torch.Tensor]) -> None:
         """Put parameters into the layer's modules; from here on it is held."""
@@ -65,6 +76,8 @@ class HeldLayers:
             if value.shape != parameter.absent.shape:
                 raise ValueError(f"{full} has shape {list(value.shape)}, not {list(parameter.absent.shape)}")
             setattr(parameter.owner, parameter.leaf, value)
+        if layer.isdigit():
+            self._kv.hold(int(layer))
         self._held[layer] = sum(t.nbytes for t in tensors.values())
 
     def drop(self, layer: str) -> tuple[int, int]:
@@ -113,7 +126,16 @@ class Sampled:
 class StageRunner:
     """Runs micro-batches through the decoders of one stage."""
 
-    def __init__(self, family: Family, kv: KVMemory, *, shared: SharedMemory, kv_block_tokens: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        kv: KVStore,
+        *,
+        shared: SharedMemory,
+        kv_block_tokens: int,
+        compute: Compute = _IN_PLACE,
+    ) -> None:
+        self._compute = compute
         self._family = family
         self._kv = kv
         self._shared = shared
@@ -129,11 +151,13 @@ class StageRunner:
             kv_block_tokens=self._kv_block_tokens,
             kv=self._kv,
         )
-        positions = torch.from_numpy(step.positions).long()
+        put = self._compute.put
+        positions = put(torch.from_numpy(step.positions).long())
         if spec.is_first:
             tokens = torch.from_numpy(np.frombuffer(message.tokens, dtype=np.int32).astype(np.int64))
-            hidden = self._family.embed(tokens[None], positions)
+            hidden = self._family.embed(put(tokens[None]), positions)
         assert hidden is not None
+        hidden = put(hidden)
         arguments = self._family.step_arguments(positions)
         for index in range(spec.first_decoder, spec.end_decoder):
             hidden = self._family.decoder(index)(hidden, step=step, **arguments[index])
@@ -145,8 +169,11 @@ class StageRunner:
         wanted = np.frombuffer(message.sampled, dtype=np.int32)
         if not len(wanted):
             return Sampled(scores=scores)
-        last = torch.from_numpy((step.ends[wanted] - 1).astype(np.int64))
+        last = self._compute.put(torch.from_numpy((step.ends[wanted] - 1).astype(np.int64)))
         logits = self._family.head(hidden[0, last])
+        if not (message.shapes or message.draws or message.logprobs or message.tops):
+            return Sampled(tokens=logits.argmax(dim=-1).int().cpu().numpy().tobytes(), scores=scores)
+        logits = logits.cpu()
         own = {shape.row: shaped(logits[shape.row], shape, self._shared) for shape in message.shapes}
         tokens = sample(logits, message.draws, own)
         return Sampled(
@@ -158,7 +185,8 @@ class StageRunner:
 
     def _score(self, asked: Scored, hidden: torch.Tensor, step: PagedStep) -> Score:
         end, count = int(step.ends[asked.entry]), int(step.counts[asked.entry])
-        return score(self._family.head, hidden[0, end - count + asked.skipped : end], asked)
+        wanted = hidden[0, end - count + asked.skipped : end]
+        return score(lambda states: self._family.head(states).cpu(), wanted, asked)
 
     def warm_up(self, layer: str) -> None:
         """Run one token through a layer at KV block 0, which belongs to nobody: the first use of a layer is slower."""
@@ -173,7 +201,7 @@ class StageRunner:
             kv_block_tokens=self._kv_block_tokens,
             kv=self._kv,
         )
-        hidden = torch.zeros(1, 1, self._family.hidden_size, dtype=self._family.dtype)
+        hidden = self._compute.put(torch.zeros(1, 1, self._family.hidden_size, dtype=self._family.dtype))
         index = int(layer)
-        arguments = self._family.step_arguments(torch.zeros(1).long())
+        arguments = self._family.step_arguments(self._compute.put(torch.zeros(1).long()))
         self._family.decoder(index)(hidden, step=step, **arguments[index])

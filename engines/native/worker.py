@@ -14,21 +14,17 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
 
 import numpy as np
 import torch
 
-from engines.checkpoint import Checkpoint
 from engines.failpoints import FailAction, FailpointHit, Failpoints
 from engines.native import messages as m
-from engines.native.family import Family
-from engines.native.inbox import Inbox
+from engines.native.compute import IN_PLACE, open_compute
+from engines.native.context import WorkerContext, kv_store_of
 from engines.native.kv_bound import KvBound
-from engines.native.kv_memory import KVMemory
-from engines.native.shared import SharedMemory
 from engines.native.stage import HeldLayers, StageRunner
 from engines.native.trace import StageTrace
 from engines.native.weights import WeightFiles
@@ -36,20 +32,6 @@ from engines.process import die_with_parent
 
 _LOADING_NICE = 19  # steps come first
 _THREAD_SWITCH_S = 0.0005  # so that the loading thread's bits of Python never hold a step up for long
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerContext:
-    """What every worker inherits from the core through fork."""
-
-    family: Family
-    checkpoint: Checkpoint
-    shared: SharedMemory
-    inboxes: tuple[Inbox, ...]
-    core_inbox: Inbox
-    num_slots: int
-    kv_block_tokens: int
-    nice: int
 
 
 class _LoadJob:
@@ -71,17 +53,16 @@ class Worker:
         self._index = index
         self._context = context
         self._inbox = context.inboxes[index]
-        self._kv = KVMemory(
-            num_decoders=family.num_decoders,
-            num_slots=context.num_slots,
-            num_kv_heads=family.num_kv_heads,
-            head_dim=family.head_dim,
-            dtype=family.dtype,
-        )
-        self._kv_bound = KvBound(self._kv, kv_block_tokens=context.kv_block_tokens)
+        self._compute = open_compute(context.visible[index] if context.visible else IN_PLACE)
+        if self._compute.own_memory:
+            family.move_to(self._compute.device)
+        self._kv = kv_store_of(family, context.shared, self._compute, num_slots=context.num_slots)
+        size = context.kv_block_tokens
+        self._kv_bound = KvBound(self._kv, kv_block_tokens=size, end_slot=context.shared.kv_end_slot)
         self._weights = WeightFiles(context.checkpoint, dtype=family.dtype)
-        self._layers = HeldLayers(family, self._weights, self._kv, context.checkpoint.tensors)
-        self._runner = StageRunner(family, self._kv, shared=context.shared, kv_block_tokens=context.kv_block_tokens)
+        names = context.checkpoint.tensors
+        self._layers = HeldLayers(family, self._weights, self._kv, names, compute=self._compute)
+        self._runner = StageRunner(family, self._kv, shared=context.shared, kv_block_tokens=size, compute=self._compute)
         self._failpoints = Failpoints()
         self._spec: m.StageSpec | None = None
         self._generation = 0
@@ -212,8 +193,8 @@ class Worker:
         try:
             self._failpoints.hit("worker.load")
             for layer in job.missing:
-                job.read[layer] = self._layers.read(layer)
                 self._weights.populate(self._layers.tensor_names(layer).values(), job.cancelled)
+                job.read[layer] = self._layers.read(layer)
                 done_bytes += sum(t.nbytes for t in job.read[layer].values())
                 self._report_prepared(job.handover, done_bytes, done=False)
                 if job.cancelled.is_set():
@@ -290,6 +271,7 @@ class Worker:
 
         def report() -> None:
             _trim_heap()
+            self._compute.give_back()
             self._send(
                 m.Released(worker=self._index, handover=handover, weights_bytes=returned[0], kv_bytes=returned[1])
             )
@@ -307,6 +289,7 @@ class Worker:
             self._kv_bound.move(message, range(self._spec.first_decoder, self._spec.end_decoder))
 
     def _report_bound(self, ticket: int, returned_bytes: int) -> None:
+        self._compute.give_back()
         self._send(m.KvBounded(worker=self._index, ticket=ticket, returned_bytes=returned_bytes))
 
     def _try(self, handover: int, work: Callable[[], None]) -> None:

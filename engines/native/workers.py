@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Callable
 
 from engines.native import messages as m
-from engines.native.worker import WorkerContext, worker_main
+from engines.native.context import WorkerContext
+from engines.native.worker import worker_main
 
 
 class WorkerPool:

@@ -15,9 +15,10 @@ from engines.vllm.adapter import VllmEngine
 from engines.vllm.recompile import Recompilation
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs
-from flexpiped.engine_factory import Model, devices_of, engine_factory, engine_python, find_files
+from flexpiped.engine_factory import Model, devices_of, engine_factory, find_files
 from flexpiped.handover_records import Wanted
 from flexpiped.models import demo_model_places, for_people, model_source, served_name
+from flexpiped.native_interpreter import engine_python
 from flexpiped.planner_question import question_of
 from flexpiped.settings import (
     DeviceSettings,

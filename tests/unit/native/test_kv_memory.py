@@ -114,12 +114,12 @@ def test_pages_above_a_slot_are_given_back_and_those_below_it_stay() -> None:
     before = [kv.keys[1][:64].clone(), kv.values[1][:64].clone()]
     page_slots = mmap.PAGESIZE // kv.row_bytes
     kept = -(-64 // page_slots) * mmap.PAGESIZE
-    assert kv.release_above(1, 64) == 2 * (HALF_BYTES - kept)
+    assert kv.bound(1, 64) == 2 * (HALF_BYTES - kept)
     assert mapped(kv) == [2 * HALF_BYTES, 2 * kept, 2 * HALF_BYTES, 2 * HALF_BYTES]
     assert torch.equal(kv.keys[1][:64], before[0])
     assert torch.equal(kv.values[1][:64], before[1])
-    assert kv.release_above(1, 64) == 0
-    assert kv.release_above(2, NUM_SLOTS) == 0
+    assert kv.bound(1, 64) == 0
+    assert kv.bound(2, NUM_SLOTS) == 0
 
 
 def test_slots_are_copied_to_others_of_the_same_decoder() -> None:
@@ -133,7 +133,7 @@ def test_slots_are_copied_to_others_of_the_same_decoder() -> None:
 
 def test_a_slice_of_giving_back_goes_by_the_bound_of_its_moment() -> None:
     kv = memory()
-    bound, told = KvBound(kv, kv_block_tokens=16), list[int]()
+    bound, told = KvBound(kv, kv_block_tokens=16, end_slot=NUM_SLOTS), list[int]()
     fill(kv)
     late = list(bound.slices(BoundKv(ticket=1, end_slot=64), [0, 1], tell=told.append))
     late[0]()
