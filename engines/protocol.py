@@ -114,6 +114,8 @@ class TokenChunk:
     ``top_logprobs`` likewise. ``prompt_logprobs`` come with the first output token, where asked for: one for each
     prompt token but the first. ``finish_reason`` is set on the last chunk, which may hold no token. The end-of-sequence
     or stop token that ended the request is included as the last token, so that a caller's copy is complete.
+    ``cached_tokens`` comes with the first output token, where the engine tells it: how many of the prompt's tokens were
+    in the KV cache already.
     """
 
     token_ids: tuple[int, ...]
@@ -121,6 +123,7 @@ class TokenChunk:
     finish_reason: FinishReason | None = None
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[ScoredToken, ...] = ()
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +197,11 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCounters:
-    """Totals since start (``_total``) and readings of now. KV blocks are global: each counts once for all stages."""
+    """Totals since start (``_total``) and readings of now. KV blocks are global: each counts once for all stages.
+
+    Of an engine that keeps prefixes: how many tokens of requests were looked for in the KV cache, how many were there,
+    and how many KV blocks are kept beside those in use. None: it keeps none, or does not tell.
+    """
 
     running: int
     waiting: int
@@ -207,6 +214,9 @@ class EngineCounters:
     steps_total: int
     worker_restarts_total: int
     refactorings_total: int
+    prefix_queried_tokens_total: int | None = None
+    prefix_hit_tokens_total: int | None = None
+    kv_blocks_cached: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,6 +130,7 @@ def native_options(settings: Settings, model: Model) -> NativeOptions:
         max_model_len=auto_as_zero(settings.max_model_len),
         kv_cache_bytes=native.kv_cache_bytes,
         kv_block_tokens=native.kv_block_tokens,
+        prefix_caching=native.prefix_caching,
         max_num_seqs=native.max_num_seqs,
         max_num_batched_tokens=native.max_num_batched_tokens,
         max_micro_batches=auto_as_zero(native.max_micro_batches),

@@ -147,6 +147,7 @@ class NativeSettings:
     python: Annotated[Path | None, optional_path] = None
     kv_cache_bytes: Annotated[int, size_bytes(64 * 1024), Named(word="kv_cache")] = 64 * MIB
     kv_block_tokens: Annotated[int, integer(1, 1024)] = 16
+    prefix_caching: Annotated[bool, boolean] = True
     max_num_seqs: Annotated[int, integer(1)] = 64
     max_num_batched_tokens: Annotated[int, integer(1)] = 512
     max_micro_batches: Annotated[int | Auto, or_auto(integer(1, 64))] = Auto.AUTO

@@ -218,7 +218,7 @@ def stages_to_wire(stages: Sequence[StageStatus]) -> list[dict[str, Any]]:
     ]
 
 
-def counters_to_wire(counters: EngineCounters) -> dict[str, int]:
+def counters_to_wire(counters: EngineCounters) -> dict[str, int | None]:
     """Return the engine's counters as JSON values, under the names they have in the protocol."""
     return {name: getattr(counters, name) for name in EngineCounters.__dataclass_fields__}
 

@@ -38,13 +38,14 @@ T = TypeVar("T")
 class _Stream:
     """What has arrived for one request and was not taken yet."""
 
-    __slots__ = ("error", "finish", "logprobs", "prompt", "tokens", "tops", "waiter")
+    __slots__ = ("cached", "error", "finish", "logprobs", "prompt", "tokens", "tops", "waiter")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.tops: list[TopLogprobs] = []
         self.prompt: tuple[ScoredToken, ...] = ()
+        self.cached: int | None = None
         self.finish: FinishReason | None = None
         self.error: EngineError | None = None
         self.waiter: asyncio.Future[None] | None = None
@@ -63,6 +64,8 @@ class _Stream:
             self.tops.append(details.top)
         if details.prompt:
             self.prompt = details.prompt
+        if details.cached is not None:
+            self.cached = details.cached
 
     def take(self) -> TokenChunk:
         """Return what has arrived, once."""
@@ -72,8 +75,9 @@ class _Stream:
             finish_reason=self.finish,
             top_logprobs=tuple(self.tops),
             prompt_logprobs=self.prompt,
+            cached_tokens=self.cached,
         )
-        self.tokens, self.logprobs, self.tops, self.prompt = [], [], [], ()
+        self.tokens, self.logprobs, self.tops, self.prompt, self.cached = [], [], [], (), None
         return chunk
 
 
@@ -301,6 +305,7 @@ class NativeEngine:
             engine_params=ENGINE_PARAMS,
             grammars=ready.grammars,
             top_logprobs=True,
+            caches_prefixes=self._options.prefix_caching,
         )
         self.attention = ready.attention
         self.worker_pids = ready.worker_pids

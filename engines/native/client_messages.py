@@ -138,10 +138,11 @@ class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What was asked for besides a token: the likeliest at its position, and those of the prompt."""
+    """Told besides a token: the likeliest at its position, those of the prompt, and how much of that was cached."""
 
     top: TopLogprobs = ()
     prompt: tuple[ScoredToken, ...] = ()
+    cached: int | None = None
 
 
 class Outputs(FromCore, frozen=True, kw_only=True, tag=True):

@@ -127,10 +127,13 @@ class CoreServer:
             case _:
                 assert_never(command)
 
-    def _check(self, command: c.CheckRefactor | c.Refactor) -> RefactorCheck:
-        core = self._core
+    def _check(self, command: c.CheckRefactor | c.Refactor, *, needs_cached: bool = False) -> RefactorCheck:
+        core, scheduler = self._core, self._core.scheduler
+        live, cached = scheduler.kv_blocks_used, scheduler.kv_blocks_cached
+        if needs_cached:
+            live, cached = live + cached, 0
         return check_refactor(
-            self._boot, current=core.pipeline, target=command.target, live_blocks=core.scheduler.kv_blocks_used
+            self._boot, current=core.pipeline, target=command.target, live_blocks=live, cached_blocks=cached
         )
 
     async def _refactor(self, command: c.Refactor) -> None:
@@ -160,6 +163,8 @@ class CoreServer:
         check = self._check(command)
         if not check.feasible:
             raise RefactoringRefused("; ".join(check.sentences))
+        if not self._check(command, needs_cached=True).feasible:
+            core.scheduler.drop_cached()  # rather than refuse a layout for what nobody needs now
 
         def tell(progress: RefactorProgress) -> None:
             self._emit(c.Progress(call=command.call, progress=progress))

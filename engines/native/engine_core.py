@@ -57,7 +57,10 @@ class EngineCore:
         self.refactorings = 0
         self.worker_of = {device: index for index, device in enumerate(boot.options.device_ids)}
         self.scheduler = Scheduler(
-            limits=boot.limits, blocks=KVBlocks(num_blocks=boot.num_blocks), table=boot.context.shared.block_table
+            limits=boot.limits,
+            blocks=KVBlocks(num_blocks=boot.num_blocks),
+            table=boot.context.shared.block_table,
+            caches_prefixes=boot.options.prefix_caching,
         )
         self._tickets = count(1)
         self.inquiries = Inquiries(pool, self._tickets)
@@ -190,7 +193,11 @@ class EngineCore:
                 tokens=[-1 if o.token is None else o.token for o in outputs],
                 finishes=["" if o.finish is None else o.finish.value for o in outputs],
                 logprobs=[o.logprob for o in outputs],
-                details={i: c.Details(top=o.top, prompt=o.prompt) for i, o in enumerate(outputs) if o.top or o.prompt},
+                details={
+                    i: c.Details(top=o.top, prompt=o.prompt, cached=o.cached)
+                    for i, o in enumerate(outputs)
+                    if o.top or o.prompt or o.cached is not None
+                },
             )
         )
 
@@ -361,7 +368,7 @@ class EngineCore:
         return next(self._tickets)
 
     def counters(self) -> EngineCounters:
-        scheduler = self.scheduler
+        scheduler, caches = self.scheduler, self.boot.options.prefix_caching
         return EngineCounters(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
@@ -374,6 +381,9 @@ class EngineCore:
             steps_total=self._steps,
             worker_restarts_total=self.pool.restarts,
             refactorings_total=self.refactorings,
+            prefix_queried_tokens_total=scheduler.prefix_queries if caches else None,
+            prefix_hit_tokens_total=scheduler.prefix_hits if caches else None,
+            kv_blocks_cached=scheduler.kv_blocks_cached if caches else None,
         )
 
 

@@ -9,8 +9,14 @@ from planner.moves import describe_moves, moves
 from topology.device import Device, DeviceKind
 
 
-def check_refactor(boot: Boot, *, current: Pipeline, target: Pipeline, live_blocks: int) -> RefactorCheck:
-    """Return the verdict on going from ``current`` to ``target`` with ``live_blocks`` KV blocks in use."""
+def check_refactor(
+    boot: Boot, *, current: Pipeline, target: Pipeline, live_blocks: int, cached_blocks: int = 0
+) -> RefactorCheck:
+    """Return the verdict on going from ``current`` to ``target`` with ``live_blocks`` KV blocks in use.
+
+    Args:
+        cached_blocks: Those kept for prompts to come: they are moved, too, but no memory is refused for them.
+    """
     options = boot.options
     if target == current:
         return RefactorCheck(feasible=False, sentences=("this layout is in force already",))
@@ -29,5 +35,5 @@ def check_refactor(boot: Boot, *, current: Pipeline, target: Pipeline, live_bloc
         devices=devices,
         kv=KvBudget(block_tokens=options.kv_block_tokens, capacity_blocks=boot.num_blocks - 1, live_blocks=live_blocks),
     )
-    found = moves(current, target, boot.graph, live_kv_slots=live_blocks * options.kv_block_tokens)
+    found = moves(current, target, boot.graph, live_kv_slots=(live_blocks + cached_blocks) * options.kv_block_tokens)
     return RefactorCheck(feasible=check.fits, sentences=check.sentences, moves=(describe_moves(found),))

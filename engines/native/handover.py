@@ -3,6 +3,9 @@
 The runner lives in the engine core, because the commit happens between two steps: hold, drain, copy the remainder,
 record the new epoch, tell every worker, go on. Before the commit point any failure rolls back; after it there is only
 forward.
+
+KV blocks that are kept for prompts to come go along: they are sent in the first round, as they are not written again,
+so that the commit does not wait for them.
 """
 
 import asyncio

@@ -15,6 +15,7 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0  # tokens; 0: as the model says, within the KV capacity
     kv_cache_bytes: int = 64 << 20  # over all decoders
     kv_block_tokens: int = 16
+    prefix_caching: bool = True  # full KV blocks are kept for prompts that begin alike
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_micro_batches: int = 0  # 0: as many as measures fastest

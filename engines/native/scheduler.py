@@ -2,6 +2,7 @@
 
 A micro-batch is a set of sequences that go through the stages together; a sequence is in one micro-batch at a time.
 When KV blocks run out, the youngest sequence gives its own back and is computed again later; no request fails for it.
+A sequence that begins as one before it did shares the full KV blocks of what they have in common, if they are there.
 """
 
 from collections import deque
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from engines.native.details import Details
 from engines.native.kv_blocks import KVBlocks
 from engines.native.sequence import Sequence, SequenceState
+from engines.native.sequence_kv import SequenceKv
 from engines.protocol import FinishReason, ScoredToken, TopLogprobs
 
 _SCORED_TOKENS = 2048  # of prompts in one micro-batch, so that what is told of them is a message of some 350 KiB
@@ -56,15 +58,29 @@ class Output:
     finish: FinishReason | None
     top: TopLogprobs = ()
     prompt: tuple[ScoredToken, ...] = ()
+    cached: int | None = None  # of the prompt's tokens; with the first output token only
 
 
 class Scheduler:
-    """The one writer of all sequences, of the KV blocks and of the shared block table."""
+    """The one writer of all sequences, of the KV blocks and of the shared block table.
 
-    def __init__(self, *, limits: SchedulerLimits, blocks: KVBlocks, table: npt.NDArray[np.int32]) -> None:
+    Args:
+        caches_prefixes: Full KV blocks are kept for sequences to come.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: SchedulerLimits,
+        blocks: KVBlocks,
+        table: npt.NDArray[np.int32],
+        caches_prefixes: bool = True,
+    ) -> None:
         self._limits = limits
         self._blocks = blocks
-        self._table = table
+        self._kv = SequenceKv(
+            blocks=blocks, table=table, block_tokens=limits.kv_block_tokens, caches_prefixes=caches_prefixes
+        )
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
@@ -73,6 +89,8 @@ class Scheduler:
         self._next_order = 0
         self.micro_batches = 1
         self.preemptions = 0
+        self.prefix_queries = 0  # tokens that were looked for in the KV cache, once for each sequence
+        self.prefix_hits = 0  # of those, tokens that were there
 
     @property
     def num_running(self) -> int:
@@ -89,6 +107,11 @@ class Scheduler:
     @property
     def kv_blocks_used(self) -> int:
         return self._blocks.used
+
+    @property
+    def kv_blocks_cached(self) -> int:
+        """How many nobody uses, but are kept for sequences to come."""
+        return self._blocks.num_cached
 
     @property
     def kv_capacity(self) -> int:
@@ -118,23 +141,11 @@ class Scheduler:
             if youngest.in_flight:
                 break
             self._preempt(youngest)
-        pairs: list[tuple[int, int]] = []
-        for sequence in sorted(self._running, key=lambda s: s.order):
-            if not sequence.in_flight and len(pairs) < most:
-                pairs += self._relocated(sequence, most - len(pairs))
-        return pairs
+        return self._kv.relocate(self._running, most)
 
-    def _relocated(self, sequence: Sequence, most: int) -> list[tuple[int, int]]:
-        above = [i for i, block in enumerate(sequence.block_ids) if block > self._blocks.capacity]
-        pairs = []
-        for index in above[:most]:
-            old = sequence.block_ids[index]
-            new = self._blocks.replace(old)
-            if new is None:
-                break
-            sequence.block_ids[index] = self._table[sequence.row, index] = new
-            pairs.append((old, new))
-        return pairs
+    def drop_cached(self) -> None:
+        """Keep no KV block that nobody uses."""
+        self._blocks.drop_cached()
 
     def take_order(self) -> int:
         self._next_order += 1
@@ -167,7 +178,8 @@ class Scheduler:
         scored = _SCORED_TOKENS
         entries: list[Entry] = []
         is_short = False  # of KV blocks: nobody is let in before those who run have theirs
-        ready = [s for s in self._running if not s.in_flight]
+        held = self._kv.waiting_for_a_move(self._running)
+        ready = [s for s in self._running if not s.in_flight and s not in held]
         ready.sort(key=lambda s: (s.pending > 1, s.last_step, s.order))  # who has waited longest comes first
         for sequence in ready:
             if budget == 0 or len(entries) >= share:
@@ -185,8 +197,10 @@ class Scheduler:
             scored -= count if sequence.scores is not None else 0
         while self._waiting and not is_short and budget and len(entries) < share and self._rows:
             sequence = self._waiting[0]
-            count = min(sequence.pending, budget, scored if sequence.scores is not None else budget)
-            if not count or not self._admit(sequence, count, is_alone=not self._running):
+            cached = self._kv.cached_prefix(sequence)
+            left = sequence.pending - len(cached) * self._limits.kv_block_tokens
+            count = min(left, budget, scored if sequence.scores is not None else budget)
+            if not count or not self._admit(sequence, cached, count, is_alone=not self._running):
                 break
             self._waiting.popleft()
             entries.append(self._entry(sequence, count))
@@ -207,6 +221,7 @@ class Scheduler:
             sequence = entry.sequence
             sequence.in_flight = False
             sequence.computed += entry.count
+            self._kv.name_filled(sequence, entry.start)
             token = None
             top: TopLogprobs = ()
             if details is not None and sequence.scores is not None:
@@ -223,7 +238,8 @@ class Scheduler:
             sequence.tokens.append(token)
             finish = sequence.finish_after(token, max_model_len=self._limits.max_model_len)
             logprob = logprob if sequence.sampling.logprobs else None
-            outputs.append(Output(sequence.key, token, logprob, finish, top, sequence.take_scores()))
+            scores, cached = sequence.take_scores(), self._take_cached(sequence)
+            outputs.append(Output(sequence.key, token, logprob, finish, top, scores, cached))
             if finish is not None:
                 del self._sequences[sequence.key]
                 self._end(sequence)
@@ -231,6 +247,7 @@ class Scheduler:
 
     def recompute_all(self) -> None:
         """After a crash: whatever was in flight or in the KV cache is lost, the tokens are not."""
+        self._blocks.forget_contents()
         for sequence in sorted(self._running, key=lambda s: s.order, reverse=True):
             sequence.in_flight = False
             if sequence.aborted:
@@ -239,26 +256,16 @@ class Scheduler:
                 self._preempt(sequence)
 
     def live_slots(self) -> npt.NDArray[np.int64]:
-        """Return the token slots of the KV cache that running sequences need (steps in flight not counted)."""
-        slots = [self.slots_of(s, 0, s.computed) for s in self._running]
-        return np.concatenate(slots) if slots else np.empty(0, dtype=np.int64)
+        """Return the token slots of the KV cache that somebody needs or may find (steps in flight not counted)."""
+        return self._kv.live_slots(self._running)
 
     def live_blocks(self) -> list[tuple[int, int]]:
         """Return every KV block that holds computed tokens, with their number: only those slots are valid."""
-        size = self._limits.kv_block_tokens
-        return sorted(
-            (block, min(size, s.computed - i * size))
-            for s in self._running
-            for i, block in enumerate(s.block_ids)
-            if s.computed > i * size
-        )
+        return sorted(self._kv.live(self._running).items())
 
     def slots_of(self, sequence: Sequence, start: int, end: int) -> npt.NDArray[np.int64]:
         """Return the token slots of positions ``start`` to ``end - 1``."""
-        size = self._limits.kv_block_tokens
-        positions = np.arange(start, end, dtype=np.int64)
-        blocks: npt.NDArray[np.int64] = self._table[sequence.row, positions // size].astype(np.int64)
-        return blocks * size + positions % size
+        return self._kv.slots_of(sequence, start, end)
 
     def _entry(self, sequence: Sequence, count: int) -> Entry:
         sequence.in_flight = True
@@ -285,27 +292,41 @@ class Scheduler:
             if not younger:  # 3
                 self._preempt(sequence)
             return False
-        self._append_blocks(sequence, taken)
+        self._kv.append(sequence, taken)
         return True
 
-    def _admit(self, sequence: Sequence, count: int, *, is_alone: bool) -> bool:
-        """Start a waiting sequence if KV blocks are left over for those already running."""
-        needed = -(-count // self._limits.kv_block_tokens)
+    def _admit(self, sequence: Sequence, cached: list[int], count: int, *, is_alone: bool) -> bool:
+        """Start a waiting sequence behind ``cached`` if KV blocks are left over for those already running."""
+        known = len(cached) * self._limits.kv_block_tokens
+        needed = -(-(known + count) // self._limits.kv_block_tokens) - len(cached)
         headroom = 0 if is_alone else len(self._running)  # one more KV block each, so that it is not preempted at once
-        if self._blocks.free < needed + headroom:
+        if self._blocks.free_without(cached) < needed + headroom:
             return False
+        self._blocks.share(cached)  # first: they are not to be taken for something else
         taken = self._blocks.take(needed)
         assert taken is not None
         sequence.row = self._rows.pop()
         sequence.state = SequenceState.RUNNING
+        sequence.computed = known
         self._running.append(sequence)
-        self._append_blocks(sequence, taken)
+        self._kv.append(sequence, cached + taken)
+        self._note_hit(sequence, known)
         return True
 
-    def _append_blocks(self, sequence: Sequence, taken: list[int]) -> None:
-        start = len(sequence.block_ids)
-        sequence.block_ids.extend(taken)
-        self._table[sequence.row, start : start + len(taken)] = taken
+    def _note_hit(self, sequence: Sequence, known: int) -> None:
+        """Count what a new sequence finds; one that was preempted finds what it left itself."""
+        if sequence.cached is None:
+            sequence.cached = known
+            if self._kv.caches_prefixes and sequence.scores is None:
+                self.prefix_queries += len(sequence.tokens)
+                self.prefix_hits += known
+
+    def _take_cached(self, sequence: Sequence) -> int | None:
+        """Return how many of its prompt's tokens it found, once; None also where nothing is kept."""
+        if sequence.has_told_cached or not self._kv.caches_prefixes:
+            return None
+        sequence.has_told_cached = True
+        return min(sequence.cached or 0, sequence.num_prompt)
 
     def _release(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -3,6 +3,7 @@
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from engines.native.kv_prefixes import block_name
 from engines.native.shaping import Shaping
 from engines.protocol import FinishReason, SamplingParams, ScoredToken
 
@@ -20,12 +21,16 @@ class Sequence:
     """Tokens known so far and how many of them are in the KV cache.
 
     Prompt and output are one list: a preempted or recovered sequence is simply one with nothing computed.
+    ``cached`` is how many of its tokens were in the KV cache when it was first let in; None before that.
     """
 
     __slots__ = (
         "aborted",
         "block_ids",
+        "block_names",
+        "cached",
         "computed",
+        "has_told_cached",
         "in_flight",
         "key",
         "last_step",
@@ -62,6 +67,9 @@ class Sequence:
         self.order = order  # of arrival: the oldest is preempted last
         self.computed = 0
         self.block_ids: list[int] = []
+        self.block_names: list[bytes] = []  # of the full KV blocks of its tokens, as far as they were asked for
+        self.cached: int | None = None
+        self.has_told_cached = False
         self.row = -1
         self.shaping = shaping
         self.matcher = matcher  # has taken in all output tokens
@@ -81,6 +89,13 @@ class Sequence:
     def pending(self) -> int:
         """Tokens known but not in the KV cache; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    def names_of_blocks(self, count: int, *, block_tokens: int) -> list[bytes]:
+        """Return the names of its first ``count`` KV blocks, whose tokens must be known."""
+        names = self.block_names
+        for start in range(len(names) * block_tokens, count * block_tokens, block_tokens):
+            names.append(block_name(names[-1] if names else b"", self.tokens[start : start + block_tokens]))
+        return names[:count]
 
     def take_scores(self) -> tuple[ScoredToken, ...]:
         """Return those of the prompt, once: with the first output token."""

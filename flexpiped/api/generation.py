@@ -42,6 +42,7 @@ class Piece:
 
     ``tokens`` are those of which all text has been sent by now, and that no piece before told of. A token that is part
     of a stop string is never told. ``logprob``, of the last piece: that of all tokens, 0 where it is not asked for.
+    ``cached_tokens``, where the engine tells it: how many of the prompt's tokens were in its KV cache.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Piece:
     tokens: tuple[TokenReport, ...] = ()
     prompt: tuple[TokenReport, ...] = ()
     logprob: float = 0.0
+    cached_tokens: int | None = None
 
     @property
     def says_something(self) -> bool:
@@ -103,7 +105,13 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
                 text, lead = lead + delta.text, ""
                 if delta.stop_hit:
                     completion_tokens, finish = delta.tokens_consumed, "stop"
-                piece = Piece(text=text, completion_tokens=completion_tokens, finish_reason=finish, index=job.index)
+                piece = Piece(
+                    text=text,
+                    completion_tokens=completion_tokens,
+                    finish_reason=finish,
+                    index=job.index,
+                    cached_tokens=chunk.cached_tokens,
+                )
                 if told is not None:
                     all_shown = finish is not None and not delta.stop_hit
                     piece = await told.with_tokens(piece, chunk, shown=None if all_shown else delta.tokens_shown)

@@ -79,6 +79,7 @@ class Observation:
         self._last_s = 0.0
         self.outcome = Outcome.DISCONNECTED  # until it is known better: what cancellation leaves
         self.prompt_tokens = 0
+        self.cached_tokens: int | None = None  # of the prompt, where the engine tells
         self.completion_tokens = 0
         self._timed_tokens = 0
 
@@ -291,8 +292,10 @@ class _EngineCollector(Collector):
             ("kv_blocks_used", "KV blocks in use", now.kv_blocks_used),
             ("kv_blocks_capacity", "KV blocks there are", now.kv_blocks_capacity),
             ("kv_block_tokens", "Token slots of a KV block", now.kv_block_tokens),
+            ("kv_blocks_cached", "KV blocks kept for prompts to come, in nobody's use", now.kv_blocks_cached),
         ):
-            yield GaugeMetricFamily(f"flexpiped_engine_{name}", text, value=reading)
+            if reading is not None:
+                yield GaugeMetricFamily(f"flexpiped_engine_{name}", text, value=reading)
         for name, text, total in (
             ("prompt_tokens", "Prompt tokens taken in since the engine started", now.prompt_tokens_total),
             ("generated_tokens", "Tokens generated since the engine started", now.generated_tokens_total),
@@ -300,8 +303,11 @@ class _EngineCollector(Collector):
             ("steps", "Steps of the engine", now.steps_total),
             ("worker_restarts", "Stage workers started again", now.worker_restarts_total),
             ("refactorings", "Changes of layout carried out", now.refactorings_total),
+            ("prefix_queried_tokens", "Tokens looked for in the prefix cache", now.prefix_queried_tokens_total),
+            ("prefix_hit_tokens", "Tokens found in the prefix cache", now.prefix_hit_tokens_total),
         ):
-            yield CounterMetricFamily(f"flexpiped_engine_{name}", text, value=total)
+            if total is not None:
+                yield CounterMetricFamily(f"flexpiped_engine_{name}", text, value=total)
 
 
 def percentiles_of(values_s: Sequence[float] | deque[float]) -> Percentiles | None:

@@ -14,6 +14,17 @@ def _object(properties: dict[str, Any], *, optional: Iterable[str] = ()) -> dict
     return {"type": "object", "properties": properties, "required": sorted(properties.keys() - set(optional))}
 
 
+_USAGE: Final = _object(
+    {
+        "prompt_tokens": _COUNT,
+        "completion_tokens": _COUNT,
+        "total_tokens": _COUNT,
+        "prompt_tokens_details": _object({"cached_tokens": _COUNT}),
+    },
+    optional=("prompt_tokens_details",),  # where the engine tells it
+)
+
+
 def _answer(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
     choice = {"index": _COUNT, "finish_reason": _TEXT, "logprobs": {"type": ["object", "null"]}, **choice}
     return _object(
@@ -23,7 +34,7 @@ def _answer(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
             "created": _COUNT,
             "model": _TEXT,
             "choices": {"type": "array", "minItems": 1, "items": _object(choice)},
-            "usage": _object({"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT}),
+            "usage": _USAGE,
         }
     )
 

@@ -99,7 +99,11 @@ async def send_events(
 
 
 def usage_of(observation: Observation) -> Usage:
-    return Usage(prompt_tokens=observation.prompt_tokens, completion_tokens=observation.completion_tokens)
+    return Usage(
+        prompt_tokens=observation.prompt_tokens,
+        completion_tokens=observation.completion_tokens,
+        cached_tokens=observation.cached_tokens,
+    )
 
 
 def _event_of(piece: Piece, wire: AnswerWire, counts: list[int], observation: Observation) -> bytes:
@@ -111,4 +115,6 @@ def _event_of(piece: Piece, wire: AnswerWire, counts: list[int], observation: Ob
 
 def _count(piece: Piece, counts: list[int], observation: Observation) -> None:
     counts[piece.index] = piece.completion_tokens
+    if piece.index == 0 and observation.cached_tokens is None:  # the others begin with what the first one computes
+        observation.cached_tokens = piece.cached_tokens
     observation.tokens(sum(counts), in_a_row=max(counts))

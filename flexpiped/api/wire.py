@@ -17,16 +17,19 @@ _encode = msgspec.json.encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of a request; those that ended the outputs count."""
+    """Tokens of a request; those that ended the outputs count. ``cached_tokens`` None: the engine does not tell."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int | None = None
 
-    def to_wire(self) -> dict[str, int]:
+    def to_wire(self) -> dict[str, Any]:
+        cached = self.cached_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            **({} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}),
         }
 
 

@@ -29,6 +29,7 @@ def status_lines(status: Mapping[str, Any], *, now_unix_s: float, paint: Paint =
         lines.append(f"  {status['reason']}")
     if status["engine_counters"] is not None:
         lines.append(f"  {_traffic(status)}")
+        lines += _prefixes(status["engine_counters"])
     lines += _replicas(status) if len(status.get("replicas", ())) > 1 else _stage_table(status)
     if status["under_way"]:
         lines.append(f"now            {status['under_way']}")
@@ -66,6 +67,15 @@ def _traffic(status: Mapping[str, Any]) -> str:
     else:
         parts += [_percentiles("TTFT", status["ttft"]), _percentiles("TPOT", status["tpot"])]
     return "   ".join(parts)
+
+
+def _prefixes(counters: Mapping[str, Any]) -> list[str]:
+    """Return how much of the prompts was in the KV cache; nothing where no engine tells, or there was no prompt yet."""
+    queried, hit = counters.get("prefix_queried_tokens_total"), counters.get("prefix_hit_tokens_total")
+    if not queried or hit is None:
+        return []
+    kept = plural(counters.get("kv_blocks_cached") or 0, "KV block")
+    return [f"  prefix cache   {hit / queried:.0%} hits ({hit:,} of {queried:,} tokens)   {kept} kept"]
 
 
 def _percentiles(name: str, values: Mapping[str, float] | None) -> str:

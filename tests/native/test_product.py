@@ -110,8 +110,13 @@ async def test_the_openai_client_chats(client: openai.AsyncOpenAI) -> None:
     )
     parts = [chunk async for chunk in chunks]
     assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == answer.choices[0].message.content
-    assert parts[-1].usage is not None
-    assert parts[-1].usage == answer.usage
+    usage = parts[-1].usage
+    assert usage is not None
+    assert answer.usage is not None
+    assert usage.prompt_tokens == answer.usage.prompt_tokens
+    assert usage.completion_tokens == answer.usage.completion_tokens
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16  # it was asked before
 
 
 async def test_a_client_that_hangs_up_frees_its_request_within_a_second(

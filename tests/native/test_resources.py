@@ -90,8 +90,8 @@ async def begin_above_others(
     engine: NativeEngine, wanted: list[GenerationRequest]
 ) -> "list[asyncio.Task[tuple[list[int], list[float]]]]":
     """Start requests behind four long ones, which then go: KV blocks of the first numbers are free."""
-    long = request(tuple(5 + i % 4000 for i in range(700)), max_tokens=100)
-    others = [asyncio.create_task(collect(engine, long)) for _ in range(4)]
+    long = [request((5 + n, *(5 + i % 4000 for i in range(699))), max_tokens=100) for n in range(4)]
+    others = [asyncio.create_task(collect(engine, each)) for each in long]
     await until(lambda: holds(engine, running=4, kv_blocks=4 * 700 // 16), timeout_s=60.0)
     streams = [asyncio.create_task(collect(engine, each)) for each in wanted]
     await until(lambda: holds(engine, running=4 + len(wanted), kv_blocks=1), timeout_s=60.0)

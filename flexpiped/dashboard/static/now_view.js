@@ -32,8 +32,15 @@ export function drawTiles(status, point) {
     percentiles("TTFT", status.ttft),
     percentiles("TPOT", status.tpot),
     tile("KV blocks", counters && percent(counters.kv_blocks_used / Math.max(1, counters.kv_blocks_capacity)), counters && kvText(counters), "no engine"),
+    counters?.prefix_queried_tokens_total ? prefixes(counters) : null,
   ];
   fill(byId("tiles"), tiles);
+}
+
+/** How much of the prompts was in the KV cache, where an engine tells it. */
+function prefixes(counters) {
+  const [hit, queried] = [counters.prefix_hit_tokens_total, counters.prefix_queried_tokens_total];
+  return tile("Prefix cache hits", percent(hit / queried), `${number(hit)} of ${number(queried)} tokens`);
 }
 
 function percentiles(name, values) {

@@ -1,5 +1,7 @@
 """What is measured, and that what cannot be read is absent."""
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +21,9 @@ COUNTERS = EngineCounters(
     steps_total=8,
     worker_restarts_total=9,
     refactorings_total=10,
+    prefix_queried_tokens_total=12,
+    prefix_hit_tokens_total=11,
+    kv_blocks_cached=13,
 )
 
 
@@ -68,6 +73,14 @@ def test_the_engines_counters_are_shown_when_there_are_any() -> None:
     assert samples["flexpiped_engine_kv_blocks_used"] == 3
     assert samples["flexpiped_engine_generated_tokens_total"] == 6
     assert samples["flexpiped_engine_refactorings_total"] == 10
+    hits, queries = "flexpiped_engine_prefix_hit_tokens_total", "flexpiped_engine_prefix_queried_tokens_total"
+    assert (samples[hits], samples[queries], samples["flexpiped_engine_kv_blocks_cached"]) == (11, 12, 13)
+
+
+def test_what_an_engine_does_not_tell_is_no_zero() -> None:
+    names = ("prefix_queried_tokens_total", "prefix_hit_tokens_total", "kv_blocks_cached")
+    samples = samples_of(Metrics(), replace(COUNTERS, **dict.fromkeys(names)))
+    assert not any("prefix" in name or "cached" in name for name in samples)
 
 
 def test_percentiles_are_nearest_rank() -> None:

@@ -48,6 +48,12 @@ def test_whole_completion() -> None:
     assert whole == {**base, "choices": [choice], "usage": USAGE_WIRE}
 
 
+def test_how_much_of_the_prompt_was_cached_is_told_where_the_engine_tells_it() -> None:
+    usage = Usage(prompt_tokens=40, completion_tokens=3, cached_tokens=32).to_wire()
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 32}
+    assert USAGE.to_wire() == USAGE_WIRE
+
+
 def test_chat_events() -> None:
     wire = ChatWire(HEAD, include_usage=False)
     base = {"id": "id-1", "object": "chat.completion.chunk", "created": 5, "model": HEAD.model}

@@ -93,6 +93,17 @@ def test_the_whole_screen() -> None:
     )
 
 
+def test_how_much_of_the_prompts_was_in_the_kv_cache() -> None:
+    told = {"prefix_queried_tokens_total": 20_000, "prefix_hit_tokens_total": 12_800, "kv_blocks_cached": 300}
+    counters = SERVING["engine_counters"] | told
+    lines = status_lines(SERVING | {"engine_counters": counters}, now_unix_s=0.0)
+    assert lines[2] == "  prefix cache   64% hits (12,800 of 20,000 tokens)   300 KV blocks kept"
+
+    nothing_yet = counters | {"prefix_queried_tokens_total": 0, "prefix_hit_tokens_total": 0}
+    for silent in (nothing_yet, SERVING["engine_counters"] | dict.fromkeys(told)):
+        assert not any("prefix" in line for line in status_lines(SERVING | {"engine_counters": silent}, now_unix_s=0.0))
+
+
 def test_before_it_is_ready_the_reason_is_said_and_nothing_unmeasured_shown() -> None:
     lines = status_lines(STARTING, now_unix_s=0.0)
 

@@ -34,6 +34,7 @@ class Engine:
         budget: int = 16,
         max_model_len: int = 64,
         micro_batches: int = 1,
+        caches_prefixes: bool = True,
     ) -> None:
         self.limits = SchedulerLimits(
             max_num_seqs=max_num_seqs,
@@ -43,7 +44,9 @@ class Engine:
         )
         self.blocks = KVBlocks(num_blocks=num_blocks)
         self.table = np.zeros((max_num_seqs, -(-max_model_len // block_tokens)), dtype=np.int32)
-        self.scheduler = Scheduler(limits=self.limits, blocks=self.blocks, table=self.table)
+        self.scheduler = Scheduler(
+            limits=self.limits, blocks=self.blocks, table=self.table, caches_prefixes=caches_prefixes
+        )
         self.scheduler.micro_batches = micro_batches
         self.cells = dict[int, int]()
         self.in_flight: list[Batch] = []
@@ -147,8 +150,13 @@ class Engine:
         return reports[-1] if reports else None
 
     def assert_idle(self) -> None:
-        """Check that nothing is left of any request: KV blocks, rows, counters."""
+        """Check that nothing is left of any request but what is kept for others: KV blocks, rows, counters."""
         scheduler = self.scheduler
+        assert scheduler.live_blocks() == sorted((block, self.limits.kv_block_tokens) for block in self.blocks.cached)
+        scheduler.drop_cached()
+        everything = self.blocks.take(self.blocks.capacity)
+        assert sorted(everything or ()) == list(range(1, self.blocks.capacity + 1))
+        self.blocks.give_back(everything or [])
         assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_live) == (0, 0, 0)
         assert (scheduler.kv_blocks_used, self.blocks.free) == (0, self.blocks.capacity)
         assert len(scheduler.live_slots()) == 0

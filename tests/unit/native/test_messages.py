@@ -163,7 +163,7 @@ CORE_REPORTS: list[c.CoreReport] = [
         tokens=[5, -1],
         finishes=["", "length"],
         logprobs=[-0.5, None],
-        details={1: c.Details(top=TOP, prompt=(ScoredToken(token_id=5, logprob=-0.5, rank=1, top=TOP),))},
+        details={1: c.Details(top=TOP, prompt=(ScoredToken(token_id=5, logprob=-0.5, rank=1, top=TOP),), cached=16)},
     ),
     c.Refused(key=1, message="no such schema", parameter="response_format", code="invalid_grammar"),
     c.Progress(call=2, progress=PROGRESS),

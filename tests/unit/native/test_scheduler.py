@@ -392,7 +392,7 @@ def test_a_step_without_log_probabilities_has_none() -> None:
     sequence = engine.add([1], logprobs=True)
     batch = engine.dispatch()
     assert batch is not None
-    assert engine.scheduler.finish_step(batch, [7], None) == [Output(sequence.key, 7, None, None)]
+    assert engine.scheduler.finish_step(batch, [7], None) == [Output(sequence.key, 7, None, None, cached=0)]
 
 
 # --- abort ---
@@ -570,7 +570,7 @@ def test_what_is_told_of_prompts_in_one_micro_batch_is_bounded() -> None:
         sequence.tokens = [1 + i % 30 for i in range(1500)]
         sequence.num_prompt = len(sequence.tokens)
         sequence.scores = []
-    plain = engine.add([1 + i % 30 for i in range(900)], max_tokens=1)
+    plain = engine.add([2 + i % 30 for i in range(900)], max_tokens=1)  # begins unlike the others
     seen = 0
     while (batch := engine.dispatch()) is not None:
         assert sum(entry.count for entry in batch.entries if entry.sequence is not plain) <= 2048

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engines.native.sequence import Sequence
-from tests.unit.native.fake_model import VOCABULARY, Engine, undisturbed
+from tests.unit.native.fake_model import VOCABULARY, Engine, cell, undisturbed
 
 MAX_MODEL_LEN = 24
 BLOCK_TOKENS = 4
@@ -29,8 +29,11 @@ class SchedulerStates(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
         micro_batches=st.integers(1, 3),
+        caches_prefixes=st.sampled_from([True, True, True, False]),
     )
-    def start(self, spare_blocks: int, max_num_seqs: int, budget: int, micro_batches: int) -> None:
+    def start(
+        self, spare_blocks: int, max_num_seqs: int, budget: int, micro_batches: int, caches_prefixes: bool
+    ) -> None:
         self.engine = Engine(
             num_blocks=1 + MAX_MODEL_LEN // BLOCK_TOKENS + spare_blocks,
             block_tokens=BLOCK_TOKENS,
@@ -38,6 +41,7 @@ class SchedulerStates(RuleBasedStateMachine):
             budget=budget,
             max_model_len=MAX_MODEL_LEN,
             micro_batches=micro_batches,
+            caches_prefixes=caches_prefixes,
         )
 
     @rule(
@@ -48,6 +52,25 @@ class SchedulerStates(RuleBasedStateMachine):
     )
     def add(self, prompt: list[int], max_tokens: int, stop: frozenset[int], resumed: int) -> None:
         whole = undisturbed(prompt, max_tokens=max_tokens, stop=stop, max_model_len=MAX_MODEL_LEN)
+        self.add_known(prompt, whole, resumed, max_tokens, stop)
+
+    @precondition(lambda self: self.engine.sequences)
+    @rule(
+        data=st.data(),
+        shared=st.integers(1, MAX_MODEL_LEN - 1),
+        own=st.lists(TOKENS, max_size=6),
+        max_tokens=st.integers(1, 12),
+    )
+    def add_like_another(self, data: st.DataObject, shared: int, own: list[int], max_tokens: int) -> None:
+        """It begins as one before it did, prompt and output."""
+        like = self.engine.sequences[data.draw(st.sampled_from(sorted(self.engine.sequences)))]
+        prompt = (like.tokens[:shared] + own)[: MAX_MODEL_LEN - 1]
+        whole = undisturbed(prompt, max_tokens=max_tokens, max_model_len=MAX_MODEL_LEN)
+        self.add_known(prompt, whole, 0, max_tokens, frozenset())
+
+    def add_known(
+        self, prompt: list[int], whole: list[int], resumed: int, max_tokens: int, stop: frozenset[int]
+    ) -> None:
         known = min(resumed, len(whole) - 1)
         sequence = self.engine.add(prompt, generated=whole[:known], max_tokens=max_tokens, stop=stop)
         self.expected[sequence.key] = whole[known:]
@@ -96,18 +119,40 @@ class SchedulerStates(RuleBasedStateMachine):
         self.engine.scheduler.micro_batches = micro_batches
 
     @invariant()
-    def no_kv_block_and_no_row_has_two_owners(self) -> None:
+    def only_full_kv_blocks_are_shared_and_no_row_has_two_owners(self) -> None:
         sequences = self.engine.sequences.values()
         blocks = [block for sequence in sequences for block in sequence.block_ids]
+        being_filled = [block for s in sequences for block in s.block_ids[s.computed // BLOCK_TOKENS :]]
         rows = [sequence.row for sequence in sequences if sequence.row >= 0]
         assert 0 not in blocks
-        assert len(set(blocks)) == len(blocks) == self.engine.scheduler.kv_blocks_used
+        assert len(set(blocks)) == self.engine.scheduler.kv_blocks_used
+        assert all(blocks.count(block) == 1 for block in being_filled)
         assert len(set(rows)) == len(rows) == self.engine.scheduler.num_running
+
+    @invariant()
+    def what_is_kept_for_others_is_in_nobodys_use_and_below_the_capacity(self) -> None:
+        cached = self.engine.blocks.cached
+        in_use = {block for sequence in self.engine.sequences.values() for block in sequence.block_ids}
+        assert len(set(cached)) == len(cached) == self.engine.scheduler.kv_blocks_cached
+        assert not in_use & set(cached)
+        assert all(0 < block <= self.engine.scheduler.kv_capacity for block in cached)
+        assert len(cached) <= self.engine.blocks.free
+
+    @invariant()
+    def what_is_in_a_kv_block_of_a_name_is_what_the_name_says(self) -> None:
+        """Whoever finds it reads what it would have computed."""
+        for sequence in self.engine.sequences.values():
+            names = sequence.names_of_blocks(sequence.computed // BLOCK_TOKENS, block_tokens=BLOCK_TOKENS)
+            for index, block in enumerate(self.engine.blocks.find(names)):
+                before = 0
+                for token in sequence.tokens[: (index + 1) * BLOCK_TOKENS]:
+                    before = cell(token, before)
+                assert self.engine.cells[block * BLOCK_TOKENS + BLOCK_TOKENS - 1] == before
 
     @invariant()
     def kv_blocks_above_the_capacity_are_counted_and_free_ones_are_below(self) -> None:
         scheduler, blocks = self.engine.scheduler, self.engine.blocks
-        taken = [block for sequence in self.engine.sequences.values() for block in sequence.block_ids]
+        taken = {block for sequence in self.engine.sequences.values() for block in sequence.block_ids}
         above = sum(block > scheduler.kv_capacity for block in taken)
         assert scheduler.kv_blocks_above == above
         assert above == 0 or self.engine.is_shrinking
