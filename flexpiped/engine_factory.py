@@ -143,6 +143,7 @@ def native_options(settings: Settings, model: Model) -> NativeOptions:
         max_rounds=handover.max_rounds,
         remainder_slots=handover.remainder_slots,
         slice_bytes=handover.slice_bytes,
+        copy_bytes_per_s=auto_as_zero(handover.copy_bytes_per_s),
         cache_directory="" if native.cache_dir is None else str(native.cache_dir),
     )
 

@@ -201,6 +201,7 @@ class HandoverSettings:
     max_rounds: Annotated[int, integer(1, 100)] = 8
     remainder_slots: Annotated[int, integer(0)] = 256
     slice_bytes: Annotated[int, size_bytes(4096)] = 512 * KIB
+    copy_bytes_per_s: Annotated[int | Auto, or_auto(size_bytes(64 * KIB)), Named(word="copy_per_s")] = Auto.AUTO
     kv: Annotated[KvPreference, choice(KvPreference)] = KvPreference.AUTO
     drain_deadline_s: Annotated[float, seconds] = 300.0
 

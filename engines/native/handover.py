@@ -21,6 +21,7 @@ import numpy.typing as npt
 from engines.handover_loop import HandoverLoop, WorkFailed
 from engines.native import messages as m
 from engines.native.inquiries import settle
+from engines.native.pacing import CopyPace
 from engines.native.scheduler import Batch
 from engines.native.shared import STAGING_BUFFERS
 from engines.native.specs import specs_of
@@ -64,7 +65,8 @@ class HandoverRunner(HandoverLoop):
         self._participants = set(self._specs) | set(specs_of(core.pipeline, core.worker_of))
         self._dirty: DirtySlots | None = None
         self._prepared_bytes: dict[int, int] = {}
-        self._tickets: dict[int, asyncio.Future[None]] = {}
+        self._pace = CopyPace(cap_bytes_per_s=options.copy_bytes_per_s or None, deadline_s=options.sync_deadline_s)
+        self._tickets: dict[int, tuple[int, asyncio.Future[None]]] = {}  # with the bytes
         self._prepared: dict[int, asyncio.Future[None]] = {}
         self._released: dict[int, asyncio.Future[m.Released]] = {}
         self._stepped = asyncio.Event()  # a step has ended since the commit
@@ -94,7 +96,10 @@ class HandoverRunner(HandoverLoop):
             case m.Failed():
                 self.tell(e.Failed(f"worker {report.worker}: {report.reason}"))
             case m.Copied():
-                settle(self._tickets.pop(report.ticket, None), None)
+                num_bytes, waiting = self._tickets.pop(report.ticket, (0, None))
+                if num_bytes:
+                    self._pace.took(num_bytes, report.busy_s)
+                settle(waiting, None)
             case m.Released():
                 settle(self._released.get(report.worker), report)
             case _:
@@ -130,9 +135,10 @@ class HandoverRunner(HandoverLoop):
         self._core.failpoints.hit("core.round")
         scheduler = self._core.scheduler
         if self._dirty is None:
+            self._drop_too_much()
             self._dirty = DirtySlots(num_slots=self._core.boot.context.num_slots, live=scheduler.live_slots())
         slots = self._dirty.take(scheduler.live_slots())
-        sent_bytes = await self._send(slots)
+        sent_bytes = await self._send(slots, pace=self._pace)
         self.tell(e.RoundSent(sent_slots=len(slots), sent_bytes=sent_bytes, remainder_slots=self._dirty.count))
 
     async def commit(self) -> None:
@@ -200,10 +206,23 @@ class HandoverRunner(HandoverLoop):
 
     # --- copying ---
 
-    async def _send(self, slots: npt.NDArray[np.int64]) -> int:
-        """Copy token slots over every route, sources side by side; return the bytes sent."""
-        options = self._core.boot.options
-        slot_bytes = self._core.boot.graph.decoders[0].kv_bytes_per_token
+    def _drop_too_much(self) -> None:
+        """Of what is kept for prompts to come, keep what the cap lets through in half of the time for rounds."""
+        options, scheduler = self._core.boot.options, self._core.scheduler
+        decoders = sum(len(route.decoders) for route in self._routes)
+        if options.copy_bytes_per_s and decoders:
+            block_bytes = decoders * self._slot_bytes * options.kv_block_tokens
+            most = int(options.copy_bytes_per_s * options.sync_deadline_s / 2) // block_bytes
+            scheduler.drop_cached(keep=max(0, most - scheduler.kv_blocks_used))
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Of one token slot of one decoder."""
+        return self._core.boot.graph.decoders[0].kv_bytes_per_token
+
+    async def _send(self, slots: npt.NDArray[np.int64], *, pace: CopyPace | None = None) -> int:
+        """Copy token slots over every route, sources side by side; return the bytes sent. No pace: at once."""
+        options, slot_bytes = self._core.boot.options, self._slot_bytes
         by_source: dict[int, list[Route]] = {}
         for route in self._routes:
             by_source.setdefault(route.source, []).append(route)
@@ -215,19 +234,34 @@ class HandoverRunner(HandoverLoop):
             ]
             for source, routes in by_source.items()
         }
-        await asyncio.gather(*(self._send_from(source, cut) for source, cut in pieces.items()))
-        return sum(len(p.slots) * len(p.decoders) * slot_bytes for cut in pieces.values() for p in cut)
+        sent_bytes = sum(self._bytes_of(piece) for cut in pieces.values() for piece in cut)
+        if pace is not None:
+            pace.begin(sent_bytes)
+        await asyncio.gather(*(self._send_from(source, cut, pace) for source, cut in pieces.items()))
+        return sent_bytes
 
-    async def _send_from(self, source: int, pieces: list[Piece]) -> None:
+    def _bytes_of(self, piece: Piece) -> int:
+        return len(piece.slots) * len(piece.decoders) * self._slot_bytes
+
+    async def _until_due(self, num_bytes: int, pace: CopyPace) -> None:
+        now_s = time.monotonic()
+        at_s = pace.send_s(num_bytes, now_s=now_s, requests_run=self._core.scheduler.num_running > 0)
+        if at_s > now_s:
+            await asyncio.sleep(at_s - now_s)
+
+    async def _send_from(self, source: int, pieces: list[Piece], pace: CopyPace | None) -> None:
         """Send one source's pieces in order, as many at a time as it has staging buffers."""
         loop = asyncio.get_running_loop()
         outstanding: list[asyncio.Future[None]] = []
         for number, piece in enumerate(pieces):
             if len(outstanding) == STAGING_BUFFERS:
                 await outstanding.pop(0)
-            ticket = self._core.take_ticket()
-            self._tickets[ticket] = loop.create_future()
-            outstanding.append(self._tickets[ticket])
+            num_bytes = self._bytes_of(piece)
+            if pace is not None:
+                await self._until_due(num_bytes, pace)
+            ticket, done = self._core.take_ticket(), loop.create_future()
+            self._tickets[ticket] = num_bytes, done
+            outstanding.append(done)
             self._core.pool.send(
                 source,
                 m.CopyOut(

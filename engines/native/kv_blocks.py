@@ -100,9 +100,9 @@ class KVBlocks:
         """Nothing is found any more, until it is computed again."""
         self._free.extend(self._prefixes.clear())
 
-    def drop_cached(self) -> None:
-        """Keep nothing that has no owner."""
-        self._free.extend(self._prefixes.evict() for _ in range(self.num_cached))
+    def drop_cached(self, *, keep: int = 0) -> None:
+        """Of what has no owner, keep only what was used last."""
+        self._free.extend(self._prefixes.evict() for _ in range(self.num_cached - keep))
 
     # --- another number ---
 

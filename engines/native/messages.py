@@ -150,7 +150,10 @@ class CopyOut(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class CopyIn(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Take token slots from the staging area of ``source`` into the KV cache."""
+    """Take token slots from the staging area of ``source`` into the KV cache.
+
+    ``busy_s`` of processor time have gone into putting them there.
+    """
 
     handover: int
     ticket: int
@@ -158,6 +161,7 @@ class CopyIn(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     buffer: int
     decoders: list[int]
     slots: bytes
+    busy_s: float
 
 
 class Checksum(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -252,10 +256,14 @@ class Failed(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Copied(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
-    """The destination has taken what ``CopyOut`` with this ticket sent."""
+    """The destination has taken what ``CopyOut`` with this ticket sent.
+
+    ``busy_s`` of processor time have gone into both sides of it.
+    """
 
     handover: int
     ticket: int
+    busy_s: float
 
 
 class Checksums(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -143,9 +143,9 @@ class Scheduler:
             self._preempt(youngest)
         return self._kv.relocate(self._running, most)
 
-    def drop_cached(self) -> None:
-        """Keep no KV block that nobody uses."""
-        self._blocks.drop_cached()
+    def drop_cached(self, *, keep: int = 0) -> None:
+        """Of the KV blocks that nobody uses, keep those that were used last."""
+        self._blocks.drop_cached(keep=keep)
 
     def take_order(self) -> int:
         self._next_order += 1

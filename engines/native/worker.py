@@ -222,8 +222,9 @@ class Worker:
 
     def _copy_out(self, message: m.CopyOut) -> None:
         if self._failpoints.hit("worker.copy_out"):
-            self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket))
+            self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket, busy_s=0.0))
             return
+        started = time.thread_time()
         slots = np.frombuffer(message.slots, dtype=np.int32)
         self._kv.read_into(message.decoders, slots, self._context.shared.staging(self._index, message.buffer))
         note = m.CopyIn(
@@ -233,6 +234,7 @@ class Worker:
             buffer=message.buffer,
             decoders=message.decoders,
             slots=message.slots,
+            busy_s=time.thread_time() - started,
         )
         self._context.inboxes[message.target].send(m.encode(note))
 
@@ -240,9 +242,11 @@ class Worker:
         if self._load_job is None or self._load_job.handover != message.handover:  # rolled back meanwhile
             return
         self._failpoints.hit("worker.copy_in")
+        started = time.thread_time()
         slots = np.frombuffer(message.slots, dtype=np.int32)
         self._kv.write_from(message.decoders, slots, self._context.shared.staging(message.source, message.buffer))
-        self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket))
+        busy_s = message.busy_s + time.thread_time() - started
+        self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket, busy_s=busy_s))
 
     def _adopt(self, message: m.Adopt) -> None:
         self._failpoints.hit("worker.adopt")

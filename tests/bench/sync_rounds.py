@@ -1,0 +1,160 @@
+"""Sync rounds: how fast streams decode while the KV cache is copied under them, beside the same streams undisturbed.
+
+The KV cache is filled first, with prompts that are kept for others to come: they go along with the layers, so that
+rounds take time however short the streams are. Then moves; for each, tokens/s from the first round to the commit over
+tokens/s in the window before the move, on the same layout. The median over all moves counts.
+"""
+
+import argparse
+import asyncio
+import time
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import msgspec
+
+from engines.native.adapter import NativeEngine
+from planner.handover import HandoverPhase
+from planner.layout import Pipeline
+from tests.bench import direct
+from tests.bench.program import checkpoint, even, parser, prompts, run, setup_of
+from tests.bench.stats import median
+from tests.bench.tables import Bound, mib, say, table, verdicts, write_json
+
+_LAPS = (2, 1, 4, 2, 8, 4, 1)  # stages, from one to the next
+_LIMIT_PERCENT = 10.0
+_PROMPT_TOKENS, _FILL_TOKENS, _MOST_TOKENS, _WARM_TOKENS = 32, 2000, 3900, 8
+_UNPACED_BYTES_PER_S = 1 << 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One move. ``undisturbed`` and ``in_rounds`` are tokens/s."""
+
+    name: str
+    undisturbed: float
+    in_rounds: float
+    rounds_s: float
+    sent_bytes: int
+
+    @property
+    def slowdown_percent(self) -> float:
+        return 100 * (1 - self.in_rounds / self.undisturbed)
+
+
+def _options() -> argparse.Namespace:
+    made = parser("Measure how fast streams decode during the rounds of KV copy.")
+    made.add_argument("--moves", type=int, default=21)
+    made.add_argument("--streams", type=int, default=8)
+    made.add_argument("--fill-tokens", type=int, default=40_000, help="tokens whose KV cache is kept before it begins")
+    made.add_argument("--window-s", type=float, default=3.0, help="undisturbed window before each move")
+    made.add_argument("--copy-per-s", type=int, default=0, help="cap of handover.copy_per_s in bytes; 0: auto")
+    made.add_argument("--unpaced", action="store_true", help="rounds as fast as they can be: the comparison")
+    options = made.parse_args()
+    if options.short:
+        options.moves, options.fill_tokens, options.window_s = 2, 4000, 0.5
+    if options.unpaced:
+        options.copy_per_s = _UNPACED_BYTES_PER_S
+    return options
+
+
+def _rate(times_s: list[float], start_s: float, end_s: float) -> float:
+    return (bisect_left(times_s, end_s) - bisect_left(times_s, start_s)) / (end_s - start_s)
+
+
+async def _measured(engine: NativeEngine, target: Pipeline, options: argparse.Namespace, *, seed: int) -> Seen:
+    """Start streams anew, so that contexts are of like length; wait, move, and count."""
+    streams = direct.HeldStreams(
+        prompts(count=options.streams, length=_PROMPT_TOKENS, seed=seed), max_tokens=_MOST_TOKENS
+    )
+    await streams.start(engine, warm_tokens=_WARM_TOKENS)
+    try:
+        began_s = time.monotonic()
+        await asyncio.sleep(options.window_s)
+        moved_s = time.monotonic()
+        name = f"{engine.pipeline.granularity} -> {target.granularity}"
+        syncing_s = committing_s = 0.0
+        sent_bytes = 0
+        async for report in engine.refactor(target):
+            if report.phase is HandoverPhase.SYNCING and not syncing_s:
+                syncing_s = time.monotonic()
+            elif report.phase is HandoverPhase.COMMITTING and not committing_s:
+                committing_s, sent_bytes = time.monotonic(), report.kv_bytes
+        times_s = sorted(time_s for stream in streams.take() for time_s in stream)
+    finally:
+        await streams.stop()
+    return Seen(
+        name=name,
+        undisturbed=_rate(times_s, began_s, moved_s),
+        in_rounds=_rate(times_s, syncing_s, committing_s),
+        rounds_s=committing_s - syncing_s,
+        sent_bytes=sent_bytes,
+    )
+
+
+async def _fill(engine: NativeEngine, tokens: int) -> None:
+    say(f"filling the KV cache with {tokens} tokens")
+    for number in range(-(-tokens // _FILL_TOKENS)):
+        await direct.complete(engine, prompts(count=1, length=_FILL_TOKENS, seed=-1 - number), max_tokens=1)
+    counters = await engine.counters()
+    say(f"{counters.kv_blocks_cached} KV blocks are kept")
+
+
+def _print(seen: list[Seen]) -> None:
+    names = list(dict.fromkeys(each.name for each in seen))
+    rows = []
+    for name in [*names, "all"]:
+        of = [each for each in seen if name in (each.name, "all")]
+        rows.append(
+            [
+                name,
+                str(len(of)),
+                f"{median(each.undisturbed for each in of):.0f}",
+                f"{median(each.in_rounds for each in of):.0f}",
+                f"{median(each.slowdown_percent for each in of):.1f} %",
+                f"{median(each.rounds_s for each in of):.2f}",
+                mib(median(each.sent_bytes for each in of)),
+                mib(median(each.sent_bytes / each.rounds_s for each in of)),
+            ]
+        )
+    head = ["stages", "moves", "tok/s undisturbed", "in rounds", "slower by", "rounds s", "MiB", "MiB/s"]
+    table("decoding during the rounds of KV copy", head, rows)
+
+
+async def main() -> int:
+    options = _options()
+    model = await asyncio.to_thread(checkpoint, options)
+    engine_options = msgspec.structs.replace(
+        direct.options_for(model, setup_of(options)), copy_bytes_per_s=options.copy_per_s
+    )
+    seen: list[Seen] = []
+    async with direct.running(engine_options, even(1)) as engine:
+        await _fill(engine, options.fill_tokens)
+        for number, stages in enumerate(islice(cycle(_LAPS), options.moves)):
+            seen.append(await _measured(engine, even(stages), options, seed=number))
+            say(f"{seen[-1].name}: {seen[-1].rounds_s:.2f} s of rounds, slower by {seen[-1].slowdown_percent:.1f} %")
+    _print(seen)
+    bounds = [
+        Bound(
+            what="decoding in rounds, slower by (median)",
+            value=median(each.slowdown_percent for each in seen),
+            limit=_LIMIT_PERCENT,
+            at_most=True,
+            unit="%",
+        )
+    ]
+    verdicts(bounds)
+    write_json(options.json, {"moves": [_wire(each) for each in seen]}, bounds)
+    return 0
+
+
+def _wire(each: Seen) -> dict[str, object]:
+    return {
+        "stages": each.name, "undisturbed_tokens_per_s": each.undisturbed, "in_rounds_tokens_per_s": each.in_rounds,
+        "rounds_s": each.rounds_s, "sent_bytes": each.sent_bytes,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
