@@ -4,6 +4,7 @@ GET  /status            everything about the daemon
 POST /plan, /rebalance, /rebalance/cancel  what changes the layout (``flexpiped.admin_changes``)
 GET  /topology          devices, links and what was measured, as they are now
 POST /topology/links    keep measured figures of links
+GET  /models, POST /models/start, /models/stop, /models/swap  (``flexpiped.admin_models``)
 GET  /profile/target    what flexctl profile measures; POST /profile keeps it (``flexpiped.admin_profile``)
 GET  /history           what was and what is intended, from the journal (``flexpiped.admin_history``)
 GET  /decisions, POST /auto  what the daemon does by itself (``flexpiped.admin_auto``)
@@ -21,7 +22,7 @@ from typing import Final
 from aiohttp import web
 
 from flexpiped.admin_answers import errors_as_json, json_answer, send_log
-from flexpiped.admin_changes import Changes
+from flexpiped.admin_changes import ChangeHandlers
 from flexpiped.events import EventLog
 from flexpiped.hardware import Hardware
 from flexpiped.status import StatusSource
@@ -32,7 +33,7 @@ _LARGEST_BODY_BYTES: Final = 4 << 20
 def admin_app(
     *,
     status: StatusSource,
-    changes: Changes,
+    changes: ChangeHandlers,
     events: EventLog,
     hardware: Hardware,
     further: Sequence[web.RouteDef] = (),

@@ -9,6 +9,7 @@ from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineError, RefactoringBusy, RefactoringRefused, UnsupportedByEngine
 from flexpiped.events import Event, EventLog
+from flexpiped.model_errors import ModelBusy, ModelError, UnknownModel, WhichModel
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlannerError, PlanTimeout
 from topology.errors import NotMeasured
 
@@ -25,6 +26,14 @@ _CODES: Final[tuple[tuple[type[Exception], str, HTTPStatus], ...]] = (
     (PlanTimeout, "plan_timeout", HTTPStatus.GATEWAY_TIMEOUT),
     (PlannerError, "refused", HTTPStatus.CONFLICT),
     (EngineError, "engine_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
+)
+
+
+_MODEL_CODES: Final[tuple[tuple[type[ModelError], str, HTTPStatus], ...]] = (
+    (UnknownModel, "unknown_model", HTTPStatus.NOT_FOUND),
+    (WhichModel, "which_model", HTTPStatus.BAD_REQUEST),
+    (ModelBusy, "busy", HTTPStatus.CONFLICT),
+    (ModelError, "refused", HTTPStatus.CONFLICT),
 )
 
 
@@ -45,6 +54,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except (EngineError, PlannerError) as error:
         code, http_status = next((code, status) for kind, code, status in _CODES if isinstance(error, kind))
+        return error_answer(code, str(error), http_status)
+    except ModelError as error:
+        code, http_status = next((code, status) for kind, code, status in _MODEL_CODES if isinstance(error, kind))
         return error_answer(code, str(error), http_status)
     except NotMeasured as error:
         return error_answer("not_kept", str(error), HTTPStatus.CONFLICT)

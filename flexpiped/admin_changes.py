@@ -66,6 +66,18 @@ class PlanSource(Protocol):
         """Return a plan as JSON values. Raises ``PlannerError``, ``EngineError``."""
 
 
+class ChangeHandlers(Protocol):
+    """The handlers, whoever's changes they are of."""
+
+    async def post_plan(self, request: web.Request) -> web.Response: ...
+
+    async def post_preview(self, request: web.Request) -> web.Response: ...
+
+    async def post_rebalance(self, request: web.Request) -> web.StreamResponse: ...
+
+    async def post_cancel(self, request: web.Request) -> web.Response: ...
+
+
 class Changes:
     """The handlers. ``settled`` is waited for before an end is told."""
 
@@ -102,7 +114,7 @@ class Changes:
             return json_answer(_answer("started", started.proposal) | {"handover": started.number}, HTTPStatus.ACCEPTED)
         return await stream_events(request, self._progress_of(started))
 
-    async def post_cancel(self, _request: web.Request) -> web.Response:
+    async def post_cancel(self, request: web.Request) -> web.Response:  # noqa: ARG002
         under_way = self._refactorings.under_way
         if await self._refactorings.cancel():
             return json_answer({"state": "cancelled", "message": f"rolling back: {under_way}"})

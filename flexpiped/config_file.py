@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from flexpiped.config_values import WrongValue
+from flexpiped.config_values import Reader, WrongValue, shown
+from flexpiped.model_settings import PER_MODEL, contradiction, dotted
 from flexpiped.settings import KEYS, Key, Settings, with_value
 
 _KEYS_BY_NAME: Final[Mapping[str, Key]] = {key.name: key for key in KEYS}
@@ -57,7 +58,16 @@ def load_config(path: Path) -> Settings:
         settings,
         model=_from_folder(settings.model, path.parent),
         tokenizer=None if settings.tokenizer is None else _from_folder(settings.tokenizer, path.parent),
+        models={name: _with_places(table, path.parent) for name, table in settings.models.items()},
     )
+
+
+def _with_places(table: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """Return a model's table with its paths taken relative to the file."""
+    return {
+        key: _from_folder(value, folder) if key in ("model", "tokenizer") and isinstance(value, str) else value
+        for key, value in table.items()
+    }
 
 
 def parse_config(document: str, *, file: str) -> Settings:
@@ -73,15 +83,49 @@ def parse_config(document: str, *, file: str) -> Settings:
     lines = _lines_of(document)
     settings = Settings()
     problems: list[Problem] = []
+    models = tree.pop("models", {})
     for name, value in _leaves(tree):
         try:
             settings = _with_key(settings, name, value)
         except WrongValue as wrong:
             problems.append(Problem(file=file, line=_line(lines, name), text=str(wrong)))
-    problems += [Problem(file=file, line=_line(lines, name), text=text) for name, text in _contradictions(settings)]
+    tables, wrongs = _models(models)
+    settings = replace(settings, models=tables)
+    wrongs += _contradictions(settings)
+    problems += [Problem(file=file, line=_line(lines, _plain(name)), text=text) for name, text in wrongs]
     if problems:
         raise ConfigError(tuple(sorted(problems, key=lambda problem: problem.line or 0)))
     return settings
+
+
+def _models(tables: object) -> tuple[dict[str, dict[str, object]], list[tuple[str, str]]]:
+    """Return the keys of each model's table, and what is wrong with which of them."""
+    found: dict[str, dict[str, object]] = {}
+    wrongs: list[tuple[str, str]] = []
+    if not isinstance(tables, dict):
+        return found, [("models", f"models must be tables, one for each: [models.NAME], not {shown(tables)}")]
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            wrongs.append((dotted("models", name), f"{dotted('models', name)} must be a table: [models.{name}]"))
+            continue
+        found[name] = {}
+        for key, value in _leaves(table):
+            full = f"{dotted('models', name)}.{key}"
+            try:
+                found[name][key] = _model_key(key)(value)
+            except WrongValue as wrong:
+                wrongs.append((full, f"{full} {wrong}"))
+    return found, wrongs
+
+
+def _model_key(name: str) -> Reader[object]:
+    """Return what reads a key of a model's table."""
+    if name in PER_MODEL:
+        return PER_MODEL[name].read
+    if name in _KEYS_BY_NAME:
+        raise WrongValue("is of the whole daemon, not of one model: it stands at the top of the file")
+    near = difflib.get_close_matches(name, PER_MODEL, n=1, cutoff=0.75)
+    raise WrongValue("is unknown; " + (f'did you mean "{near[0]}"?' if near else "etc/flexpiped.toml lists every key"))
 
 
 def _contradictions(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -95,6 +139,7 @@ def _contradictions(settings: Settings) -> Iterator[tuple[str, str]]:
             "auto.target_load",
             f"auto.target_load must be at most auto.load_limit ({auto.load_limit:g}), not {auto.target_load:g}",
         )
+    yield from contradiction(settings)
 
 
 def _with_key(settings: Settings, name: str, value: object) -> Settings:

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from flexpiped.model_settings import entries, schema_of_tables
 from flexpiped.settings import KEYS, Settings, value_of
 
 
@@ -31,12 +32,16 @@ def toml_value(value: object) -> str:
 
 def settings_to_toml(settings: Settings) -> str:
     """Return a configuration file with every key, which reads back as ``settings``."""
-    return "".join(f"{key.name} = {toml_value(value_of(settings, key))}\n" for key in KEYS)
+    return "".join(f"{name} = {toml_value(value)}\n" for name, value in _all(settings).items())
 
 
 def settings_to_wire(settings: Settings) -> dict[str, Any]:
     """Return every key by its dotted name, with its value as JSON."""
-    return {key.name: _plain(value_of(settings, key)) for key in KEYS}
+    return {name: _plain(value) for name, value in _all(settings).items()}
+
+
+def _all(settings: Settings) -> dict[str, object]:
+    return {key.name: value_of(settings, key) for key in KEYS} | entries(settings)
 
 
 def schema() -> dict[str, Any]:
@@ -50,6 +55,7 @@ def schema() -> dict[str, Any]:
             table = table["properties"].setdefault(each, _table())
         told = "applied by a reload" if key.is_live else "needs a restart"
         table["properties"][name] = {**key.read.schema, "default": defaults[key.name], "description": told}
+    root["properties"]["models"] = schema_of_tables(root)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Configuration of flexpiped",

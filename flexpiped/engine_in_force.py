@@ -35,6 +35,7 @@ class EngineInForce:
         self._against_change = against_change
         self.replicas: Replicas | None = None
         self.offers: EngineOffers | None = None
+        self.coming: tuple[Pipeline, ...] = ()  # planned, and not in the hands of ``replicas`` yet
 
     @property
     def name(self) -> str:

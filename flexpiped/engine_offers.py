@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.errors import UnsupportedByEngine
+from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import Model, engine_factory, find_files, ignore_news
 from flexpiped.planner_question import question_here
 from flexpiped.settings import EngineKind, Settings
@@ -35,6 +36,7 @@ class EngineOffers:
         model: As the configured engine has it.
         on_news: Told what operators should know of an engine that runs, one sentence each.
         on_plan: Told how many seconds each plan took, in the thread that planned.
+        held: What other models hold of the devices, asked anew for each plan in the thread that plans.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class EngineOffers:
         model: Model,
         on_news: Callable[[str], object] = ignore_news,
         on_plan: Callable[[float], object] = lambda _took_s: None,
+        held: Callable[[], Held] = dict,
     ) -> None:
         self._on_plan = on_plan
+        self._held = held
         self._settings = settings
         self._source = source
         self._on_news = on_news
@@ -92,7 +96,8 @@ class EngineOffers:
         return EngineOffer(
             factory=engine_factory(settings, model, on_news=self._on_news),
             resolver=PlannerResolver(
-                lambda: question_here(self._planned_for(settings), model.graph), on_plan=self._on_plan
+                lambda: question_here(self._planned_for(settings), model.graph, held=self._held()),
+                on_plan=self._on_plan,
             ),
             starts=start_times_of(
                 model.graph,

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 
 from engines.errors import EngineError
 from flexpiped import log_events
+from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import Model
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_offers import EngineOffers
@@ -33,6 +34,8 @@ class EngineStart:
         on_change: Told how each replica fares from here on.
         on_progress: Told what the start is doing.
         on_plan: Told how many seconds each plan took, in the thread that planned.
+        held: What other models hold of the devices.
+        planning: Held while it plans: models that share devices plan one after the other.
     """
 
     def __init__(
@@ -48,8 +51,12 @@ class EngineStart:
         on_change: Callable[[int, Supervision], None],
         on_progress: Callable[[str], None],
         on_plan: Callable[[float], None],
+        held: Callable[[], Held],
+        planning: asyncio.Lock,
     ) -> None:
         self._on_plan = on_plan
+        self._held = held
+        self._planning = planning
         self._settings = settings
         self._source = source
         self._in_force = in_force
@@ -75,10 +82,13 @@ class EngineStart:
             model=model,
             on_news=lambda news: self._events.publish(EventKind.ENGINE, news),
             on_plan=self._on_plan,
+            held=self._held,
         )
         self._in_force.offers = offers
         offers.use(self._settings())  # a reload may have come while they were made
-        last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
+        async with self._planning:
+            last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
+            self._in_force.coming = () if last is None else (last.pipeline, *last.further)
         if last is not None:
             try:
                 replicas = await self._supervise(stack, last)
@@ -89,7 +99,9 @@ class EngineStart:
                 self._not_restored(f"the engine did not start with it: {error}")
         settings = self._settings()
         configured = offers.of(settings.engine.value)
-        pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
+        async with self._planning:
+            pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
+            self._in_force.coming = (pipeline,)
         return await self._supervise(
             stack,
             Beginning(offer=configured, engine=settings.engine.value, pipeline=pipeline, reason="as configured"),
@@ -146,6 +158,7 @@ class EngineStart:
         stack.push_async_callback(replicas.close)
         stack.push_async_callback(self._refactorings.close)
         self._in_force.replicas = replicas
+        self._in_force.coming = beginning.further  # the first one is among the replicas from here on
         self._on_progress("starting the engine")
         try:
             await replicas.add(beginning.pipeline, factory=beginning.offer.factory, on_progress=self._on_progress)

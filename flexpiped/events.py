@@ -18,6 +18,7 @@ class EventKind(Enum):
     ENGINE = "engine"  # started, died, restarted, compiled again after a move
     REFACTORING = "refactoring"  # asked for, progress, done, refused, aborted
     DECISION = "decision"  # what the policy came to: what changes something here, all in a log of its own
+    MODEL = "model"  # one of several started, stopped, or gave way to another
     DEVICES = "devices"  # a GPU appeared, left or got worse; others took or freed memory
     MISSED = "missed"  # events that this follower can no longer get
 
@@ -106,6 +107,10 @@ class EventLog:
         self._closed = True
         self._published.set()
 
+    def of_model(self, name: Callable[[], str]) -> "EventLog":
+        """Return this log for one model, whose name its events bear; where the name is empty, they bear none."""
+        return _ModelLog(self, name)
+
     def _notice(self, sequence: int, missed: int) -> Event:
         return Event(
             sequence=sequence + missed,
@@ -114,3 +119,26 @@ class EventLog:
             message=f"{missed} events were dropped: this follower is slower than they come",
             fields={"missed": missed},
         )
+
+
+class _ModelLog(EventLog):
+    """A log that only writes into another one, and reads there."""
+
+    def __init__(self, log: EventLog, name: Callable[[], str]) -> None:
+        super().__init__(capacity=1)
+        self._log = log
+        self._name = name
+
+    @property
+    def last_sequence(self) -> int:
+        return self._log.last_sequence
+
+    def publish(self, kind: EventKind, message: str, **fields: Any) -> Event:
+        name = self._name()
+        return self._log.publish(kind, message, **fields, **({"model": name} if name else {}))
+
+    def since(self, sequence: int) -> tuple[Event, ...]:
+        return self._log.since(sequence)
+
+    def follow(self, *, since: int) -> AsyncIterator[Event]:
+        return self._log.follow(since=since)

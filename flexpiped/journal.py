@@ -8,6 +8,7 @@ JournalError   the file cannot be used; the daemon goes on without it and says s
 """
 
 import asyncio
+import copy
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE INDEX IF NOT EXISTS events_of_instance ON events (instance, id);
 CREATE TABLE IF NOT EXISTS intents (
     instance TEXT PRIMARY KEY, intent TEXT NOT NULL, fruitless_starts INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS models (
+    instance TEXT PRIMARY KEY, is_stopped INTEGER NOT NULL, path TEXT NOT NULL, configured TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -48,6 +51,25 @@ class Stored:
 
     intent: Intent
     fruitless_starts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """What was asked for of a model by hand: stopped, or other files than the configuration said then (empty: none)."""
+
+    is_stopped: bool
+    path: str
+    configured: str
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What the views of one journal have in common."""
+
+    connection: sqlite3.Connection | None = None
+    last: Future[None] | None = None
+    written: int = 0
+    failure: str = ""
 
 
 class Journal:
@@ -73,10 +95,22 @@ class Journal:
         self._on_failure = on_failure
         self._wall_clock = wall_clock
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
-        self._connection: sqlite3.Connection | None = None
-        self._last: Future[None] | None = None
-        self._written = 0
-        self.failure = ""  # why something is missing in it; empty: nothing is
+        self._shared = _Shared()
+        self._model = instance
+
+    def of_model(self, table: str) -> "Journal":
+        """Return the same journal, with the intent of a model by the name of its table.
+
+        The model without a table has the row that a daemon's only model always had.
+        """
+        view = copy.copy(self)
+        view._model = f"{self._instance} models.{table}" if table else self._instance
+        return view
+
+    @property
+    def failure(self) -> str:
+        """Why something is missing in it; empty: nothing is."""
+        return self._shared.failure
 
     def open(self) -> None:
         """Open the file, making it where there is none.
@@ -88,24 +122,24 @@ class Journal:
             self._thread.submit(self._open).result()
         except (OSError, sqlite3.Error) as error:
             self._thread.shutdown()
-            self.failure = f"{self._file}: {error}"
+            self._shared.failure = f"{self._file}: {error}"
             raise JournalError(self.failure) from error
 
     def close(self) -> None:
         """Write what is left, then close. A start that has not ``got_ready`` stays a fruitless one. Idempotent."""
-        if self._connection is not None:
+        if self._shared.connection is not None:
             self._thread.submit(self._close).result()
         self._thread.shutdown()
 
     def record(self, event: Event, intent: Intent | None) -> None:
         """Have an event written, with the intent if the event changes it. Never waits."""
-        if self._connection is not None:
-            self._last = self._thread.submit(self._guarded, lambda db: self._write(db, event, intent))
+        if self._shared.connection is not None:
+            self._shared.last = self._thread.submit(self._guarded, lambda db: self._write(db, event, intent))
 
     async def settled(self) -> None:
         """Return when everything recorded so far is on disk."""
-        if self._last is not None:
-            await asyncio.shield(asyncio.wrap_future(self._last))  # one who waits no longer takes no row back
+        if self._shared.last is not None:
+            await asyncio.shield(asyncio.wrap_future(self._shared.last))  # one who waits no longer takes no row back
 
     def begin_start(self) -> None:
         """Note that the daemon starts with the stored intent, before it does."""
@@ -119,13 +153,24 @@ class Journal:
         """Remove the intent: the configuration decides."""
         self._update("DELETE FROM intents WHERE instance = ?")
 
+    def keep_state(self, state: ModelState) -> None:
+        """Keep what was asked for of the model by hand."""
+        self._update(
+            "INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?)", state.is_stopped, state.path, state.configured
+        )
+
+    def state(self) -> ModelState | None:
+        """Return what was last asked for of the model by hand. Raises ``JournalError``."""
+        rows = self._read("SELECT is_stopped, path, configured FROM models WHERE instance = ?", (self._model,))
+        return next((ModelState(is_stopped=bool(row[0]), path=row[1], configured=row[2]) for row in rows), None)
+
     def stored(self) -> Stored | None:
         """Return the last intent.
 
         Raises:
             JournalError: It cannot be read.
         """
-        rows = self._read("SELECT intent, fruitless_starts FROM intents WHERE instance = ?", (self._instance,))
+        rows = self._read("SELECT intent, fruitless_starts FROM intents WHERE instance = ?", (self._model,))
         try:
             return next((Stored(intent=intent_from_json(row[0]), fruitless_starts=row[1]) for row in rows), None)
         except InvalidIntent as error:
@@ -172,16 +217,16 @@ class Journal:
         except BaseException:
             db.close()
             raise
-        self._connection = db
+        self._shared.connection = db
 
     def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        if self._shared.connection is not None:
+            self._shared.connection.close()
+        self._shared.connection = None
 
     def _guarded(self, work: Callable[[sqlite3.Connection], None]) -> None:
         """Run one transaction. A disk that is full must not end the serving: it is told once, and tried again."""
-        db = self._connection
+        db = self._shared.connection
         assert db is not None, "open comes first"
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -194,7 +239,7 @@ class Journal:
         except sqlite3.Error as error:
             if not self.failure:
                 self._on_failure(f"{self._file}: {error}")
-            self.failure = f"{self._file}: {error}"
+            self._shared.failure = f"{self._file}: {error}"
 
     def _write(self, db: sqlite3.Connection, event: Event, intent: Intent | None) -> None:
         db.execute(
@@ -205,29 +250,29 @@ class Journal:
             db.execute(
                 "INSERT INTO intents VALUES (?, ?, 0) ON CONFLICT (instance) DO UPDATE"
                 " SET intent = excluded.intent, fruitless_starts = 0",
-                (self._instance, _json(intent_to_wire(intent))),
+                (self._model, _json(intent_to_wire(intent))),
             )
-        self._written += 1
-        if self._written % _PRUNE_EVERY == 0:
+        self._shared.written += 1
+        if self._shared.written % _PRUNE_EVERY == 0:
             self._prune(db)
 
     def _prune(self, db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM events WHERE time_unix_s < ?", (self._wall_clock() - self._keep_s,))
 
-    def _update(self, statement: str, *, wait: bool = True) -> None:
+    def _update(self, statement: str, *values: object, wait: bool = True) -> None:
         def update(db: sqlite3.Connection) -> None:
-            db.execute(statement, (self._instance,))
+            db.execute(statement, (self._model, *values))
 
-        if self._connection is None:
+        if self._shared.connection is None:
             return
-        self._last = self._thread.submit(self._guarded, update)
+        self._shared.last = self._thread.submit(self._guarded, update)
         if wait:
-            self._last.result()
+            self._shared.last.result()
 
     # --- reading, in the thread that asks ---
 
     def _read(self, query: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
-        if self._connection is None:
+        if self._shared.connection is None:
             raise JournalError(self.failure or f"{self._file}: not open")
         try:
             with closing(sqlite3.connect(f"{self._file.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as db:

@@ -8,7 +8,7 @@ A daemon has one of these for each model that it serves; what they share (ports,
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -20,8 +20,10 @@ from flexpiped.auto import DECISIONS_KEPT, AutoControl
 from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
+from flexpiped.device_sharing import Held, devices_beside
 from flexpiped.engine_factory import Model, find_files
 from flexpiped.engine_in_force import EngineInForce
+from flexpiped.engine_offers import EngineOffers
 from flexpiped.engine_start import EngineStart
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.intent import Intent, IntentKeeper, basis_of
@@ -59,7 +61,11 @@ class ModelService:
         name: Under which clients ask for it.
         source: Directory or hub id.
         events: Told what happens.
+        metrics: Of the model, also over a stop and a start.
         is_traced: Whether requests leave traces.
+        held: What other models hold of the devices.
+        numbers, planning: As ``Refactorings`` has them, of the daemon.
+        on_decision: Told each decision of automatic control, also one to keep everything as it is.
         on_progress: Told what the start is doing.
         on_given_up: Told that it will not serve again, with the reason.
     """
@@ -72,7 +78,13 @@ class ModelService:
         source: str,
         events: EventLog,
         journal: Journal,
+        metrics: Metrics,
         is_traced: bool,
+        held: Callable[[], Held],
+        numbers: Iterator[int],
+        planning: asyncio.Lock,
+        api_url: str,
+        on_decision: Callable[[Event], object],
         on_progress: Callable[[str], None],
         on_given_up: Callable[[str], None],
     ) -> None:
@@ -81,6 +93,9 @@ class ModelService:
         self.source = source
         self._events = events
         self._journal = journal
+        self._held = held
+        self._planning = planning
+        self._on_decision = on_decision
         self._on_progress = on_progress
         self._on_given_up = on_given_up
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
@@ -99,6 +114,8 @@ class ModelService:
             fleet=self._in_force.fleet,
             other_engine=self._in_force.other,
             settled=journal.settled,
+            numbers=numbers,
+            planning=planning,
         )
         self.changes = Changes(refactorings=self.refactorings, events=events, plans=self, settled=journal.settled)
         self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.intended, intent=None)
@@ -107,7 +124,8 @@ class ModelService:
             memory_s=settings.auto.latency_window_s,
             stale_after_s=settings.auto.stale_after_s,
         )
-        self.metrics = Metrics(listener=TracedLoad(self.load) if is_traced else self.load)
+        self.metrics = metrics
+        self.metrics.listener = TracedLoad(self.load) if is_traced else self.load
         self._candidates = PlannedCandidates(
             resolver=lambda: self._in_force.offer().resolver,
             serving=lambda: self._in_force.known_replicas().pipelines,
@@ -125,6 +143,16 @@ class ModelService:
             fleet=lambda: self._in_force.fleet.serving,
             engines=lambda: self._in_force.known_replicas().engines,
             decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
+        )
+        self.status = DaemonStatus(
+            identity=Identity(model_name=name, model_path=source, api_url=api_url),
+            engine_name=lambda: self._in_force.name,
+            health=lambda: self.health,
+            engine=self._in_force.engine,
+            refactorings=self.refactorings,
+            latencies=metrics.latencies,
+            fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
+            auto=lambda: {"mode": self.auto.mode.value, "decision": self.auto.last},
         )
 
     # --- what it is ---
@@ -162,6 +190,17 @@ class ModelService:
         assert self._text is not None, "start comes first"
         return self._text
 
+    @property
+    def drain_deadline_s(self) -> float:
+        """So long its requests may go on when it stops."""
+        return self._settings.handover.drain_deadline_s
+
+    def holds(self) -> Held:
+        """Return what it holds of each device, and what a change under way is about to take."""
+        replicas = () if self._in_force.replicas is None else self._in_force.replicas.pipelines
+        pipelines = (*replicas, *self.refactorings.coming, *self._in_force.coming)
+        return self._in_force.offer().resolver.held_by(pipelines) if pipelines else {}
+
     async def plan(self, stages: int | Auto) -> dict[str, Any]:
         """Return what the planner would do now, with every candidate; moves nothing.
 
@@ -174,19 +213,6 @@ class ModelService:
             resolver.answer, stages, current=engine.pipeline, resident=engine.capabilities.resident
         )
         return answer_to_wire(answer, took_s=time.monotonic() - began_s)
-
-    def status_source(self, *, api_url: str) -> DaemonStatus:
-        """Return what reads its status; it is for one who samples it as long as it serves."""
-        return DaemonStatus(
-            identity=Identity(model_name=self.name, model_path=self.source, api_url=api_url),
-            engine_name=lambda: self._in_force.name,
-            health=lambda: self.health,
-            engine=self._in_force.engine,
-            refactorings=self.refactorings,
-            latencies=self.metrics.latencies,
-            fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
-            auto=lambda: {"mode": self.auto.mode.value, "decision": self.auto.last},
-        )
 
     # --- its life ---
 
@@ -215,9 +241,26 @@ class ModelService:
             on_change=self._on_supervision,
             on_progress=self._progress,
             on_plan=self.metrics.planned,
+            held=self._held,
+            planning=self._planning,
         )
         await self._start_both(model, engine_start)
         self._further = engine_start.further
+
+    async def check(self) -> None:
+        """Say whether it could start as configured; starts nothing.
+
+        Raises:
+            EngineError, PlannerError
+        """
+
+        def first() -> None:
+            settings = self._settings
+            model = find_files(settings, source=self.source)
+            offers = EngineOffers(settings, source=self.source, model=model, held=self._held)
+            offers.of(settings.engine.value).resolver.first(settings.stages)
+
+        await asyncio.to_thread(first)
 
     async def _start_both(self, model: Model, engine_start: EngineStart) -> None:
         text = TextService(
@@ -241,6 +284,7 @@ class ModelService:
         control.push_async_callback(self.auto.close)
         self._run_beside(control, self.auto.run_forever(), name="auto")
         self._run_beside(control, self._neighbourhood(devices).run_forever(), name="neighbourhood")
+        self._run_beside(control, self.status.sample_forever(), name="status-sampler")
         self._phase = ServiceState.READY
         # Before anybody can ask for another change, for nothing has been awaited since.
         coming = self.refactorings.bring_back(self._further) if self._further else None
@@ -257,6 +301,7 @@ class ModelService:
     async def close(self) -> None:
         """End engine and text process. Idempotent."""
         await self._engines.aclose()
+        self.auto.decided.close()
 
     def noted(self, event: Event) -> Intent | None:
         """Take one event of this model, and return its intent where the event changes that."""
@@ -279,7 +324,7 @@ class ModelService:
             NeighbourConstants(keep_free_bytes=own.keep_free_bytes, grow_after_s=own.grow_after_s),
             replicas=lambda: self._in_force.known_replicas().all,
             kv_bytes_per_token=lambda: self._in_force.offer().resolver.kv_bytes_per_token,
-            devices=devices,
+            devices=lambda: devices_beside(devices(), self._held()),
             refactorings=self.refactorings,
             events=self._events,
         )
@@ -287,6 +332,7 @@ class ModelService:
     def _tell_change(self, decision: Event) -> None:
         """Count it; a decision that changes something belongs to what happened, and to the journal."""
         self.metrics.decided(decision.fields["verb"])
+        self._on_decision(decision)
         if decision.fields["verb"] != "keep":
             self._events.publish(EventKind.DECISION, decision.message, **decision.fields)
 

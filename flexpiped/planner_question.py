@@ -11,6 +11,7 @@ from engines.sglang.pipelining import one_rank_reason
 from engines.vllm.options import num_kv_blocks_of
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs, costs_of
+from flexpiped.device_sharing import Held, topology_beside
 from flexpiped.hardware import host_topology
 from flexpiped.kv_capacity import served_kv_bytes
 from flexpiped.profiles import ProfileStore, profile_folder
@@ -34,13 +35,16 @@ _GUESS: Final = DeviceSpec(
 )
 
 
-def question_here(settings: Settings, graph: ModelGraph) -> PlanQuestion:
+def question_here(settings: Settings, graph: ModelGraph, *, held: Held | None = None) -> PlanQuestion:
     """Return the question for the devices that are here, as they are now, with the best times that are known. Blocks.
+
+    Args:
+        held: By other models of this daemon.
 
     Raises:
         UnsupportedByEngine: GPUs are asked for, and there are none or the engine does not take them.
     """
-    topology = host_topology(settings)
+    topology = topology_beside(host_topology(settings), held or {})
     costs = known_costs(settings, graph=graph, topology=topology)
     return question_of(settings, graph=graph, topology=topology, costs=costs)
 

@@ -11,9 +11,10 @@ Replicas that come or leave enter here, too. Progress is published as events; wh
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Final, Protocol
 
 from engines.closing import closing
@@ -122,6 +123,8 @@ class Refactorings:
         fleet: The replicas; None where there is only one, and never more.
         other_engine: Finds an engine by its name, or raises ``UnsupportedByEngine``; it may block.
         settled: Returns when what was published is on disk: a refactoring that has been promised is not forgotten.
+        numbers: Of refactorings, over all models of the daemon.
+        planning: Held while one is planned: models that share devices plan one after the other.
     """
 
     def __init__(
@@ -136,8 +139,12 @@ class Refactorings:
         settled: Callable[[], Awaitable[None]] = nothing_to_settle,
         monotonic_clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        numbers: Iterator[int] | None = None,
+        planning: asyncio.Lock | None = None,
     ) -> None:
         self._engine = engine
+        self._numbers = count(1) if numbers is None else numbers
+        self._planning = planning or asyncio.Lock()
         self._settled = settled
         self._resolver = resolver
         self._events = events
@@ -146,7 +153,6 @@ class Refactorings:
         self._other_engine = other_engine
         self._monotonic_clock = monotonic_clock
         self._wall_clock = wall_clock
-        self._number = 0
         self._deciding = False  # a request is between its acceptance and its start
         self._running: _Running | None = None
         self._task: asyncio.Task[None] | None = None
@@ -256,18 +262,32 @@ class Refactorings:
             raise RefactoringBusy(f"busy: {self.under_way}")
         if self._deciding:
             raise RefactoringBusy("busy: another refactoring is being planned")
-        self._deciding = True
-        try:
+        async with self._planning_alone():
             proposal = await self.propose(wanted)
-        finally:
-            self._deciding = False
-        if not proposal.changes_something:
-            return proposal
-        if not proposal.check.feasible:
-            raise RefactoringRefused("; ".join(proposal.check.sentences))
-        started = self._begin(proposal)
+            if not proposal.changes_something:
+                return proposal
+            if not proposal.check.feasible:
+                raise RefactoringRefused("; ".join(proposal.check.sentences))
+            started = self._begin(proposal)
         await self._settled()
         return started
+
+    @asynccontextmanager
+    async def _planning_alone(self) -> AsyncIterator[None]:
+        self._deciding = True
+        try:
+            async with self._planning:
+                yield
+        finally:
+            self._deciding = False
+
+    @property
+    def coming(self) -> tuple[Pipeline, ...]:
+        """The pipelines that the refactoring under way leads to: their devices are not free any more."""
+        if self._running is None:
+            return ()
+        proposal = self._running.proposal
+        return (proposal.target,) if proposal.scale is None else tuple(proposal.scale.add)
 
     def bring_back(self, pipelines: Sequence[Pipeline]) -> Started:
         """Begin to start the replicas that were there before a restart, beside the main one that serves.
@@ -303,8 +323,9 @@ class Refactorings:
 
     def _begin(self, proposal: Proposal) -> Started:
         reports, cancel = self._ways(proposal)
-        self._number += 1
-        running = _Running(number=self._number, proposal=proposal, started_s=self._monotonic_clock(), cancel=cancel)
+        running = _Running(
+            number=next(self._numbers), proposal=proposal, started_s=self._monotonic_clock(), cancel=cancel
+        )
         self._running = running
         since = self._events.last_sequence
         self._publish(running, f"plan: {proposal.stages_text}", state="plan", **proposal_to_wire(proposal))

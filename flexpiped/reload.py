@@ -5,13 +5,14 @@ A live key is applied, another one waits for a restart, and a file with a mistak
 
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from flexpiped.config_file import ConfigError, load_config
 from flexpiped.config_text import toml_value
 from flexpiped.keys import KeyFileError, KeyRing, load_keys
+from flexpiped.model_settings import PER_MODEL, entries
 from flexpiped.settings import KEYS, Key, Settings, value_of, with_value
 from flexpiped.tls import TlsError, load_tls
 
@@ -88,9 +89,30 @@ def compare(in_force: Settings, file: Path | None) -> ReloadReport:
     changes = changes_between(in_force, new)
     settings = in_force
     for change in changes:
-        if change.is_live:
+        if change.is_live and change.key.path:
             settings = with_value(settings, change.key.path, value_of(new, change.key))
+    settings = replace(settings, models=new.models)
+    changes = (*changes, *changes_of_models(in_force, new))
     return ReloadReport(file=str(file), settings=settings, keys=keys, tls=tls, changes=changes)
+
+
+def changes_of_models(old: Settings, new: Settings) -> tuple[Change, ...]:
+    """Return the keys of models' tables that differ; a table that comes or goes differs in all of its keys."""
+    before, after = entries(old), entries(new)
+    return tuple(
+        Change(
+            key=Key(name=name, path=(), read=PER_MODEL[_key_in_table(name)].read, is_live=True),
+            before=toml_value(before.get(name)),
+            after=toml_value(after.get(name)),
+            is_live=True,
+        )
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    )
+
+
+def _key_in_table(name: str) -> str:
+    return next(key for key in sorted(PER_MODEL, key=len, reverse=True) if name.endswith(f".{key}"))
 
 
 def load_files(settings: Settings) -> tuple[KeyRing | None, ssl.SSLContext | None]:

@@ -1,14 +1,16 @@
 """Puts the parts of the daemon together, starts them in order and, when the scope ends, ends them in reverse.
 
-sockets -> admin API and a port that says "starting" -> the model (``flexpiped.model_service``) -> HTTP API -> ready
+sockets -> admin API and a port that says "starting" -> the first model -> HTTP API -> further models -> ready
 """
 
 import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,29 +22,38 @@ from flexpiped.admin import admin_app
 from flexpiped.admin_auto import auto_routes
 from flexpiped.admin_config import Configuration, config_routes
 from flexpiped.admin_history import history_routes
-from flexpiped.admin_profile import profile_routes
+from flexpiped.admin_models import ModelRoutes, PickedChanges, picked, running
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
+from flexpiped.api.backends import Backends, Served
 from flexpiped.api.forwarding import OWN_PATHS
+from flexpiped.api.metrics import Metrics
+from flexpiped.auto import DECISIONS_KEPT
 from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
 from flexpiped.connections import ConnectionLimits
 from flexpiped.dashboard.feed import Feed, Sources
 from flexpiped.dashboard.routes import Dashboard
+from flexpiped.device_sharing import Held
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.hardware import Hardware
 from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.keys import KeyRing
+from flexpiped.load_monitor import LoadSampler
+from flexpiped.model_entry import Entry
 from flexpiped.model_service import ModelService
-from flexpiped.models import model_source, served_name
+from flexpiped.model_set import ModelSet
+from flexpiped.model_settings import ModelSpec, specs_of
+from flexpiped.models import model_source
+from flexpiped.models_status import ModelsStatus
 from flexpiped.native_interpreter import engine_python
 from flexpiped.reload import load_files
 from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
 from flexpiped.settings import Settings
 from flexpiped.spans import spans_of
 from flexpiped.starting_app import starting_app
-from flexpiped.status import DaemonStatus, Health
+from flexpiped.status import Health
 from flexpiped.tls import LiveTls
 from flexpiped.tracing import Handovers, traced
 from flexpiped.watches import watch_hardware
@@ -53,7 +64,7 @@ TRACED: Final = frozenset({"/v1/completions", "/v1/chat/completions", *OWN_PATHS
 
 
 class Service:
-    """The daemon's ports and what its model shares with nobody, around the one model that it serves.
+    """The daemon: its ports, and what the models that it serves (``flexpiped.model_set``) share.
 
     Args:
         on_progress: Told what the start is doing.
@@ -77,48 +88,56 @@ class Service:
         self._tls = None if tls is None else LiveTls(tls)
         self._admission = Admission(limits=_limits(settings))
         self._admin_socket = admin_socket
-        self.source = model_source(settings)
-        self.name = served_name(settings, self.source)
         self.events = EventLog(on_publish=self._keep)
         self.failed = asyncio.Event()  # the engine is gone for good
         self.api_url = ""
         self._journal: Journal = journal_of(
             settings.journal, environment=os.environ, instance=str(admin_socket), on_failure=log_events.journal_failed
         )
-        self._spans, self._handovers = spans_of(settings.tracing, model=self.name), Handovers()
-        self._model = ModelService(
-            settings,
-            name=self.name,
-            source=self.source,
-            events=self.events,
+        self._decisions = EventLog(capacity=DECISIONS_KEPT)  # of the model that the dashboard shows
+        self._handover_numbers, self._planning = count(1), asyncio.Lock()
+        self._hardware: Hardware | None = None
+        self._models = ModelSet(
+            specs_of(settings),
+            make=self._made,
+            serve=self._serve,
             journal=self._journal,
-            is_traced=self._spans is not None,
+            events=self.events,
             on_progress=on_progress,
-            on_given_up=lambda _reason: self.failed.set(),
+            on_all_given_up=lambda _reason: self.failed.set(),
         )
+        self.name = ", ".join(self._models.entries)
+        self.source = ", ".join(model_source(each.spec.settings) for each in self._models.entries.values())
+        self._spans, self._handovers = spans_of(settings.tracing, model=self.name), Handovers()
 
     @property
     def health(self) -> Health:
-        """The state of the service: what the daemon is doing comes first, then what the engine is doing."""
-        return self._model.health
+        """The state of the service: ready when every model that should serve does."""
+        return self._models.health
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """The pipeline in force, None before there is one."""
-        return self._model.pipeline
+        """The pipeline in force of the first model, None before there is one."""
+        return None if self._shown is None else self._shown.pipeline
 
     @property
     def max_stages(self) -> int:
-        """How many stages the engine in force could have on the devices that are here."""
-        return self._model.max_stages
+        """How many stages the engine in force of the first model could have on the devices that are here."""
+        return 1 if self._shown is None else self._shown.max_stages
+
+    @property
+    def _shown(self) -> ModelService | None:
+        """What serves the model that is shown where only one can be."""
+        return None if self._models.first is None else self._models.first.service
 
     async def plan(self, stages: int | Auto) -> dict[str, Any]:
-        """Return what the planner would do now, with every candidate; moves nothing.
+        """Return what the planner would do now with the first model, with every candidate; moves nothing.
 
         Raises:
             PlannerError, EngineError
         """
-        return await self._model.plan(stages)
+        assert self._models.first is not None, "there is one at a start"
+        return await running(self._models.first).plan(stages)
 
     def apply(self, settings: Settings, *, keys: KeyRing | None, tls: ssl.SSLContext | None) -> None:
         """Use what ``settings`` say of what is live, and the API keys and certificate that their files hold now.
@@ -130,7 +149,10 @@ class Service:
         if self._tls is not None and tls is not None:
             self._tls.current = tls
         self._admission.limits = _limits(settings)
-        self._model.use(settings)
+        for entry in self._models.entries.values():
+            if entry.service is not None and not entry.configured.table and not settings.models:
+                entry.service.use(replace(settings, models={}))
+        self._models.changes.reconcile(specs_of(settings))
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Start everything; ``stack`` ends it. Returns when requests are served.
@@ -142,13 +164,12 @@ class Service:
         stack.callback(listener.close)
         self.api_url = f"{url_of(listener, is_tls=self._tls is not None)}/v1"
         await self._open_journal(stack)
-        model = self._model
-        hardware = Hardware(self._settings, python=engine_python(self._settings))
-        status = model.status_source(api_url=self.api_url)
+        self._hardware = hardware = Hardware(self._settings, python=engine_python(self._settings))
+        status = ModelsStatus(self._models, api_url=self.api_url)
         feed = self._feed_dashboards(stack, status, hardware)
         pages = Dashboard(
             feed=feed,
-            changes=model.changes,
+            changes=PickedChanges(self._first_or_picked),
             mode=lambda: self._settings.http.dashboard,
             keys=lambda: self._keys,
         ).routes()
@@ -156,10 +177,34 @@ class Service:
         first = starting_app(lambda: self.health, keys=lambda: self._keys, further=pages)
         await gate.enter_async_context(self._serving(first, listener, shutdown_s=1.0))
         await self._open_admin(stack, hardware, status)
-        stack.push_async_callback(model.close)
-        await model.start()
+        stack.push_async_callback(self._models.close)
+
+        async def open_api() -> None:
+            await self._open_api(stack, listener, hardware, pages)
+            feed.end_streams("it serves now")
+            await gate.aclose()
+            stack.push_async_callback(self._models.end_control)
+            stack.callback(feed.close, "the daemon ends")
+            stack.callback(self._begin_drain)
+
+        await self._models.start_all(before_first=open_api)
+
+    async def _open_api(
+        self, stack: AsyncExitStack, listener: socket.socket, hardware: Hardware, pages: Sequence[web.RouteDef]
+    ) -> None:
         app = create_app(
-            self._backend(hardware),
+            Backends(
+                models=lambda: {
+                    name: Served(health=each.health, backend=each.backend, metrics=each.metrics)
+                    for name, each in self._models.entries.items()
+                },
+                are_named=lambda: self._models.are_named,
+                health=lambda: self.health,
+                admission=self._admission,
+                keys=lambda: self._keys,
+                devices=hardware.devices,
+                body_deadline_s=lambda: self._settings.http.body_deadline_s,
+            ),
             max_body_bytes=self._settings.http.max_body_bytes,
             further=pages,
             outermost=() if self._spans is None else (traced(self._spans, handovers=self._handovers, paths=TRACED),),
@@ -167,15 +212,38 @@ class Service:
         if self._spans is not None:
             stack.push_async_callback(asyncio.to_thread, self._spans.close)
         await stack.enter_async_context(self._serving(app, listener, shutdown_s=DRAIN_DEADLINE_S))
-        feed.end_streams("it serves now")
-        await gate.aclose()
-        stack.push_async_callback(model.end_control)
-        stack.callback(feed.close, "the daemon ends")
-        stack.callback(self._begin_drain)
-        model.begin(devices=hardware.devices)
 
-    def _backend(self, hardware: Hardware) -> Backend:
-        model = self._model
+    def _made(
+        self,
+        spec: ModelSpec,
+        *,
+        name: str,
+        metrics: Metrics,
+        held: Callable[[], Held],
+        on_progress: Callable[[str], None],
+        on_given_up: Callable[[str], None],
+    ) -> ModelService:
+        """A ``MakeService``."""
+        return ModelService(
+            spec.settings,
+            name=name,
+            source=model_source(spec.settings),
+            events=self.events.of_model(lambda: name if self._models.are_named else ""),
+            journal=self._journal.of_model(spec.table),
+            metrics=metrics,
+            is_traced=self._spans is not None,
+            held=held,
+            numbers=self._handover_numbers,
+            planning=self._planning,
+            api_url=self.api_url,
+            on_decision=lambda decision: self._note_decision(name, decision),
+            on_progress=on_progress,
+            on_given_up=on_given_up,
+        )
+
+    def _serve(self, model: ModelService) -> Backend:
+        assert self._hardware is not None, "known before any model starts"
+        model.begin(devices=self._hardware.devices)
         return Backend(
             model=model.name,
             serving=model.serving,
@@ -185,8 +253,17 @@ class Service:
             body_deadline_s=self._settings.http.body_deadline_s,
             metrics=model.metrics,
             health=lambda: model.health,
-            devices=hardware.devices,
+            devices=self._hardware.devices,
         )
+
+    def _first_or_picked(self, request: web.Request) -> Entry:
+        """The dashboard shows the first model where none is named."""
+        first = self._models.first
+        return first if first is not None and "model" not in request.query else picked(self._models, request)
+
+    def _note_decision(self, name: str, decision: Event) -> None:
+        if self._models.first is not None and name == self._models.first.name:
+            self._decisions.publish(decision.kind, decision.message, **decision.fields)
 
     def _serving(
         self, app: web.Application, listener: socket.socket, *, shutdown_s: float
@@ -212,53 +289,61 @@ class Service:
             self.events.publish(EventKind.DAEMON, f"journal failed: {error}")
         self.events.publish(EventKind.DAEMON, f"starting flexpiped {flexpiped.__version__} with {self.source}")
 
-    def _feed_dashboards(self, stack: AsyncExitStack, status: DaemonStatus, hardware: Hardware) -> Feed:
+    def _feed_dashboards(self, stack: AsyncExitStack, status: ModelsStatus, hardware: Hardware) -> Feed:
+        nothing = LoadSampler()
         feed = Feed(
             Sources(
                 status=status,
-                tokens_per_s=lambda: status.tokens_per_s,
-                load=self._model.load.observe,
+                tokens_per_s=lambda: None if self._shown is None else self._shown.status.tokens_per_s,
+                load=lambda: (nothing if self._shown is None else self._shown.load).observe(),
                 events=self.events,
-                decisions=self._model.auto.decided,
+                decisions=self._decisions,
                 topology=hardware.look,
             )
         )
         self._run_beside(stack, feed.run_forever(), name="dashboard-feed")
         return feed
 
-    async def _open_admin(self, stack: AsyncExitStack, hardware: Hardware, status: DaemonStatus) -> None:
-        profiles = profile_routes(self._settings, source=self.source, environment=os.environ)
+    async def _open_admin(self, stack: AsyncExitStack, hardware: Hardware, status: ModelsStatus) -> None:
+        models = self._models
         app = admin_app(
             status=status,
-            changes=self._model.changes,
+            changes=PickedChanges(lambda request: picked(models, request)),
             events=self.events,
             hardware=hardware,
             further=(
-                *profiles.routes(),
-                *history_routes(self._journal),
-                *auto_routes(self._model.auto, events=self.events),
+                *ModelRoutes(models, events=self.events).routes(),
+                *history_routes(self._journal, tables=self._tables),
+                *auto_routes(lambda request: running(picked(models, request)).auto, events=self.events),
                 *config_routes(self._configuration),
             ),
         )
         await stack.enter_async_context(serving_admin(app, self._admin_socket))
         stack.callback(self.events.close)
-        stack.callback(self._model.auto.decided.close)
+        stack.callback(self._decisions.close)
         self._run_beside(stack, watch_hardware(hardware, self.events), name="hardware-watch")
-        self._run_beside(stack, status.sample_forever(), name="status-sampler")
+
+    def _tables(self) -> dict[str, str]:
+        """Return the tables of models that are told apart, by their names."""
+        entries = self._models.entries if self._models.are_named else {}
+        return {name: each.configured.table for name, each in entries.items()}
 
     def _keep(self, event: Event) -> None:
         """Have the journal keep what happens; progress is only for those who watch."""
         self._handovers.note(event)
-        intent = self._model.noted(event)
+        entry = self._models.entries.get(event.fields.get("model", "")) or self._models.first
+        service = None if entry is None else entry.service
+        intent = None if service is None else service.noted(event)
         if event.fields.get("state") != "progress":
-            self._journal.record(event, intent)
+            journal = self._journal if entry is None else self._journal.of_model(entry.configured.table)
+            journal.record(event, intent)
 
     def _run_beside(self, stack: AsyncExitStack, work: Coroutine[None, None, None], *, name: str) -> None:
         run_beside(stack, work, name=name, on_failure=lambda said: self.events.publish(EventKind.DAEMON, said))
 
     def _begin_drain(self) -> None:
         reason = "streams in flight are finishing"
-        self._model.begin_drain(reason)
+        self._models.begin_drain(reason)
         self.events.publish(EventKind.DAEMON, f"draining: {reason}")
 
 

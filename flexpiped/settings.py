@@ -93,6 +93,11 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """No key by itself: tables whose names are the operator's (``flexpiped.model_settings``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
     host: Annotated[str, text] = "127.0.0.1"
     port: Annotated[int, integer(0, 65535)] = 8100
@@ -300,6 +305,8 @@ class Settings:
     slo: Annotated[SloSettings, Live()] = field(default_factory=SloSettings)
     planner: Annotated[PlannerSettings, Live()] = field(default_factory=PlannerSettings)
     auto: AutoSettings = field(default_factory=AutoSettings)
+    # Of each [models.NAME] table the values of the keys that stand in it.
+    models: Annotated[Mapping[str, Mapping[str, object]], Tables()] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +327,8 @@ def _keys_of(section: type, *, names: tuple[str, ...], path: tuple[str, ...], is
     for each in fields(section):
         hint, here = hints[each.name], (*path, each.name)
         more: tuple[object, ...] = getattr(hint, "__metadata__", ())
+        if any(isinstance(word, Tables) for word in more):
+            continue
         live = is_live or any(isinstance(word, Live) for word in more)
         kind = getattr(hint, "__origin__", hint)
         if is_dataclass(kind):

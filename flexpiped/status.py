@@ -27,6 +27,7 @@ class ServiceState(Enum):
     ASLEEP = "asleep"  # there is no engine; the next request starts it, and waits
     DRAINING = "draining"
     FAILED = "failed"
+    STOPPED = "stopped"  # by hand: no request is taken until it is started again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,12 @@
 """From what an operator asks for to a pipeline, with the planner's help."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flexpiped.config_values import Auto
+from flexpiped.device_sharing import Held, held_by
 from flexpiped.handover_records import Wanted
 from planner import prediction
 from planner.candidate_plan import PlanAnswer
@@ -41,6 +42,7 @@ class PlannerResolver:
         self._clock = clock
         first = question()
         self._graph = first.graph
+        self._kv_tokens = first.engine.kv_tokens or 0
         self.max_stages = first.engine.max_stages  # the engine's own limit and the devices'
         self._session: PlanSession | None = None
 
@@ -48,6 +50,10 @@ class PlannerResolver:
     def kv_bytes_per_token(self) -> int:
         """What a token takes in the KV cache of the whole model."""
         return self._graph.kv_bytes_per_token
+
+    def held_by(self, pipelines: Iterable[Pipeline]) -> Held:
+        """Return what pipelines of this model hold of each device."""
+        return held_by(pipelines, self._graph, kv_tokens=self._kv_tokens)
 
     def first(self, stages: int | Auto) -> Pipeline:
         """Return the pipeline to start with.

@@ -11,15 +11,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 import flexpiped
 from engines.errors import EngineError
-from engines.protocol import EngineCounters, StageStatus
+from engines.protocol import EngineCapabilities, EngineCounters, StageStatus
 from flexpiped.api.access import keys_asked_for
-from flexpiped.api.backend import BACKEND, Backend
+from flexpiped.api.backend import Backend
+from flexpiped.api.backends import BACKENDS, Backends, Served, no_such_model, only
 from flexpiped.api.errors import ApiError, from_http_status
+from flexpiped.api.exposition import exposition, labelled
 from flexpiped.api.forwarding import OWN_PATHS
 from flexpiped.api.handlers import chat_completions, completions, engine_route
-from flexpiped.api.metrics import Levels
+from flexpiped.api.metrics import Levels, daemon_families, model_states
 from flexpiped.api.openapi import describe
-from flexpiped.api.parameters import ensure_model
 from flexpiped.api.text_routes import detokenize, tokenize
 from flexpiped.status import ServiceState
 from flexpiped.total_counters import total_counters
@@ -30,16 +31,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def create_app(
-    backend: Backend,
+    backends: Backends | Backend,
     *,
     max_body_bytes: int = _MAX_BODY_BYTES,
     further: Sequence[web.RouteDef] = (),
     outermost: Sequence[Middleware] = (),
 ) -> web.Application:
     """Return the application. It must be run with ``handler_cancellation``: a client that leaves frees its request."""
-    middlewares = [*outermost, errors_in_one_shape, keys_asked_for(backend.keys)]
+    backends = only(backends) if isinstance(backends, Backend) else backends
+    middlewares = [*outermost, errors_in_one_shape, keys_asked_for(backends.keys)]
     app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
-    app[BACKEND] = backend
+    app[BACKENDS] = backends
     app.add_routes(
         [
             web.post("/v1/completions", completions),
@@ -81,12 +83,13 @@ def _json(value: object, *, status: int = 200) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
 
 
-def _model_card(backend: Backend) -> dict[str, object]:
-    capabilities = backend.serving.capabilities
+def _model_card(name: str, served: Served, created_unix_s: int) -> dict[str, object]:
+    backend = served.backend
+    capabilities = None if backend is None else backend.serving.capabilities
     return {
-        "id": backend.model,
+        "id": name,
         "object": "model",
-        "created": backend.created_unix_s,
+        "created": created_unix_s if backend is None else backend.created_unix_s,
         "owned_by": "flexpiped",
         "max_model_len": None if capabilities is None else capabilities.max_model_len,
     }
@@ -94,32 +97,40 @@ def _model_card(backend: Backend) -> dict[str, object]:
 
 async def models(http: web.Request) -> web.Response:
     """GET /v1/models"""
-    return _json({"object": "list", "data": [_model_card(http.app[BACKEND])]})
+    backends = http.app[BACKENDS]
+    cards = [_model_card(name, served, backends.created_unix_s) for name, served in backends.models().items()]
+    return _json({"object": "list", "data": cards})
 
 
 async def model(http: web.Request) -> web.Response:
     """GET /v1/models/{model}"""
-    backend = http.app[BACKEND]
-    ensure_model(http.match_info["model"], served=backend.model)
-    return _json(_model_card(backend))
+    backends, name = http.app[BACKENDS], http.match_info["model"]
+    known = backends.models()
+    if name not in known:
+        raise no_such_model(name, known)
+    return _json(_model_card(name, known[name], backends.created_unix_s))
 
 
 async def version(http: web.Request) -> web.Response:
-    """GET /version"""
-    capabilities = http.app[BACKEND].serving.capabilities
-    engine = None if capabilities is None else capabilities.name
-    return _json({"version": flexpiped.__version__, "engine": engine})
+    """GET /version: with the engine of the only model, or the engines of all."""
+    names = {each.name for each in _capabilities(http.app[BACKENDS])}
+    return _json({"version": flexpiped.__version__, "engine": ", ".join(sorted(names)) or None})
+
+
+def _capabilities(backends: Backends) -> list[EngineCapabilities]:
+    serving = [each.backend.serving for each in backends.models().values() if each.backend is not None]
+    return [each.capabilities for each in serving if each.capabilities is not None]
 
 
 async def openapi(http: web.Request) -> web.Response:
-    """GET /openapi.json: with what the engine of now takes."""
-    backend = http.app[BACKEND]
+    """GET /openapi.json: with what the engine of now takes, of several models that of the first."""
+    backends = http.app[BACKENDS]
     return _json(
         describe(
-            model=backend.model,
-            capabilities=backend.serving.capabilities,
+            model=next(iter(backends.models()), ""),
+            capabilities=next(iter(_capabilities(backends)), None),
             version=flexpiped.__version__,
-            asks_for_keys=backend.keys() is not None,
+            asks_for_keys=backends.keys() is not None,
         )
     )
 
@@ -130,31 +141,41 @@ async def healthz(_http: web.Request) -> web.Response:
 
 
 async def readyz(http: web.Request) -> web.Response:
-    """GET /readyz: 200 while requests are served, at once or after waking up; else 503 with the reason."""
-    backend = http.app[BACKEND]
-    health = backend.health()
-    reason = health.reason if backend.text.failure is None else backend.text.failure
-    ready = health.state in (ServiceState.READY, ServiceState.ASLEEP) and backend.text.failure is None
-    state = health.state if backend.text.failure is None else ServiceState.FAILED
+    """GET /readyz: 200 while every model that should serve does, at once or after waking up; else 503 and why."""
+    backends = http.app[BACKENDS]
+    health = backends.health()
+    texts = [each.backend.text.failure for each in backends.models().values() if each.backend is not None]
+    failure = next((each for each in texts if each is not None), None)
+    ready = health.state in (ServiceState.READY, ServiceState.ASLEEP) and failure is None
+    state, reason = (health.state, health.reason) if failure is None else (ServiceState.FAILED, failure)
     return _json({"status": state.value, "reason": reason}, status=200 if ready else 503)
 
 
 async def metrics(http: web.Request) -> web.Response:
     """GET /metrics"""
-    backend = http.app[BACKEND]
+    backends = http.app[BACKENDS]
     levels = Levels(
-        state=backend.health().state,
-        requests_queued=backend.admission.requests_queued,
-        tokens_in_flight=backend.admission.tokens_in_flight,
+        state=backends.health().state,
+        requests_queued=backends.admission.requests_queued,
+        tokens_in_flight=backends.admission.tokens_in_flight,
     )
-    counters, stages = await _engine_readings(backend)
-    devices = await asyncio.to_thread(backend.devices)  # asks the driver
-    body = backend.metrics.render(counters, levels, stages=stages, devices=devices)
+    parts = []
+    for name, served in backends.models().items():
+        counters, stages = await _engine_readings(served.backend)
+        families = served.metrics.families(counters, stages=stages)
+        parts.append(labelled(families, name if backends.are_named() else ""))
+    if backends.are_named():
+        states = {name: served.health.state for name, served in backends.models().items()}
+        parts += [backends.unnamed.families(None), model_states(states)]
+    devices = await asyncio.to_thread(backends.devices)  # asks the driver
+    body = exposition(*parts, daemon_families(levels, devices=devices))
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def _engine_readings(backend: Backend) -> tuple[EngineCounters | None, Sequence[StageStatus]]:
+async def _engine_readings(backend: Backend | None) -> tuple[EngineCounters | None, Sequence[StageStatus]]:
     """Return the counters of all engines together, and the stages of the main one: stages are known by their index."""
+    if backend is None:
+        return None, ()
     engines = backend.serving.engines
     with suppress(EngineError, TimeoutError):
         async with asyncio.timeout(_COUNTERS_TIMEOUT_S):

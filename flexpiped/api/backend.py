@@ -1,10 +1,12 @@
 """What the handlers work with."""
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from aiohttp import web
 
@@ -36,6 +38,31 @@ class Serving(Protocol):
         """Continue the prompt as ``Engine.generate`` does, over deaths of engines. Close it to abort."""
 
 
+class Uses:
+    """Counts requests that a backend answers now."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count one request as long as the scope lasts."""
+        self.count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.count -= 1
+            if not self.count:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Return once it answers none."""
+        await self._idle.wait()
+
+
 def random_seed() -> int:
     """Return 63 random bits, for a request that gives no seed."""
     return secrets.randbits(63)
@@ -61,6 +88,7 @@ class Backend:
     body_deadline_s: float = 60.0
     death_noticed_s: float = 3.0  # within this time the death of an engine is known
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
+    uses: Uses = field(default_factory=Uses)
 
     def ensure_serving(self) -> EngineCapabilities:
         """Return what the engine can do; requests are taken while it recovers, and wait.
@@ -69,7 +97,7 @@ class Backend:
             ApiError: 503, nothing can be served now.
         """
         health = self.health()
-        if health.state in (ServiceState.DRAINING, ServiceState.FAILED):
+        if health.state in (ServiceState.DRAINING, ServiceState.FAILED, ServiceState.STOPPED):
             raise unavailable(health.reason or health.state.value, code=health.state.value)
         capabilities = self.serving.capabilities
         if capabilities is None:
@@ -77,4 +105,14 @@ class Backend:
         return capabilities
 
 
-BACKEND = web.AppKey("backend", Backend)
+_CHOSEN: Final = web.RequestKey("backend", Backend)
+
+
+def choose(http: web.Request, backend: Backend) -> None:
+    """Note that ``backend`` answers the request."""
+    http[_CHOSEN] = backend
+
+
+def backend_of(http: web.Request) -> Backend:
+    """Return the backend that answers the request."""
+    return http[_CHOSEN]

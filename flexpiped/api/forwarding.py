@@ -17,7 +17,7 @@ from yarl import URL
 from engines.errors import EngineDied, EngineError
 from engines.protocol import Engine, OwnRoutes
 from flexpiped.api.access import client_of
-from flexpiped.api.backend import BACKEND, Backend
+from flexpiped.api.backend import Backend, backend_of
 from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.fields import Body
@@ -67,7 +67,7 @@ async def forward(
     Raises:
         ApiError, EngineError, Overloaded: Before anything was sent.
     """
-    backend = http.app[BACKEND]
+    backend = backend_of(http)
     max_model_len = backend.ensure_serving().max_model_len
     observation.asks()
     async with backend.admission.admit(client_of(http), deadline_s=deadline_of(http)) as lease:
@@ -129,7 +129,7 @@ async def _answer_of(engine: Engine, http: web.Request, observation: Observation
             whole = await answer.read()
         except (aiohttp.ClientError, OSError) as error:
             raise _Unanswered(str(error)) from error
-        if answer.status in (500, 503) and await _is_gone(engine, http.app[BACKEND]):
+        if answer.status in (500, 503) and await _is_gone(engine, backend_of(http)):
             raise _Unanswered(whole.decode(errors="replace"))
         _count(whole, observation)
         observation.outcome = Outcome.DONE if answer.status < 400 else outcome_of(answer.status)
@@ -151,7 +151,7 @@ async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGener
     ) as session:
         url = URL(f"http://localhost{http.path_qs}", encoded=True)
         key = engine.own_routes_key
-        ours = {"authorization"} if key or http.app[BACKEND].keys() is not None else set()
+        ours = {"authorization"} if key or backend_of(http).keys() is not None else set()
         context = headers_to_pass_on()
         passed_on = _without(_NOT_ASKED | ours | set(context), http.headers)
         headers = [*passed_on, *context.items(), ("Content-Type", "application/json")]

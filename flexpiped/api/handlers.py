@@ -2,8 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -15,7 +15,8 @@ from engines.text.protocol import Text
 from flexpiped.admission import Overloaded
 from flexpiped.api import routing
 from flexpiped.api.access import client_of
-from flexpiped.api.backend import BACKEND
+from flexpiped.api.backend import Backend, backend_of, choose
+from flexpiped.api.backends import BACKENDS
 from flexpiped.api.bad_words import bad_words_as_tokens
 from flexpiped.api.deadline import deadline_of, until
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
@@ -52,8 +53,7 @@ CHAT = Kind(wire=ChatWire, id_prefix="chatcmpl", prompt_name="messages", default
 
 async def completions(http: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
-    backend = http.app[BACKEND]
-    with backend.metrics.observe(Endpoint.COMPLETIONS) as observation, errors_translated(observation):
+    async with observed(http, Endpoint.COMPLETIONS) as (backend, observation):
         raw = await read_body(http)
         body = parse_object(raw)
         asked = route(routing.COMPLETIONS, body, served=backend.model, capabilities=backend.serving.capabilities)
@@ -68,8 +68,7 @@ async def completions(http: web.Request) -> web.StreamResponse:
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
-    backend = http.app[BACKEND]
-    with backend.metrics.observe(Endpoint.CHAT) as observation, errors_translated(observation):
+    async with observed(http, Endpoint.CHAT) as (backend, observation):
         raw = await read_body(http)
         body = parse_object(raw)
         asked = route(routing.CHAT, body, served=backend.model, capabilities=backend.serving.capabilities)
@@ -81,8 +80,7 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
 
 async def engine_route(http: web.Request) -> web.StreamResponse:
     """POST to a path that only an engine's own server has"""
-    backend = http.app[BACKEND]
-    with backend.metrics.observe(Endpoint.ENGINE) as observation, errors_translated(observation):
+    async with observed(http, Endpoint.ENGINE) as (backend, observation):
         capabilities = backend.ensure_serving()
         if capabilities.own_server is None:
             raise no_such_route(http.path, engine=capabilities.name)
@@ -107,7 +105,7 @@ async def answer(
     Raises:
         ApiError, EngineError, Overloaded: Before anything was sent.
     """
-    backend = http.app[BACKEND]
+    backend = backend_of(http)
     ensure_model(parameters.model, served=backend.model)
     capabilities = backend.ensure_serving()
     observation.asks()
@@ -150,10 +148,29 @@ async def encode(text: Text, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
     return await text.encode(prompt) if isinstance(prompt, str) else prompt
 
 
+@asynccontextmanager
+async def observed(http: web.Request, endpoint: Endpoint) -> AsyncIterator[tuple[Backend, Observation]]:
+    """Find the backend that a request is for, and observe the request as one of that model's.
+
+    Raises:
+        ApiError
+    """
+    backends = http.app[BACKENDS]
+    try:
+        name = parse_object(await read_body(http)).get("model") if backends.are_named() else None
+        backend = backends.of(name)
+    except BaseException:
+        with backends.unnamed.observe(endpoint) as nobodys, errors_translated(nobodys):
+            raise
+    choose(http, backend)
+    with backend.metrics.observe(endpoint) as observation, errors_translated(observation), backend.uses.one():
+        yield backend, observation
+
+
 async def read_body(http: web.Request) -> bytes:
     """Raises: ApiError, when the body does not decompress or ends early."""
     try:
-        async with asyncio.timeout(http.app[BACKEND].body_deadline_s):
+        async with asyncio.timeout(http.app[BACKENDS].body_deadline_s()):
             return await http.read()
     except TimeoutError:
         raise from_http_status(408, message="the body did not arrive in time") from None

@@ -6,18 +6,19 @@ A reading that cannot be had is absent, never zero.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engines.protocol import EngineCounters, StageStatus
 from flexpiped.api.engine_metrics import DevicesCollector, StagesCollector
+from flexpiped.api.exposition import exposition
 from flexpiped.status import Latencies, Percentiles, ServiceState
 from topology.device import Device
 
@@ -148,7 +149,7 @@ class Metrics:
     """Metrics of the API. Used on one event loop."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, listener: RequestListener | None = None) -> None:
-        self._listener = listener
+        self.listener = listener
         self.registry = CollectorRegistry(auto_describe=False)
         self._clock = clock
         self._requests = Counter(
@@ -203,7 +204,7 @@ class Metrics:
     @contextmanager
     def observe(self, endpoint: Endpoint) -> Iterator[Observation]:
         """Count one request; leaving the scope on any path records it."""
-        observation = Observation(self._clock, self._listener)
+        observation = Observation(self._clock, self.listener)
         self._in_flight.inc()
         try:
             yield observation
@@ -241,16 +242,14 @@ class Metrics:
         devices: Sequence[Device] = (),
     ) -> bytes:
         """Return the exposition in Prometheus's text format, with the engine's counters where they can be had."""
-        engine = CollectorRegistry(auto_describe=False)
-        if counters is not None:
-            engine.register(_EngineCollector(counters))
-        if levels is not None:
-            engine.register(_LevelsCollector(levels))
-        if stages:
-            engine.register(StagesCollector(stages))
-        if devices:
-            engine.register(DevicesCollector(devices))
-        return generate_latest(self.registry) + generate_latest(engine)
+        return exposition(self.families(counters, stages=stages), daemon_families(levels, devices=devices))
+
+    def families(
+        self, counters: EngineCounters | None, *, stages: Sequence[StageStatus] = ()
+    ) -> tuple[Iterable[Metric], ...]:
+        """Return what is told of one model."""
+        engine = [] if counters is None else [_EngineCollector(counters).collect()]
+        return (self.registry.collect(), *engine, *([StagesCollector(stages).collect()] if stages else ()))
 
     def _record(self, endpoint: Endpoint, observation: Observation) -> None:
         self._requests.labels(endpoint.value, observation.outcome.value).inc()
@@ -262,6 +261,23 @@ class Metrics:
         if observation.tpot_s is not None:
             self._tpot.observe(observation.tpot_s)
             self._recent_tpot_s.append(observation.tpot_s)
+
+
+def daemon_families(levels: Levels | None, *, devices: Sequence[Device] = ()) -> tuple[Iterable[Metric], ...]:
+    """Return what is told of the daemon as a whole."""
+    found = [] if levels is None else [_LevelsCollector(levels).collect()]
+    return (*found, *([DevicesCollector(devices).collect()] if devices else ()))
+
+
+def model_states(states: Mapping[str, ServiceState]) -> tuple[Iterable[Metric], ...]:
+    """Return the state of each of several models."""
+    family = GaugeMetricFamily(
+        "flexpiped_model_state", "1 for the state of a model, 0 for others", labels=["model", "state"]
+    )
+    for name, now in states.items():
+        for state in ServiceState:
+            family.add_metric([name, state.value], float(state is now))
+    return ([family],)
 
 
 class _LevelsCollector(Collector):

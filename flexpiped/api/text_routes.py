@@ -7,12 +7,12 @@ import msgspec
 from aiohttp import web
 
 from flexpiped.api.access import client_of
-from flexpiped.api.backend import BACKEND, Backend
+from flexpiped.api.backend import Backend
 from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import invalid
 from flexpiped.api.fields import Body, Reader, boolean, parse_object, refuse_unknown, text, token_ids
 from flexpiped.api.forwarding import forward
-from flexpiped.api.handlers import errors_translated, read_body
+from flexpiped.api.handlers import observed, read_body
 from flexpiped.api.inputs import MESSAGES
 from flexpiped.api.metrics import Endpoint, Outcome
 from flexpiped.api.parameters import ensure_in_vocabulary, ensure_model
@@ -48,8 +48,7 @@ async def detokenize(http: web.Request) -> web.StreamResponse:
 
 
 async def _answer(http: web.Request, *, is_decoding: bool) -> web.StreamResponse:
-    backend = http.app[BACKEND]
-    with backend.metrics.observe(Endpoint.ENGINE) as observation, errors_translated(observation):
+    async with observed(http, Endpoint.ENGINE) as (backend, observation):
         capabilities = backend.ensure_serving()
         raw = await read_body(http)
         body = parse_object(raw)

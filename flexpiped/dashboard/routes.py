@@ -18,7 +18,7 @@ from aiohttp import ClientConnectionResetError, web
 
 from engines.closing import closing
 from flexpiped.admin_answers import Handler, error_answer, errors_as_json
-from flexpiped.admin_changes import Changes
+from flexpiped.admin_changes import ChangeHandlers
 from flexpiped.api.access import client_of
 from flexpiped.dashboard.feed import Feed, NoStream
 from flexpiped.dashboard.guard import why_no_change, why_not_ours
@@ -42,7 +42,7 @@ class Dashboard:
         self,
         *,
         feed: Feed,
-        changes: Changes,
+        changes: ChangeHandlers,
         mode: Callable[[], DashboardMode],
         keys: Callable[[], KeyRing | None],
     ) -> None:

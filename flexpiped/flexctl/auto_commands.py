@@ -9,6 +9,7 @@ from typing import Any
 from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
+from flexpiped.flexctl.which_model import add_model_argument, of_model
 
 _MEANINGS = {
     "on": "the number of stages follows the traffic",
@@ -20,17 +21,19 @@ _MEANINGS = {
 def add_auto_arguments(parser: ArgumentParser) -> None:
     """Say how ``flexctl auto`` is called."""
     parser.add_argument("mode", choices=tuple(_MEANINGS), help="on, off, or decide and only say so")
+    add_model_argument(parser)
 
 
 def add_decisions_arguments(parser: ArgumentParser) -> None:
     """Say how ``flexctl decisions`` is called."""
     parser.add_argument("--follow", action="store_true", help="go on with what is decided")
     parser.add_argument("--since", metavar="N", type=int, default=0, help="only decisions after number N")
+    add_model_argument(parser)
 
 
 def auto(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Change whether the daemon adapts by itself."""
-    answer = client.call("POST", "/auto", {"mode": options.mode})
+    answer = client.call("POST", of_model("/auto", options), {"mode": options.mode})
     screen.write([json.dumps(answer) if options.json else f"auto {answer['mode']}: {_MEANINGS[answer['mode']]}"])
     return Exit.DONE
 
@@ -38,7 +41,7 @@ def auto(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
 def decisions(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Show what was decided, and with ``--follow`` what is."""
     path = f"/decisions?since={options.since}" + ("&follow=1" if options.follow else "")
-    for decision in client.stream("GET", path):
+    for decision in client.stream("GET", of_model(path, options)):
         screen.write([json.dumps(decision) if options.json else decision_line(decision)])
     return Exit.DONE
 

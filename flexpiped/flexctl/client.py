@@ -19,6 +19,7 @@ from typing import Any, Final
 ANSWER_DEADLINE_S: Final = 30.0
 _REFUSALS: Final = frozenset(
     {"busy", "refused", "unsupported", "infeasible", "invalid_layout", "nothing_to_cancel", "bad_request"}
+    | {"unknown_model", "which_model"}
 )
 
 

@@ -24,6 +24,7 @@ from flexpiped.flexctl.rebalance_lines import (
 from flexpiped.flexctl.status_lines import status_lines
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import Paint, wrapped
+from flexpiped.flexctl.which_model import of_model, status_of
 
 
 class Exit(IntEnum):
@@ -49,17 +50,20 @@ def exit_code_of(error: CtlError) -> Exit:
 
 def status(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Show what the daemon is doing."""
-    answer = client.call("GET", "/status")
-    screen.write(
-        [json.dumps(answer)] if options.json else status_lines(answer, now_unix_s=time.time(), paint=screen.paint)
-    )
+    answer = status_of(client.call("GET", "/status"), options.model)
+    if options.json:
+        screen.write([json.dumps(answer)])
+        return Exit.DONE
+    for index, each in enumerate(answer.get("models", [answer])):
+        lines = status_lines(each, now_unix_s=time.time(), paint=screen.paint)
+        screen.write(["", *lines] if index else lines)
     return Exit.DONE
 
 
 def rebalance(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Change the layout while requests are running, or say what that would do, or roll it back."""
     if options.cancel:
-        answer = client.call("POST", "/rebalance/cancel")
+        answer = client.call("POST", of_model("/rebalance/cancel", options))
         screen.write([json.dumps(answer) if options.json else answer["message"]])
         return Exit.DONE
     body = {"replica": options.replica, "engine": options.engine, "on": options.on}
@@ -74,8 +78,8 @@ def scale(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
 def _carry_out(client: AdminClient, screen: Screen, options: Namespace, asked: dict[str, Any]) -> Exit:
     body = {name: value for name, value in asked.items() if value is not None} | _body(options)
     if options.wait and not options.dry_run:
-        return _wait(client.stream("POST", "/rebalance", body), screen, as_json=options.json)
-    answer = client.call("POST", "/rebalance", body)
+        return _wait(client.stream("POST", of_model("/rebalance", options), body), screen, as_json=options.json)
+    answer = client.call("POST", of_model("/rebalance", options), body)
     screen.write([json.dumps(answer)] if options.json else _answer_lines(answer, screen.paint))
     return _verdict(answer)
 
@@ -101,7 +105,10 @@ def history(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
         screen.write([json.dumps(answer)])
         return Exit.DONE
     screen.write([event_line(event) for event in answer["events"]])
-    if answer["intent"] is not None:
+    if answer.get("intents"):
+        known = {name: intent for name, intent in answer["intents"].items() if intent is not None}
+        screen.write([f"{name}: {_intent_line(intent)}" for name, intent in known.items()])
+    elif answer["intent"] is not None:
         screen.write([_intent_line(answer["intent"])])
     return Exit.DONE
 
@@ -119,7 +126,8 @@ def event_line(event: dict[str, Any]) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time_unix_s"]))
     number = event["fields"].get("handover")
     subject = event["kind"] if number is None else f"{event['kind']} #{number}"
-    return f"{when}  {subject:<16}  {event['message']}"
+    model = event["fields"].get("model") if event["kind"] != "model" else None
+    return f"{when}  {subject:<16}  {f'{model}: ' if model else ''}{event['message']}"
 
 
 def _body(options: Namespace) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import Protocol
 
 from flexpiped import __version__
-from flexpiped.flexctl import auto_commands, bench_command, commands, plan_command, simulate_command
+from flexpiped.flexctl import auto_commands, bench_command, commands, model_command, plan_command, simulate_command
 from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.traffic_options import positive
+from flexpiped.flexctl.which_model import add_model_argument
 
 
 class Run(Protocol):
@@ -71,6 +72,7 @@ class Late:
 def _top_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--control", action="store_true", help="let keys change the number of stages")
     parser.add_argument("--every", metavar="S", type=positive, default=1.0, help="seconds between readings (default 1)")
+    add_model_argument(parser)
 
 
 def _rebalance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +104,7 @@ def _scale_arguments(parser: argparse.ArgumentParser) -> None:
 def _carrying_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would move and whether it fits; move nothing")
     parser.add_argument("--wait", action="store_true", help="show the progress and return when it is done")
+    add_model_argument(parser)
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,11 +169,38 @@ _CONFIG = (
     Command(name="diff", about="what a reload would do; changes nothing", run=Late("config_command", "diff")),
 )
 
+_MODEL = (
+    Command(
+        name="list",
+        about="each model: its state, engine, stages and files",
+        run=model_command.list_,
+    ),
+    Command(
+        name="start",
+        about="start a model that was stopped, or did not start",
+        run=model_command.start,
+        add_arguments=model_command.add_name,
+    ),
+    Command(
+        name="stop",
+        about="stop a model: its streams finish first, and a restart leaves it stopped",
+        run=model_command.stop,
+        add_arguments=model_command.add_stop_arguments,
+    ),
+    Command(
+        name="swap",
+        about="serve other files under a model's name: beside the old ones where both have room, else after them",
+        run=model_command.swap,
+        add_arguments=model_command.add_swap_arguments,
+    ),
+)
+
 COMMANDS = (
     Command(
         name="status",
         about="what is served, on which devices, how busy, and the last handover",
         run=commands.status,
+        add_arguments=add_model_argument,
     ),
     Command(
         name="top",
@@ -195,6 +225,11 @@ COMMANDS = (
         about="what would serve the workload best, and why; moves nothing",
         run=plan_command.plan,
         add_arguments=_plan_arguments,
+    ),
+    Command(
+        name="model",
+        about="which models are served; start, stop and swap one while the others serve",
+        parts=_MODEL,
     ),
     Command(
         name="topology",

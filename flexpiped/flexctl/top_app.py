@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Protocol
+from urllib.parse import quote
 
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -14,6 +15,7 @@ from flexpiped.flexctl.client import CtlError
 from flexpiped.flexctl.commands import event_line
 from flexpiped.flexctl.status_lines import status_lines
 from flexpiped.flexctl.top_lines import change_line, stage_map
+from flexpiped.flexctl.which_model import several_note, status_of
 
 _RATES_KEPT: Final = 120
 
@@ -34,6 +36,7 @@ class TopApp(App[None]):
     Args:
         may_change: Whether keys may change the layout; without it the screen only shows.
         period_s: Between two readings.
+        model: The one that is shown, where there are several; None: the first.
     """
 
     CSS = """
@@ -49,11 +52,13 @@ class TopApp(App[None]):
         Binding("c", "cancel", "cancel the change"),
     ]
 
-    def __init__(self, daemon: Daemon, *, may_change: bool, period_s: float = 1.0) -> None:
+    def __init__(self, daemon: Daemon, *, may_change: bool, period_s: float = 1.0, model: str | None = None) -> None:
         super().__init__()
         self._daemon = daemon
         self._may_change = may_change
         self._period_s = period_s
+        self._model = model
+        self._shown = ""  # the name of the model that is shown, where there are several
         self._rates: list[float] = []
         self._last_event = 0
         self._num_stages = 0
@@ -81,14 +86,17 @@ class TopApp(App[None]):
     async def refresh_now(self) -> None:
         """Read the daemon and show it."""
         try:
-            status = await asyncio.to_thread(self._daemon.call, "GET", "/status")
+            answer = await asyncio.to_thread(self._daemon.call, "GET", "/status")
+            status = status_of(answer, self._model)
             happened = await asyncio.to_thread(self._daemon.events_since, self._last_event)
         except CtlError as error:
             self._last_event = 0  # one that comes back counts from the beginning
             self._say("#now", str(error))
             return
         self._num_stages = len(status["stages"])
-        self._say("#now", "\n".join(status_lines(status, now_unix_s=time.time())))
+        note = several_note(answer)
+        self._shown = status["model"]["name"] if note else ""
+        self._say("#now", "\n".join([*([note] if note else []), *status_lines(status, now_unix_s=time.time())]))
         self._say("#stages", "\n".join(stage_map(status)))
         self._say("#change", change_line(status))
         if status["tokens_per_s"] is not None:
@@ -112,7 +120,8 @@ class TopApp(App[None]):
 
     async def _change(self, path: str, body: Mapping[str, Any] | None) -> None:
         try:
-            answer = await asyncio.to_thread(self._daemon.call, "POST", path, body)
+            picked = f"{path}?model={quote(self._shown, safe='')}" if self._shown else path
+            answer = await asyncio.to_thread(self._daemon.call, "POST", picked, body)
         except CtlError as error:
             self._say("#said", f"refused: {error}")
             return

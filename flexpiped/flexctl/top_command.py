@@ -8,6 +8,7 @@ from typing import Any
 from flexpiped.flexctl.client import AdminClient, BadUsage
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
+from flexpiped.flexctl.which_model import status_of
 
 
 class AskedDaemon:
@@ -27,8 +28,8 @@ def top(client: AdminClient, _screen: Screen, options: argparse.Namespace) -> Ex
     """Show it until the user leaves. The first answer is waited for before the screen is taken."""
     if options.json or not sys.stdout.isatty():
         raise BadUsage("no_terminal", "top needs a terminal; flexctl status --json is for programs")
-    client.call("GET", "/status")
+    status_of(client.call("GET", "/status"), options.model)
     from flexpiped.flexctl.top_app import TopApp
 
-    TopApp(AskedDaemon(client), may_change=options.control, period_s=options.every).run()
+    TopApp(AskedDaemon(client), may_change=options.control, period_s=options.every, model=options.model).run()
     return Exit.DONE

@@ -69,7 +69,7 @@ export class Store {
       this.statusMs = this.#clock();
       this.decisions = data.decisions;
       this.events = data.events.filter(isTold);
-      this.handover = data.events.reduce((known, event) => afterEvent(known, event, 0), null);
+      this.handover = data.events.filter((event) => this.#isOurs(event)).reduce((known, event) => afterEvent(known, event, 0), null);
       this.#ofRecord();
     },
     status: (data) => {
@@ -82,11 +82,17 @@ export class Store {
     decision: (data) => { this.decisions = [...this.decisions, data].slice(-EVENTS_KEPT); },
     event: (data) => {
       const before = this.handover;
-      this.handover = afterEvent(before, data, this.#clock());
+      if (this.#isOurs(data)) this.handover = afterEvent(before, data, this.#clock());
       if (this.handover !== before && this.handover.isOver) this.#later(() => this.#tell("status"), SHOWN_MS);
       if (isTold(data)) this.events = [...this.events, data].slice(-EVENTS_KEPT);
     },
   };
+
+  /** Whether an event is of the model that is shown, where the daemon serves several. */
+  #isOurs(event) {
+    const model = event.fields.model;
+    return model === undefined || this.status === null || model === this.status.model?.name;
+  }
 
   #ofRecord() {
     const record = this.status.last_handover;

@@ -1,0 +1,49 @@
+"""Devices that several models share: what one of them holds is not free for another one's plan. Pure."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from planner.holdings import holdings, kv_bytes, weight_bytes
+from planner.layout import Pipeline
+from planner.model_graph import ModelGraph
+from topology.device import Device
+from topology.topology import HostTopology
+
+Held = Mapping[str, int]  # bytes by device id
+
+
+def held_by(pipelines: Iterable[Pipeline], graph: ModelGraph, *, kv_tokens: int) -> Held:
+    """Return what pipelines of one model hold of each device: weights, and the whole KV cache, mapped yet or not."""
+    total: Counter[str] = Counter()
+    for pipeline in pipelines:
+        for device, held in holdings(pipeline, graph).items():
+            total[device] += weight_bytes(held, graph) + kv_bytes(held, slots=kv_tokens)
+    return total
+
+
+def together(parts: Iterable[Held]) -> Held:
+    """Return what all of them hold."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return total
+
+
+def devices_beside(devices: Sequence[Device], held: Held) -> tuple[Device, ...]:
+    """Return the devices as a model sees them beside others that hold so much."""
+    return tuple(_beside(device, held.get(device.id, 0)) for device in devices)
+
+
+def topology_beside(topology: HostTopology, held: Held) -> HostTopology:
+    """Return the host as a model sees it beside others that hold so much."""
+    return replace(topology, devices=devices_beside(topology.devices, held)) if held else topology
+
+
+def _beside(device: Device, held_bytes: int) -> Device:
+    taken = min(held_bytes, device.memory_usable_bytes)
+    return replace(
+        device,
+        memory_reserved_bytes=device.memory_reserved_bytes + taken,
+        memory_others_bytes=device.memory_others_bytes + taken,
+    )
