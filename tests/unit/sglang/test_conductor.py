@@ -70,10 +70,12 @@ class Row:
     slot: int = 0
     mute: bool = False
     late: int | None = None  # the rank whose answers to the copy come with that to the switch
+    group: int = 1  # ranks of a stage
 
     def __post_init__(self) -> None:
-        self.schedulers = [FakeScheduler() for _ in range(RANKS)]
-        self.seen = [[] for _ in range(RANKS)]
+        ranks = RANKS * self.group
+        self.schedulers = [FakeScheduler() for _ in range(ranks)]
+        self.seen = [[] for _ in range(ranks)]
         self.slots = [
             Slots(
                 scheduler,
@@ -87,7 +89,12 @@ class Row:
         ]
         self.failpoints = Failpoints()
         self.conductor = Conductor(
-            self.slots[0], layout=LAYOUT, stages=RANKS, group=1, drain_slots=DRAIN_SLOTS, failpoints=self.failpoints
+            self.slots[0],
+            layout=LAYOUT,
+            stages=RANKS,
+            group=self.group,
+            drain_slots=DRAIN_SLOTS,
+            failpoints=self.failpoints,
         )
         self.held_up: list[tuple[int, dict[str, Any]]] = []  # tickets and answers of the late rank
 
@@ -101,7 +108,7 @@ class Row:
         elif name == "switch":
             self.switch(rank, *arguments)
         elif name not in ("begin", "abandon") and not self.mute:
-            answers = self.answer_of.get(name, [{}] * RANKS)
+            answers = self.answer_of.get(name, [{}] * len(self.slots))
             if rank == self.late:
                 self.held_up.append((arguments[0], answers[rank]))
             else:
@@ -112,7 +119,7 @@ class Row:
         if rank == self.late:
             for earlier, held_up in self.held_up:
                 self.conductor.on_answer(earlier, rank, held_up)
-        answer = self.answer_of.get("switch", [{}] * RANKS)[rank]
+        answer = self.answer_of.get("switch", [{}] * len(self.slots))[rank]
         if "error" not in answer:
             self.slots[rank].held_by.discard(holder)
         self.conductor.on_answer(ticket, rank, answer)
@@ -243,6 +250,22 @@ def test_batches_are_held_where_the_next_is_far(row: Row) -> None:
         row.run(1)
     (held,) = [slot for slot, (name, *_) in row.seen[0] if name == "hold"]
     assert held == row.slot - 1
+
+
+@pytest.mark.parametrize("second", [[8, 9], [8, 10]])
+def test_each_share_of_a_layer_is_compared_with_its_like(second: list[int]) -> None:
+    """Two ranks in each stage hold a share each, which is not that of the other."""
+    row = Row(group=2)
+    row.answer_of = {
+        "commit_copy": [{"blocks": 2, "live": 77}] * 6,
+        "checksums": [{"1": [5, 6]}, {"1": [8, 9]}, {"1": [5, 6]}, {"1": second}, {}, {}],
+    }
+    begun(row).ask("commit", 1, 1.0, True)
+    row.run(20)
+    if second == [8, 9]:
+        assert row.replies[-1]["result"]["epoch"] == 1
+    else:
+        assert "1 of 2 KV blocks of layer 1 differ" in row.replies[-1]["error"]
 
 
 def test_a_rank_that_fails_to_switch_lets_no_batch_pass_and_it_is_told_at_once(row: Row) -> None:

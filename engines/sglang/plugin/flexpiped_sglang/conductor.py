@@ -40,7 +40,7 @@ class Conductor:
     ) -> None:
         self._slots = slots
         self.layout = layout
-        self._stages = stages
+        self._stages, self._group = stages, group
         self._asking = Asking(slots, stages=stages, group=group)
         self._drain_slots = drain_slots
         self._failpoints = failpoints
@@ -229,7 +229,7 @@ class Conductor:
         answers = yield from self._asking.answers(ticket, self._asking.members(losing))
         _agree(answers)
         if verify and not self._failpoints.hit("core.verify"):
-            _compare((yield from self._asking.ask("checksums", self._number)))
+            _compare((yield from self._asking.ask("checksums", self._number)), group=self._group)
         self._failpoints.hit("core.commit.last")
         return {"remainder_blocks": max(answer["blocks"] for answer in answers)}
 
@@ -272,11 +272,12 @@ def _agree(answers: list[Answer]) -> None:
         raise RuntimeError("the ranks do not agree about which KV blocks are live")
 
 
-def _compare(answers: list[Answer]) -> None:
-    """Every live KV block must be the same on source and destination. Raises: RuntimeError."""
-    seen: dict[str, list[int]] = {}
-    for answer in answers:
+def _compare(answers: list[Answer], *, group: int) -> None:
+    """Every live KV block of each share of a layer must be the same on source and destination. Raises: RuntimeError."""
+    seen: dict[tuple[int, str], list[int]] = {}
+    for rank, answer in enumerate(answers):
         for layer, values in answer.items():
-            wrong = sum(a != b for a, b in zip(seen.setdefault(layer, values), values, strict=True))
+            there = seen.setdefault((rank % group, layer), values)
+            wrong = sum(a != b for a, b in zip(there, values, strict=True))
             if wrong:
                 raise RuntimeError(f"{wrong} of {len(values)} KV blocks of layer {layer} differ at commit")

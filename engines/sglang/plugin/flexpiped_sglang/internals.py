@@ -131,8 +131,6 @@ def refusal_of(scheduler: Any) -> str:
     pool = allocator.get_kvcache()
     features = [
         ("one pipeline rank (pp_size 1)", parallel.pp_size == 1),
-        # Tried with two by two ranks: the KV cache that arrives is not that which was sent.
-        ("tensor parallelism", parallel.tp_size > 1),
         ("an asynchronous batch depth", bool(parallel.pp_async_batch_depth)),
         # It would drop the commands of a slot in which it takes no requests.
         ("scheduler_recv_interval above 1", scheduler.request_receiver.recv_skipper is not None),
