@@ -1,17 +1,24 @@
-"""To which replica a request goes: where it is expected to be finished first.
+"""To which replica a request goes: where it is expected to be finished first, and holds up others least.
 
 What it takes there is: the prompts before it, its own prompt without the prefix whose KV cache is there already, the
-wait for KV cache where too little is free, and its tokens at the pace of as many sequences as there will be. Of equals
-the replica with fewer requests, then the one with the lower number.
+wait for KV cache where too little is free, and its tokens at the pace of as many sequences as there will be.
+
+By that alone, bursts go to replicas with few sequences and wait there for each other's prompts, so the time to the
+first token counts several times; and a prompt holds up everybody at its replica, so that counts, too: once for each.
+Of equals the replica with fewer requests, then the one with the lower number.
 
 Pure: the daemon says what is at each replica, and the simulator what would be.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Final, Protocol
 
 NEWEST: Final = 0.1  # the weight of the last request in the mean length of outputs, which is what is expected of one
+# What a second before the first token counts for, in seconds after it. Simulated bursts (README) have most requests in
+# time from 8 on, and more costs mean latency; targets, too, are some ten times as tight for the first token.
+_FIRST: Final = 8.0
 
 
 class Pace(Protocol):
@@ -64,8 +71,8 @@ class Load(Protocol):
     def kv_tokens(self) -> float:
         """What all of them will have in the KV cache at their ends."""
 
-    def steps_until_free(self, kv_tokens: float) -> float:
-        """Return how many steps it takes until so much of that is given back by those that end."""
+    def steps_until_room(self, kv_tokens: float, *, capacity: float) -> float:
+        """Return how many steps it takes until so much of a KV cache is free for one more that comes after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +93,21 @@ class Jobs:
     def kv_tokens(self) -> float:
         return sum(each.context_tokens + each.output_tokens for each in self.jobs)
 
-    def steps_until_free(self, kv_tokens: float) -> float:
-        """As ``Load``. One that fits a replica at all never waits as long as the longest of those that are there."""
-        steps = 0.0
-        for each in sorted(self.jobs, key=lambda each: each.output_tokens):
-            if kv_tokens <= 0:
-                break
-            kv_tokens -= each.context_tokens + each.output_tokens
-            steps = each.output_tokens
-        return steps
+    def steps_until_room(self, kv_tokens: float, *, capacity: float) -> float:
+        """As ``Load``: those that do not fit at first begin as others end, in the order in which they came."""
+        used, now = 0.0, 0.0
+        ends: list[tuple[float, float]] = []  # step at which one ends, what it gives back
+        for each in self.jobs:
+            tokens = each.context_tokens + each.output_tokens
+            while ends and used + tokens > capacity:
+                now, freed = heappop(ends)
+                used -= freed
+            heappush(ends, (now + each.output_tokens, tokens))
+            used += tokens
+        while ends and used + kv_tokens > capacity:
+            now, freed = heappop(ends)
+            used -= freed
+        return now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +136,30 @@ class Route:
     finish_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What is expected of a request at one replica, in seconds.
+
+    Attributes:
+        first_s: Until its first token: the wait for KV cache, prompts before it, its own.
+        rest_s: For all tokens of it.
+        others_s: By how much its prompt holds up those that are there, all together.
+    """
+
+    first_s: float
+    rest_s: float
+    others_s: float
+
+    @property
+    def finish_s(self) -> float:
+        return self.first_s + self.rest_s
+
+    @property
+    def cost_s(self) -> float:
+        """By which replicas are compared."""
+        return _FIRST * self.first_s + self.rest_s + self.others_s
+
+
 def choose_replica(job: Job, options: Sequence[Option]) -> Route:
     """Return where ``job`` goes. Paces count only where all are known: a guess is not compared with a prediction.
 
@@ -132,25 +169,28 @@ def choose_replica(job: Job, options: Sequence[Option]) -> Route:
     if not options:
         raise ValueError("no replica to choose from")
     are_known = all(option.pace is not None for option in options)
-    found = [(expected_finish_s(job, option, pace=option.pace if are_known else None), option) for option in options]
-    finish_s, best = min(found, key=lambda each: (each[0], each[1].load.requests, each[1].replica))
-    return Route(replica=best.replica, finish_s=finish_s)
+    found = [(expected(job, option, pace=option.pace if are_known else None), option) for option in options]
+    there, best = min(found, key=lambda each: (each[0].cost_s, each[1].load.requests, each[1].replica))
+    return Route(replica=best.replica, finish_s=there.finish_s)
 
 
-def expected_finish_s(job: Job, option: Option, *, pace: Pace | None) -> float:
-    """Return in how many seconds ``job`` would be finished at this replica."""
+def expected(job: Job, option: Option, *, pace: Pace | None) -> Expected:
+    """Return what is expected of ``job`` at this replica."""
     pace = pace or EqualPace()
-    cycle_s = pace.cycle_s(option.load.requests + 1)
-    own_tokens = max(0, job.prefill_tokens - option.cached_tokens)
-    tokens = option.load.prefill_tokens + own_tokens
-    wait_s = _steps_until_room(job, option) * cycle_s
-    return wait_s + tokens * pace.prefill_s_per_token() + job.output_tokens * cycle_s
+    cycle_s, prompt_s = pace.cycle_s(option.load.requests + 1), pace.prefill_s_per_token()
+    own_s = max(0, job.prefill_tokens - option.cached_tokens) * prompt_s
+    return Expected(
+        first_s=_steps_until_room(job, option) * cycle_s + option.load.prefill_tokens * prompt_s + own_s,
+        rest_s=job.output_tokens * cycle_s,
+        others_s=option.load.requests * own_s,
+    )
 
 
 def _steps_until_room(job: Job, option: Option) -> float:
     """Return how many steps it takes until enough requests have ended for the KV cache of this one; 0: it has room."""
-    if option.kv_capacity_tokens is None:
+    capacity = option.kv_capacity_tokens
+    if capacity is None:
         return 0.0
     shared = min(option.cached_tokens, job.context_tokens)
-    missing = job.context_tokens - shared + job.output_tokens + option.load.kv_tokens - option.kv_capacity_tokens
-    return option.load.steps_until_free(missing) if missing > 0 else 0.0
+    needed = job.context_tokens - shared + job.output_tokens
+    return option.load.steps_until_room(needed, capacity=capacity) if needed + option.load.kv_tokens > capacity else 0.0

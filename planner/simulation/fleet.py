@@ -80,7 +80,7 @@ class Fleet:
         self._names = 0
         self._expected = expected
         self._output_tokens = expected.output_tokens_mean
-        self._paces: dict[int, Pace] = {}
+        self._paces: dict[tuple[int, int], Pace] = {}
 
     # --- requests ---
 
@@ -114,10 +114,11 @@ class Fleet:
         )
 
     def _pace_of(self, steps: StepTimes, num_stages: int) -> Pace:
-        """Return the predicted pace of a granularity, as the daemon predicts it: for what is expected of requests."""
-        if num_stages not in self._paces:
-            self._paces[num_stages] = Pipeline(steps.times, self._expected)
-        return self._paces[num_stages]
+        """Return the predicted pace of a replica, as the daemon predicts it: for what is expected of requests."""
+        key = (num_stages, steps.times.kv_capacity_tokens)
+        if key not in self._paces:
+            self._paces[key] = Pipeline(steps.times, self._expected)
+        return self._paces[key]
 
     # --- what a policy does ---
 

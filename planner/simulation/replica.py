@@ -47,15 +47,20 @@ class SimulatedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """What is at a replica, as a ``planner.routing.Load``: all of its requests are expected to be of one length."""
+    """What is at a replica, as a ``planner.routing.Load``: all of its requests are expected to be of one length.
+
+    Which of them is how far is not looked at: they are taken to end evenly, a whole KV cache of them in as many steps as
+    a request has.
+    """
 
     requests: int
     prefill_tokens: float
     kv_tokens: float
     output_tokens: float
 
-    def steps_until_free(self, kv_tokens: float) -> float:
-        return self.output_tokens if self.requests and kv_tokens > 0 else 0.0
+    def steps_until_room(self, kv_tokens: float, *, capacity: float) -> float:
+        missing = self.kv_tokens + kv_tokens - capacity
+        return self.output_tokens * missing / max(1.0, capacity) if self.requests and missing > 0 else 0.0
 
 
 class Replica:

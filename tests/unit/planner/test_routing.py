@@ -1,11 +1,11 @@
 """Which replica a request goes to: expected finish, prefix locality and KV headroom."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from planner.prefixes import SeenPrefixes
-from planner.routing import Job, Jobs, Option, choose_replica, expected_finish_s
+from planner.routing import Job, Jobs, Option, choose_replica, expected
 
 JOB = Job(context_tokens=100, prefill_tokens=100, output_tokens=50)
 DECODING = Job(context_tokens=200, prefill_tokens=0, output_tokens=30)
@@ -29,9 +29,10 @@ class Fixed:
 def test_the_expected_finish_adds_prompts_before_it_its_own_and_its_steps_beside_the_others() -> None:
     waiting = Job(context_tokens=300, prefill_tokens=300, output_tokens=10)
     option = Option(replica=1, load=Jobs((DECODING, waiting)))
-    assert expected_finish_s(JOB, option, pace=Fixed(step_s=0.01, more_s=0.002)) == pytest.approx(
-        (300 + 100) * 0.001 + 50 * (0.01 + 3 * 0.002)
-    )
+    found = expected(JOB, option, pace=Fixed(step_s=0.01, more_s=0.002))
+    assert (found.first_s, found.rest_s) == pytest.approx(((300 + 100) * 0.001, 50 * (0.01 + 3 * 0.002)))
+    assert found.others_s == pytest.approx(2 * 100 * 0.001)
+    assert found.finish_s == found.first_s + found.rest_s
 
 
 def test_of_two_idle_replicas_the_faster_one_serves() -> None:
@@ -47,7 +48,26 @@ def test_the_faster_one_serves_until_its_queue_costs_more_than_the_slower_one() 
         return Option(replica=2, load=Jobs((DECODING,) * jobs), pace=Fixed(step_s=0.008, more_s=0.002))
 
     chosen = [choose_replica(JOB, (slow, fast(jobs))).replica for jobs in range(8)]
-    assert chosen == [2, 2, 2, 2, 2, 1, 1, 1]  # 0.008 + 6 * 0.002 = 0.02: of equals the one with fewer requests
+    assert chosen == [2, 2, 2, 1, 1, 1, 1, 1]  # of 3 more: 50 * (0.008 + 4 * 0.002) + 3 * 0.1 > 50 * 0.02
+
+
+def test_a_burst_does_not_pile_its_prompts_up_where_few_decode() -> None:
+    """It would be finished first there, but would wait for its first token."""
+    pace = Fixed(step_s=0.01, more_s=0.001)
+    prompts = Jobs((Job(context_tokens=1000, prefill_tokens=1000, output_tokens=50),))
+    few, many = Option(replica=1, load=prompts, pace=pace), Option(replica=2, load=Jobs((DECODING,) * 25), pace=pace)
+    first, later = (expected(replace(JOB, prefill_tokens=10), option, pace=pace) for option in (few, many))
+    assert first.finish_s < later.finish_s
+    assert choose_replica(replace(JOB, prefill_tokens=10), (few, many)).replica == 2
+
+
+def test_a_long_prompt_goes_where_it_holds_up_fewer() -> None:
+    crowded, slow = (
+        Option(replica=1, load=Jobs((DECODING,) * 20), pace=Fixed(step_s=0.01)),
+        Option(replica=2, pace=Fixed(step_s=0.02)),
+    )
+    assert choose_replica(replace(JOB, prefill_tokens=10), (crowded, slow)).replica == 1
+    assert choose_replica(JOB, (crowded, slow)).replica == 2
 
 
 def test_a_prefix_that_is_cached_is_not_computed_again() -> None:
@@ -69,8 +89,8 @@ def test_a_replica_without_room_in_its_kv_cache_is_waited_for_only_if_that_is_so
     full = Option(replica=1, load=Jobs((DECODING,)), kv_capacity_tokens=300, pace=pace)
     free = Option(replica=2, load=Jobs((DECODING,)), kv_capacity_tokens=400, pace=pace)
     assert choose_replica(JOB, (full, free)).replica == 2
-    assert expected_finish_s(JOB, full, pace=pace) == pytest.approx(0.1 + (30 + 50) * 0.01)
-    slow = Option(replica=2, kv_capacity_tokens=400, pace=Fixed(step_s=0.05))
+    assert expected(JOB, full, pace=pace).finish_s == pytest.approx(0.1 + (30 + 50) * 0.01)
+    slow = Option(replica=2, kv_capacity_tokens=400, pace=Fixed(step_s=0.1))
     assert choose_replica(JOB, (full, slow)).replica == 1
 
 
@@ -79,14 +99,22 @@ def test_it_waits_for_as_many_as_must_end_and_no_more() -> None:
     pace = Fixed(step_s=1.0, prompt_s=0.0)
     asked = Job(context_tokens=100, prefill_tokens=100, output_tokens=10)
     needed = sum(each.context_tokens + each.output_tokens for each in jobs) + 110
-    for capacity, steps in ((needed, 0), (needed - 1, 5), (needed - 106, 10), (needed - 300, 1000)):
+    for capacity, steps in ((needed, 0), (needed - 1, 5), (needed - 106, 10), (needed - 110, 10), (needed - 300, 1010)):
         option = Option(replica=1, load=Jobs(jobs), kv_capacity_tokens=int(capacity))
-        assert expected_finish_s(asked, option, pace=pace) == pytest.approx(steps + 10)
+        assert expected(asked, option, pace=pace).finish_s == pytest.approx(steps + 10)
+
+
+def test_behind_a_queue_it_waits_for_the_queue_too() -> None:
+    """Each fills the KV cache, so they are served one after the other."""
+    jobs = Jobs((Job(context_tokens=60, prefill_tokens=60, output_tokens=40),) * 5)
+    option = Option(replica=1, load=jobs, kv_capacity_tokens=100)
+    asked = Job(context_tokens=60, prefill_tokens=60, output_tokens=40)
+    assert expected(asked, option, pace=Fixed(step_s=1.0, prompt_s=0.0)).first_s == pytest.approx(5 * 40)
 
 
 def test_a_cached_prefix_takes_no_further_kv_cache() -> None:
     option = Option(replica=1, load=Jobs((DECODING,)), kv_capacity_tokens=300, cached_tokens=96)
-    assert expected_finish_s(JOB, option, pace=Fixed(step_s=0.01)) == pytest.approx(0.004 + 50 * 0.01)
+    assert expected(JOB, option, pace=Fixed(step_s=0.01)).finish_s == pytest.approx(0.004 + 50 * 0.01)
 
 
 def test_where_a_pace_is_unknown_none_counts() -> None:

@@ -155,7 +155,8 @@ def test_routing_is_told_of_all_who_are_there() -> None:
         replica.submit(request(number, prompt=1000, output=50))
     load = replica.load(10.0)
     assert (load.requests, load.prefill_tokens, load.kv_tokens) == (20, 20_000, 20 * 1010)
-    assert (load.steps_until_free(0.0), load.steps_until_free(1.0)) == (0.0, 10.0)
+    assert load.steps_until_room(1010.0, capacity=21 * 1010.0) == 0.0
+    assert load.steps_until_room(1010.0, capacity=10 * 1010.0) == pytest.approx(11.0)  # 1.1 times a full KV cache
     clock.run(until_s=0.1)
     later = replica.load(10.0)
     assert later.prefill_tokens < load.prefill_tokens
