@@ -94,7 +94,11 @@ class PlannedCandidates:
             taken = devices_beside(engine.pipeline, self._serving())
             planned, free = await asyncio.to_thread(self._plan, engine, taken)
             found = tuple(
-                replace(each, most_replicas=most_replicas(each, serving=self._serving(), free_devices=free))
+                replace(
+                    each,
+                    most_replicas=most_replicas(each, serving=self._serving(), free_devices=free),
+                    room=room_for(each, free_devices=free),
+                )
                 for each in planned
             )
             self._planned = (asked, now_s, found)
@@ -121,7 +125,12 @@ def most_replicas(granularity: Granularity, *, serving: Sequence[Pipeline], free
 
     Whether the free devices have the memory is for the plan of each that comes; one that does not fit is refused.
     """
-    return max(1, len(serving)) + free_devices // max(1, granularity.devices)
+    return max(1, len(serving)) + room_for(granularity, free_devices=free_devices)
+
+
+def room_for(granularity: Granularity, *, free_devices: int) -> int:
+    """Return how many further replicas of this granularity find devices."""
+    return free_devices // max(1, granularity.devices)
 
 
 def workload_seen(seen: Observation, expected: Workload) -> Workload:

@@ -8,6 +8,9 @@ from engines.protocol import Engine, EngineCounters, StageStatus
 from flexpiped.total_counters import total_counters
 from planner.arrivals import Absence, Reading
 from planner.load import WINDOWS_S, EngineSample, LoadMonitor, Observation
+from planner.workload import Slo
+
+_NO_TARGETS = Slo()
 
 
 class LoadSampler:
@@ -19,12 +22,17 @@ class LoadSampler:
         windows_s: Sequence[float] = WINDOWS_S,
         memory_s: float = 60.0,
         stale_after_s: float = 15.0,
+        slo: Slo = _NO_TARGETS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
         self._monitor = LoadMonitor(
-            began_s=clock(), windows_s=windows_s, memory_s=memory_s, stale_after_s=stale_after_s
+            began_s=clock(), windows_s=windows_s, memory_s=memory_s, stale_after_s=stale_after_s, slo=slo
         )
+
+    def expect(self, slo: Slo) -> None:
+        """Go on with other targets."""
+        self._monitor.slo = slo
 
     def arrived(self, request: object) -> None:
         """A request came."""

@@ -123,6 +123,7 @@ class ModelService:
             windows_s=settings.auto.windows_s,
             memory_s=settings.auto.latency_window_s,
             stale_after_s=settings.auto.stale_after_s,
+            slo=slo_of(settings),
         )
         self.metrics = metrics
         self.metrics.listener = TracedLoad(self.load) if is_traced else self.load
@@ -220,6 +221,7 @@ class ModelService:
         """Use what ``settings`` say of what is live. What is started later is started with them."""
         self._settings = settings
         self._candidates.expect(workload_of(settings), slo_of(settings))
+        self.load.expect(slo_of(settings))
         self._in_force.use(settings)
 
     async def start(self) -> None:

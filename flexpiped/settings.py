@@ -273,6 +273,7 @@ class AutoSettings:
     bar_s: Annotated[float, seconds] = 600.0
     min_replicas: Annotated[int, integer(0)] = 1
     max_replicas: Annotated[int, integer(1)] = 1
+    late_share: Annotated[float, number(0, 1, above=True)] = 0.05
     reclaim_s: Annotated[float, number(0)] = 300.0
     deadline_s: Annotated[float, seconds] = 30.0
     idle_s: Annotated[float, seconds] = 300.0

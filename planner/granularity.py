@@ -22,6 +22,7 @@ class Candidate:
         devices: That one replica occupies.
         shared_devices: Of them, those that other tenants use.
         most_replicas: That fit now, those in force included.
+        room: Further replicas that fit beside all that serve; None: ``most_replicas`` less those of it in force.
         outlook: What one replica would do; None where only the figures above are known.
     """
 
@@ -34,6 +35,7 @@ class Candidate:
     devices: int = 1
     shared_devices: int = 0
     most_replicas: int = 1
+    room: int | None = None
     outlook: Outlook | None = None
 
     def __post_init__(self) -> None:

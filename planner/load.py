@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from planner.arrivals import Absence, Arrivals, ArrivalStatistics, Reading
+from planner.workload import Slo
 
 WINDOWS_S: Final = (30.0, 180.0, 1800.0)
 _MOST_REMEMBERED: Final = 2048  # requests of which lengths and times are kept
+_NO_TARGETS: Final = Slo()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class Observation:
         awaiting: Requests without their first token, by the monitor's own count.
         queue_age_s: Of the oldest request without its first token; 0 where there is none.
         ttft_s, tpot_s: Means over the requests of the monitor's memory; ``ttft_p99_s`` likewise.
+        late_share: Of the requests of the monitor's memory, how many missed a target; those count that still wait for
+            longer than they should. Unsupported where there are no targets.
         running, queue_length, kv_use, stage_busy, taken_bytes: As the engines said last.
     """
 
@@ -54,6 +58,7 @@ class Observation:
     ttft_s: Reading = Absence.NOT_YET
     ttft_p99_s: Reading = Absence.NOT_YET
     tpot_s: Reading = Absence.NOT_YET
+    late_share: Reading = Absence.UNSUPPORTED
     kv_use: Reading = Absence.NOT_YET
     stage_busy: tuple[Reading, ...] = ()
     taken_bytes: Mapping[str, Reading] = field(default_factory=dict)
@@ -95,6 +100,11 @@ class _Recent:
         values = self._now(now_s)
         return sum(values) / len(values) if values else self._absence
 
+    def above(self, now_s: float, limit: float) -> tuple[int, int]:
+        """Return how many of the values are above ``limit``, and how many there are."""
+        values = self._now(now_s)
+        return sum(value > limit for value in values), len(values)
+
     def percentile(self, now_s: float, share: float) -> Reading:
         values = sorted(self._now(now_s))
         return values[min(len(values) - 1, int(share * len(values)))] if values else self._absence
@@ -116,6 +126,7 @@ class LoadMonitor:
         windows_s: Of the arrivals.
         memory_s: Over which lengths and latencies are averaged.
         stale_after_s: Without a new sample for so long, what the engines said last is no longer believed.
+        slo: The targets that requests should meet.
     """
 
     def __init__(
@@ -125,7 +136,9 @@ class LoadMonitor:
         windows_s: Sequence[float] = WINDOWS_S,
         memory_s: float = 60.0,
         stale_after_s: float = 15.0,
+        slo: Slo = _NO_TARGETS,
     ) -> None:
+        self.slo = slo
         self._arrivals = Arrivals(windows_s, began_s=began_s)
         self._stale_after_s = stale_after_s
         self._waiting: dict[Hashable, float] = {}  # without a first token, oldest first
@@ -184,10 +197,28 @@ class LoadMonitor:
             ttft_s=self._ttfts.mean(now_s),
             ttft_p99_s=self._ttfts.percentile(now_s, 0.99),
             tpot_s=self._tpots.mean(now_s),
+            late_share=self._late_share(now_s),
             kv_use=absence if sample is None else sample.kv_use,
             stage_busy=() if sample is None else sample.stage_busy,
             taken_bytes={} if sample is None else sample.taken_bytes,
         )
+
+    def _late_share(self, now_s: float) -> Reading:
+        """Return the share of the target that is missed more often: a request that misses both is late once."""
+        shares = []
+        if self.slo.ttft_s is not None:
+            late, seen = self._ttfts.above(now_s, self.slo.ttft_s)
+            overdue = 0
+            for came_s in self._waiting.values():  # the oldest first
+                if now_s - came_s <= self.slo.ttft_s:
+                    break
+                overdue += 1
+            shares.append((late + overdue, seen + overdue))
+        if self.slo.tpot_s is not None:
+            shares.append(self._tpots.above(now_s, self.slo.tpot_s))
+        if not shares:
+            return Absence.UNSUPPORTED
+        return max((late / seen for late, seen in shares if seen), default=Absence.NOT_YET)
 
     def _believed(self, now_s: float) -> tuple[EngineSample | None, Absence]:
         if self._sample is None:

@@ -29,6 +29,7 @@ class Granularity:
     start_s: float = 0.0
     shared_devices: int = 0
     most_replicas: int = 1
+    room: int | None = None
 
 
 def granularities_of(answer: PlanAnswer) -> tuple[Granularity, ...]:
@@ -87,6 +88,7 @@ def _candidate(
         devices=each.devices,
         shared_devices=each.shared_devices,
         most_replicas=each.most_replicas,
+        room=each.room,
         outlook=lambda rate_per_s, cv: _predict(pipeline, workload, rate_per_s=max(rate_per_s, 1e-6), cv=cv),
     )
 

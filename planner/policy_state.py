@@ -145,6 +145,8 @@ class PolicyConstants:
         guard_s: After a change, so long until its result is judged: handover effects are over and requests have ended.
         guard_tolerance: How much worse than predicted it may be: profiles are within 5 to 15 % here.
         bar_s: So long an undone granularity is not tried again; twice as long each time after.
+        late_share: From this share of late requests on, one more replica is asked for, and none is removed above half of it;
+            5 %, as goodput is mostly asked for at 95 % and more. Only where there are targets.
         reclaim_s: A surplus of replicas must last so long before one is removed: FlexPipe's reclamation window.
         idle_s: Without a request for so long, all replicas go, where ``min_replicas`` is 0.
         deadline_s: T of Eq 12: within it a request that waits should be served.
@@ -164,6 +166,7 @@ class PolicyConstants:
     guard_s: float = 30.0
     guard_tolerance: float = 0.25
     bar_s: float = 600.0
+    late_share: float = 0.05
     reclaim_s: float = 300.0
     idle_s: float = 300.0
     deadline_s: float = 30.0

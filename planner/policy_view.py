@@ -67,6 +67,25 @@ class View:
         return (self.demand_per_s or 0.0) / capacity if capacity else float("inf")
 
     @property
+    def are_late(self) -> bool:
+        """Whether more requests miss their targets than may."""
+        return known(self.observation.late_share, 0.0) > self.constants.late_share
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether requests are known to meet their targets, with a distance to ``are_late``."""
+        return known(self.observation.late_share, 1.0) <= self.constants.late_share / 2
+
+    def room_for(self, num_stages: int) -> int:
+        """Return how many further replicas of a granularity fit beside those that serve."""
+        found = self.candidate(num_stages)
+        if found is None:
+            return 0
+        if found.room is not None:
+            return found.room
+        return max(0, found.most_replicas - self.state.fleet.count(num_stages))
+
+    @property
     def numbers(self) -> Mapping[str, float | str]:
         """What a decision rests on, for the record; what is absent says why."""
         seen = self.observation
@@ -79,7 +98,7 @@ class View:
         for window in seen.windows:
             found |= {f"rate_per_s_{window.window_s:g}s": _told(window.rate_per_s)}
             found |= {f"cv_{window.window_s:g}s": _told(window.cv)}
-        for name in ("queue_length", "queue_age_s", "running", "kv_use", "ttft_s", "tpot_s"):
+        for name in ("queue_length", "queue_age_s", "running", "kv_use", "ttft_s", "tpot_s", "late_share"):
             found[name] = _told(getattr(seen, name))
         return found
 

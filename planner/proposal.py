@@ -11,6 +11,9 @@ from planner.policy_words import replicas, stages
 from planner.scaling import serves_in_time, wanted_instances
 
 
+_HARDLY_LOADED = 0.25  # of capacity: who is late here would be late with more replicas, too
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposed:
     """An action that would be right, or None, with the reason; and how long it must look right before it is begun."""
@@ -38,7 +41,7 @@ class _Ranked:
 def propose(view: View) -> Proposed:
     """Return what should change, if anything.
 
-    1. overload, or a queue that asks for more (Eq 11): add replicas where there may be more
+    1. overload, a queue that asks for more (Eq 11), or late requests: add replicas where there may be more
     2. overload that no replica can take: the granularity that serves most, at once
     3. the best granularity is another one: change, if it gains enough, for long enough, to pay for the change
     4. more replicas than needed: remove one, once that has lasted
@@ -110,36 +113,52 @@ def _is_main(view: View, ranked: _Ranked) -> bool:
 
 
 def _more_replicas(view: View, ranked: Sequence[_Ranked], current: _Ranked, *, overloaded: bool) -> Proposed | None:
-    """Propose replicas that Eq 5 asks for under overload, or Eq 11 for the queue; of a granularity in time by Eq 12."""
+    """Propose replicas that Eq 5 asks for under overload, Eq 11 for the queue, or one for requests that are late.
+
+    They may be of any granularity for which there is room: what is left of a cluster is often too small for more of
+    what serves, and still takes finer stages.
+    """
     constants, have = view.constants, len(view.state.fleet)
-    most = max(1, min(constants.max_replicas, current.candidate.most_replicas))
-    queue = known(view.observation.queue_length, 0.0)
+    room = max(view.room_for(each.candidate.num_stages) for each in ranked)
+    most = max(1, min(constants.max_replicas, have + room))
+    queue = 0.0 if view.is_in_time else known(view.observation.queue_length, 0.0)
     for_queue = wanted_instances(most=most, cv=view.cv, queue_length=queue, constants=constants.scale) if queue else 0
     demand = view.demand_per_s or 0.0
     for_rate = instances(
         current.candidate, rate_per_s=demand, load_limit=constants.target_load, constants=constants.score
     )
-    wanted = min(most, max(for_rate if overloaded else have, for_queue, constants.min_replicas))
+    late = view.are_late and view.load > _HARDLY_LOADED
+    wanted = min(
+        most, max(for_rate if overloaded else have, for_queue, have + 1 if late else 0, constants.min_replicas)
+    )
     if wanted <= have:
         return None
     which, in_time = _in_time(view, ranked, count=wanted - have, queue=queue)
-    action = Action(verb=Verb.ADD, num_stages=which.num_stages, count=wanted - have)
+    count = min(wanted - have, view.room_for(which.num_stages))
+    action = Action(verb=Verb.ADD, num_stages=which.num_stages, count=count)
     asked_by = f"load {view.load:.0%}" if overloaded else f"{queue:.0f} requests wait"
+    if late and not overloaded:
+        asked_by = f"{known(view.observation.late_share, 0.0):.0%} of the requests are late"
     timely = "" if in_time else f"; none serves what waits within {constants.deadline_s:g} s, so the quickest"
-    reason = f"{replicas(wanted)} instead of {have}: {asked_by}, {view.cv_in_words}{timely}"
+    reason = f"{replicas(have + count)} instead of {have}: {asked_by}, {view.cv_in_words}{timely}"
     # Whoever waits has waited already; a load over the limit may be one burst, so it has to be seen twice.
     return Proposed(action=action, reason=reason, confirm_s=0.0 if queue else constants.confirm_s)
 
 
 def _in_time(view: View, ranked: Sequence[_Ranked], *, count: int, queue: float) -> tuple[Candidate, bool]:
-    """Return the best granularity of which new replicas serve the queue in time (Eq 12), else the quickest."""
+    """Return the best granularity of which new replicas serve the queue in time (Eq 12), else the quickest.
+
+    The best of those with room for all ``count``, where there are such.
+    """
     serving = [view.rate_of(num_stages) for num_stages in view.state.fleet]
+    rooms = {each.candidate.num_stages: view.room_for(each.candidate.num_stages) for each in ranked}
+    enough = min(count, max(rooms.values()))
+    fitting = [each for each in ranked if rooms[each.candidate.num_stages] >= enough]
     timely = [
         each
-        for each in ranked
-        if each.candidate.most_replicas >= count
-        and serves_in_time(
-            rates_per_s=[*serving, *([view.rate_of(each.candidate.num_stages)] * count)],
+        for each in fitting
+        if serves_in_time(
+            rates_per_s=[*serving, *([view.rate_of(each.candidate.num_stages)] * enough)],
             start_s=each.candidate.start_s,
             queue_length=queue,
             deadline_s=view.constants.deadline_s,
@@ -148,7 +167,7 @@ def _in_time(view: View, ranked: Sequence[_Ranked], *, count: int, queue: float)
     ]
     if timely:
         return max(timely, key=lambda each: each.score).candidate, True
-    return quickest([each.candidate for each in ranked]), False
+    return quickest([each.candidate for each in fitting]), False
 
 
 def _fewer_replicas(view: View, current: _Ranked) -> Proposed:
@@ -158,7 +177,8 @@ def _fewer_replicas(view: View, current: _Ranked) -> Proposed:
     leaving = odd[0] if odd else main
     left = view.capacity_per_s - view.rate_of(leaving)
     demand = view.demand_per_s or 0.0
-    is_calm = demand <= constants.target_load * left and not known(view.observation.queue_length, 0.0)
+    nobody_waits = view.is_in_time or not (view.are_late or known(view.observation.queue_length, 0.0))
+    is_calm = demand <= constants.target_load * left and nobody_waits
     if len(fleet) > max(1, constants.min_replicas) and is_calm:
         action = Action(verb=Verb.REMOVE, num_stages=leaving)
         reason = f"{demand / left:.0%} of what the others serve is asked for"

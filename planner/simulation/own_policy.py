@@ -98,6 +98,7 @@ class Flexpiped:
         def outlook(rate_per_s: float, cv: float) -> Prediction:
             return pipeline.predict(Workload(rate_per_s=max(rate_per_s, 1e-6), cv=cv), Slo(), replicas=1)
 
+        room = pool.room_for(shape, placing=fleet.placing)
         shown = members[0].placed if members else placed
         return Candidate(
             num_stages=shape.num_stages,
@@ -108,6 +109,7 @@ class Flexpiped:
             start_s=shape.warm_s if placed is not None and placed.is_warm else shape.cold_s,
             devices=shape.num_stages,
             shared_devices=0 if shown is None else pool.shared(shown),
-            most_replicas=len(members) + pool.room_for(shape, placing=fleet.placing),
+            most_replicas=len(members) + room,
+            room=room,
             outlook=outlook,
         )

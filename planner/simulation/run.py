@@ -131,7 +131,7 @@ class _Run:
         self._system = system
         self._on_progress = on_progress
         self._clock = Clock()
-        self._monitor = LoadMonitor(began_s=0.0)
+        self._monitor = LoadMonitor(began_s=0.0, slo=setting.slo)
         self._fleet = Fleet(
             self._clock,
             pool,
