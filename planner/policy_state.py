@@ -145,8 +145,8 @@ class PolicyConstants:
         guard_s: After a change, so long until its result is judged: handover effects are over and requests have ended.
         guard_tolerance: How much worse than predicted it may be: profiles are within 5 to 15 % here.
         bar_s: So long an undone granularity is not tried again; twice as long each time after.
-        late_share: From this share of late requests on, one more replica is asked for, and none is removed above half of it;
-            5 %, as goodput is mostly asked for at 95 % and more. Only where there are targets.
+        late_share: From this share of late requests on, one more replica is asked for; none is removed above half of
+            it. 5 %, as goodput is mostly asked for at 95 % and more. Only where there are targets.
         reclaim_s: A surplus of replicas must last so long before one is removed: FlexPipe's reclamation window.
         idle_s: Without a request for so long, all replicas go, where ``min_replicas`` is 0.
         deadline_s: T of Eq 12: within it a request that waits should be served.

@@ -10,7 +10,6 @@ from planner.policy_view import View
 from planner.policy_words import replicas, stages
 from planner.scaling import serves_in_time, wanted_instances
 
-
 _HARDLY_LOADED = 0.25  # of capacity: who is late here would be late with more replicas, too
 
 

@@ -33,6 +33,21 @@ class Static:
 
 
 @dataclass(kw_only=True)
+class Full:
+    """All the room that there is, always on: replicas of one granularity, then others in what that leaves."""
+
+    num_stages: int
+
+    def begin(self, fleet: Fleet) -> None:
+        for stages in (self.num_stages, *sorted(fleet.shapes)):
+            while fleet.add(stages, start_s=0.0):
+                pass
+
+    def tick(self, observation: Observation, now_s: float) -> str:  # noqa: ARG002
+        return "static"
+
+
+@dataclass(kw_only=True)
 class BestStatic:
     """The static placement that is predicted to serve the expected traffic best, always on.
 

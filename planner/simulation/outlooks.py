@@ -67,21 +67,35 @@ def _lengths(workload: Workload, prompt: int, output: int) -> Workload:
     )
 
 
-def fewest_devices(fleet: Fleet, outlooks: Outlooks, workload: Workload, *, load: float) -> tuple[int, int]:
-    """Return the granularity that serves ``workload`` at ``load`` on the fewest devices, and how many replicas."""
+def fewest_devices(
+    fleet: Fleet, outlooks: Outlooks, workload: Workload, *, load: float, late_share: float
+) -> tuple[int, int]:
+    """Return the granularity that serves ``workload`` on the fewest devices, and how many replicas.
+
+    It serves it if the load is at most ``load``, and no more than ``late_share`` of the requests are predicted to miss
+    their targets. Where none does, the one with the fewest late requests, as many replicas as there is room for.
+    """
     options = []
     for stages, shape in fleet.shapes.items():
-        placed = fleet.pool.find(shape, now_s=0.0, placing=fleet.placing)
-        room = fleet.pool.room_for(shape, placing=fleet.placing)
-        if placed is None or not room:
-            continue
-        capacity = outlooks.predict(shape, workload, kv_tokens=placed.kv_tokens).capacity_per_s
-        if capacity > 0:
-            wanted = ceil(workload.rate_per_s / (capacity * load))
-            options.append(
-                (wanted > room, wanted * stages if wanted <= room else -room * capacity, stages, wanted, room)
-            )
+        rooms = fleet.pool.rooms(shape, placing=fleet.placing)
+        for count in range(1, len(rooms) + 1):
+            kv_tokens = sum(rooms[:count]) // count
+            found = outlooks.predict(shape, workload, kv_tokens=kv_tokens, replicas=count)
+            late = 1 - found.attainment
+            serves = found.load <= load and late <= late_share
+            if serves or count == len(rooms):
+                short = round(max(late, found.load - load), 2)  # predictions tell no finer than that
+                options.append(
+                    (not serves, count * stages if serves else short, latency_s(found, workload), stages, count)
+                )
+            if serves:
+                break
     if not options:
         return min(fleet.shapes), 0
-    _, _, stages, wanted, room = min(options)
-    return stages, min(wanted, room)
+    *_, stages, count = min(options)
+    return stages, count
+
+
+def latency_s(found: Prediction, workload: Workload) -> float:
+    """Return the predicted mean time from arrival to the last token."""
+    return found.ttft_s + (workload.output_tokens_mean - 1) * found.tpot_s

@@ -29,7 +29,13 @@ class Flexpiped:
 
     def begin(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        best, count = fewest_devices(fleet, self.outlooks, self.expected, load=self.constants.target_load)
+        best, count = fewest_devices(
+            fleet,
+            self.outlooks,
+            self.expected,
+            load=self.constants.target_load,
+            late_share=self.constants.late_share,
+        )
         for _ in range(max(self.constants.min_replicas, min(count, self.constants.max_replicas))):
             fleet.add(best, start_s=0.0)
         fleet.clock.run(until_s=fleet.clock.now_s)

@@ -108,6 +108,18 @@ class DevicePool:
         )
         return fitting // shape.num_stages
 
+    def rooms(self, shape: Shape, *, placing: Placing = Placing.FRAGMENTS) -> list[int]:
+        """Return the KV capacity of each replica that would fit, one after the other: later ones get what is left."""
+        found: list[Placed] = []
+        while (placed := self.find(shape, now_s=0.0, placing=placing)) is not None:
+            self.take(placed)
+            found.append(placed)
+        for placed in found:  # not ``give_back``: no parameters have been there
+            for device in placed.devices:
+                device.held_bytes -= placed.bytes_each
+                device.stages -= 1
+        return [placed.kv_tokens for placed in found]
+
     def take(self, placed: Placed) -> None:
         """Have a replica hold its devices."""
         for device in placed.devices:

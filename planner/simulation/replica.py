@@ -49,8 +49,8 @@ class SimulatedRequest:
 class Standing:
     """What is at a replica, as a ``planner.routing.Load``: all of its requests are expected to be of one length.
 
-    Which of them is how far is not looked at: they are taken to end evenly, a whole KV cache of them in as many steps as
-    a request has.
+    Which of them is how far is not looked at: they are taken to end evenly, a whole KV cache of them in as many
+    steps as a request has.
     """
 
     requests: int

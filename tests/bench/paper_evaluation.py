@@ -20,11 +20,11 @@ from planner.simulation import opt_66b
 from planner.simulation.cluster import FLEXPIPE_OCCUPANCY, hosts_of, mostly_free, occupied_devices
 from planner.simulation.openb import WHOLE
 from planner.simulation.pool import DevicePool
-from planner.simulation.run import Outcome, Setting, simulate
+from planner.simulation.run import Outcome
 from planner.traces import Reshape, Trace, alternating, drawn_trace, parse_trace, repeated, reshaped, workload_of
 from planner.workload import Slo, Workload
 from tests.bench import openb
-from tests.bench.paper_systems import Contestant, others, own, settings_tried
+from tests.bench.paper_systems import Contestant, Given, others, own, settings_tried
 from tests.bench.program import parser, run
 from tests.bench.tables import Bound, say, table, verdicts, write_json
 from tests.support.traces import CODE, CONV, TRACE_SKIPPED, trace_folder
@@ -106,10 +106,10 @@ def pool(seed: int) -> DevicePool:
     )
 
 
-def one(contestant: Contestant, trace: Trace, expected: Workload, *, slo: Slo, seed: int) -> Outcome:
-    """Run one system on one half."""
-    setting = Setting(trace=trace, shapes=contestant.shapes, slo=slo, expected=expected)
-    return simulate(setting, pool(seed), contestant.make(expected, trace))
+def one(contestant: Contestant, tuning: Trace, coming: Trace, *, slo: Slo, seed: int) -> Outcome:
+    """Run one system, made for one half, on another."""
+    given = Given(tuning=tuning, coming=coming, devices=lambda: pool(seed), slo=slo)
+    return given.run(contestant.make(given), contestant.shapes, coming)
 
 
 def tuned(works: Sequence[Work], *, slo: Slo, seed: int) -> PolicyConstants:
@@ -117,7 +117,7 @@ def tuned(works: Sequence[Work], *, slo: Slo, seed: int) -> PolicyConstants:
     scored = []
     for number, constants in enumerate(settings_tried()):
         contestant = own(opt_66b.shapes(), slo, constants)
-        found = [one(contestant, each.tuning, workload_of(each.tuning), slo=slo, seed=seed) for each in works]
+        found = [one(contestant, each.tuning, each.tuning, slo=slo, seed=seed) for each in works]
         goodput = fmean(each.figures.attainment for each in found)
         efficiency = fmean(each.goodput_per_device_s for each in found)
         say(f"tuning: setting {number}: {goodput:.1%} in time, {efficiency:.3f} for each reserved device-second")
@@ -204,6 +204,7 @@ async def main() -> int:
     made.add_argument("--ttft", type=float, default=5.0, help="target, s")
     made.add_argument("--tpot", type=float, default=0.4, help="target, s")
     made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--setting", type=int, help="leave the tuning out: the settings that were tried count from 0")
     made.add_argument("--only", default="", help="workloads with these words in their names")
     arguments = made.parse_args()
     folder = trace_folder()
@@ -222,17 +223,17 @@ async def main() -> int:
     ]
     devices = pool(seed).devices
     say(f"{_DEVICES} GPUs, of which {mostly_free(devices):.1%} have more than 85 % of their memory free (paper: 8.7 %)")
-    constants = tuned(works, slo=slo, seed=seed)
+    tried = settings_tried()
+    constants = tuned(works, slo=slo, seed=seed) if arguments.setting is None else tried[arguments.setting]
     contestants = [own(opt_66b.shapes(), slo, constants), *others(opt_66b.shapes(), slo)]
     print(f"constants of flexpiped, chosen on the first halves: {constants}")
     for each in contestants:
         print(f"{each.name}: {each.source}")
     results: dict[tuple[str, str], Outcome] = {}
     for work in works:
-        expected = workload_of(work.tuning)
         for each in contestants:
             say(f"{work.name}: {each.name}")
-            results[work.name, each.name] = one(each, work.reported, expected, slo=slo, seed=seed)
+            results[work.name, each.name] = one(each, work.tuning, work.reported, slo=slo, seed=seed)
         asked = workload_of(work.reported)
         table(
             f"{work.name}: {len(work.reported)} requests, {asked.rate_per_s:.1f}/s, CV {asked.cv:.2f}",

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 
-from planner.granularity import ScoreConstants
 from planner.policy_state import PolicyConstants
-from planner.simulation.baselines import BestStatic, FastColdStart, Oracle, Static
+from planner.simulation.baselines import FastColdStart, Full, Oracle, Static
 from planner.simulation.outlooks import Outlooks
 from planner.simulation.own_policy import Flexpiped
+from planner.simulation.pool import DevicePool
+from planner.simulation.run import Outcome, Setting, simulate
 from planner.simulation.shape import Shapes
 from planner.simulation.system import System
 from planner.simulation.variants import multiplexed, sharing_tensors
-from planner.traces import Trace
+from planner.traces import Trace, workload_of
 from planner.workload import Slo, Workload
 
 _FEWEST = 4  # stages: what the static and the serverless systems have in the paper
@@ -21,13 +24,32 @@ MOST_REPLICAS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What systems are made from: the half that they may tune on, and what comes, which only the oracle sees."""
+
+    tuning: Trace
+    coming: Trace
+    devices: Callable[[], DevicePool]
+    slo: Slo
+
+    @property
+    def expected(self) -> Workload:
+        return workload_of(self.tuning)
+
+    def run(self, system: System, shapes: Shapes, trace: Trace) -> Outcome:
+        """Return what a system comes to on a trace."""
+        setting = Setting(trace=trace, shapes=shapes, slo=self.slo, expected=self.expected)
+        return simulate(setting, self.devices(), system)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Contestant:
-    """A system: its shapes, and how it is made for traffic that is expected and for the trace that comes."""
+    """A system: its shapes, and how it is made."""
 
     name: str
     source: str
     shapes: Shapes
-    make: Callable[[Workload, Trace], System]
+    make: Callable[[Given], System]
 
 
 def own(shapes: Shapes, slo: Slo, constants: PolicyConstants) -> Contestant:
@@ -37,13 +59,12 @@ def own(shapes: Shapes, slo: Slo, constants: PolicyConstants) -> Contestant:
         name="flexpiped",
         source="planner.policy",
         shapes=shapes,
-        make=lambda expected, _trace: Flexpiped(constants=constants, outlooks=outlooks, expected=expected),
+        make=lambda given: Flexpiped(constants=constants, outlooks=outlooks, expected=given.expected),
     )
 
 
 def others(shapes: Shapes, slo: Slo) -> list[Contestant]:
     """Return what it is compared with."""
-    plain = Outlooks(shapes, slo)
     mux = {stages: replace(each, times=multiplexed(each.times, overlap=_OVERLAP)) for stages, each in shapes.items()}
     tensors = {
         stages: replace(
@@ -54,25 +75,24 @@ def others(shapes: Shapes, slo: Slo) -> list[Contestant]:
         )
         for stages, each in shapes.items()
     }
-    mux_outlooks, tensor_outlooks = Outlooks(mux, slo), Outlooks(tensors, slo)
     few = shapes[_FEWEST]
 
-    def cold_start(expected: Workload, _trace: Trace) -> System:
-        sequences = min(few.times.max_sequences, few.times.kv_capacity_tokens / expected.sequence_tokens_mean)
+    def cold_start(given: Given) -> System:
+        sequences = min(few.times.max_sequences, few.times.kv_capacity_tokens / given.expected.sequence_tokens_mean)
         return FastColdStart(num_stages=_FEWEST, per_replica=max(1.0, sequences / 2))
 
     return [
         Contestant(
             name="AlpaServe-like",
-            source="Li et al., OSDI 2023: the static placement predicted best",
+            source="Li et al., OSDI 2023: the static placement that did best in a simulation of the first half",
             shapes=shapes,
-            make=lambda expected, _trace: BestStatic(outlooks=plain, expected=expected),
+            make=lambda given: best_static(given, shapes),
         ),
         Contestant(
             name="MuxServe-like",
-            source="Duan et al., ICML 2024: prompts and decoding share SMs",
+            source="Duan et al., ICML 2024: prompts and decoding share SMs; placed likewise",
             shapes=mux,
-            make=lambda expected, _trace: BestStatic(outlooks=mux_outlooks, expected=expected),
+            make=lambda given: best_static(given, mux),
         ),
         Contestant(
             name="ServerlessLLM-like",
@@ -82,25 +102,51 @@ def others(shapes: Shapes, slo: Slo) -> list[Contestant]:
         ),
         Contestant(
             name="Tetris-like",
-            source="Li et al., ATC 2022: two instances share one copy of the tensors",
+            source="Li et al., ATC 2022: two instances share one copy of the tensors; placed likewise",
             shapes=tensors,
-            make=lambda expected, _trace: BestStatic(outlooks=tensor_outlooks, expected=expected),
+            make=lambda given: best_static(given, tensors),
         ),
         Contestant(
             name="static 4 stages",
             source="as many replicas as there is room for, always on",
             shapes=shapes,
-            make=lambda _expected, _trace: Static(num_stages=_FEWEST, replicas=MOST_REPLICAS),
+            make=lambda _given: Static(num_stages=_FEWEST, replicas=MOST_REPLICAS),
         ),
         Contestant(
             name="oracle",
-            source="knows all arrivals, changes for nothing",
+            source="the best of seven plans by what came of each, three of which change as they know what comes",
             shapes=shapes,
-            make=lambda expected, trace: Oracle(
-                outlooks=plain, expected=expected, arrivals_s=[each.arrival_s for each in trace]
-            ),
+            make=lambda given: _oracle(given, shapes, Outlooks(shapes, slo)),
         ),
     ]
+
+
+def best_static(given: Given, shapes: Shapes) -> System:
+    """Return as many replicas as fit of the granularity that has most requests of the first half in time.
+
+    AlpaServe searches placements by simulating the workload that is expected, too. Of equals the one of least latency.
+    """
+
+    def made(stages: int) -> System:
+        return Static(num_stages=stages, replicas=MOST_REPLICAS)
+
+    tried = {stages: given.run(made(stages), shapes, given.tuning) for stages in shapes}
+    return made(max(tried, key=lambda stages: _merit(tried[stages])))
+
+
+def _merit(found: Outcome) -> tuple[float, float]:
+    return round(found.figures.attainment, 3), -(found.figures.latency_s.mean or inf)
+
+
+def _oracle(given: Given, shapes: Shapes, outlooks: Outlooks) -> System:
+    arrivals_s = [each.arrival_s for each in given.coming]
+
+    def seeing(load: float) -> System:
+        return Oracle(outlooks=outlooks, expected=given.expected, arrivals_s=arrivals_s, load=load)
+
+    plans: list[Callable[[], System]] = [partial(seeing, load) for load in (0.4, 0.55, 0.7)]
+    plans += [partial(Full, num_stages=stages) for stages in shapes]
+    return max(plans, key=lambda plan: _merit(given.run(plan(), shapes, given.coming)))()
 
 
 def settings_tried() -> Sequence[PolicyConstants]:
@@ -108,7 +154,8 @@ def settings_tried() -> Sequence[PolicyConstants]:
     base = PolicyConstants(min_replicas=1, max_replicas=MOST_REPLICAS)
     return (
         base,
-        replace(base, target_load=0.6, load_limit=0.75),
-        replace(base, target_load=0.6, load_limit=0.75, reclaim_s=60.0),
-        replace(base, reclaim_s=60.0, score=ScoreConstants(alpha=0.2)),
+        replace(base, reclaim_s=120.0),
+        replace(base, late_share=0.02),
+        replace(base, late_share=0.02, reclaim_s=120.0),
+        replace(base, target_load=0.65, load_limit=0.8),
     )

@@ -45,7 +45,7 @@ def test_every_contestant_runs(name: str) -> None:
     calm = Workload(rate_per_s=5.0, prompt_tokens_mean=300, output_tokens_mean=60)
     trace = drawn_trace(calm, duration_s=120.0, seed=1)
 
-    outcome = one(CONTESTANTS[name], trace, calm, slo=SLO, seed=1)
+    outcome = one(CONTESTANTS[name], trace, trace, slo=SLO, seed=1)
 
     assert outcome.figures.failed == 0
     assert outcome.events < 12 * len(trace)
