@@ -9,6 +9,7 @@ from planner.load import EngineSample, LoadMonitor
 from planner.policy import decide, initial_state, settle
 from planner.policy_state import Action, Decision, Ending, PolicyConstants, PolicyState
 from planner.prediction import Prediction
+from planner.workload import Slo
 
 OUTPUT_TOKENS = 32
 
@@ -69,6 +70,7 @@ class Run:
     fleet: tuple[int, ...] = (2,)
     latency_s: Callable[[int], float] | None = None
     queue: int = 0
+    slo: Slo = field(default_factory=Slo)
     action_s: float = 0.5
     ending: Ending = Ending.DONE
     decisions: list[Decision] = field(default_factory=list)
@@ -76,7 +78,7 @@ class Run:
 
     def through(self, arrivals_s: Iterable[float], *, until_s: float, interval_s: float = 5.0) -> PolicyState:
         """Run until ``until_s`` and return the last state."""
-        monitor, state = LoadMonitor(began_s=0.0), initial_state(self.fleet, now_s=0.0)
+        monitor, state = LoadMonitor(began_s=0.0, slo=self.slo), initial_state(self.fleet, now_s=0.0)
         coming, number, due = iter(arrivals_s), 0, None
         next_s = next(coming, inf)
         for cycle in range(1, int(until_s / interval_s) + 1):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from planner.arrivals import Absence, Arrivals, ArrivalWindow
 from planner.load import EngineSample, LoadMonitor
+from planner.workload import Slo
 
 GAPS_S = st.lists(st.floats(0.0, 20.0), min_size=0, max_size=120)
 
@@ -82,6 +83,23 @@ def test_what_was_measured_long_ago_is_stale() -> None:
     assert monitor.observe(12.0).queue_length == 2.0
     seen = monitor.observe(70.0)
     assert (seen.queue_length, seen.kv_use, seen.ttft_s) == (Absence.STALE,) * 3
+
+
+def test_who_is_late_is_who_missed_a_target_or_has_waited_too_long_for_it() -> None:
+    assert LoadMonitor(began_s=0.0).observe(1.0).late_share is Absence.UNSUPPORTED
+    monitor = LoadMonitor(began_s=0.0, slo=Slo(ttft_s=1.0, tpot_s=0.1))
+    assert monitor.observe(1.0).late_share is Absence.NOT_YET
+    for number, ttft_s in enumerate((0.5, 0.9, 1.1)):
+        monitor.arrived(number, 10.0)
+        monitor.first_token(number, 10.0 + ttft_s)
+    assert monitor.observe(11.2).late_share == pytest.approx(1 / 3)
+    monitor.arrived("waits", 11.2)
+    assert monitor.observe(12.0).late_share == pytest.approx(1 / 3)
+    assert monitor.observe(12.3).late_share == pytest.approx(2 / 4)
+    monitor.ended("waits", 12.4, output_tokens=3, tpot_s=0.2)
+    assert monitor.observe(12.5).late_share == 1.0
+    monitor.slo = Slo(ttft_s=2.0)
+    assert monitor.observe(12.5).late_share == 0.0
 
 
 def test_another_layout_forgets_the_latencies_of_the_old_one() -> None:

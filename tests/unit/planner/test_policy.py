@@ -14,6 +14,7 @@ from planner.load import EngineSample, LoadMonitor
 from planner.policy import changed_by_others, decide, initial_state, settle
 from planner.policy_state import Action, Ending, PolicyConstants, Verb
 from planner.scaling import ScaleConstants, host_affinity, serves_in_time, wanted_instances
+from planner.workload import Slo
 from tests.unit.planner.policies import FOUR, THREE, TWO, Run, candidate, square_wave
 
 CONSTANTS = PolicyConstants()
@@ -263,6 +264,39 @@ def test_a_queue_that_coarse_replicas_would_serve_too_late_gets_fine_ones() -> N
     assert (action.verb, action.num_stages) == (Verb.ADD, 8)
 
 
+LATE = Slo(ttft_s=1.0)
+
+
+def test_late_requests_get_one_more_replica_below_the_limit_of_load_and_none_goes_while_they_are() -> None:
+    run = Run(MANY, candidates=(FLEET[0],), latency_s=lambda _stages: 2.0, slo=LATE)
+    state = run.through(steady(7.0, 120), until_s=120)
+    assert [(action.verb, action.count) for _at_s, action in run.actions][:2] == [(Verb.ADD, 1)] * 2
+    assert state.fleet == (2, 2, 2)  # with a third replica hardly any of them is loaded
+    assert run.actions[0][0] >= MANY.confirm_s
+    assert any("100% of the requests are late" in each.reason for each in run.decisions)
+
+
+def test_who_would_be_late_anyway_gets_no_further_replica() -> None:
+    run = Run(MANY, candidates=(FLEET[0],), latency_s=lambda _stages: 2.0, slo=LATE)
+    run.through(steady(1.0, 120), until_s=120)
+    assert run.actions == []
+
+
+def test_a_queue_that_makes_nobody_late_asks_for_nothing_and_keeps_no_replica() -> None:
+    asked = Run(MANY, candidates=(FLEET[0],), fleet=(2, 2), latency_s=lambda _stages: 0.5, queue=32, slo=LATE)
+    state = asked.through(steady(3.0, 600), until_s=600)
+    assert [action.verb for _at_s, action in asked.actions] == [Verb.REMOVE]
+    assert state.fleet == (2,)
+
+
+def test_where_no_more_of_what_serves_fits_finer_replicas_come() -> None:
+    full, finer = replace(FLEET[0], most_replicas=2, room=0), replace(FLEET[1], room=1)
+    run = Run(MANY, candidates=(full, finer), fleet=(2, 2))
+    state = run.through(steady(30.0, 60), until_s=60)
+    assert run.actions[0][1] == Action(verb=Verb.ADD, num_stages=4)
+    assert state.fleet[:2] == (2, 2)
+
+
 # --- it never flaps ---
 
 
@@ -295,7 +329,8 @@ def most_changes_in_a_minute(wave: Wave) -> int:
     latency = None if wave.honest else lambda stages: 0.2 * stages
     waves = square_wave(low_per_s=wave.low, high_per_s=wave.high, period_s=wave.period_s, until_s=600)
     arrivals = (at_s + index * 1e-3 for at_s in waves for index in range(wave.size))
-    run = Run(hasty, candidates=tuple(replace(each, most_replicas=3) for each in THREE), latency_s=latency)
+    candidates = tuple(replace(each, most_replicas=3) for each in THREE)
+    run = Run(hasty, candidates=candidates, latency_s=latency, slo=Slo(ttft_s=0.5))
     run.through(sorted(arrivals), until_s=600, interval_s=2.5)
     return run.most_in_a_minute
 
@@ -314,14 +349,19 @@ def test_many_square_waves_never_make_more_than_two_changes_a_minute(wave: Wave)
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("late_s", [None, 0.3])
 @pytest.mark.parametrize("threshold", [7.5, 9.0, 13.5, 16.2, 18.0])
-def test_waves_around_each_threshold_of_load_hardly_change_anything(seed: int, threshold: float) -> None:
+def test_waves_around_each_threshold_of_load_hardly_change_anything(
+    seed: int, threshold: float, late_s: float | None
+) -> None:
+    """``late_s``: the target, around which requests take a little more or less with each arrival."""
     random = Random(seed)
     share, period_s = random.uniform(0.01, 0.2), random.uniform(10.0, 400.0)
     waves = square_wave(
         low_per_s=threshold * (1 - share), high_per_s=threshold * (1 + share), period_s=period_s, until_s=1200
     )
-    run = Run(CONSTANTS)
+    near = None if late_s is None else lambda _stages: late_s * random.uniform(0.9, 1.1)
+    run = Run(replace(CONSTANTS, max_replicas=3), latency_s=near, slo=Slo(ttft_s=late_s))
     run.through(waves, until_s=1200)
     assert run.most_in_a_minute <= 2
     assert len(run.actions) <= 1200 / CONSTANTS.dwell_s
