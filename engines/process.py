@@ -32,10 +32,21 @@ def import_root() -> Path:
     root = Path(__file__).resolve().parents[1]
     if root.name not in ("site-packages", "dist-packages"):
         return root
-    links = Path(_link_directory().name)
+    return _linked(Path(_link_directory().name))
+
+
+def lasting_import_root(folder: Path) -> Path:
+    """Return the same for an engine that outlives this process; where links are needed, they are in ``folder``."""
+    root = Path(__file__).resolve().parents[1]
+    return _linked(folder) if root.name in ("site-packages", "dist-packages") else root
+
+
+def _linked(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     for package in ("engines", "planner", "topology"):
-        (links / package).symlink_to(root / package)
-    return links
+        with suppress(FileExistsError):
+            (folder / package).symlink_to(Path(__file__).resolve().parents[1] / package)
+    return folder
 
 
 @cache

@@ -224,6 +224,7 @@ class Daemon:
 
     def _announce_stop(self, service: Service) -> None:
         reason = service.health.reason if service.failed.is_set() else f"stopping on {self._signals.stopped_by}"
+        service.engines_may_stay = self._signals.stopped_by != "SIGINT"
         self._banner.say(f"{reason}; streams in flight have {DRAIN_DEADLINE_S:.0f} s to finish (again: stop at once)")
         self._is_announced = False
         self._notifier.stopping(reason)

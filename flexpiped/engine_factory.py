@@ -10,10 +10,12 @@ from engines.errors import UnsupportedByEngine
 from engines.native.options import NativeOptions
 from engines.native.text_part import text_part
 from engines.protocol import Engine
+from engines.records import Purpose
 from flexpiped.config_values import Auto
 from flexpiped.hardware import host_topology, memory_of_one
 from flexpiped.native_interpreter import engine_python
 from flexpiped.settings import EngineKind, Settings
+from flexpiped.survivors import Survivors, purpose_of, refuse_what_cannot_survive
 from planner.errors import UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
 from planner.layout import Pipeline
@@ -82,7 +84,11 @@ def ignore_news(_news: str) -> None:
 
 
 def engine_factory(
-    settings: Settings, model: Model, *, on_news: Callable[[str], object] = ignore_news
+    settings: Settings,
+    model: Model,
+    *,
+    on_news: Callable[[str], object] = ignore_news,
+    survivors: Survivors | None = None,
 ) -> Callable[[Pipeline, int], Engine]:
     """Return what makes an engine, not started yet, for the pipeline and epoch to begin with.
 
@@ -90,10 +96,15 @@ def engine_factory(
 
     Args:
         on_news: Told what operators should know of an engine that runs, one sentence each.
+        survivors: Engines that were there before the daemon, and outlive it; None: there are none.
+
+    Raises:
+        UnsupportedByEngine: It is to outlive the daemon and cannot.
     """
+    refuse_what_cannot_survive(settings)
     match settings.engine:
         case EngineKind.NATIVE:
-            return _native(settings, model)
+            return _native(settings, model, survivors)
         case EngineKind.VLLM:
             from flexpiped.served_engines import VllmEngines
 
@@ -108,11 +119,21 @@ def engine_factory(
             assert_never(settings.engine)
 
 
-def _native(settings: Settings, model: Model) -> Callable[[Pipeline, int], Engine]:
+def _native(settings: Settings, model: Model, survivors: Survivors | None) -> Callable[[Pipeline, int], Engine]:
     from engines.native.adapter import NativeEngine
 
     options = native_options(settings, model)
-    return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
+    if survivors is None:
+        return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
+    purpose = native_purpose(settings, model)
+    return lambda pipeline, epoch: NativeEngine(
+        options, pipeline, epoch=epoch, life=survivors.life_of(purpose, pipeline)
+    )
+
+
+def native_purpose(settings: Settings, model: Model) -> Purpose:
+    """Return what the native engine is for, so that only one like it is adopted."""
+    return purpose_of(settings, directory=model.directory, options=native_options(settings, model))
 
 
 def native_options(settings: Settings, model: Model) -> NativeOptions:

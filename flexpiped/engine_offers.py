@@ -15,6 +15,7 @@ from flexpiped.planner_question import question_here
 from flexpiped.settings import EngineKind, Settings
 from flexpiped.start_times import StartTimes, start_times_of
 from flexpiped.supervisor import EngineFactory
+from flexpiped.survivors import Survivors
 from flexpiped.target_resolver import PlannerResolver
 from topology.measured import state_file
 
@@ -37,6 +38,7 @@ class EngineOffers:
         on_news: Told what operators should know of an engine that runs, one sentence each.
         on_plan: Told how many seconds each plan took, in the thread that planned.
         held: What other models hold of the devices, asked anew for each plan in the thread that plans.
+        survivors: Engines that were there before the daemon, and outlive it.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class EngineOffers:
         on_news: Callable[[str], object] = ignore_news,
         on_plan: Callable[[float], object] = lambda _took_s: None,
         held: Callable[[], Held] = dict,
+        survivors: Survivors | None = None,
     ) -> None:
         self._on_plan = on_plan
         self._held = held
+        self._survivors = survivors
         self._settings = settings
         self._source = source
         self._on_news = on_news
@@ -94,7 +98,7 @@ class EngineOffers:
 
     def _offer(self, settings: Settings, model: Model) -> EngineOffer:
         return EngineOffer(
-            factory=engine_factory(settings, model, on_news=self._on_news),
+            factory=engine_factory(settings, model, on_news=self._on_news, survivors=self._survivors),
             resolver=PlannerResolver(
                 lambda: question_here(self._planned_for(settings), model.graph, held=self._held()),
                 on_plan=self._on_plan,

@@ -2,18 +2,18 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 
 from engines.errors import EngineError
 from flexpiped import log_events
 from flexpiped.device_sharing import Held
-from flexpiped.engine_factory import Model
+from flexpiped.engine_factory import Model, native_purpose
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_offers import EngineOffers
 from flexpiped.events import EventKind, EventLog
 from flexpiped.flight import Flights
-from flexpiped.handover_records import layouts_in_words
-from flexpiped.intent import IntentKeeper, basis_of
+from flexpiped.handover_records import layouts_in_words, pipeline_to_wire
+from flexpiped.intent import Intent, IntentKeeper, basis_of, objection
 from flexpiped.journal import Journal, JournalError
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_facts import ReplicaFacts
@@ -23,6 +23,7 @@ from flexpiped.settings import Settings
 from flexpiped.start_times import StartMeter
 from flexpiped.supervision import Supervision
 from flexpiped.supervisor import EngineFactory, Supervisor
+from flexpiped.survivors import Survivors, chosen, found_in_words, was_there_before
 from planner.layout import Pipeline
 
 
@@ -36,6 +37,7 @@ class EngineStart:
         on_plan: Told how many seconds each plan took, in the thread that planned.
         held: What other models hold of the devices.
         planning: Held while it plans: models that share devices plan one after the other.
+        survivors: Engines that were there before the daemon.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class EngineStart:
         on_plan: Callable[[float], None],
         held: Callable[[], Held],
         planning: asyncio.Lock,
+        survivors: Survivors,
     ) -> None:
         self._on_plan = on_plan
         self._held = held
         self._planning = planning
+        self._survivors = survivors
         self._settings = settings
         self._source = source
         self._in_force = in_force
@@ -83,9 +87,13 @@ class EngineStart:
             on_news=lambda news: self._events.publish(EventKind.ENGINE, news),
             on_plan=self._on_plan,
             held=self._held,
+            survivors=self._survivors,
         )
         self._in_force.offers = offers
         offers.use(self._settings())  # a reload may have come while they were made
+        stack.callback(self._survivors.let_go)
+        if (adopted := await self._adopt(stack, offers, model)) is not None:
+            return adopted
         async with self._planning:
             last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
             self._in_force.coming = () if last is None else (last.pipeline, *last.further)
@@ -106,6 +114,44 @@ class EngineStart:
             stack,
             Beginning(offer=configured, engine=settings.engine.value, pipeline=pipeline, reason="as configured"),
         )
+
+    async def _adopt(self, stack: AsyncExitStack, offers: EngineOffers, model: Model) -> Replicas | None:
+        """Go on with the engines that were there before the daemon, in their layouts; None: there are none."""
+        settings = self._settings()
+        does_survive = settings.engines.survive_restart
+        wanted = await asyncio.to_thread(native_purpose, settings, model) if does_survive else None
+        async with self._planning:
+            found = await self._survivors.find(wanted)
+            if not found:
+                return None
+            intent = await self._intent_that_stands()
+            main, *further = self._in_force.coming = chosen(found, found[:1] if intent is None else intent.pipelines)
+            await self._survivors.end_others((main, *further))
+        self._intents.intent = intent
+        engine = settings.engine.value
+        try:
+            replicas = await self._supervise(
+                stack,
+                Beginning(offer=offers.of(engine), engine=engine, pipeline=main, reason="adopted", further=(*further,)),
+            )
+        except EngineError as error:
+            await self._survivors.end_others()
+            self._not_restored(f"an adopted engine does not serve: {error}")
+            return None
+        self.further = (*further,)
+        pipelines = [pipeline_to_wire(each) for each in (main, *further)]
+        said = found_in_words((main, *further), None if intent is None else intent.pipelines)
+        self._events.publish(EventKind.DAEMON, said, state="adopted", engine=engine, pipelines=pipelines)
+        return replicas
+
+    async def _intent_that_stands(self) -> Intent | None:
+        try:
+            stored = None if self._journal.failure else await asyncio.to_thread(self._journal.stored)
+        except JournalError:
+            return None  # the journal has told
+        if stored is None or objection(stored.intent, basis=basis_of(self._settings()), fruitless_starts=0):
+            return None
+        return stored.intent
 
     async def _last_layout(self, offers: EngineOffers, *, num_decoders: int) -> Beginning | None:
         """Return what was last asked for, None where there is nothing or it cannot be; the reason is told."""
@@ -156,6 +202,7 @@ class EngineStart:
             on_change=self._on_change,
         )
         stack.push_async_callback(replicas.close)
+        stack.callback(self._survivors.leave)  # after what is under way has been rolled back
         stack.push_async_callback(self._refactorings.close)
         self._in_force.replicas = replicas
         self._in_force.coming = beginning.further  # the first one is among the replicas from here on
@@ -177,6 +224,9 @@ class EngineStart:
         on_progress: Callable[[str], None],
     ) -> Supervisor:
         """A ``MakeSupervisor``."""
+        measured = StartMeter(
+            starts=lambda name: self._offers().of(name).starts, is_warm=lambda: self._offers().is_warm()
+        )
         return Supervisor(
             factory=factory,
             pipeline=pipeline,
@@ -184,9 +234,7 @@ class EngineStart:
             on_change=on_change,
             on_progress=on_progress,
             flights=flights,
-            meter=StartMeter(
-                starts=lambda name: self._offers().of(name).starts, is_warm=lambda: self._offers().is_warm()
-            ),
+            meter=lambda engine: nullcontext() if was_there_before(engine) else measured(engine),
         )
 
     def _offers(self) -> EngineOffers:

@@ -88,6 +88,8 @@ class IntentKeeper:
 
     def after(self, event: Event) -> Intent | None:
         """Return the intent if ``event`` changes it, else None."""
+        if event.fields.get("state") == "adopted":
+            return self._adopted(event)
         if event.kind is not EventKind.REFACTORING:
             return None
         match event.fields.get("state"):
@@ -108,6 +110,11 @@ class IntentKeeper:
         """However a handover ended, what is in force is what should be."""
         now = self._in_force()
         return None if now is None else self._set(now.engine, (*now.pipelines.values(),), event.message, event)
+
+    def _adopted(self, event: Event) -> Intent | None:
+        """Engines that outlived the daemon have the layouts that they say, however a change before its end went."""
+        pipelines = tuple(pipeline_from_wire(each) for each in event.fields["pipelines"])
+        return self._set(event.fields["engine"], pipelines, event.message, event)
 
     def _set(self, engine: str, pipelines: tuple[Pipeline, ...], reason: str, event: Event) -> Intent | None:
         if self.intent is not None and (self.intent.engine, self.intent.pipelines) == (engine, pipelines):

@@ -42,6 +42,20 @@ def engine_failed(*, reason: str) -> None:
     _log.error("engine failed for good", reason=reason)
 
 
+def engine_adopted(*, pid: int, stages: int, epoch: int, version: str) -> None:
+    """An engine that was there before the daemon serves on. ``version``: of the flexpiped that started it."""
+    _log.info("engine adopted", pid=pid, stages=stages, epoch=epoch, version=version)
+
+
+def engine_not_adopted(*, pid: int, reason: str) -> None:
+    """``pid`` 0: it is not known."""
+    _log.warning("engine not adopted", pid=pid, reason=reason)
+
+
+def engines_end_with_unit(*, missing: str) -> None:
+    _log.warning("engines end with the service", missing=missing)
+
+
 def engine_log(*, engine: str, level: str, process: str, message: str) -> None:
     """A line that an engine's process wrote. No event of ours: ``level`` and ``message`` are the engine's."""
     _log.log(logging.getLevelNamesMapping()[level.upper()], message, engine=engine, process=process)

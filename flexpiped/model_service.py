@@ -38,6 +38,7 @@ from flexpiped.replicas import Replicas
 from flexpiped.settings import Settings
 from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
 from flexpiped.supervision import Supervision, SupervisorState
+from flexpiped.survivors import Survivors
 from flexpiped.tracing import TracedLoad
 from flexpiped.watches import watch_text
 from planner.layout import Pipeline
@@ -68,6 +69,7 @@ class ModelService:
         on_decision: Told each decision of automatic control, also one to keep everything as it is.
         on_progress: Told what the start is doing.
         on_given_up: Told that it will not serve again, with the reason.
+        survivors: Its engines that were there before the daemon, and outlive it.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class ModelService:
         on_decision: Callable[[Event], object],
         on_progress: Callable[[str], None],
         on_given_up: Callable[[str], None],
+        survivors: Survivors,
     ) -> None:
         self._settings = settings
+        self._survivors = survivors
         self.name = name
         self.source = source
         self._events = events
@@ -245,6 +249,7 @@ class ModelService:
             on_plan=self.metrics.planned,
             held=self._held,
             planning=self._planning,
+            survivors=self._survivors,
         )
         await self._start_both(model, engine_start)
         self._further = engine_start.further
@@ -318,6 +323,7 @@ class ModelService:
         """Wait for replicas that come back. Until they are there, the start counts as one that may fail."""
         if coming is not None:
             await self.refactorings.ended(coming)
+        await self._survivors.end_others()
         self._journal.got_ready()
 
     def _neighbourhood(self, devices: Callable[[], Sequence[Device]]) -> Neighbourhood:

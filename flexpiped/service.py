@@ -54,10 +54,12 @@ from flexpiped.settings import Settings
 from flexpiped.spans import spans_of
 from flexpiped.starting_app import starting_app
 from flexpiped.status import Health
+from flexpiped.survivors import Survivors
 from flexpiped.tls import LiveTls
 from flexpiped.tracing import Handovers, traced
 from flexpiped.watches import watch_hardware
 from planner.layout import Pipeline
+from topology.measured import state_file
 
 DRAIN_DEADLINE_S: Final = 30.0
 TRACED: Final = frozenset({"/v1/completions", "/v1/chat/completions", *OWN_PATHS})
@@ -90,6 +92,8 @@ class Service:
         self._admin_socket = admin_socket
         self.events = EventLog(on_publish=self._keep)
         self.failed = asyncio.Event()  # the engine is gone for good
+        self.engines_may_stay = True  # once the daemon ends, where they are to outlive it
+        self._is_ending = False
         self.api_url = ""
         self._journal: Journal = journal_of(
             settings.journal, environment=os.environ, instance=str(admin_socket), on_failure=log_events.journal_failed
@@ -178,6 +182,7 @@ class Service:
         await gate.enter_async_context(self._serving(first, listener, shutdown_s=1.0))
         await self._open_admin(stack, hardware, status)
         stack.push_async_callback(self._models.close)
+        stack.callback(self._note_end)
 
         async def open_api() -> None:
             await self._open_api(stack, listener, hardware, pages)
@@ -239,7 +244,24 @@ class Service:
             on_decision=lambda decision: self._note_decision(name, decision),
             on_progress=on_progress,
             on_given_up=on_given_up,
+            survivors=self._survivors_of(name, spec.settings),
         )
+
+    def _survivors_of(self, name: str, settings: Settings) -> Survivors:
+        return Survivors(
+            settings,
+            name=name,
+            served=lambda: frozenset(self._models.entries),
+            may_stay=lambda: self._is_ending and self.engines_may_stay,
+            admin_socket=self._admin_socket,
+            state_folder=state_file(os.environ, home=Path.home()).parent,
+            environment=os.environ,
+            on_news=lambda news: self.events.publish(EventKind.ENGINE, news),
+        )
+
+    def _note_end(self) -> None:
+        """It is the daemon that ends, and not a model that is stopped while it goes on."""
+        self._is_ending = True
 
     def _serve(self, model: ModelService) -> Backend:
         assert self._hardware is not None, "known before any model starts"

@@ -193,6 +193,8 @@ class SglangSettings(ServedSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginesSettings:
+    survive_restart: Annotated[bool, boolean] = False
+    adopt_within_s: Annotated[float, seconds] = 300.0
     native: NativeSettings = field(default_factory=NativeSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     sglang: SglangSettings = field(default_factory=SglangSettings)

@@ -1,20 +1,19 @@
 """The daemon's side of the native engine: starts the core process and speaks with it. No torch here."""
 
 import asyncio
-import os
-import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, TypeVar, assert_never
 
 from engines import errors
 from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, InvalidRequest, UnsupportedByEngine
+from engines.found_process import FoundProcess
 from engines.frames import read_frame, write_frame
 from engines.native import client_messages as c
+from engines.native.adopting import AdoptedCore, Life
+from engines.native.launching import CoreProcess, launch_apart, launch_bound
 from engines.native.options import NativeOptions
 from engines.native.shaping import ENGINE_PARAMS, shaping_of
-from engines.process import import_root
 from engines.protocol import (
     EngineCapabilities,
     EngineCounters,
@@ -84,12 +83,17 @@ class _Stream:
 class NativeEngine:
     """An ``Engine`` made of a core process and one stage worker process per device."""
 
-    def __init__(self, options: NativeOptions, pipeline: Pipeline, *, epoch: int = 0) -> None:
+    def __init__(
+        self, options: NativeOptions, pipeline: Pipeline, *, epoch: int = 0, life: "Life | AdoptedCore | None" = None
+    ) -> None:
+        """``life``: how it may outlive this process, or the core that has; None: it ends with it."""
         self._options = options
         self._pipeline = pipeline
         self._epoch = epoch
+        self._adopted = life if isinstance(life, AdoptedCore) else None
+        self._life = life.life if isinstance(life, AdoptedCore) else life
         self._capabilities: EngineCapabilities | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: CoreProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._streams: dict[int, _Stream] = {}
@@ -129,20 +133,31 @@ class NativeEngine:
     async def start(self, *, on_progress: Callable[[str], None]) -> None:
         self._on_progress = on_progress
         self._death = asyncio.get_running_loop().create_future()
+        if self._adopted is not None:
+            self._adopt(self._adopted)
+            return
         ready = self._expect(0)
-        process, reader = await self._spawn()
-        self._process = process
-        self._reading = asyncio.create_task(self._read(process, reader), name="native-engine-reader")
+        self._process, reader = await self._launch()
+        self._reading = asyncio.create_task(self._read(self._process, reader), name="native-engine-reader")
         self._send(c.StartCore(options=self._options, pipeline=self._pipeline, epoch=self._epoch))
         try:
             report = await ready
         except EngineDied as error:
+            said = "" if self._life is None else self._life.last_words()
             await self.close()
-            raise EngineStartFailed(str(error)) from error
+            raise EngineStartFailed(f"{error}: {said}" if said else str(error)) from error
         if isinstance(report, c.StartFailed):
             await self.close()
             raise (UnsupportedByEngine if report.unsupported else EngineStartFailed)(report.reason)
         self._become_ready(report)
+        if self._life is not None:
+            self._life.note(self._process.pid)
+            self._send(c.Outlive(adopt_within_s=self._life.adopt_within_s))
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether its processes were there before it."""
+        return self._adopted is not None
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         self._ensure_alive()
@@ -224,20 +239,15 @@ class NativeEngine:
         return await asyncio.shield(self._death)
 
     async def close(self) -> None:
+        """End all processes, or leave them to the next daemon where that is how they live. Idempotent."""
+        stays = self._end is None and self._life is not None and self._life.is_leaving
         if self._end is None or not isinstance(self._end, EngineClosed):
             self._finish(EngineClosed("the engine was closed"))
         process, self._process = self._process, None
         if process is None:
             return
-        if self._writer is not None:
-            with suppress(ConnectionError):
-                write_frame(self._writer, c.encode(c.Shutdown()))
-        try:
-            await asyncio.wait_for(process.wait(), _EXIT_GRACE_S)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        if not stays:
+            await self._end_process(process)
         if self._reading is not None:
             self._reading.cancel()
             with suppress(asyncio.CancelledError):
@@ -246,6 +256,20 @@ class NativeEngine:
             self._writer.close()
             with suppress(ConnectionError):
                 await self._writer.wait_closed()
+        if isinstance(process, FoundProcess):
+            process.let_go()
+
+    async def _end_process(self, process: CoreProcess) -> None:
+        if self._writer is not None:
+            with suppress(ConnectionError):
+                write_frame(self._writer, c.encode(c.Shutdown()))
+        try:
+            await asyncio.wait_for(process.ended(), _EXIT_GRACE_S)
+        except TimeoutError:
+            process.kill()
+            await process.ended()
+        if self._life is not None:
+            self._life.forget()
 
     # --- beyond the protocol: for benchmarks and tests ---
 
@@ -265,32 +289,22 @@ class NativeEngine:
 
     # --- inside ---
 
-    async def _spawn(self) -> tuple[asyncio.subprocess.Process, asyncio.StreamReader]:
-        ours, theirs = socket.socketpair()
-        environment = os.environ | {
-            "OPENBLAS_NUM_THREADS": "1",  # numpy's: the core forks, so it must have no threads
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(import_root()), os.environ.get("PYTHONPATH", "")))),
-        }
-        try:
-            process = await asyncio.create_subprocess_exec(
-                self._options.python or sys.executable,
-                "-m",
-                "engines.native.core",
-                str(theirs.fileno()),
-                str(os.getpid()),
-                pass_fds=(theirs.fileno(),),
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        except OSError as error:
-            ours.close()
-            raise EngineStartFailed(f"cannot run {self._options.python}: {error.strerror}") from error
-        finally:
-            theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+    async def _launch(self) -> tuple[CoreProcess, asyncio.StreamReader]:
+        if self._life is None:
+            process, connection = await launch_bound(self._options.python)
+        else:
+            process, connection = await launch_apart(self._options.python, self._life.place)
+        reader, self._writer = await asyncio.open_connection(sock=connection)
         self._end = None
         return process, reader
+
+    def _adopt(self, adopted: AdoptedCore) -> None:
+        """Begin where the daemon before this one has left: the layout in force is what the engine says."""
+        self._process, self._writer, self._end = adopted.process, adopted.writer, None
+        self._pipeline, self._epoch = adopted.report.pipeline, adopted.report.epoch
+        self._reading = asyncio.create_task(self._read(adopted.process, adopted.reader), name="native-engine-reader")
+        self._become_ready(adopted.report.ready)
+        self._send(c.Outlive(adopt_within_s=adopted.life.adopt_within_s))
 
     def _become_ready(self, ready: c.Ready) -> None:
         self._capabilities = EngineCapabilities(
@@ -310,11 +324,10 @@ class NativeEngine:
         self.attention = ready.attention
         self.worker_pids = ready.worker_pids
 
-    async def _read(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader) -> None:
+    async def _read(self, process: CoreProcess, reader: asyncio.StreamReader) -> None:
         while (raw := await read_frame(reader)) is not None:
             self._handle(c.decode_report(raw))
-        status = await process.wait()
-        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        how = await process.ended()
         self._finish(EngineDied(self._last_words or f"the engine core {how}"))
 
     def _handle(self, report: c.CoreReport) -> None:
@@ -336,6 +349,8 @@ class NativeEngine:
                 self._settle(report.call, report)
             case c.Fatal():
                 self._last_words = report.reason
+            case c.Adopted():
+                raise AssertionError("answered before there was a reader")
             case _:
                 assert_never(report)
 

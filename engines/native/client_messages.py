@@ -1,5 +1,8 @@
 """Messages between the daemon's side of the native engine and its core, as length-prefixed frames on a socket."""
 
+import hashlib
+import json
+
 import msgspec
 
 from engines.native.options import NativeOptions
@@ -108,6 +111,16 @@ class Shutdown(ToCore, frozen=True, kw_only=True, tag=True):
     """End all processes."""
 
 
+class Outlive(ToCore, frozen=True, kw_only=True, tag=True):
+    """From here on keep weights and layout when the daemon is gone, and wait so long for the next one."""
+
+    adopt_within_s: float
+
+
+class AdoptCore(ToCore, frozen=True, kw_only=True, tag=True):
+    """The first frame of a daemon that takes an engine over which serves already; answered by ``Adopted``."""
+
+
 class FromCore(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base of what the daemon may receive."""
 
@@ -128,6 +141,15 @@ class Ready(FromCore, frozen=True, kw_only=True, tag=True):
     attention: str  # "compiled" or "torch"
     kv_range: KvRange
     grammars: bool
+
+
+class Adopted(FromCore, frozen=True, kw_only=True, tag=True):
+    """What the engine is: ``ready`` as at its start, the layout in force, and what it was started with."""
+
+    ready: Ready
+    pipeline: Pipeline
+    epoch: int
+    options: NativeOptions
 
 
 class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
@@ -252,10 +274,13 @@ ClientCommand = (
     | ReadSteps
     | ArmCore
     | Shutdown
+    | Outlive
+    | AdoptCore
 )
 CoreReport = (
     Starting
     | Ready
+    | Adopted
     | StartFailed
     | Outputs
     | Refused
@@ -274,3 +299,14 @@ CoreReport = (
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(ClientCommand).decode
 decode_report = msgspec.msgpack.Decoder(CoreReport).decode
+
+
+def protocol_digest() -> str:
+    """Return what tells these messages from those of another version: daemon and core must have the same."""
+    schemas = [msgspec.json.schema(each, ref_template="{name}") for each in (ClientCommand, CoreReport)]
+    return hashlib.sha256(json.dumps(schemas, sort_keys=True).encode()).hexdigest()
+
+
+def options_digest(options: NativeOptions) -> str:
+    """Return what tells these options from others."""
+    return hashlib.sha256(msgspec.msgpack.encode(options)).hexdigest()

@@ -1,4 +1,8 @@
-"""The engine core process: ``python -m engines.native.core FD``. FD is a connected stream socket to the daemon.
+"""The engine core process: ``python -m engines.native.core FD PARENT [LISTENER]``.
+
+FD is a connected stream socket to the daemon, PARENT its process, with which the core dies. With a LISTENER, a bound
+socket, it may outlive the daemon (``Outlive``): requests are forgotten, weights and layout stay, and the next daemon
+connects there.
 
 It imports torch and transformers, builds the model's skeleton, forks the stage workers, and only then starts its event
 loop. It runs no tensor operation itself, so it never has a torch thread and may fork again when a worker is lost.
@@ -11,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import assert_never
 
@@ -26,6 +31,7 @@ from engines.native.engine_core import EngineCore, EngineFailed
 from engines.native.feasibility import check_refactor
 from engines.native.grammar_setup import grammars_for
 from engines.native.handover import HandoverRunner
+from engines.native.reception import Reception
 from engines.native.specs import specs_of
 from engines.native.workers import WorkerPool
 from engines.process import die_with_parent
@@ -37,18 +43,24 @@ from planner.handover import HandoverPhase
 class CoreServer:
     """Speaks with the daemon on behalf of one ``EngineCore``."""
 
-    def __init__(
-        self, booted: Boot, pool: WorkerPool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, booted: Boot, pool: WorkerPool, *, reception: Reception | None, private: list[int]) -> None:
         self._boot = booted
         self._pool = pool
-        self._reader = reader
-        self._writer = writer
+        self._reception = reception
+        self._private = private
+        self._reader = asyncio.StreamReader()
+        self._writer: asyncio.StreamWriter | None = None  # None while there is no daemon
         self._core = EngineCore(booted, pool, emit=self._emit)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._adopt_within_s: float | None = None  # None: it ends with its daemon
+
+    async def connect(self, connection: socket.socket) -> None:
+        """Speak with the daemon at the other end from here on."""
+        self._private[:] = [connection.fileno(), *([] if self._reception is None else [self._reception.fileno()])]
+        self._reader, self._writer = await asyncio.open_connection(sock=connection)
 
     async def serve(self) -> None:
-        """Load the first layout, then obey until told to shut down or the daemon is gone."""
+        """Load the first layout, then obey until told to shut down, or until no daemon is there or comes."""
         self._emit(c.Starting(message="loading weights"))
         starting = asyncio.ensure_future(self._core.start())
         await asyncio.sleep(0)  # the workers are told to read them
@@ -58,26 +70,35 @@ class CoreServer:
         except EngineFailed as error:
             self._emit(c.StartFailed(reason=str(error), unsupported=False))
             return
-        boot_ = self._boot
-        self._emit(
-            c.Ready(
-                max_model_len=boot_.limits.max_model_len,
-                vocab_size=boot_.vocab_size,
-                eos_token_ids=boot_.eos_token_ids,
-                worker_pids=self._pool.pids,
-                attention=boot_.attention,
-                kv_range=self._core.kv.range,
-                grammars=self._core.grammars is not None,
-            )
-        )
-        self._spawn(self._core.watch_for_hangs())
-        commands = asyncio.create_task(self._obey())
+        self._emit(self._ready())
+        watching = asyncio.ensure_future(self._core.watch_for_hangs())
+        watching.add_done_callback(self._ended)
+        commands = asyncio.create_task(self._obey_daemons())
         await asyncio.wait((commands, self._core.failed), return_when=asyncio.FIRST_COMPLETED)
         if self._core.failed.done():
             self._emit(c.Fatal(reason=self._core.failed.result()))
-            await self._writer.drain()
         else:
             await commands
+        if self._reception is not None:
+            self._reception.close()
+
+    def _ready(self) -> c.Ready:
+        boot_ = self._boot
+        return c.Ready(
+            max_model_len=boot_.limits.max_model_len,
+            vocab_size=boot_.vocab_size,
+            eos_token_ids=boot_.eos_token_ids,
+            worker_pids=self._pool.pids,
+            attention=boot_.attention,
+            kv_range=self._core.kv.range,
+            grammars=self._core.grammars is not None,
+        )
+
+    async def flush(self) -> None:
+        """Return when the daemon has been told everything, or is gone."""
+        if self._writer is not None:
+            with suppress(ConnectionError):
+                await self._writer.drain()
 
     def _read_grammars(self) -> None:
         """Make ready for constrained output: while the workers are busy, since nothing else runs here meanwhile."""
@@ -88,12 +109,38 @@ class CoreServer:
         if reason:
             self._emit(c.Starting(message=f"no constrained output: {reason}"))
 
-    async def _obey(self) -> None:
+    async def _obey_daemons(self) -> None:
+        """Obey one daemon after the other, until one says that it is over, or none comes."""
+        while not await self._obey() and self._adopt_within_s is not None and self._reception is not None:
+            await self._let_go_of_daemon()
+            connection = await self._reception.next_daemon(within_s=self._adopt_within_s)
+            if connection is None:
+                return
+            await self.connect(connection)
+
+    async def _obey(self) -> bool:
+        """Obey this daemon. Return True when it has said that it is over, False when it is gone."""
         while (raw := await read_frame(self._reader)) is not None:
             command = c.decode_command(raw)
             if isinstance(command, c.Shutdown):
-                return
+                return True
             self._perform(command)
+        return False
+
+    async def _let_go_of_daemon(self) -> None:
+        """Nobody wants what is under way: a handover is rolled back, or past its commit finished; requests are freed.
+
+        Answers to this daemon must not get to the next one, so everything that may still answer ends first.
+        """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        if self._core.handover is not None:
+            self._core.handover.cancel()
+        self._core.abort_all()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._core.until_idle()
 
     def _perform(self, command: c.ClientCommand) -> None:
         core = self._core
@@ -122,6 +169,12 @@ class CoreServer:
                 self._spawn(self._tell_steps(command.call))
             case c.ArmCore():
                 self._arm(command)
+            case c.Outlive():
+                self._adopt_within_s = command.adopt_within_s
+            case c.AdoptCore():
+                self._emit(
+                    c.Adopted(ready=self._ready(), pipeline=core.pipeline, epoch=core.epoch, options=self._boot.options)
+                )
             case c.StartCore() | c.Shutdown():
                 raise AssertionError("not expected here")
             case _:
@@ -223,7 +276,8 @@ class CoreServer:
             self._pool.send_all(m.ArmFailpoint(name="", action=""))
 
     def _emit(self, report: c.CoreReport) -> None:
-        write_frame(self._writer, c.encode(report))
+        if self._writer is not None:
+            write_frame(self._writer, c.encode(report))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -240,24 +294,35 @@ class CoreServer:
         return self._core
 
 
-async def _run(booted: Boot, pool: WorkerPool, connection: socket.socket) -> None:
-    reader, writer = await asyncio.open_connection(sock=connection)
-    server = CoreServer(booted, pool, reader, writer)
+async def _run(booted: Boot, pool: WorkerPool, connection: socket.socket, reception: Reception | None) -> None:
+    private: list[int] = []
+    server = CoreServer(booted, pool, reception=reception, private=private)
+    await server.connect(connection)
     pool.watch(
         asyncio.get_running_loop(),
         on_report=server.core.on_report,
         on_death=server.core.on_worker_death,
-        private=[connection.fileno()],
+        private=private,
     )
     await server.serve()
-    await writer.drain()
+    await server.flush()
+
+
+def _keep_apart(parent_pid: int, *, may_outlive: bool) -> None:
+    """See to it that this process ends with its daemon, or else that nothing which ends the daemon reaches it."""
+    if not may_outlive:
+        die_with_parent(parent_pid=parent_pid)
+        os.setpgid(0, 0)  # a signal to the terminal's group is the daemon's business
+    elif os.getsid(0) != os.getpid():
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main() -> None:
-    """Run the core until the daemon closes the connection."""
-    die_with_parent(parent_pid=int(sys.argv[2]))
-    os.setpgid(0, 0)  # a signal to the terminal's group is the daemon's business
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Run the core until it is told to end, or has no daemon any more."""
+    listeners = [socket.socket(fileno=int(number)) for number in sys.argv[3:]]
+    _keep_apart(int(sys.argv[2]), may_outlive=bool(listeners))
+    reception = Reception(listeners[0]) if listeners else None
     connection = socket.socket(fileno=int(sys.argv[1]))
     first = c.decode_command(receive_frame(connection))
     assert isinstance(first, c.StartCore)
@@ -272,7 +337,7 @@ def main() -> None:
     pool = WorkerPool(booted.context)
     for index in range(pool.size):
         pool.spawn(index)
-    uvloop.run(_run(booted, pool, connection))
+    uvloop.run(_run(booted, pool, connection, reception))
     pool.end()
     os._exit(0)
 

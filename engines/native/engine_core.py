@@ -127,6 +127,16 @@ class EngineCore:
         self.scheduler.abort(key)
         self.pump()  # its KV blocks may let another one in
 
+    def abort_all(self) -> None:
+        """Forget every request; those in flight are freed when their steps end."""
+        self.scheduler.abort_all()
+        self.pump()
+
+    async def until_idle(self) -> None:
+        """Return when no step is in flight. Not during a handover, which waits for that itself."""
+        await self.drain_steps()
+        self.resume()
+
     # --- steps ---
 
     def pump(self) -> None:

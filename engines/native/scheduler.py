@@ -167,6 +167,11 @@ class Scheduler:
         elif not sequence.in_flight:
             self._end(sequence)
 
+    def abort_all(self) -> None:
+        """Forget every sequence."""
+        for key in tuple(self._sequences):
+            self.abort(key)
+
     def schedule(self) -> Batch | None:
         """Return the next micro-batch, or None when nothing can run now.
 

@@ -157,3 +157,13 @@ def test_the_configuration_has_the_last_word() -> None:
 
 def test_it_is_given_up_when_it_never_gets_ready() -> None:
     assert "3 starts" in objection(INTENT, basis=BASIS, fruitless_starts=FRUITLESS_STARTS)
+
+
+def test_adopted_engines_have_the_layouts_that_they_say() -> None:
+    kept = keeper(Running("fake", even_pipeline(2)))
+    kept.intent = INTENT
+    found = [pipeline_to_wire(even_pipeline(2)), pipeline_to_wire(even_pipeline(1))]
+    intent = kept.after(event("adopted", engine="fake", pipelines=found))
+    assert intent is not None
+    assert intent.pipelines == (even_pipeline(2), even_pipeline(1))
+    assert kept.after(event("adopted", engine="fake", pipelines=found)) is None

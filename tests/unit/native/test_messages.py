@@ -145,18 +145,22 @@ CLIENT_COMMANDS: list[c.ClientCommand] = [
     c.ReadSteps(call=2),
     c.ArmCore(worker=-1, name="core.commit", action="raise"),
     c.Shutdown(),
+    c.Outlive(adopt_within_s=60.0),
+    c.AdoptCore(),
 ]
+READY = c.Ready(
+    max_model_len=64,
+    vocab_size=50,
+    eos_token_ids=(1,),
+    worker_pids=(12, 13),
+    attention="compiled",
+    kv_range=KvRange(least_blocks=4, most_blocks=100),
+    grammars=True,
+)
 CORE_REPORTS: list[c.CoreReport] = [
     c.Starting(message="loading"),
-    c.Ready(
-        max_model_len=64,
-        vocab_size=50,
-        eos_token_ids=(1,),
-        worker_pids=(12, 13),
-        attention="compiled",
-        kv_range=KvRange(least_blocks=4, most_blocks=100),
-        grammars=True,
-    ),
+    READY,
+    c.Adopted(ready=READY, pipeline=PIPELINE, epoch=3, options=OPTIONS),
     c.StartFailed(reason="no such model", unsupported=True),
     c.Outputs(
         keys=[1, 2],
@@ -227,3 +231,10 @@ def test_the_layers_of_a_stage_in_order() -> None:
     assert SPEC.layers() == ("2", "3", "4", "head")
     whole = m.StageSpec(first_decoder=0, end_decoder=2, is_first=True, is_last=True, next_worker=-1)
     assert whole.layers() == ("embedding", "0", "1", "head")
+
+
+def test_daemon_and_core_of_another_version_would_notice() -> None:
+    """The digest is that of the messages, so nobody has to remember a version number."""
+    assert c.protocol_digest() == c.protocol_digest()
+    assert c.options_digest(OPTIONS) == c.options_digest(OPTIONS)
+    assert c.options_digest(OPTIONS) != c.options_digest(msgspec.structs.replace(OPTIONS, nice=3))

@@ -484,6 +484,15 @@ def test_an_unknown_key_has_ended_already() -> None:
     engine.assert_idle()
 
 
+def test_all_are_aborted_in_flight_and_waiting() -> None:
+    engine = Engine()
+    in_flight(engine)
+    engine.add([5], max_tokens=2)
+    engine.scheduler.abort_all()
+    assert engine.complete() == []
+    engine.assert_idle()
+
+
 # --- crash ---
 
 

@@ -1,0 +1,195 @@
+"""Engines that outlive the daemon: a restarted one adopts them, and no model is loaded again."""
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.native.test_failures import alive
+from tests.support.daemon import Daemon, completed, started
+from tests.support.until import until
+
+pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
+
+SURVIVE = "engines.survive_restart = true\nengines.adopt_within_s = 60.0\n"
+BODY = {"prompt": "Once", "max_tokens": 60, "temperature": 0.8, "seed": 7}
+Json = dict[str, Any]
+
+
+def records(folder: Path) -> list[Json]:
+    return [json.loads(file.read_text()) for file in folder.glob("state/engines/*/*.json")]
+
+
+def modes(folder: Path) -> list[int]:
+    return [file.stat().st_mode & 0o777 for file in folder.glob("state/engines/*/*.json")]
+
+
+@asynccontextmanager
+async def lasting(folder: Path, *, more: str = "", stages: int = 2) -> AsyncIterator[Daemon]:
+    """Start a daemon whose engines outlive it."""
+    async with started(folder, ready=True, engine="native", stages=stages, more=SURVIVE + more) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Any:
+    """Where daemons live; engines that a test leaves are ended, as nobody else would for a while."""
+    yield tmp_path
+    for record in records(tmp_path):
+        with suppress(ProcessLookupError):
+            os.kill(record["pid"], signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """Return the process ids of a core and of its workers."""
+    return [pid, *(int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+async def text_of(daemon: Daemon) -> str:
+    url = (await daemon.ask("/status"))["api_url"]
+    async with aiohttp.ClientSession() as http:
+        return await completed(http, url, BODY)
+
+
+async def end(daemon: Daemon, number: signal.Signals) -> None:
+    daemon.process.send_signal(number)
+    await daemon.process.wait()
+
+
+async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
+    url = (await daemon.ask("/status"))["api_url"]
+    answer = await http.post(f"{url}/completions", json=BODY | {"max_tokens": 1500, "stream": True})
+    await answer.content.readline()
+    return answer
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, number: signal.Signals) -> None:
+    async with lasting(folder) as daemon:
+        code, _, said = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
+        assert code == 0, said
+        undisturbed = await text_of(daemon)
+        [record] = records(folder)
+        processes = family(record["pid"])
+        assert len(processes) > 4
+        assert modes(folder) == [0o600]
+        async with aiohttp.ClientSession() as http:
+            if number is signal.SIGKILL:  # SIGTERM would wait for the stream
+                await begin_stream(daemon, http)
+            await end(daemon, number)
+
+    async with lasting(folder) as daemon:
+        log = daemon.output.read_text()
+        assert "engine adopted" in log
+        assert "loading weights" not in log
+        status = await daemon.ask("/status")
+        assert family(record["pid"]) == processes
+        assert (len(status["stages"]), status["epoch"]) == (4, 1)
+        assert [each["pid"] for each in records(folder)] == [record["pid"]]
+        counters = status["engine_counters"]
+        assert (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
+        assert await text_of(daemon) == undisturbed
+        code, out, _ = await daemon.flexctl("rebalance", "--stages", "2", "--wait")
+        assert (code, "done in" in out) == (0, True)
+        assert await text_of(daemon) == undisturbed
+        history = [event["message"] for event in (await daemon.ask("/history"))["events"]]
+        assert any(message.startswith("went on with the engines of before: 4 stages") for message in history)
+        await end(daemon, signal.SIGINT)
+
+    assert records(folder) == []
+    await until(lambda: not any(alive(pid) for pid in processes))
+
+
+@pytest.mark.long
+async def test_a_second_daemon_that_asks_for_something_else_ends_it(folder: Path) -> None:
+    async with lasting(folder) as daemon:
+        [record] = records(folder)
+        processes = family(record["pid"])
+        await end(daemon, signal.SIGKILL)
+    assert all(alive(pid) for pid in processes)
+
+    async with lasting(folder, more="engines.native.max_num_seqs = 8\n") as daemon:
+        assert f"it was started with other options; process {record['pid']} was ended" in daemon.output.read_text()
+        await until(lambda: not any(alive(pid) for pid in processes))
+        [other] = records(folder)
+        assert other["pid"] != record["pid"]
+        await end(daemon, signal.SIGKILL)
+
+    async with started(folder, ready=True, engine="fake") as daemon:  # and with it off, nothing is left
+        assert "asks for none that outlives the daemon" in daemon.output.read_text()
+        assert not alive(other["pid"])
+        assert records(folder) == []
+
+
+@pytest.mark.long
+async def test_a_change_that_the_end_broke_off_is_rolled_back_and_the_journal_says_so(folder: Path) -> None:
+    async with lasting(folder, more="handover.prepare_deadline_s = 30.0\n") as daemon:
+        undisturbed = await text_of(daemon)
+        [record] = records(folder)
+        await stop_in_prepare(daemon, record["pid"])
+
+    async with lasting(folder, more="handover.prepare_deadline_s = 30.0\n") as daemon:
+        assert len((await daemon.ask("/status"))["stages"]) == 2
+        history = await daemon.ask("/history")
+        assert any("a change to 4 stages was broken off" in event["message"] for event in history["events"])
+        assert len(history["intent"]["stages"]) == 2
+        assert await text_of(daemon) == undisturbed
+        code, _, said = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
+        assert code == 0, said
+        assert await text_of(daemon) == undisturbed
+        assert [each["pid"] for each in records(folder)] == [record["pid"]]
+        await end(daemon, signal.SIGINT)
+
+
+async def stop_in_prepare(daemon: Daemon, core: int) -> None:
+    """Kill the daemon while a handover prepares: its workers are held until it is gone."""
+    workers = family(core)[1:]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    answer = await daemon.ask("/rebalance", {"stages": 4})
+    assert answer["state"] == "started"
+    await end(daemon, signal.SIGKILL)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.long
+async def test_all_replicas_are_adopted(folder: Path) -> None:
+    async with lasting(folder) as daemon:
+        code, _, said = await daemon.flexctl("scale", "--replicas", "2", "--stages", "1", "--wait")
+        assert code == 0, said
+        before = {record["pid"] for record in records(folder)}
+        await end(daemon, signal.SIGTERM)
+    assert len(before) == 2
+
+    async with lasting(folder) as daemon:
+        assert [len(each["stages"]) for each in await daemon.replicas_serving(2)] == [2, 1]
+        assert {record["pid"] for record in records(folder)} == before
+        await end(daemon, signal.SIGINT)
+    assert records(folder) == []
+
+
+@pytest.mark.long
+async def test_nobody_comes_so_it_ends_by_itself(folder: Path) -> None:
+    more = SURVIVE.replace("60.0", "1.0")
+    async with started(folder, ready=True, engine="native", more=more) as daemon:
+        [record] = records(folder)
+        processes = family(record["pid"])
+        await end(daemon, signal.SIGKILL)
+    await until(lambda: not any(alive(pid) for pid in processes), timeout_s=30.0)
+
+
+@pytest.mark.long
+async def test_its_socket_is_removed_so_it_ends_by_itself(folder: Path) -> None:
+    """As systemd does with the run directory of a service that is stopped."""
+    async with lasting(folder) as daemon:
+        [record] = records(folder)
+        await end(daemon, signal.SIGKILL)
+    os.unlink(record["socket"])  # noqa: PTH108  nothing that could wait
+    await until(lambda: not alive(record["pid"]), timeout_s=30.0)
