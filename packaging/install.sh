@@ -84,10 +84,12 @@ install_for_shells() {
 }
 
 install_units() {
-    unit=$root/lib/systemd/system/flexpiped.service
-    mkdir -p "$(dirname "$unit")"
-    sed -e "s|/opt/flexpiped/|$PREFIX/|" -e "s|/etc/flexpiped/|$SYSCONFDIR/flexpiped/|" \
-        "$source/systemd/flexpiped.service" > "$unit"
+    units=$root/lib/systemd/system
+    mkdir -p "$units"
+    for name in flexpiped.service flexpiped-engine.socket flexpiped-engine@.service; do
+        sed -e "s|/opt/flexpiped/|$PREFIX/|" -e "s|/etc/flexpiped/|$SYSCONFDIR/flexpiped/|" \
+            "$source/systemd/$name" > "$units/$name"
+    done
     install -D -m 644 "$source/systemd/flexpiped.sysusers.conf" "$root/lib/sysusers.d/flexpiped.conf"
     install -D -m 644 "$source/systemd/flexpiped.tmpfiles.conf" "$root/lib/tmpfiles.d/flexpiped.conf"
 }
@@ -97,7 +99,8 @@ uninstall() {
     rm -f "$root/bin/flexpiped" "$root/bin/flexctl" "$root/share/flexpiped" \
         "$root/share/man/man1/flexctl.1" "$root/share/man/man8/flexpiped.8" \
         "$root/share/bash-completion/completions/flexctl" "$root/share/zsh/site-functions/_flexctl" \
-        "$root/lib/systemd/system/flexpiped.service" "$root/lib/sysusers.d/flexpiped.conf" \
+        "$root/lib/systemd/system/flexpiped.service" "$root/lib/systemd/system/flexpiped-engine.socket" \
+        "$root/lib/systemd/system/flexpiped-engine@.service" "$root/lib/sysusers.d/flexpiped.conf" \
         "$root/lib/tmpfiles.d/flexpiped.conf"
     if cmp -s "$source/etc/flexpiped.toml" "$config"; then
         rm -f "$config"

@@ -11,6 +11,8 @@ FILES = (
     "usr/bin/flexpiped",
     "usr/lib/flexpiped/bin/python",
     "usr/lib/systemd/system/flexpiped.service",
+    "usr/lib/systemd/system/flexpiped-engine.socket",
+    "usr/lib/systemd/system/flexpiped-engine@.service",
     "usr/lib/sysusers.d/flexpiped.conf",
     "usr/lib/tmpfiles.d/flexpiped.conf",
     "usr/share/bash-completion/completions/flexctl",
@@ -48,6 +50,8 @@ def test_everything_is_where_a_host_looks_for_it(place: Path) -> None:
     assert [name for name in FILES if not (place / name).exists()] == []
     unit = (place / "usr/lib/systemd/system/flexpiped.service").read_text()
     assert "ExecStart=/usr/bin/flexpiped --config /etc/flexpiped/flexpiped.toml\n" in unit
+    engine = (place / "usr/lib/systemd/system/flexpiped-engine@.service").read_text()
+    assert "ExecStart=/usr/lib/flexpiped/bin/python -P -m engines.unit_launcher\n" in engine
 
 
 def test_it_runs_from_where_it_is(place: Path) -> None:

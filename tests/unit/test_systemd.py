@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-UNIT = Path(__file__).parents[2] / "systemd" / "flexpiped.service"
+UNITS = Path(__file__).parents[2] / "systemd"
+UNIT, ENGINE = UNITS / "flexpiped.service", UNITS / "flexpiped-engine@.service"
 
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -23,23 +24,38 @@ def version() -> str:
 
 
 @needs_systemd
-def test_the_unit_is_clean(tmp_path: Path) -> None:
-    """A copy that starts ``/bin/true``, as the daemon is not installed here."""
-    copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text().replace("/opt/flexpiped/bin/flexpiped", "/bin/true"))
+@pytest.mark.parametrize("name", ["flexpiped.service", "flexpiped-engine.socket", "flexpiped-engine@one.service"])
+def test_the_units_are_clean(tmp_path: Path, name: str) -> None:
+    """Copies that start ``/bin/true``, as the daemon is not installed here."""
+    for unit in (UNIT, ENGINE, UNITS / "flexpiped-engine.socket"):
+        text = unit.read_text().replace("/opt/flexpiped/bin/flexpiped", "/bin/true")
+        copied = text.replace("/opt/flexpiped/lib/flexpiped/bin/python", "/bin/true")
+        (tmp_path / unit.name).write_text(copied)
 
-    ran = systemd_analyze("verify", str(copy))
+    ran = systemd_analyze("verify", str(tmp_path / name))
 
     assert (ran.returncode, ran.stderr) == (0, ""), version()
 
 
 @needs_systemd
-def test_it_is_hardened() -> None:
-    ran = systemd_analyze("security", "--offline=true", "--no-pager", str(UNIT))
+@pytest.mark.parametrize("unit", [UNIT, ENGINE], ids=lambda unit: unit.name)
+def test_it_is_hardened(unit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / unit.name.replace("@", "@one")  # of a template it says nothing
+    copy.write_text(unit.read_text())
+
+    ran = systemd_analyze("security", "--offline=true", "--no-pager", str(copy))
 
     exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", ran.stdout)
     assert exposure is not None, f"{version()}: {ran.stderr}"
     assert float(exposure[1]) <= 3.0, version()
+
+
+def test_engines_have_the_sandbox_of_the_daemon() -> None:
+    def sandbox(unit: Path) -> list[str]:
+        lines = unit.read_text().split("User=flexpiped", 1)[1].partition("[Install]")[0].splitlines()
+        return [line for line in lines if line]
+
+    assert sandbox(ENGINE) == sandbox(UNIT)
 
 
 def test_engines_may_compile_and_reach_gpus() -> None:
