@@ -151,8 +151,7 @@ class NativeEngine:
             raise (UnsupportedByEngine if report.unsupported else EngineStartFailed)(report.reason)
         self._become_ready(report)
         if self._life is not None:
-            self._life.note(self._process.pid)
-            self._send(c.Outlive(adopt_within_s=self._life.adopt_within_s))
+            await self._leave_record(self._life, self._process.pid)
 
     @property
     def is_adopted(self) -> bool:
@@ -293,10 +292,23 @@ class NativeEngine:
         if self._life is None:
             process, connection = await launch_bound(self._options.python)
         else:
-            process, connection = await launch_apart(self._options.python, self._life.place)
+            try:
+                process, connection = await launch_apart(self._options.python, self._life.place)
+            except EngineStartFailed:
+                self._life.forget()
+                raise
         reader, self._writer = await asyncio.open_connection(sock=connection)
         self._end = None
         return process, reader
+
+    async def _leave_record(self, life: Life, pid: int) -> None:
+        """Note the engine for the next daemon; only now may it outlive this one."""
+        try:
+            life.note(pid)
+        except OSError as error:
+            await self.close()
+            raise EngineStartFailed(f"{life.record}: {error.strerror or error}") from error
+        self._send(c.Outlive(adopt_within_s=life.adopt_within_s))
 
     def _adopt(self, adopted: AdoptedCore) -> None:
         """Begin where the daemon before this one has left: the layout in force is what the engine says."""

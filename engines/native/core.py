@@ -276,7 +276,7 @@ class CoreServer:
             self._pool.send_all(m.ArmFailpoint(name="", action=""))
 
     def _emit(self, report: c.CoreReport) -> None:
-        if self._writer is not None:
+        if self._writer is not None and not self._writer.is_closing():  # a daemon that was killed is noticed later
             write_frame(self._writer, c.encode(report))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -160,6 +160,30 @@ async def stop_in_prepare(daemon: Daemon, core: int) -> None:
 
 
 @pytest.mark.long
+async def test_a_second_instance_that_was_still_starting_is_not_left_behind(folder: Path) -> None:
+    async with lasting(folder) as daemon:
+        [record] = records(folder)
+        answer = await daemon.ask("/rebalance", {"stages": 1, "replica": True})
+        assert answer["state"] == "started"
+        await until(lambda: len(cores_of(daemon)) == 2, timeout_s=60.0)
+        [second] = set(cores_of(daemon)) - {record["pid"]}
+        await end(daemon, signal.SIGKILL)
+
+    async with lasting(folder) as daemon:
+        assert [each["pid"] for each in records(folder)] == [record["pid"]]
+        assert len((await daemon.ask("/status"))["stages"]) == 2
+        await until(lambda: not alive(second), timeout_s=60.0)
+        await end(daemon, signal.SIGINT)
+
+
+def cores_of(daemon: Daemon) -> list[int]:
+    """Return the process ids of engine cores that a daemon has started."""
+    pid = daemon.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(each) for each in children if b"engines.native.core" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+@pytest.mark.long
 async def test_all_replicas_are_adopted(folder: Path) -> None:
     async with lasting(folder) as daemon:
         code, _, said = await daemon.flexctl("scale", "--replicas", "2", "--stages", "1", "--wait")

@@ -69,3 +69,9 @@ async def test_a_connection_reset_is_none() -> None:
     reader = asyncio.StreamReader()
     reader.set_exception(ConnectionResetError())
     assert await read_frame(reader) is None
+
+
+async def test_a_write_that_failed_ends_the_reading_like_an_end_of_file() -> None:
+    reader = asyncio.StreamReader()
+    reader.set_exception(BrokenPipeError())
+    assert await read_frame(reader) is None
