@@ -63,6 +63,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same of each prompt token but the first; 0: of that token alone
     bad_words: tuple[tuple[int, ...], ...] = ()  # what ``engine_params`` says by this name, as token ids
     grammar: Grammar | None = None  # the output keeps to it, and ends where nothing may follow
+    adapter: str = ""  # of the engine's, by name; empty: the model alone
     engine_params: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the engine's own, by its names
 
 
@@ -170,6 +171,7 @@ class EngineCapabilities:
     engine_params: frozenset[str] = frozenset()  # the names that ``SamplingParams.engine_params`` may have
     grammars: bool = False  # ``SamplingParams.grammar``
     top_logprobs: bool = False  # ``SamplingParams.top_logprobs`` and ``prompt_logprobs`` are reported
+    adapters: tuple[str, ...] = ()  # the names that ``SamplingParams.adapter`` may have
     caches_prefixes: bool = False  # the KV cache of a prompt's first tokens is kept for later prompts
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
     kv_form: str = ""  # engines of equal forms can load each other's KV cache: then the engine is a ``KvTransfers``

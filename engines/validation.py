@@ -44,6 +44,8 @@ def unknown_parameter(sampling: SamplingParams, capabilities: EngineCapabilities
         return "prompt_logprobs"
     if sampling.top_logprobs and not capabilities.top_logprobs:
         return "top_logprobs"
+    if sampling.adapter and sampling.adapter not in capabilities.adapters:
+        return "model"
     if sampling.grammar is not None and not capabilities.grammars:
         return sampling.grammar.parameter
     return next((name for name in sampling.engine_params if name not in capabilities.engine_params), None)

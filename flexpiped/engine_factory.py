@@ -165,6 +165,7 @@ def native_options(settings: Settings, model: Model) -> NativeOptions:
         remainder_slots=handover.remainder_slots,
         slice_bytes=handover.slice_bytes,
         copy_bytes_per_s=auto_as_zero(handover.copy_bytes_per_s),
+        adapters=tuple(native.adapters.items()),
         cache_directory="" if native.cache_dir is None else str(native.cache_dir),
     )
 

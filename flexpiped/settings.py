@@ -160,6 +160,7 @@ class NativeSettings:
     nice: Annotated[int, integer(0, 19)] = 10
     hang_deadline_s: Annotated[float, seconds] = 60.0
     cache_dir: Annotated[Path | None, optional_path] = None
+    adapters: Annotated[Mapping[str, str], named_texts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -331,6 +331,7 @@ class NativeEngine:
             engine_params=ENGINE_PARAMS,
             grammars=ready.grammars,
             top_logprobs=True,
+            adapters=tuple(name for name, _ in self._options.adapters),
             caches_prefixes=self._options.prefix_caching,
         )
         self.attention = ready.attention

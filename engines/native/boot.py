@@ -13,6 +13,7 @@ from engines.native.families import build_family
 from engines.native.family import Family
 from engines.native.inbox import Inbox
 from engines.native.kernels.build import KernelBuildFailed, build_kernel, cache_directory
+from engines.native.lora import LoraModules, read_adapter
 from engines.native.options import NativeOptions
 from engines.native.scheduler import SchedulerLimits
 from engines.native.shared import SharedMemory, SharedSizes
@@ -66,6 +67,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     if kernels and dtype is torch.float32:
         llama_ops.install(family.model, kernels["llama_ops"])
     check_pipeline(pipeline, family, options)
+    adapters = [read_adapter(name, Path(directory), family) for name, directory in options.adapters]
     shared = SharedMemory(
         SharedSizes(
             num_workers=len(options.device_ids),
@@ -90,6 +92,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
         kv_block_tokens=options.kv_block_tokens,
         nice=options.nice,
         visible=options.visible,
+        lora=LoraModules(adapters, family.model) if adapters else None,
     )
     return Boot(
         options=options,

@@ -9,6 +9,7 @@ from engines.native.inbox import Inbox
 from engines.native.kv_device import DeviceKV
 from engines.native.kv_memory import KVMemory
 from engines.native.kv_store import KVStore
+from engines.native.lora import LoraModules
 from engines.native.shared import SharedMemory
 
 
@@ -24,6 +25,7 @@ class WorkerContext:
     num_slots: int
     kv_block_tokens: int
     nice: int
+    lora: LoraModules | None = None  # what its adapters add
     visible: tuple[str, ...] = ()  # worker by worker what ``open_compute`` is told; none: all of them compute in place
 
 

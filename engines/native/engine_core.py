@@ -73,6 +73,7 @@ class EngineCore:
             block_tokens=boot.limits.kv_block_tokens,
             blocks_at_once=max(1, boot.options.slice_bytes // boot.kv_block_bytes),
         )
+        self._adapters = {name: number for number, (name, _) in enumerate(boot.options.adapters, 1)}
         self._emit = emit
         self._generation = 0
         self._in_flight: dict[int, tuple[Batch, float]] = {}
@@ -111,6 +112,7 @@ class EngineCore:
                 order=self.scheduler.take_order(),
                 shaping=request.shaping,
                 matcher=matcher,
+                adapter=self._adapters.get(request.sampling.adapter, 0),
             )
         )
         self.pump()
@@ -168,6 +170,7 @@ class EngineCore:
                 shapes=asks.shapes,
                 tops=asks.tops,
                 scored=asks.scored,
+                adapters=_int32([e.sequence.adapter for e in entries]) if self._adapters else b"",
             )
         )
         now = time.monotonic()

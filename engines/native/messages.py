@@ -101,6 +101,7 @@ class RunStep(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
 
     ``rows[i]`` is the sequence's row in the shared block table, ``starts[i]`` the position of its first new token and
     ``counts[i]`` how many there are. ``sampled`` lists the sequences (by index) whose next token is wanted.
+    ``adapters[i]`` is the number of its adapter, 0 for none; empty where there are none in the engine.
     """
 
     step_id: int
@@ -115,6 +116,7 @@ class RunStep(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     shapes: list[Shape] = []
     tops: list[Top] = []
     scored: list[Scored] = []
+    adapters: bytes = b""
 
 
 class Hidden(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -30,6 +30,7 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     slice_bytes: int = 512 << 10  # of KV copied in one piece between two steps
     copy_bytes_per_s: int = 0  # of KV in the rounds of a handover, at most; 0: so that steps keep their pace
     verify_checksums: bool = False  # compare the live KV blocks of source and destination at commit (tests)
+    adapters: tuple[tuple[str, str], ...] = ()  # name and directory of each LoRA adapter
     cache_directory: str = ""  # for compiled kernels; empty: the user's cache directory
 
 

@@ -26,6 +26,7 @@ class Sequence:
 
     __slots__ = (
         "aborted",
+        "adapter",
         "block_ids",
         "block_names",
         "cached",
@@ -58,6 +59,7 @@ class Sequence:
         order: int,
         shaping: Shaping | None = None,
         matcher: "Matcher | None" = None,
+        adapter: int = 0,
     ) -> None:
         self.key = key
         self.tokens = prompt + generated
@@ -72,6 +74,7 @@ class Sequence:
         self.has_told_cached = False
         self.row = -1
         self.shaping = shaping
+        self.adapter = adapter  # its number; 0: none
         self.matcher = matcher  # has taken in all output tokens
         self.mirrored = 0  # tokens that lie in shared memory, too, at its row
         # Of the prompt's tokens but the first, as far as they are known; None: not asked for, or reported before.
@@ -92,9 +95,9 @@ class Sequence:
 
     def names_of_blocks(self, count: int, *, block_tokens: int) -> list[bytes]:
         """Return the names of its first ``count`` KV blocks, whose tokens must be known."""
-        names = self.block_names
+        names, root = self.block_names, b"" if not self.adapter else b"adapter %d" % self.adapter
         for start in range(len(names) * block_tokens, count * block_tokens, block_tokens):
-            names.append(block_name(names[-1] if names else b"", self.tokens[start : start + block_tokens]))
+            names.append(block_name(names[-1] if names else root, self.tokens[start : start + block_tokens]))
         return names[:count]
 
     def take_scores(self) -> tuple[ScoredToken, ...]:

@@ -13,6 +13,7 @@ from engines.native.compute import Compute
 from engines.native.family import Family
 from engines.native.kv_store import KVStore
 from engines.native.logits import shaped
+from engines.native.lora import LoraModules
 from engines.native.messages import RunStep, Score, Scored, StageSpec, Tops
 from engines.native.sampling import chosen_logprobs, sample
 from engines.native.scoring import score, tops_of
@@ -134,8 +135,10 @@ class StageRunner:
         shared: SharedMemory,
         kv_block_tokens: int,
         compute: Compute = _IN_PLACE,
+        lora: LoraModules | None = None,
     ) -> None:
         self._compute = compute
+        self._lora = lora
         self._family = family
         self._kv = kv
         self._shared = shared
@@ -159,8 +162,12 @@ class StageRunner:
         assert hidden is not None
         hidden = put(hidden)
         arguments = self._family.step_arguments(positions)
+        if self._lora is not None:
+            self._lora.begin(message.adapters, step.counts)
         for index in range(spec.first_decoder, spec.end_decoder):
             hidden = self._family.decoder(index)(hidden, step=step, **arguments[index])
+        if self._lora is not None:
+            self._lora.end()
         return hidden, step
 
     def sample(self, message: RunStep, hidden: torch.Tensor, step: PagedStep) -> Sampled:

@@ -56,13 +56,22 @@ class Worker:
         self._compute = open_compute(context.visible[index] if context.visible else IN_PLACE)
         if self._compute.own_memory:
             family.move_to(self._compute.device)
+            if context.lora is not None:
+                context.lora.move_to(self._compute.device)
         self._kv = kv_store_of(family, context.shared, self._compute, num_slots=context.num_slots)
         size = context.kv_block_tokens
         self._kv_bound = KvBound(self._kv, kv_block_tokens=size, end_slot=context.shared.kv_end_slot)
         self._weights = WeightFiles(context.checkpoint, dtype=family.dtype)
         names = context.checkpoint.tensors
         self._layers = HeldLayers(family, self._weights, self._kv, names, compute=self._compute)
-        self._runner = StageRunner(family, self._kv, shared=context.shared, kv_block_tokens=size, compute=self._compute)
+        self._runner = StageRunner(
+            family,
+            self._kv,
+            shared=context.shared,
+            kv_block_tokens=size,
+            compute=self._compute,
+            lora=context.lora,
+        )
         self._failpoints = Failpoints()
         self._spec: m.StageSpec | None = None
         self._generation = 0

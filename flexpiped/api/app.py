@@ -83,6 +83,15 @@ def _json(value: object, *, status: int = 200) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
 
 
+def _cards(backends: Backends) -> dict[str, dict[str, object]]:
+    """Return what is told of each model and of its adapters, by name."""
+    cards: dict[str, dict[str, object]] = {}
+    for model, served in backends.models().items():
+        cards[model] = _model_card(model, served, backends.created_unix_s)
+        cards |= {name: cards[model] | {"id": name, "parent": model} for name in served.adapters}
+    return cards
+
+
 def _model_card(name: str, served: Served, created_unix_s: int) -> dict[str, object]:
     backend = served.backend
     capabilities = None if backend is None else backend.serving.capabilities
@@ -97,18 +106,15 @@ def _model_card(name: str, served: Served, created_unix_s: int) -> dict[str, obj
 
 async def models(http: web.Request) -> web.Response:
     """GET /v1/models"""
-    backends = http.app[BACKENDS]
-    cards = [_model_card(name, served, backends.created_unix_s) for name, served in backends.models().items()]
-    return _json({"object": "list", "data": cards})
+    return _json({"object": "list", "data": list(_cards(http.app[BACKENDS]).values())})
 
 
 async def model(http: web.Request) -> web.Response:
     """GET /v1/models/{model}"""
-    backends, name = http.app[BACKENDS], http.match_info["model"]
-    known = backends.models()
+    name, known = http.match_info["model"], _cards(http.app[BACKENDS])
     if name not in known:
         raise no_such_model(name, known)
-    return _json(_model_card(name, known[name], backends.created_unix_s))
+    return _json(known[name])
 
 
 async def version(http: web.Request) -> web.Response:

@@ -28,6 +28,12 @@ class Served:
     backend: Backend | None
     metrics: Metrics
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Of the engine in force; none while there is no engine."""
+        capabilities = None if self.backend is None else self.backend.serving.capabilities
+        return () if capabilities is None else capabilities.adapters
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
@@ -79,6 +85,8 @@ def _named(name: str, models: Mapping[str, Served]) -> Served:
     for known, served in models.items():
         capabilities = None if served.backend is None else served.backend.serving.capabilities
         own = None if capabilities is None else capabilities.own_server
+        if name in served.adapters:
+            return served
         if own is not None and own.adapter_mark and name.startswith(known + own.adapter_mark):
             return served
     raise no_such_model(name, models)

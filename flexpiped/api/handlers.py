@@ -106,8 +106,9 @@ async def answer(
         ApiError, EngineError, Overloaded: Before anything was sent.
     """
     backend = backend_of(http)
-    ensure_model(parameters.model, served=backend.model)
     capabilities = backend.ensure_serving()
+    ensure_model(parameters.model, served=backend.model, adapters=capabilities.adapters)
+    name = parameters.model or backend.model
     observation.asks()
     deadline_s = deadline_of(http)
     async with backend.admission.admit(client_of(http), deadline_s=deadline_s) as lease:
@@ -120,13 +121,14 @@ async def answer(
             default_tokens=kind.default_tokens,
             capabilities=capabilities,
             new_seed=backend.new_seed(),
+            adapter="" if name == backend.model else name,
             bad_words=await bad_words_as_tokens(backend.text, parameters.engine_params.get("bad_words", ())),
         )
         await backend.admission.reserve(lease, tokens=choices.best_of * (len(prompt) + sampling.max_tokens))
         observation.admitted()
         observation.prompt_tokens = len(prompt)
         answer_id = f"{kind.id_prefix}-{uuid.uuid4().hex}"
-        head = Head(answer_id=answer_id, created_unix_s=int(backend.wall_clock()), model=backend.model)
+        head = Head(answer_id=answer_id, created_unix_s=int(backend.wall_clock()), model=name)
         wire = kind.wire(head, include_usage=parameters.include_usage, choices=choices.best_of, top=choices.logprobs)
         request = GenerationRequest(request_id=answer_id, prompt_token_ids=prompt, sampling=sampling)
         jobs = jobs_of(

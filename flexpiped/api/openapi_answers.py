@@ -46,7 +46,9 @@ _MODEL: Final = _object(
         "created": _COUNT,
         "owned_by": _TEXT,
         "max_model_len": {"type": ["integer", "null"], "minimum": 1},
-    }
+        "parent": _TEXT,
+    },
+    optional=("parent",),  # of an adapter
 )
 SCHEMAS: Final[dict[str, Any]] = {
     "Completion": _answer("text_completion", {"text": _TEXT}),

@@ -3,7 +3,7 @@
 Every parameter is honoured, refused by name, or (``unsupported``) accepted where it changes nothing.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -168,13 +168,14 @@ def _without(taken: Set[str], neutral: NeutralValues) -> NeutralValues:
     return {name: values for name, values in neutral.items() if name not in taken}
 
 
-def ensure_model(asked: str | None, *, served: str) -> None:
-    """Raises: ApiError: 404, another model was asked for."""
-    if asked is not None and asked != served:
+def ensure_model(asked: str | None, *, served: str, adapters: Sequence[str] = ()) -> None:
+    """Raises: ApiError: 404, another model was asked for, and no adapter of it."""
+    if asked is not None and asked != served and asked not in adapters:
         raise ApiError(
             status=404,
             type=ErrorType.NOT_FOUND,
-            message=f"the model {asked!r} does not exist here; this server has {served!r}",
+            message=f"the model {asked!r} does not exist here; this server has "
+            + ", ".join(repr(name) for name in (served, *adapters)),
             param="model",
             code="model_not_found",
         )
@@ -189,6 +190,7 @@ def sampling_of(
     capabilities: EngineCapabilities,
     new_seed: int,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    adapter: str = "",
 ) -> SamplingParams:
     """Check prompt and parameters against the model and return what the engine is asked.
 
@@ -196,6 +198,7 @@ def sampling_of(
         default_tokens: ``max_tokens`` where none is given; None stands for the rest of the context.
         new_seed: Used where no seed is given.
         bad_words: Those of the request, as tokens.
+        adapter: Whose name was given for the model's.
 
     Raises:
         ApiError: The prompt is empty, too long or outside the vocabulary, or the context is too short for it all.
@@ -237,6 +240,7 @@ def sampling_of(
         prompt_logprobs=prompt_logprobs,
         bad_words=bad_words,
         grammar=parameters.grammar,
+        adapter=adapter,
         engine_params=parameters.engine_params,
     )
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
+from engines.protocol import EngineCapabilities
 from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend
 from flexpiped.api.deadline import deadline_of
@@ -58,16 +59,16 @@ async def _answer(http: web.Request, *, is_decoding: bool) -> web.StreamResponse
             if is_decoding:
                 answer = await _decoded(backend, body, vocab_size=capabilities.vocab_size)
             else:
-                answer = await _encoded(backend, body, max_model_len=capabilities.max_model_len)
+                answer = await _encoded(backend, body, capabilities=capabilities)
         observation.outcome = Outcome.DONE
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
-async def _encoded(backend: Backend, body: Body, *, max_model_len: int) -> dict[str, Any]:
+async def _encoded(backend: Backend, body: Body, *, capabilities: EngineCapabilities) -> dict[str, Any]:
     refuse_unknown(body, TOKENIZE_READERS.keys() | TOKENIZE_NEUTRAL.keys())
     refuse_unsupported(body, TOKENIZE_NEUTRAL)
     given = {name: read(body, name) for name, read in TOKENIZE_READERS.items()}
-    ensure_model(given["model"], served=backend.model)
+    ensure_model(given["model"], served=backend.model, adapters=capabilities.adapters)
     prompt, messages, special = given["prompt"], given["messages"], given["add_special_tokens"]
     if (prompt is None) == (messages is None):
         raise invalid("give prompt or messages, and one of them only", param="prompt", code="contradiction")
@@ -78,7 +79,7 @@ async def _encoded(backend: Backend, body: Body, *, max_model_len: int) -> dict[
         tokens = await backend.text.encode(prompt, add_special_tokens=special is not False)
     else:
         tokens = await backend.text.chat(messages or ())
-    return {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": None}
+    return {"count": len(tokens), "max_model_len": capabilities.max_model_len, "tokens": tokens, "token_strs": None}
 
 
 async def _decoded(backend: Backend, body: Body, *, vocab_size: int) -> dict[str, Any]:
