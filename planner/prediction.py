@@ -161,6 +161,8 @@ class Pipeline:
         self._cycles = list(accumulate((cycle for cycle, _ in measured), max))  # a larger batch is never faster
         self._slowest = list(accumulate((slowest for _, slowest in measured), max))
         self._capacity_per_s = self._find_capacity() if self.max_batch else 0.0
+        self._prefill_s_per_token = max(self._joining_s, _SHORTEST_S) / self._prompt
+        self._cycle_of: dict[int, float] = {}  # routing asks for each request and replica
 
     def predict(self, workload: Workload, slo: Slo, *, replicas: int) -> Prediction:
         """Return the prediction; only rate and CVs of ``workload`` are looked at, the lengths are those built with."""
@@ -190,11 +192,14 @@ class Pipeline:
 
     def cycle_s(self, sequences: int) -> float:
         """Return the seconds in which so many sequences get a token each; prompts beside them not counted."""
-        return self._at(self._cycles, sequences)
+        found = self._cycle_of.get(sequences)
+        if found is None:
+            found = self._cycle_of[sequences] = self._at(self._cycles, sequences)
+        return found
 
     def prefill_s_per_token(self) -> float:
         """Return what a token of a prompt adds to the steps that it joins, in seconds."""
-        return max(self._joining_s, _SHORTEST_S) / self._prompt
+        return self._prefill_s_per_token
 
     # --- tables ---
 

@@ -13,7 +13,7 @@ Pure: the daemon says what is at each replica, and the simulator what would be.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 NEWEST: Final = 0.1  # the weight of the last request in the mean length of outputs, which is what is expected of one
 # What a second before the first token counts for, in seconds after it. Simulated bursts (README) have most requests in
@@ -110,9 +110,8 @@ class Jobs:
         return now
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """A replica that could take the request.
+class Option(NamedTuple):
+    """A replica that could take the request. A tuple, as ``Expected`` is.
 
     Attributes:
         load: What is there already.
@@ -136,28 +135,24 @@ class Route:
     finish_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """What is expected of a request at one replica, in seconds.
+class Expected(NamedTuple):
+    """What is expected of a request at one replica, in seconds. A tuple, as the simulator makes millions.
 
     Attributes:
         first_s: Until its first token: the wait for KV cache, prompts before it, its own.
         rest_s: For all tokens of it.
         others_s: By how much its prompt holds up those that are there, all together.
+        order: By which replicas are compared: all of these, then the requests there, then the replica's number.
     """
 
     first_s: float
     rest_s: float
     others_s: float
+    order: tuple[float, int, int]
 
     @property
     def finish_s(self) -> float:
         return self.first_s + self.rest_s
-
-    @property
-    def cost_s(self) -> float:
-        """By which replicas are compared."""
-        return _FIRST * self.first_s + self.rest_s + self.others_s
 
 
 def choose_replica(job: Job, options: Sequence[Option]) -> Route:
@@ -169,28 +164,31 @@ def choose_replica(job: Job, options: Sequence[Option]) -> Route:
     if not options:
         raise ValueError("no replica to choose from")
     are_known = all(option.pace is not None for option in options)
-    found = [(expected(job, option, pace=option.pace if are_known else None), option) for option in options]
-    there, best = min(found, key=lambda each: (each[0].cost_s, each[1].load.requests, each[1].replica))
-    return Route(replica=best.replica, finish_s=there.finish_s)
+    equal = EqualPace()
+    best, least = options[0], _expected(job, options[0], (options[0].pace or equal) if are_known else equal)
+    for option in options[1:]:
+        there = _expected(job, option, (option.pace or equal) if are_known else equal)
+        if there.order < least.order:
+            best, least = option, there
+    return Route(replica=best.replica, finish_s=least.finish_s)
 
 
 def expected(job: Job, option: Option, *, pace: Pace | None) -> Expected:
     """Return what is expected of ``job`` at this replica."""
-    pace = pace or EqualPace()
-    cycle_s, prompt_s = pace.cycle_s(option.load.requests + 1), pace.prefill_s_per_token()
+    return _expected(job, option, pace or EqualPace())
+
+
+def _expected(job: Job, option: Option, pace: Pace) -> Expected:
+    load = option.load
+    requests = load.requests
+    cycle_s, prompt_s = pace.cycle_s(requests + 1), pace.prefill_s_per_token()
     own_s = max(0, job.prefill_tokens - option.cached_tokens) * prompt_s
-    return Expected(
-        first_s=_steps_until_room(job, option) * cycle_s + option.load.prefill_tokens * prompt_s + own_s,
-        rest_s=job.output_tokens * cycle_s,
-        others_s=option.load.requests * own_s,
-    )
-
-
-def _steps_until_room(job: Job, option: Option) -> float:
-    """Return how many steps it takes until enough requests have ended for the KV cache of this one; 0: it has room."""
+    first_s = load.prefill_tokens * prompt_s + own_s
     capacity = option.kv_capacity_tokens
-    if capacity is None:
-        return 0.0
-    shared = min(option.cached_tokens, job.context_tokens)
-    needed = job.context_tokens - shared + job.output_tokens
-    return option.load.steps_until_room(needed, capacity=capacity) if needed + option.load.kv_tokens > capacity else 0.0
+    if capacity is not None:
+        shared = min(option.cached_tokens, job.context_tokens)
+        needed = job.context_tokens - shared + job.output_tokens
+        if needed + load.kv_tokens > capacity:
+            first_s += load.steps_until_room(needed, capacity=capacity) * cycle_s
+    rest_s, others_s = job.output_tokens * cycle_s, requests * own_s
+    return Expected(first_s, rest_s, others_s, (_FIRST * first_s + rest_s + others_s, requests, option.replica))

@@ -80,7 +80,7 @@ class Fleet:
         self._names = 0
         self._expected = expected
         self._output_tokens = expected.output_tokens_mean
-        self._paces: dict[tuple[int, int], Pace] = {}
+        self._paces: dict[StepTimes, Pace] = {}
 
     # --- requests ---
 
@@ -106,19 +106,15 @@ class Fleet:
 
     def _option(self, index: int, member: Member) -> Option:
         steps = member.replica.steps
-        return Option(
-            replica=index,
-            load=member.replica.load(self._output_tokens),
-            kv_capacity_tokens=steps.times.kv_capacity_tokens,
-            pace=self._pace_of(steps, member.shape.num_stages),
-        )
+        load = member.replica.load(self._output_tokens)
+        return Option(index, load, steps.times.kv_capacity_tokens, 0, self._pace_of(steps))
 
-    def _pace_of(self, steps: StepTimes, num_stages: int) -> Pace:
+    def _pace_of(self, steps: StepTimes) -> Pace:
         """Return the predicted pace of a replica, as the daemon predicts it: for what is expected of requests."""
-        key = (num_stages, steps.times.kv_capacity_tokens)
-        if key not in self._paces:
-            self._paces[key] = Pipeline(steps.times, self._expected)
-        return self._paces[key]
+        found = self._paces.get(steps)
+        if found is None:
+            found = self._paces[steps] = Pipeline(steps.times, self._expected)
+        return found
 
     # --- what a policy does ---
 

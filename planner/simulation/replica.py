@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import ceil, inf
+from typing import NamedTuple
 
 from planner.simulation.clock import Clock
 from planner.simulation.step_times import NOTHING, StepTime, StepTimes
@@ -45,8 +46,7 @@ class SimulatedRequest:
         return self.prompt_tokens + self.done_tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class Standing(NamedTuple):
     """What is at a replica, as a ``planner.routing.Load``: all of its requests are expected to be of one length.
 
     Which of them is how far is not looked at: they are taken to end evenly, a whole KV cache of them in as many
@@ -125,13 +125,9 @@ class Replica:
 
     def load(self, output_tokens: float) -> "Standing":
         """Return what is here, for routing; of each request so many tokens more are expected."""
-        context = self.kv_used_tokens + self._waiting_tokens
-        return Standing(
-            requests=self.live,
-            prefill_tokens=self._ahead,
-            kv_tokens=context + self.live * output_tokens,
-            output_tokens=output_tokens,
-        )
+        live = self.live
+        context = self._kv_base + self._num_decoding * self._progress + self._prompt_kv + self._waiting_tokens
+        return Standing(live, self._ahead, context + live * output_tokens, output_tokens)
 
     # --- what happens to it ---
 

@@ -106,6 +106,42 @@ async def until_stages(daemon: Daemon, count: int, *, within_s: float) -> None:
             await asyncio.sleep(0.1)
 
 
+async def check_decisions(daemon: Daemon) -> None:
+    """There and back, for the reasons that are right, and nothing else: as ``flexctl decisions`` has it."""
+    code, out, err = await daemon.flexctl("decisions", "--json")
+    assert code == 0, err
+    decisions = [json.loads(line) for line in out.splitlines()]
+    changes = [each for each in decisions if each["fields"]["verb"] != "keep"]
+    assert [each["message"][:16] for each in changes] == ["1 -> 2 stages: l", "2 -> 1 stage: CV"]
+    assert changes[0]["fields"]["numbers"]["load"] > 0.9
+    assert all(each["message"].startswith("keep: ") for each in decisions if each not in changes)
+
+
+def write_burst(path: Path) -> int:
+    """Write a trace of 2 requests/s with a burst of 11/s from second 4 to 24; return how many requests it has."""
+    calm, burst, after = (
+        (4 * i / 8 for i in range(8)),
+        (4 + i / 11 for i in range(220)),
+        (24 + i / 2 for i in range(60)),
+    )
+    arrivals_s = [*calm, *burst, *after]
+    wire = ({"timestamp": 1e3 * at_s, "input_length": len(PROMPT), "output_length": TOKENS} for at_s in arrivals_s)
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in wire))
+    return len(arrivals_s)
+
+
+@pytest.mark.long
+async def test_a_burst_that_flexctl_bench_replays_changes_the_layout_and_no_request_fails(tmp_path: Path) -> None:
+    keep_profile(write_config(tmp_path, engine="native", stages=1, more=CONFIG), tmp_path / "state")
+    count = write_burst(tmp_path / "burst.jsonl")
+    async with started(tmp_path, ready=True, engine="native", stages=1, more=CONFIG) as daemon:
+        code, out, err = await daemon.flexctl("bench", "--trace", str(tmp_path / "burst.jsonl"), "--json")
+        assert code == 0, out + err
+        found = json.loads(out)
+        assert (found["requests"], found["failed"], found["failures"]) == (count, 0, {})
+        await check_decisions(daemon)
+
+
 async def test_a_burst_changes_the_layout_and_calm_changes_it_back(tmp_path: Path) -> None:
     keep_profile(write_config(tmp_path, engine="native", stages=1, more=CONFIG), tmp_path / "state")
     async with (
@@ -121,13 +157,7 @@ async def test_a_burst_changes_the_layout_and_calm_changes_it_back(tmp_path: Pat
         running.cancel()
         answers = await asyncio.gather(*traffic.answers)
         assert {status for status, _answer in answers} == {200}
-        code, out, err = await daemon.flexctl("decisions", "--json")
-        assert code == 0, err
-        decisions = [json.loads(line) for line in out.splitlines()]
-        changes = [each for each in decisions if each["fields"]["verb"] != "keep"]
-        assert [each["message"][:16] for each in changes] == ["1 -> 2 stages: l", "2 -> 1 stage: CV"]
-        assert changes[0]["fields"]["numbers"]["load"] > 0.9
-        assert all(each["message"].startswith("keep: ") for each in decisions if each not in changes)
+        await check_decisions(daemon)
         code, out, _err = await daemon.flexctl("auto", "off")
         assert (code, out.strip()) == (0, "auto off: nothing changes by itself")
         assert (await daemon.ask("/status"))["auto"]["mode"] == "off"
