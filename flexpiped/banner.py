@@ -10,7 +10,7 @@ from flexpiped.flexctl.text import format_duration
 QUIET_START_S: Final = 2.0
 _CURL: Final = (
     "curl -N {api}/completions -H 'content-type: application/json' "
-    '-d \'{{"prompt": "Once", "max_tokens": 200, "stream": true}}\''
+    '-d \'{{{model}"prompt": "Once", "max_tokens": 200, "stream": true}}\''
 )
 
 
@@ -53,13 +53,17 @@ class Banner:
             self._write(f"  {format_duration(self.elapsed_s):>6}  {self._last}")
             self._last = ""
 
-    def ready(self, *, facts: str, api_url: str, admin: Path, next_stages: int) -> None:
+    def ready(self, *, facts: str, api_url: str, admin: Path, next_stages: int, model: str = "") -> None:
+        """Say that requests are served, and what to try; ``model`` is named where there are several."""
         self._last = ""
         self._write(f"ready in {format_duration(self.elapsed_s)}    API {api_url}    admin {admin}")
         self._write(f"serving {facts}")
-        self._write(f"try:  {_CURL.format(api=api_url)}")
+        named, which = (f'"model": "{model}", ', f" --model {model}") if model else ("", "")
+        self._write(f"try:  {_CURL.format(api=api_url, model=named)}")
         self._write(f"      {self._command} status")
-        self._write(f"      {self._command} rebalance --stages {next_stages} --wait      (while the curl is running)")
+        self._write(
+            f"      {self._command} rebalance{which} --stages {next_stages} --wait      (while the curl is running)"
+        )
 
     def say(self, line: str) -> None:
         self._write(line)

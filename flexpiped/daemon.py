@@ -214,7 +214,11 @@ class Daemon:
     def _announce_ready(self, service: Service) -> None:
         took_s, facts = self._banner.elapsed_s, _facts(service)
         self._banner.ready(
-            facts=facts, api_url=service.api_url, admin=self._admin_socket, next_stages=self._next_stages(service)
+            facts=facts,
+            api_url=service.api_url,
+            admin=self._admin_socket,
+            next_stages=self._next_stages(service),
+            model=service.named_first,
         )
         self._notifier.ready(f"serving {facts}")
         self._is_announced = True
@@ -247,6 +251,8 @@ class Daemon:
 
 
 def _facts(service: Service) -> str:
+    if service.named_first:
+        return service.models_in_words
     if service.pipeline is None:
         return service.name
     stages, decoders = service.pipeline.granularity, service.pipeline.num_decoders

@@ -37,6 +37,7 @@ from flexpiped.dashboard.feed import Feed, Sources
 from flexpiped.dashboard.routes import Dashboard
 from flexpiped.device_sharing import Held
 from flexpiped.events import Event, EventKind, EventLog
+from flexpiped.flexctl.text import plural
 from flexpiped.hardware import Hardware
 from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.keys import KeyRing
@@ -128,6 +129,16 @@ class Service:
     def max_stages(self) -> int:
         """How many stages the engine in force of the first model could have on the devices that are here."""
         return 1 if self._shown is None else self._shown.max_stages
+
+    @property
+    def named_first(self) -> str:
+        """The name of the first model, where models are told apart by names; else nothing."""
+        return self._models.first.name if self._models.are_named and self._models.first is not None else ""
+
+    @property
+    def models_in_words(self) -> str:
+        """Return which models there are, and of how many stages each is."""
+        return ", ".join(map(_in_words, self._models.entries.values()))
 
     @property
     def _shown(self) -> ModelService | None:
@@ -367,6 +378,12 @@ class Service:
         reason = "streams in flight are finishing"
         self._models.begin_drain(reason)
         self.events.publish(EventKind.DAEMON, f"draining: {reason}")
+
+
+def _in_words(entry: Entry) -> str:
+    pipeline = None if entry.service is None else entry.service.pipeline
+    stages = 0 if pipeline is None else pipeline.granularity
+    return f"{entry.name} ({plural(stages, 'stage') if stages else entry.health.state.value})"
 
 
 def _limits(settings: Settings) -> AdmissionLimits:

@@ -69,6 +69,8 @@ class OtelSpans:
                     {"flexpiped.handover": each.number, "flexpiped.change": each.what, "flexpiped.result": each.result},
                 )
             span.set_attributes(_attributes(trace, status))
+            if trace.model:
+                span.set_attribute("gen_ai.request.model", trace.model)
             if status is None or status >= _SERVER_ERROR:
                 span.set_status(self._error, "the client left" if status is None else None)
         span.end(end_time=ended_ns)

@@ -40,6 +40,7 @@ class RequestTrace:
     name: str
     headers: Mapping[str, str]
     began_ns: int
+    model: str = ""  # which it is for, once that is known
     admitted_ns: int | None = None
     first_token_ns: int | None = None
     last_token_ns: int | None = None
@@ -75,6 +76,12 @@ def headers_to_pass_on() -> Mapping[str, str]:
     """Return the context of the current request's trace, as headers; none where nothing is traced."""
     trace = _CURRENT.get()
     return {} if trace is None else trace.headers
+
+
+def note_model(name: str) -> None:
+    """Note which model the current request is for; nothing where nothing is traced."""
+    if (trace := _CURRENT.get()) is not None:
+        trace.model = name
 
 
 class Handovers:

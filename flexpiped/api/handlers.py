@@ -35,6 +35,7 @@ from flexpiped.api.routing import ToEngine, route
 from flexpiped.api.sending import send_events, send_whole
 from flexpiped.api.wire import ChatWire, CompletionWire, Head
 from flexpiped.supervision import ending_tokens
+from flexpiped.tracing import note_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +166,7 @@ async def observed(http: web.Request, endpoint: Endpoint) -> AsyncIterator[tuple
         with backends.unnamed.observe(endpoint) as nobodys, errors_translated(nobodys):
             raise
     choose(http, backend)
+    note_model(backend.model)
     with backend.metrics.observe(endpoint) as observation, errors_translated(observation), backend.uses.one():
         yield backend, observation
 

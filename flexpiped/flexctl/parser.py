@@ -123,6 +123,7 @@ def _topology_arguments(parser: argparse.ArgumentParser) -> None:
 def _profile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="of this configuration, instead of what the daemon serves")
     parser.add_argument("--model", metavar="DIR", help="of this model")
+    parser.add_argument("--of", metavar="NAME", help="of this model of the daemon, where it serves several")
     parser.add_argument("--short", action="store_true", help="a few seconds only, and less exact")
 
 

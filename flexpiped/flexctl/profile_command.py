@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import msgspec
 
@@ -61,7 +62,7 @@ def profile(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
 def _wanted(client: AdminClient, options: Namespace) -> _Wanted:
     """Return what to measure: a configuration or model that is named, else what the daemon serves."""
     if options.config is None and options.model is None:
-        answer: Any = client.call("GET", "/profile/target")
+        answer: Any = client.call("GET", _of(options, "/profile/target"))
         return _Wanted(target=msgspec.convert(answer, ProfileTarget), is_daemon=True)
     try:
         settings = Settings() if options.config is None else load_config(Path(options.config))
@@ -72,6 +73,10 @@ def _wanted(client: AdminClient, options: Namespace) -> _Wanted:
     if options.model is not None:
         settings = replace(settings, model=options.model)
     return _Wanted(target=profile_target(settings, source=model_source(settings)), is_daemon=False)
+
+
+def _of(options: Namespace, path: str) -> str:
+    return path if options.of is None else f"{path}?model={quote(options.of, safe='')}"
 
 
 async def _measured(target: ProfileTarget, screen: Screen, options: Namespace) -> Profile:

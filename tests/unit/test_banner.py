@@ -70,3 +70,15 @@ def test_flexctl_is_named_as_it_can_be_typed(tmp_path: Path) -> None:
     assert flexctl_command(daemon, folder=Path("/elsewhere"), socket=None) == f"{daemon.parent}/flexctl"
     assert flexctl_command(daemon, folder=tmp_path, socket=Path("/x")) == ".venv/bin/flexctl --socket /x"
     assert flexctl_command(tmp_path / "none", folder=tmp_path, socket=None) == "python -m flexpiped.flexctl"
+
+
+def test_of_several_models_the_one_to_try_is_named() -> None:
+    out = io.StringIO()
+    socket = Path("/run/flexpiped/admin.sock")
+    Banner(out, command="flexctl", clock=Clock()).ready(
+        facts="a (2 stages), b (1 stage)", api_url="http://h/v1", admin=socket, next_stages=4, model="a"
+    )
+
+    assert "serving a (2 stages), b (1 stage)\n" in out.getvalue()
+    assert '-d \'{"model": "a", "prompt": "Once",' in out.getvalue()
+    assert "flexctl rebalance --model a --stages 4 --wait" in out.getvalue()

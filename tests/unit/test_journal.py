@@ -14,7 +14,7 @@ import pytest
 
 from flexpiped.events import Event, EventKind
 from flexpiped.intent import Intent
-from flexpiped.journal import Journal, JournalError
+from flexpiped.journal import Journal, JournalError, ModelState
 from tests.support.layouts import even_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -204,3 +204,25 @@ async def test_who_waits_no_longer_takes_no_row_back(journal: Journal) -> None:
     waiting.cancel()
     await journal.settled()
     assert numbers(journal) == [1]
+
+
+def test_models_have_intents_and_states_of_their_own_and_the_old_row_is_that_of_the_model_without_a_table(
+    tmp_path: Path,
+) -> None:
+    journal = journal_in(tmp_path)
+    journal.open()
+    journal.record(event(1), intent(2))
+    journal.of_model("a").record(event(2), intent(3))
+    journal.of_model("a").keep_state(ModelState(is_stopped=True, path="/srv/other", configured="/srv/a"))
+    journal.close()
+
+    again = journal_in(tmp_path)
+    again.open()
+    stored = [each.stored() for each in (again, again.of_model(""), again.of_model("a"), again.of_model("b"))]
+    assert [None if each is None else each.intent.pipeline.granularity for each in stored] == [2, 2, 3, None]
+    assert again.of_model("a").state() == ModelState(is_stopped=True, path="/srv/other", configured="/srv/a")
+    assert again.state() is None
+    assert [each["message"] for each in again.history(limit=9)] == ["event 1", "event 2"]  # of the whole daemon
+    again.of_model("a").forget_intent()
+    assert again.stored() is not None
+    again.close()

@@ -104,6 +104,11 @@ async def test_two_models_are_picked_by_name_and_one_stops_and_starts(tmp_path: 
         status, body = await stand.complete(None)
         assert (status, body["error"]["code"]) == (400, "missing_model")
 
+        async with stand.api.get("/dashboard/stream") as stream:  # it shows the first, and names both
+            while not (line := await stream.content.readline()).startswith(b'data: {"now_unix_s"'):
+                assert line
+            shown = json.loads(line.removeprefix(b"data: "))["status"]
+            assert [shown["model"]["name"], *(each["model"]["name"] for each in shown["models"])] == ["a", "a", "b"]
         status, body = await stand.ask("/rebalance", {"stages": 2})
         assert (status, body["error"]["code"]) == (400, "which_model")
         _, events = await stand.ask("/rebalance?model=a", {"stages": 3, "wait": True})
@@ -120,10 +125,10 @@ async def test_two_models_are_picked_by_name_and_one_stops_and_starts(tmp_path: 
         async with stand.api.get("/readyz") as answer:
             assert answer.status == 200  # what was stopped by hand is not missed
         async with stand.api.get("/metrics") as answer:
-            shown = (await answer.text()).splitlines()
-        assert 'flexpiped_requests_total{endpoint="completions",model="b",outcome="done"} 2.0' in shown
-        assert 'flexpiped_model_state{model="a",state="stopped"} 1.0' in shown
-        families = [line for line in shown if line.startswith("# TYPE")]
+            lines = (await answer.text()).splitlines()
+        assert 'flexpiped_requests_total{endpoint="completions",model="b",outcome="done"} 2.0' in lines
+        assert 'flexpiped_model_state{model="a",state="stopped"} 1.0' in lines
+        families = [line for line in lines if line.startswith("# TYPE")]
         assert len(families) == len(set(families))
 
     async with daemon(tmp_path) as stand:  # again: what was stopped stays so
@@ -158,7 +163,7 @@ async def test_a_reload_adds_changes_and_removes_models_while_others_serve(tmp_p
 async def test_what_does_not_fit_beside_the_other_is_refused_with_numbers_or_takes_the_place_of_the_old(
     tmp_path: Path,
 ) -> None:
-    """A KV cache of 40 MiB for each on one device of 64 MiB."""
+    """KV caches of 12 and 40 MiB, of which one device has no room for both beside the weights."""
     small = 'devices = { kind = "cpu", cpu_count = 1, cpu_memory = "64 MiB" }\nengines.native.kv_cache = "12 MiB"\n'
     own = f'[models.a]\nmodel = "{DEMO}"\n'
     full = f'[models.b]\nmodel = "{DEMO}"\nengines.native.kv_cache = "40 MiB"\n'
@@ -180,3 +185,7 @@ async def test_what_does_not_fit_beside_the_other_is_refused_with_numbers_or_tak
         assert ended["fields"]["result"] == "done"
         assert (await stand.complete("b"))[0] == 200
         assert (await stand.models())["b"]["path"] == str(other)
+
+    async with daemon(tmp_path, small + full) as stand:  # what was asked for by hand stays
+        b = (await stand.models())["b"]
+        assert (b["path"], b["state"], b["is_as_configured"]) == (str(other), "ready", False)

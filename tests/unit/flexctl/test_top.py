@@ -95,3 +95,30 @@ async def test_a_daemon_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     app = app_for(tmp_path / "admin.sock")
     async with app.run_test():
         await until(lambda: text_of(app, "#now").startswith("no daemon at "))
+
+
+class TwoModels:
+    """A daemon that serves two models and remembers what it was asked for."""
+
+    def __init__(self, one: dict[str, Any]) -> None:
+        every = [{**one, "model": {"name": name, "path": f"/srv/{name}"}, "stages": []} for name in ("a", "b")]
+        self.answer = every[0] | {"models": every}
+        self.asked: list[str] = []
+
+    def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:  # noqa: ARG002
+        self.asked.append(path)
+        return self.answer if method == "GET" else {"message": "nothing is under way"}
+
+    def events_since(self, sequence: int) -> list[dict[str, Any]]:  # noqa: ARG002
+        return []
+
+
+@pytest.mark.real_loop
+async def test_of_two_models_one_is_shown_and_changed_and_both_are_named(stand: AdminStand) -> None:
+    two = TwoModels(await asyncio.to_thread(AdminClient([stand.socket]).call, "GET", "/status"))
+    app = TopApp(two, may_change=True, period_s=0.05, model="b")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(lambda: "2 models: a, b" in text_of(app, "#now"))
+        assert "/srv/b" in text_of(app, "#now")
+        await pilot.press("c")
+        await until(lambda: "/rebalance/cancel?model=b" in two.asked)

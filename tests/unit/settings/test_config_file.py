@@ -6,8 +6,9 @@ import pytest
 
 from flexpiped.config_file import ConfigError, load_config, parse_config
 from flexpiped.config_values import Auto
+from flexpiped.model_settings import specs_of
 from flexpiped.reload import changes_between
-from flexpiped.settings import DType, EngineKind, LogFormat, Settings
+from flexpiped.settings import AutoMode, DType, EngineKind, LogFormat, Settings
 
 MIB = 1 << 20
 
@@ -174,3 +175,49 @@ def test_changed_keys_are_named_as_in_the_file() -> None:
 def test_values_that_cannot_be_together_are_named_with_their_line() -> None:
     with pytest.raises(ConfigError, match=r"my\.toml:2: auto\.target_load must be at most auto\.load_limit \(0\.5\)"):
         parse_config("[auto]\ntarget_load = 0.75\nload_limit = 0.5\n", file="my.toml")
+
+
+MODELS = """
+model = "/srv/top"
+stages = 3
+revision = "v1"
+[models.a]
+model = "/srv/a"
+engine = "vllm"
+engines.native.kv_cache = "8 MiB"
+[models."org/b"]
+model = "/srv/b"
+stages = 1
+[models."org/b".auto]
+mode = "on"
+"""
+
+
+def test_a_table_of_a_model_says_what_is_another_one_than_at_the_top() -> None:
+    top, a, b = specs_of(parse_config(MODELS, file="my.toml"))
+
+    assert [each.table for each in (top, a, b)] == ["", "a", "org/b"]
+    assert [each.settings.stages for each in (top, a, b)] == [3, 3, 1]
+    assert [each.settings.engine for each in (top, a, b)] == [EngineKind.NATIVE, EngineKind.VLLM, EngineKind.NATIVE]
+    assert [each.settings.revision for each in (top, a, b)] == ["v1", None, None]  # of the files at the top
+    assert [each.settings.served_model_name for each in (top, a, b)] == [None, "a", "org/b"]
+    assert a.settings.engines.native.kv_cache_bytes == 8 << 20
+    assert b.settings.auto.mode is AutoMode.ON
+    assert [each.table for each in specs_of(parse_config(MODELS.replace("/srv/top", "demo"), file=""))] == [
+        "a",
+        "org/b",
+    ]
+
+
+def test_what_is_wrong_in_tables_of_models_is_named_by_line_and_key() -> None:
+    document = '[models.a]\nstagse = 1\nhttp.port = 1\n[models.c]\nmodel = "/srv/c"\nstages = 0\n[models]\nd = 1\n'
+    with pytest.raises(ConfigError) as caught:
+        parse_config(f'model = "/srv/c"\n{document}', file="my.toml")
+    assert [str(problem).removeprefix("my.toml:") for problem in caught.value.problems] == [
+        "2: [models.a] needs model: a directory or hub id",
+        '3: models.a.stagse is unknown; did you mean "stages"?',
+        "4: models.a.http.port is of the whole daemon, not of one model: it stands at the top of the file",
+        "5: two models would be served as 'c': that of the top has this name, too",
+        '7: models.c.stages must be "auto" or a whole number of at least 1, not 0',
+        "9: models.d must be a table: [models.d]",
+    ]
