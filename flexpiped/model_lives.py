@@ -153,17 +153,17 @@ class ModelLives:
 
     async def _retiring(self, service: ModelService, backend: Backend | None, deadline_s: float | None) -> str:
         self._apart.append(service)
+        late = 0
         try:
             service.begin_drain("it stops: streams in flight are finishing")
             await service.end_control()
-            late = 0
             if backend is not None:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(service.drain_deadline_s if deadline_s is None else deadline_s):
                         await backend.uses.idle()
                 late = backend.uses.count
+        finally:  # one that is broken off by the end of the daemon leaves no engine behind
             await service.close()
-        finally:
             self._apart.remove(service)
         return f"{late} requests were cut off at the deadline" if late else "every request was answered"
 
