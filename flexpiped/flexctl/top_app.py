@@ -93,6 +93,8 @@ class TopApp(App[None]):
             self._last_event = 0  # one that comes back counts from the beginning
             self._say("#now", str(error))
             return
+        if not self.query("#now"):
+            return  # the user has left while the daemon was asked
         self._num_stages = len(status["stages"])
         note = several_note(answer)
         self._shown = status["model"]["name"] if note else ""
