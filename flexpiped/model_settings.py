@@ -7,7 +7,8 @@ the top is served beside those of tables, unless it is the demo model, which is 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from flexpiped.settings import DEMO_MODEL, KEYS, Key, Settings, value_of, with_v
 
 _SECTIONS: Final = ("engines", "handover", "workload", "slo", "planner", "auto")
 _OF_THE_MODEL: Final = ("model", "revision", "tokenizer", "trust_remote_code")
+_ADAPTERS: Final = ("engines", "native", "adapters")
 _INHERITED: Final = ("engine", "stages", "dtype", "max_model_len", "hf_token_file")
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 PER_MODEL: Final[Mapping[str, Key]] = {
@@ -53,6 +55,7 @@ def _of_table(settings: Settings, name: str) -> Settings:
     own = replace(settings, models={}, served_model_name=name)
     for each in _OF_THE_MODEL:
         own = replace(own, **{each: getattr(defaults, each)})
+    own = with_value(own, _ADAPTERS, defaults.engines.native.adapters)  # they fit one model
     for key, value in settings.models[name].items():
         own = with_value(own, PER_MODEL[key].path, value)
     return own
@@ -70,6 +73,19 @@ def contradiction(settings: Settings) -> Iterator[tuple[str, str]]:
             yield dotted("models", name), f"[{dotted('models', name)}] needs model: a directory or hub id"
     if serves_top(settings) and (top := served_name(settings, settings.model)) in settings.models:
         yield dotted("models", top), f"two models would be served as {top!r}: that of the top has this name, too"
+    yield from _adapter_contradiction(specs_of(settings))
+
+
+def _adapter_contradiction(specs: Iterable[ModelSpec]) -> Iterator[tuple[str, str]]:
+    """Yield adapters that have the name of a model or of another's adapter: requests give one name for both."""
+    specs = tuple(specs)
+    names = Counter(spec.table or served_name(spec.settings, spec.settings.model) for spec in specs)
+    names.update(name for spec in specs for name in spec.settings.engines.native.adapters)
+    for spec in specs:
+        for name in spec.settings.engines.native.adapters:
+            if names[name] > 1:
+                key = dotted(*(("models", spec.table) if spec.table else ()), *_ADAPTERS)
+                yield key, f"{key}: {name!r} is the name of a model or of another adapter, too"
 
 
 def entries(settings: Settings) -> dict[str, object]:

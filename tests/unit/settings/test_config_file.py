@@ -221,3 +221,17 @@ def test_what_is_wrong_in_tables_of_models_is_named_by_line_and_key() -> None:
         '7: models.c.stages must be "auto" or a whole number of at least 1, not 0',
         "9: models.d must be a table: [models.d]",
     ]
+
+
+def test_adapters_fit_one_model_and_have_names_of_their_own() -> None:
+    mine = "engines.native.adapters = { sql = '/a' }"
+    two = f"model = '/m/top'\n{mine}\n[models.other]\nmodel = '/m/other'\n"
+    top, other = specs_of(parse_config(two, file="my.toml"))
+    assert (top.settings.engines.native.adapters, other.settings.engines.native.adapters) == ({"sql": "/a"}, {})
+
+    [line] = problems(f"{two}[models.sql]\nmodel = '/m/third'\n")
+    assert "engines.native.adapters: 'sql' is the name of a model or of another adapter, too" in line
+    [line] = problems("model = '/m/sql'\n" + mine)
+    assert "'sql' is the name of a model" in line
+    both = problems(f"{two}engines.native.adapters = {{ sql = '/b' }}\n")
+    assert len(both) == 2
