@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
+import msgspec
+
 from engines.checkpoint import Checkpoint, find_model, read_checkpoint
 from engines.errors import UnsupportedByEngine
 from engines.native.options import NativeOptions
@@ -89,6 +91,7 @@ def engine_factory(
     *,
     on_news: Callable[[str], object] = ignore_news,
     survivors: Survivors | None = None,
+    parameters: str = "",
 ) -> Callable[[Pipeline, int], Engine]:
     """Return what makes an engine, not started yet, for the pipeline and epoch to begin with.
 
@@ -97,6 +100,7 @@ def engine_factory(
     Args:
         on_news: Told what operators should know of an engine that runs, one sentence each.
         survivors: Engines that were there before the daemon, and outlive it; None: there are none.
+        parameters: Address of the keeper of parameters; empty: there is none.
 
     Raises:
         UnsupportedByEngine: It is to outlive the daemon and cannot.
@@ -104,7 +108,7 @@ def engine_factory(
     refuse_what_cannot_survive(settings)
     match settings.engine:
         case EngineKind.NATIVE:
-            return _native(settings, model, survivors)
+            return _native(settings, model, survivors, parameters)
         case EngineKind.VLLM:
             from flexpiped.served_engines import VllmEngines
 
@@ -119,10 +123,12 @@ def engine_factory(
             assert_never(settings.engine)
 
 
-def _native(settings: Settings, model: Model, survivors: Survivors | None) -> Callable[[Pipeline, int], Engine]:
+def _native(
+    settings: Settings, model: Model, survivors: Survivors | None, parameters: str
+) -> Callable[[Pipeline, int], Engine]:
     from engines.native.adapter import NativeEngine
 
-    options = native_options(settings, model)
+    options = msgspec.structs.replace(native_options(settings, model), parameters=parameters)
     if survivors is None:
         return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
     purpose = native_purpose(settings, model)

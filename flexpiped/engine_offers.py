@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.errors import UnsupportedByEngine
+from engines.parameters.keeper import ParameterKeeper
 from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import Model, engine_factory, find_files, ignore_news
 from flexpiped.planner_question import question_here
@@ -17,6 +18,7 @@ from flexpiped.start_times import StartTimes, start_times_of
 from flexpiped.supervisor import EngineFactory
 from flexpiped.survivors import Survivors
 from flexpiped.target_resolver import PlannerResolver
+from planner.start_times import Origin
 from topology.measured import state_file
 
 
@@ -39,6 +41,7 @@ class EngineOffers:
         on_plan: Told how many seconds each plan took, in the thread that planned.
         held: What other models hold of the devices, asked anew for each plan in the thread that plans.
         survivors: Engines that were there before the daemon, and outlive it.
+        parameters: Keeps some in the memory of the host.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class EngineOffers:
         on_plan: Callable[[float], object] = lambda _took_s: None,
         held: Callable[[], Held] = dict,
         survivors: Survivors | None = None,
+        parameters: ParameterKeeper | None = None,
     ) -> None:
+        self._parameters = parameters
         self._on_plan = on_plan
         self._held = held
         self._survivors = survivors
@@ -64,9 +69,16 @@ class EngineOffers:
         """Plan from now on for the workload, targets and planner's limits of ``settings``; the rest stays."""
         self._settings = replace(self._settings, workload=settings.workload, slo=settings.slo, planner=settings.planner)
 
-    def is_warm(self) -> bool:
-        """Whether the model's parameters are in the memory of this host now. Blocks for a millisecond."""
-        return next(iter(self._made.values())).starts.is_warm
+    def origins(self) -> dict[str, Origin]:
+        """Return where each engine that was made would have the parameters from now. Blocks for a millisecond."""
+        return {kind.value: offer.starts.origin for kind, offer in tuple(self._made.items())}
+
+    def _kept_share(self, kind: EngineKind, model: Model) -> float:
+        """Return which share of the parameters is held as an engine takes them: none has them but the native one."""
+        if self._parameters is None or kind is not EngineKind.NATIVE:
+            return 0.0
+        kept = self._parameters.kept.bytes_of(str(model.directory))
+        return kept / sum(layer.weight_bytes for layer in model.graph.layers)
 
     def _planned_for(self, settings: Settings) -> Settings:
         now = self._settings
@@ -97,8 +109,11 @@ class EngineOffers:
             raise UnsupportedByEngine('engine "sglang" needs engines.sglang.python: an interpreter that has SGLang')
 
     def _offer(self, settings: Settings, model: Model) -> EngineOffer:
+        address = "" if self._parameters is None else self._parameters.address
         return EngineOffer(
-            factory=engine_factory(settings, model, on_news=self._on_news, survivors=self._survivors),
+            factory=engine_factory(
+                settings, model, on_news=self._on_news, survivors=self._survivors, parameters=address
+            ),
             resolver=PlannerResolver(
                 lambda: question_here(self._planned_for(settings), model.graph, held=self._held()),
                 on_plan=self._on_plan,
@@ -108,5 +123,6 @@ class EngineOffers:
                 model.directory,
                 engine=settings.engine.value,
                 state_folder=state_file(os.environ, home=Path.home()).parent,
+                kept_share=lambda: self._kept_share(settings.engine, model),
             ),
         )

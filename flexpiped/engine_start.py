@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, nullcontext
 
 from engines.errors import EngineError
+from engines.parameters.keeper import ParameterKeeper
 from flexpiped import log_events
 from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import Model, native_purpose
@@ -38,6 +39,7 @@ class EngineStart:
         held: What other models hold of the devices.
         planning: Held while it plans: models that share devices plan one after the other.
         survivors: Engines that were there before the daemon.
+        parameters: Keeps some in the memory of the host.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class EngineStart:
         held: Callable[[], Held],
         planning: asyncio.Lock,
         survivors: Survivors,
+        parameters: ParameterKeeper | None = None,
     ) -> None:
+        self._parameters = parameters
         self._on_plan = on_plan
         self._held = held
         self._planning = planning
@@ -88,6 +92,7 @@ class EngineStart:
             on_plan=self._on_plan,
             held=self._held,
             survivors=self._survivors,
+            parameters=self._parameters,
         )
         self._in_force.offers = offers
         offers.use(self._settings())  # a reload may have come while they were made
@@ -225,7 +230,7 @@ class EngineStart:
     ) -> Supervisor:
         """A ``MakeSupervisor``."""
         measured = StartMeter(
-            starts=lambda name: self._offers().of(name).starts, is_warm=lambda: self._offers().is_warm()
+            starts=lambda name: self._offers().of(name).starts, origins=lambda: self._offers().origins()
         )
         return Supervisor(
             factory=factory,
@@ -234,7 +239,7 @@ class EngineStart:
             on_change=on_change,
             on_progress=on_progress,
             flights=flights,
-            meter=lambda engine: nullcontext() if was_there_before(engine) else measured(engine),
+            meter=lambda engine: nullcontext(lambda: None) if was_there_before(engine) else measured(engine),
         )
 
     def _offers(self) -> EngineOffers:

@@ -114,6 +114,24 @@ def cpu_memory_bytes(settings: Settings) -> int:
     return max(MIB, of_host // 2 // settings.devices.cpu_count)
 
 
+def parameter_cache_bytes(settings: Settings) -> int:
+    """Return what parameters may take of the host's memory when no stage has them.
+
+    As configured; else a quarter of the memory that there is, less where CPU devices and what is to stay free leave
+    less: with half of it for the devices, a quarter stays for everything else.
+    """
+    configured = settings.devices.parameter_cache_bytes
+    if configured is not Auto.AUTO:
+        return configured
+    of_host = host_memory_bytes()
+    if of_host is None:
+        return 0
+    devices = (
+        0 if settings.devices.kind is DevicesKind.CUDA else settings.devices.cpu_count * cpu_memory_bytes(settings)
+    )
+    return max(0, min(of_host // 4, of_host - devices - settings.devices.keep_free_bytes))
+
+
 def memory_of_one(devices: tuple[Device, ...]) -> int:
     """Return the memory that every device has for us."""
     return min(device.memory_usable_bytes for device in devices)

@@ -115,6 +115,11 @@ def start_time_not_kept(*, reason: str) -> None:
     _log.warning("start time not kept", reason=reason)
 
 
+def parameters_not_kept(*, reason: str) -> None:
+    """A layer's parameters will not be in the memory of the host when the next stage wants them."""
+    _log.info("parameters not kept", reason=reason)
+
+
 def kv_resized(*, replica: int, before: int, after: int, reason: str) -> None:
     """Others have taken or freed memory. In KV blocks."""
     _log.info("KV cache resized", replica=replica, before=before, after=after, reason=reason)

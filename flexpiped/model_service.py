@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
+from engines.parameters.keeper import ParameterKeeper
 from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.admin_changes import Changes
@@ -67,6 +68,7 @@ class ModelService:
         held: What other models hold of the devices.
         numbers, planning: As ``Refactorings`` has them, of the daemon.
         on_decision: Told each decision of automatic control, also one to keep everything as it is.
+        parameters: Keeps some in the memory of the host, for all models.
         on_progress: Told what the start is doing.
         on_given_up: Told that it will not serve again, with the reason.
         survivors: Its engines that were there before the daemon, and outlive it.
@@ -87,6 +89,7 @@ class ModelService:
         planning: asyncio.Lock,
         api_url: str,
         on_decision: Callable[[Event], object],
+        parameters: ParameterKeeper,
         on_progress: Callable[[str], None],
         on_given_up: Callable[[str], None],
         survivors: Survivors,
@@ -102,6 +105,7 @@ class ModelService:
         self._on_decision = on_decision
         self._on_progress = on_progress
         self._on_given_up = on_given_up
+        self._parameters = parameters
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
         self._reason = "starting"
         self._further: tuple[Pipeline, ...] = ()  # replicas that are to come back beside the first
@@ -158,6 +162,7 @@ class ModelService:
             latencies=metrics.latencies,
             fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
             auto=lambda: {"mode": self.auto.mode.value, "decision": self.auto.last},
+            parameters=lambda: self._parameters.figures,
         )
 
     # --- what it is ---
@@ -250,6 +255,7 @@ class ModelService:
             held=self._held,
             planning=self._planning,
             survivors=self._survivors,
+            parameters=self._parameters,
         )
         await self._start_both(model, engine_start)
         self._further = engine_start.further
@@ -335,6 +341,7 @@ class ModelService:
             devices=lambda: devices_beside(devices(), self._held()),
             refactorings=self.refactorings,
             events=self._events,
+            parameters=self._parameters,
         )
 
     def _tell_change(self, decision: Event) -> None:

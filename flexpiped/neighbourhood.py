@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, assert_never
 
 from engines.errors import EngineError, RefactoringBusy
+from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import Engine, KvResizing, StageStatus
 from flexpiped import log_events
 from flexpiped.events import EventKind, EventLog
@@ -18,9 +19,19 @@ from flexpiped.memory_pools import pool_names, pools_of, replica_kv
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica import Replica
 from planner.errors import PlannerError
-from planner.neighbourhood import Change, NeighbourConstants, NeighbourState, ReplicaKv, Verb, decide
+from planner.neighbourhood import (
+    Change,
+    NeighbourConstants,
+    NeighbourState,
+    Pool,
+    ReplicaKv,
+    Verb,
+    decide,
+    missing_bytes,
+)
 from topology.device import Device, DeviceKind
 from topology.host_memory import FreeMemory, free_host_memory
+from topology.units import format_bytes
 
 _PERIOD_S: Final = 2.0  # a look takes a few milliseconds
 
@@ -36,6 +47,7 @@ class Neighbourhood:
         replicas: Those of now; raises ``EngineError`` before there are any.
         kv_bytes_per_token: Of the model, over all decoders.
         devices: Looks at the devices; may block, and is called in a thread.
+        parameters: Keeps some in the memory of the host, and gives them up for others.
         host: Looks at the memory of the host; likewise.
     """
 
@@ -48,6 +60,7 @@ class Neighbourhood:
         devices: Callable[[], Sequence[Device]],
         refactorings: Refactorings,
         events: EventLog,
+        parameters: ParameterKeeper | None = None,
         host: Callable[[], FreeMemory | None] = free_host_memory,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,6 +70,7 @@ class Neighbourhood:
         self._devices = devices
         self._refactorings = refactorings
         self._events = events
+        self._parameters = parameters
         self._host = host
         self._clock = clock
         self._state = NeighbourState()
@@ -71,6 +85,7 @@ class Neighbourhood:
     async def look(self) -> tuple[Change, ...]:
         """Look at the memory, and carry out what follows; return that."""
         devices, host = await asyncio.to_thread(self._look_around)
+        host = await self._with_parameters_given_up((), host)
         names = pool_names(devices, host)
         try:
             serving = [(each, each.engine) for each in self._replicas() if each.engine is not None]
@@ -79,6 +94,7 @@ class Neighbourhood:
                 return ()
             stages = [await engine.stages() for _, engine in serving]
             kvs = [await self._kv(*each, names, seen) for each, seen in zip(serving, stages, strict=True)]
+            host = await self._with_parameters_given_up(kvs, host)
         except (EngineError, LayoutChanged):  # while it was asked
             return ()
         pools = pools_of(devices, [stage for seen in stages for stage in seen], host=host)
@@ -92,6 +108,18 @@ class Neighbourhood:
         if not self._seen or any(each.kind is not DeviceKind.CPU for each in self._seen):
             self._seen = self._devices()
         return self._seen, self._host()
+
+    async def _with_parameters_given_up(self, kvs: Sequence[ReplicaKv], host: FreeMemory | None) -> FreeMemory | None:
+        """Give up idle parameters of what is missing on the host, before any KV cache; return what is free then."""
+        if self._parameters is None or host is None or not self._parameters.kept.idle_bytes:
+            return host
+        missing = missing_bytes(kvs, Pool(name=host.bound, free_bytes=host.free_bytes), self._constants)
+        if not missing:
+            return host
+        given_up = await self._parameters.give_up(missing)
+        said = f"parameters of {format_bytes(given_up)} leave the memory of the host: {format_bytes(missing)} are short"
+        self._events.publish(EventKind.DEVICES, said, change="parameters", bytes=given_up)
+        return await asyncio.to_thread(self._host)
 
     async def _has_plenty(
         self, serving: Sequence[tuple[Replica, Engine]], devices: Sequence[Device], host: FreeMemory | None

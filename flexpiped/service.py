@@ -17,6 +17,7 @@ from typing import Any, Final
 from aiohttp import web
 
 import flexpiped
+from engines.parameters.keeper import ParameterKeeper
 from flexpiped import log_events
 from flexpiped.admin import admin_app
 from flexpiped.admin_auto import auto_routes
@@ -38,7 +39,7 @@ from flexpiped.dashboard.routes import Dashboard
 from flexpiped.device_sharing import Held
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.flexctl.text import plural
-from flexpiped.hardware import Hardware
+from flexpiped.hardware import Hardware, parameter_cache_bytes
 from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.keys import KeyRing
 from flexpiped.load_monitor import LoadSampler
@@ -102,6 +103,9 @@ class Service:
         self._decisions = EventLog(capacity=DECISIONS_KEPT)  # of the model that the dashboard shows
         self._handover_numbers, self._planning = count(1), asyncio.Lock()
         self._hardware: Hardware | None = None
+        self._parameters = ParameterKeeper(
+            parameter_cache_bytes(settings), on_refusal=lambda reason: log_events.parameters_not_kept(reason=reason)
+        )
         self._models = ModelSet(
             specs_of(settings),
             make=self._made,
@@ -192,6 +196,7 @@ class Service:
         first = starting_app(lambda: self.health, keys=lambda: self._keys, further=pages)
         await gate.enter_async_context(self._serving(first, listener, shutdown_s=1.0))
         await self._open_admin(stack, hardware, status)
+        await stack.enter_async_context(self._parameters.serving())
         stack.push_async_callback(self._models.close)
         stack.callback(self._note_end)
 
@@ -219,6 +224,7 @@ class Service:
                 admission=self._admission,
                 keys=lambda: self._keys,
                 devices=hardware.devices,
+                parameters=lambda: self._parameters.figures,
                 body_deadline_s=lambda: self._settings.http.body_deadline_s,
             ),
             max_body_bytes=self._settings.http.max_body_bytes,
@@ -248,6 +254,7 @@ class Service:
             journal=self._journal.of_model(spec.table),
             metrics=metrics,
             is_traced=self._spans is not None,
+            parameters=self._parameters,
             held=held,
             numbers=self._handover_numbers,
             planning=self._planning,

@@ -143,6 +143,7 @@ class DeviceSettings:
     kind: Annotated[DevicesKind, choice(DevicesKind)] = DevicesKind.AUTO
     cpu_count: Annotated[int, integer(1, 256)] = 8
     cpu_memory_bytes: Annotated[int | Auto, or_auto(size_bytes(MIB)), Named(word="cpu_memory")] = Auto.AUTO
+    parameter_cache_bytes: Annotated[int | Auto, or_auto(size_bytes(0)), Named(word="parameter_cache")] = Auto.AUTO
     keep_free_bytes: Annotated[int, size_bytes(0), Named(word="keep_free")] = 512 * MIB
     grow_after_s: Annotated[float, number(0)] = 30.0
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ from engines.protocol import Engine
 from flexpiped import log_events
 from flexpiped.profiles import cpu_name, model_digest
 from planner.model_graph import ModelGraph
-from planner.start_times import StartRecord, expected_start_s, remembered
+from planner.start_times import Origin, StartRecord, expected_replica_s, remembered
 from topology import page_cache
 from topology.state_files import replace_file
 
 _FOLDER: Final = "starts"
-_WARM_SHARE: Final = 0.5  # of the weight files in memory: from there on a start counts as a warm one
+_FORMAT: Final = 2  # of the records: those of another one are measured again
+_MOST: Final = 0.5  # from this share on, parameters count as being there
 
 CachedShare = Callable[[Sequence[Path]], float]
 
@@ -33,16 +34,20 @@ class StartTimes:
     Attributes:
         file: Where they are kept.
         weights: The files that an engine reads.
+        kept_share: Of the parameters that are held for the engine.
     """
 
     file: Path
     weights: tuple[Path, ...]
     cached_share: CachedShare = page_cache.cached_share
+    kept_share: Callable[[], float] = lambda: 0.0
 
     @property
-    def is_warm(self) -> bool:
-        """Whether the parameters are in the memory of the host now."""
-        return self.cached_share(self.weights) >= _WARM_SHARE
+    def origin(self) -> Origin:
+        """Where an engine would have most of the parameters from now."""
+        if self.kept_share() >= _MOST:
+            return Origin.KEPT
+        return Origin.PAGE_CACHE if self.cached_share(self.weights) >= _MOST else Origin.STORAGE
 
     @property
     def records(self) -> tuple[StartRecord, ...]:
@@ -53,10 +58,8 @@ class StartTimes:
             return ()
 
     def expected_s(self, num_stages: int) -> float | None:
-        """Return what a start would take now; where none was as warm, what others took. None: none was measured."""
-        records, is_warm = self.records, self.is_warm
-        found = expected_start_s(records, num_stages=num_stages, is_warm=is_warm)
-        return found if found is not None else expected_start_s(records, num_stages=num_stages, is_warm=not is_warm)
+        """Return what a new replica would take now until it serves, tried out; None: no start was measured."""
+        return expected_replica_s(self.records, num_stages=num_stages, origin=self.origin)
 
     def note(self, record: StartRecord) -> None:
         """Keep one more. Where it cannot be kept the log says so, and the engine serves."""
@@ -67,13 +70,23 @@ class StartTimes:
 
 
 def start_times_of(
-    graph: ModelGraph, directory: Path, *, engine: str, state_folder: Path, device_name: str | None = None
+    graph: ModelGraph,
+    directory: Path,
+    *,
+    engine: str,
+    state_folder: Path,
+    device_name: str | None = None,
+    kept_share: Callable[[], float] = lambda: 0.0,
 ) -> StartTimes:
     """Return those of a model in ``directory``, kept in ``state_folder``; another processor has others."""
     processor = cpu_name() if device_name is None else device_name
-    of = hashlib.sha256(json.dumps([model_digest(graph), graph.dtype, engine, processor]).encode()).hexdigest()[:16]
+    of = hashlib.sha256(
+        json.dumps([_FORMAT, model_digest(graph), graph.dtype, engine, processor]).encode()
+    ).hexdigest()[:16]
     return StartTimes(
-        file=state_folder / _FOLDER / f"{engine}-{of}.json", weights=tuple(sorted(directory.glob("*.safetensors")))
+        file=state_folder / _FOLDER / f"{engine}-{of}.json",
+        weights=tuple(sorted(directory.glob("*.safetensors"))),
+        kept_share=kept_share,
     )
 
 
@@ -82,29 +95,40 @@ class StartMeter:
 
     Args:
         starts: Those of an engine by its name; called in a thread, after the engine has started.
-        is_warm: Whether the parameters are in the memory of the host now; called in a thread, too.
+        origins: Where each engine has the parameters from now, by its name; called in a thread, before one starts.
     """
 
     def __init__(
         self,
         *,
         starts: Callable[[str], StartTimes],
-        is_warm: Callable[[], bool],
+        origins: Callable[[], Mapping[str, Origin]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._starts = starts
-        self._is_warm = is_warm
+        self._origins = origins
         self._clock = clock
 
     @asynccontextmanager
-    async def __call__(self, engine: Engine) -> AsyncIterator[None]:
-        """Note how long the scope takes, in which ``engine`` starts; a start that fails is not noted."""
-        is_warm = await asyncio.to_thread(self._is_warm)
+    async def __call__(self, engine: Engine) -> AsyncIterator[Callable[[], None]]:
+        """Note how long the scope takes, in which ``engine`` starts; one that fails is not noted.
+
+        What is yielded is called when it has started and is tried out: that is measured apart.
+        """
+        origins = await asyncio.to_thread(self._origins)
         began_s = self._clock()
-        yield
-        took_s = self._clock() - began_s
-        record = StartRecord(num_stages=engine.pipeline.granularity, is_warm=is_warm, took_s=took_s)
-        await asyncio.to_thread(self._note, engine.capabilities.name, record)
+        started_s: list[float] = []
+        yield lambda: started_s.append(self._clock())
+        ended_s = self._clock()
+        ready_s = started_s[0] if started_s else ended_s
+        name = engine.capabilities.name
+        record = StartRecord(
+            num_stages=engine.pipeline.granularity,
+            origin=origins[name],
+            took_s=ready_s - began_s,
+            trial_s=ended_s - ready_s if started_s else None,
+        )
+        await asyncio.to_thread(self._note, name, record)
 
     def _note(self, name: str, record: StartRecord) -> None:
         self._starts(name).note(record)

@@ -4,12 +4,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 import flexpiped
 from engines.errors import EngineError
+from engines.parameters.figures import CacheFigures
 from engines.process import memory_pss_bytes
 from engines.protocol import Engine, EngineCounters, StageStatus
 from flexpiped.handover_records import record_to_wire
@@ -89,6 +90,7 @@ class DaemonStatus:
         fleet: Every replica; without it there is that engine only.
         latencies: None while nothing measures them.
         auto: Mode and last decision of automatic control; None before there is any.
+        parameters: What stays in host memory of layers; None where nothing is to.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class DaemonStatus:
         latencies: Callable[[], Latencies | None],
         auto: Callable[[], Mapping[str, Any] | None] = lambda: None,
         fleet: Callable[[], Sequence[ReplicaStatus]] = tuple,
+        parameters: Callable[[], CacheFigures | None] = lambda: None,
         monotonic_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -112,6 +115,7 @@ class DaemonStatus:
         self._latencies = latencies
         self._auto = auto
         self._fleet = fleet
+        self._parameters = parameters
         self._monotonic_clock = monotonic_clock
         self._started_s = monotonic_clock()
         self._rate = TokenRate()
@@ -159,6 +163,7 @@ class DaemonStatus:
 
     def _overview(self) -> dict[str, Any]:
         health, latencies, history = self._health(), self._latencies(), self._refactorings.history
+        parameters = self._parameters()
         return {
             "version": flexpiped.__version__,
             "model": {"name": self._identity.model_name, "path": self._identity.model_path},
@@ -171,6 +176,7 @@ class DaemonStatus:
             "tpot": _percentiles_to_wire(latencies.tpot if latencies else None),
             "under_way": self._refactorings.under_way,
             "auto": self._auto(),
+            "parameter_cache": None if parameters is None else asdict(parameters),
             "last_handover": record_to_wire(history[-1]) if history else None,
         }
 

@@ -36,11 +36,11 @@ from planner.layout import Pipeline
 EngineFactory = Callable[[Pipeline, int], Engine]  # not started yet; called per start with pipeline and epoch
 
 
-Meter = Callable[[Engine], AbstractAsyncContextManager[None]]
+Meter = Callable[[Engine], AbstractAsyncContextManager[Callable[[], None]]]
 
 
-def _unmeasured(_engine: Engine) -> AbstractAsyncContextManager[None]:
-    return nullcontext()
+def _unmeasured(_engine: Engine) -> AbstractAsyncContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None)
 
 
 def _ignore(_news: object) -> None:
@@ -66,7 +66,8 @@ class Supervisor:
         on_change: Told each new state with its reason (for log, events and readiness).
         on_progress: Told what a starting engine says.
         flights: The requests under way; those of several replicas are kept together.
-        meter: Makes the scope in which an engine starts, to measure how long that takes.
+        meter: Makes the scope in which an engine starts, to measure how long that takes; what the scope gives is called
+            when it has started and is tried out.
     """
 
     def __init__(
@@ -243,11 +244,13 @@ class Supervisor:
         factory = factory or self._factory
         second = factory(pipeline, self._engine.epoch + 1)
         self._succession = _Succession(second, factory, asyncio.get_running_loop().create_future())
-        await self._start(second, on_progress)
-        loss = loss_of(self._capabilities, second.capabilities)
-        if loss is not None:
-            raise EngineStartFailed(loss)
-        await warm_up(second)
+        async with self._meter(second) as started:
+            await second.start(on_progress=on_progress)
+            loss = loss_of(self._capabilities, second.capabilities)
+            if loss is not None:
+                raise EngineStartFailed(loss)
+            started()
+            await warm_up(second)
 
     def switch_over(self) -> Engine | None:
         """Put the second instance in force, at once. Return the first, None when it has died meanwhile.
@@ -300,9 +303,10 @@ class Supervisor:
 
     async def _start(self, engine: Engine, on_progress: Callable[[str], None], *, tries_out: bool = False) -> None:
         """Start an engine. ``tries_out``, where it compiles at first use: at a first start nobody waits yet."""
-        async with self._meter(engine):
+        async with self._meter(engine) as started:
             await engine.start(on_progress=on_progress)
             if tries_out and engine.capabilities.compiles_at_first_use:
+                started()
                 on_progress("trying the engine out: what first requests need is compiled")
                 await warm_up(engine)
 

@@ -1,6 +1,7 @@
 """What to do when others take or free memory: the KV cache shrinks or grows, or layers move. Pure: no I/O, no clock.
 
-    short of memory --> shrink, at once          (never below the longest request)
+    short of memory --> parameters that no stage has are given up, at once
+                        still short after that --> shrink, at once  (never below the longest request)
                         still short after that, on a device with other tenants, and another has room --> move layers
     room again, for ``grow_after_s`` --> grow
 
@@ -149,6 +150,15 @@ def _ratio(pool: Pool, replicas: Sequence[ReplicaKv], constants: NeighbourConsta
     most = sum(each.most_blocks * share.block_bytes for each, share in shares)
     mapped = sum(share.mapped_bytes for _, share in shares)
     return (mapped + pool.free_bytes - constants.keep_free_bytes) / most if most else 1.0
+
+
+def missing_bytes(replicas: Sequence[ReplicaKv], pool: Pool, constants: NeighbourConstants) -> int:
+    """Return what others would have to give up in a pool for all KV caches to have all that they may take."""
+    if pool.free_bytes is None:
+        return 0
+    shares = [(each, share) for each in replicas for share in each.shares if share.pool == pool.name]
+    may_take = sum(each.most_blocks * share.block_bytes - share.mapped_bytes for each, share in shares)
+    return max(0, constants.keep_free_bytes + int(may_take) - pool.free_bytes)
 
 
 def _target(replica: ReplicaKv, bound: _Bound, constants: NeighbourConstants) -> int:

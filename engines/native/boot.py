@@ -93,6 +93,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
         nice=options.nice,
         visible=options.visible,
         lora=LoraModules(adapters, family.model) if adapters else None,
+        parameters=options.parameters,
     )
     return Boot(
         options=options,

@@ -308,5 +308,5 @@ def protocol_digest() -> str:
 
 
 def options_digest(options: NativeOptions) -> str:
-    """Return what tells these options from others."""
-    return hashlib.sha256(msgspec.msgpack.encode(options)).hexdigest()
+    """Return what tells these options from others, whichever daemon keeps parameters."""
+    return hashlib.sha256(msgspec.msgpack.encode(msgspec.structs.replace(options, parameters=""))).hexdigest()

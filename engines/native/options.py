@@ -31,6 +31,7 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     copy_bytes_per_s: int = 0  # of KV in the rounds of a handover, at most; 0: so that steps keep their pace
     verify_checksums: bool = False  # compare the live KV blocks of source and destination at commit (tests)
     adapters: tuple[tuple[str, str], ...] = ()  # name and directory of each LoRA adapter
+    parameters: str = ""  # address of the keeper of parameters; empty: none are kept
     cache_directory: str = ""  # for compiled kernels; empty: the user's cache directory
 
 

@@ -1,5 +1,6 @@
 """What one worker holds of the model, and one pass of a micro-batch through its stage."""
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,6 +13,7 @@ from engines.native.attention import PagedStep
 from engines.native.compute import Compute
 from engines.native.family import Family
 from engines.native.kv_store import KVStore
+from engines.native.layer_source import LayerSource, ReadLayer
 from engines.native.logits import shaped
 from engines.native.lora import LoraModules
 from engines.native.messages import RunStep, Score, Scored, StageSpec, Tops
@@ -19,6 +21,7 @@ from engines.native.sampling import chosen_logprobs, sample
 from engines.native.scoring import score, tops_of
 from engines.native.shared import SharedMemory
 from engines.native.weights import WeightFiles
+from engines.parameters.client import ParameterClient
 
 _IN_PLACE: Final = Compute()
 
@@ -34,17 +37,28 @@ class _Parameter:
 
 
 class HeldLayers:
-    """The layers whose weights this worker has attached. Two layouts may be held at once during a handover."""
+    """The layers whose weights this worker has attached. Two layouts may be held at once during a handover.
+
+    ``parameters``: asks the keeper of parameters; without it nothing stays when a layer is dropped.
+    """
 
     def __init__(
-        self, family: Family, weights: WeightFiles, kv: KVStore, names: Iterable[str], *, compute: Compute = _IN_PLACE
+        self,
+        family: Family,
+        weights: WeightFiles,
+        kv: KVStore,
+        names: Iterable[str],
+        *,
+        compute: Compute = _IN_PLACE,
+        parameters: ParameterClient | None = None,
     ) -> None:
         self._compute = compute
         self._family = family
         self._weights = weights
+        self._source = LayerSource(weights, parameters or ParameterClient(""))
         self._kv = kv
         self._in_checkpoint = frozenset(names)
-        self._held: dict[str, int] = {}  # layer -> bytes
+        self._held: dict[str, ReadLayer] = {}
         self._parameters: dict[str, dict[str, _Parameter]] = {}  # by layer and name in the model
 
     @property
@@ -53,7 +67,7 @@ class HeldLayers:
 
     @property
     def weights_bytes(self) -> int:
-        return sum(self._held.values())
+        return sum(each.num_bytes for each in self._held.values())
 
     def kv_mapped_bytes(self) -> int:
         return sum(self._kv.mapped_bytes(int(layer)) for layer in self._held if layer.isdigit())
@@ -62,24 +76,35 @@ class HeldLayers:
         """Return the checkpoint's name of each parameter of a layer, by its name in the model."""
         return {full: parameter.stored for full, parameter in self._parameters_of(layer).items()}
 
-    def read(self, layer: str) -> dict[str, torch.Tensor]:
-        """Return the layer's parameters where they are computed with: on the CPU, mapped from the checkpoint.
+    def read(self, layer: str, *, keep: bool = True, cancelled: threading.Event | None = None) -> ReadLayer:
+        """Return the layer's parameters where they are computed with: on the CPU, mapped from host memory or the files.
 
-        May run beside the interpreter's main thread.
+        May run beside the interpreter's main thread. With ``cancelled`` they are faulted in, until that is set.
         """
-        mapped = {full: self._weights.tensor(stored) for full, stored in self.tensor_names(layer).items()}
-        return self._compute.weights(mapped)
+        names = self.tensor_names(layer)
+        read = self._source.read(layer, names, keep=keep)
+        if cancelled is not None:
+            self._source.populate(read, names, cancelled)
+        if not self._compute.own_memory:
+            return read
+        copies = self._compute.weights(read.tensors)
+        self._source.discard(read)  # this stage has no use for the host's memory any more
+        return ReadLayer(tensors=copies, kept_as="", in_files=False)
 
-    def attach(self, layer: str, tensors: dict[str, torch.Tensor]) -> None:
+    def discard(self, read: ReadLayer) -> None:
+        """Let go of a layer that was read and not attached."""
+        self._source.discard(read)
+
+    def attach(self, layer: str, read: ReadLayer) -> None:
         """Put parameters into the layer's modules; from here on it is held."""
         for full, parameter in self._parameters_of(layer).items():
-            value = nn.Parameter(tensors[full], requires_grad=False)
+            value = nn.Parameter(read.tensors[full], requires_grad=False)
             if value.shape != parameter.absent.shape:
                 raise ValueError(f"{full} has shape {list(value.shape)}, not {list(parameter.absent.shape)}")
             setattr(parameter.owner, parameter.leaf, value)
         if layer.isdigit():
             self._kv.hold(int(layer))
-        self._held[layer] = sum(t.nbytes for t in tensors.values())
+        self._held[layer] = read
 
     def drop(self, layer: str) -> tuple[int, int]:
         """Let go of a layer's weights and KV memory; return the bytes given back of each."""
@@ -87,9 +112,11 @@ class HeldLayers:
         for parameter in self._parameters_of(layer).values():
             setattr(parameter.owner, parameter.leaf, parameter.absent)
             stored.append(parameter.stored)
-        weights_bytes = self._held.pop(layer)
+        read = self._held.pop(layer)
+        weights_bytes = read.num_bytes
         still_used = {each.stored for other in self._held for each in self._parameters_of(other).values()}
         self._weights.release(name for name in stored if name not in still_used)
+        self._source.discard(read)
         return weights_bytes, self._kv.release(int(layer)) if layer.isdigit() else 0
 
     def _parameters_of(self, layer: str) -> dict[str, _Parameter]:

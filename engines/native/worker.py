@@ -25,9 +25,11 @@ from engines.native import messages as m
 from engines.native.compute import IN_PLACE, open_compute
 from engines.native.context import WorkerContext, kv_store_of
 from engines.native.kv_bound import KvBound
+from engines.native.layer_source import ReadLayer
 from engines.native.stage import HeldLayers, StageRunner
 from engines.native.trace import StageTrace
 from engines.native.weights import WeightFiles
+from engines.parameters.client import ParameterClient
 from engines.process import die_with_parent
 
 _LOADING_NICE = 19  # steps come first
@@ -41,8 +43,23 @@ class _LoadJob:
         self.handover = handover
         self.spec = spec
         self.missing = missing
-        self.read: dict[str, dict[str, torch.Tensor]] = {}  # filled by the thread
+        self.read: dict[str, ReadLayer] = {}  # filled by the thread
         self.cancelled = threading.Event()
+        self._changing = threading.Lock()
+
+    def take_in(self, layer: str, read: ReadLayer) -> bool:
+        """Keep what was read; False: it is not wanted any more."""
+        with self._changing:
+            if not self.cancelled.is_set():
+                self.read[layer] = read
+            return not self.cancelled.is_set()
+
+    def cancel(self) -> list[ReadLayer]:
+        """Have the thread stop; return what was read and nobody will attach."""
+        with self._changing:
+            self.cancelled.set()
+            read, self.read = self.read, {}
+            return list(read.values())
 
 
 class Worker:
@@ -63,7 +80,8 @@ class Worker:
         self._kv_bound = KvBound(self._kv, kv_block_tokens=size, end_slot=context.shared.kv_end_slot)
         self._weights = WeightFiles(context.checkpoint, dtype=family.dtype)
         names = context.checkpoint.tensors
-        self._layers = HeldLayers(family, self._weights, self._kv, names, compute=self._compute)
+        parameters = ParameterClient(context.parameters, of=str(context.checkpoint.directory))
+        self._layers = HeldLayers(family, self._weights, self._kv, names, compute=self._compute, parameters=parameters)
         self._runner = StageRunner(
             family,
             self._kv,
@@ -99,7 +117,7 @@ class Worker:
 
     def _warm_up(self) -> None:
         """Run a decoder once: the first use of torch in a process takes long, and must not fall into a handover."""
-        self._layers.attach("0", self._layers.read("0"))
+        self._layers.attach("0", self._layers.read("0", keep=False))
         self._runner.warm_up("0")
         self._layers.drop("0")
 
@@ -202,27 +220,31 @@ class Worker:
         try:
             self._failpoints.hit("worker.load")
             for layer in job.missing:
-                self._weights.populate(self._layers.tensor_names(layer).values(), job.cancelled)
-                job.read[layer] = self._layers.read(layer)
-                done_bytes += sum(t.nbytes for t in job.read[layer].values())
-                self._report_prepared(job.handover, done_bytes, done=False)
-                if job.cancelled.is_set():
+                read = self._layers.read(layer, cancelled=job.cancelled)
+                done_bytes += read.num_bytes
+                if not job.take_in(layer, read):
+                    self._layers.discard(read)
                     return
+                self._report_prepared(job.handover, done_bytes, done=False)
         except (FailpointHit, OSError, KeyError, ValueError, RuntimeError) as error:
             self._send(m.Failed(worker=self._index, handover=job.handover, reason=f"loading failed: {error}"))
             return
         self._inbox.send(m.encode(m.Loaded(handover=job.handover)))
 
     def _cancel_loading(self, job: _LoadJob) -> None:
-        job.cancelled.set()
+        for read in job.cancel():
+            self._layers.discard(read)
         self._slices = deque(entry for entry in self._slices if entry[0] != job.handover)
         self._load_job = None
 
     def _plan_attaching(self, job: _LoadJob) -> None:
-        for layer, tensors in job.read.items():
-            self._slices.append((job.handover, partial(self._layers.attach, layer, tensors)))
+        for layer in job.read:
+            self._slices.append((job.handover, partial(self._attach, job, layer)))
             self._slices.append((job.handover, partial(self._runner.warm_up, layer)))
         self._slices.append((job.handover, partial(self._report_prepared, job.handover, -1, done=True)))
+
+    def _attach(self, job: _LoadJob, layer: str) -> None:
+        self._layers.attach(layer, job.read.pop(layer))  # else whoever drops it would not have let go of it
 
     def _report_prepared(self, handover: int, weights_bytes: int, *, done: bool) -> None:
         if done:

@@ -174,7 +174,7 @@ async def metrics(http: web.Request) -> web.Response:
         states = {name: served.health.state for name, served in backends.models().items()}
         parts += [backends.unnamed.families(None), model_states(states)]
     devices = await asyncio.to_thread(backends.devices)  # asks the driver
-    body = exposition(*parts, daemon_families(levels, devices=devices))
+    body = exposition(*parts, daemon_families(levels, devices=devices, parameters=backends.parameters()))
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from aiohttp import web
 
+from engines.parameters.figures import CacheFigures
 from flexpiped.admission import Admission
 from flexpiped.api.backend import Backend
 from flexpiped.api.errors import ApiError, ErrorType, invalid, unavailable
@@ -53,6 +54,7 @@ class Backends:
     admission: Admission
     keys: Callable[[], KeyRing | None] = lambda: None
     devices: Callable[[], Sequence[Device]] = lambda: ()
+    parameters: Callable[[], CacheFigures | None] = lambda: None  # that stay in host memory
     body_deadline_s: Callable[[], float] = lambda: 60.0
     unnamed: Metrics = field(default_factory=Metrics)  # of requests that are for none of them
     created_unix_s: int = field(default_factory=lambda: int(time.time()))

@@ -1,10 +1,11 @@
-"""Stages and devices as Prometheus sees them when it asks: who does how much, and what memory is taken."""
+"""Stages, devices and kept parameters as Prometheus sees them when it asks: who does how much, and takes what."""
 
 from collections.abc import Iterator, Sequence
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engines.parameters.figures import CacheFigures
 from engines.protocol import StageStatus
 from topology.device import Device
 
@@ -51,3 +52,27 @@ class DevicesCollector(Collector):
             total.add_metric([device.id], device.memory_total_bytes)
             usable.add_metric([device.id], device.memory_usable_bytes)
         yield from (total, usable)
+
+
+class ParametersCollector(Collector):
+    """What stays in host memory of layers' parameters."""
+
+    def __init__(self, figures: CacheFigures) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._figures
+        for name, text, reading in (
+            ("bytes", "Parameters kept in host memory", now.held_bytes),
+            ("idle_bytes", "Of those, parameters that no stage has now", now.idle_bytes),
+            ("budget_bytes", "What they may take (devices.parameter_cache)", now.budget_bytes),
+            ("layers", "Layers whose parameters are kept", now.layers),
+        ):
+            yield GaugeMetricFamily(f"flexpiped_parameter_cache_{name}", text, value=reading)
+        for name, text, total in (
+            ("hits", "Layers that a stage found in host memory", now.hits_total),
+            ("misses", "Layers that a stage had to read or convert", now.misses_total),
+            ("given_up", "Layers given up for others, or for other tenants", now.given_up_total),
+            ("refused", "Layers that there was no room for", now.refused_total),
+        ):
+            yield CounterMetricFamily(f"flexpiped_parameter_cache_{name}", text, value=total)

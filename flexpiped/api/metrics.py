@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engines.parameters.figures import CacheFigures
 from engines.protocol import EngineCounters, StageStatus
-from flexpiped.api.engine_metrics import DevicesCollector, StagesCollector
+from flexpiped.api.engine_metrics import DevicesCollector, ParametersCollector, StagesCollector
 from flexpiped.api.exposition import exposition
 from flexpiped.status import Latencies, Percentiles, ServiceState
 from topology.device import Device
@@ -240,9 +241,11 @@ class Metrics:
         *,
         stages: Sequence[StageStatus] = (),
         devices: Sequence[Device] = (),
+        parameters: CacheFigures | None = None,
     ) -> bytes:
         """Return the exposition in Prometheus's text format, with the engine's counters where they can be had."""
-        return exposition(self.families(counters, stages=stages), daemon_families(levels, devices=devices))
+        of_daemon = daemon_families(levels, devices=devices, parameters=parameters)
+        return exposition(self.families(counters, stages=stages), of_daemon)
 
     def families(
         self, counters: EngineCounters | None, *, stages: Sequence[StageStatus] = ()
@@ -263,10 +266,13 @@ class Metrics:
             self._recent_tpot_s.append(observation.tpot_s)
 
 
-def daemon_families(levels: Levels | None, *, devices: Sequence[Device] = ()) -> tuple[Iterable[Metric], ...]:
+def daemon_families(
+    levels: Levels | None, *, devices: Sequence[Device] = (), parameters: CacheFigures | None = None
+) -> tuple[Iterable[Metric], ...]:
     """Return what is told of the daemon as a whole."""
     found = [] if levels is None else [_LevelsCollector(levels).collect()]
-    return (*found, *([DevicesCollector(devices).collect()] if devices else ()))
+    found += [DevicesCollector(devices).collect()] if devices else []
+    return (*found, *([] if parameters is None else [ParametersCollector(parameters).collect()]))
 
 
 def model_states(states: Mapping[str, ServiceState]) -> tuple[Iterable[Metric], ...]:

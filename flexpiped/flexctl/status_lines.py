@@ -37,6 +37,8 @@ def status_lines(status: Mapping[str, Any], *, now_unix_s: float, paint: Paint =
         lines.append(_handover(status["last_handover"], now_unix_s, paint))
     if status.get("auto"):
         lines += _auto(status["auto"])
+    if status.get("parameter_cache"):
+        lines += _parameters(status["parameter_cache"])
     lines.append(f"model          {status['model']['path']}")
     lines.append(f"API            {status['api_url']}   flexpiped {status['version']}")
     return lines
@@ -148,6 +150,17 @@ def _auto(auto: Mapping[str, Any]) -> list[str]:
         return []
     decision, mode = auto["decision"], "" if auto["mode"] == "on" else f"   (auto {auto['mode']})"
     return [f"decision       {decision['message'] if decision else 'none yet'}{mode}"]
+
+
+def _parameters(cache: Mapping[str, Any]) -> list[str]:
+    """Return what stays in host memory of layers' parameters; nothing where nothing is to."""
+    if not cache["budget_bytes"]:
+        return []
+    held = f"{format_bytes(cache['held_bytes'])} of {format_bytes(cache['budget_bytes'])} in host memory"
+    layers = f"{plural(cache['layers'], 'layer')}, {cache['idle_layers']} of them without a stage"
+    asked = cache["hits_total"] + cache["misses_total"]
+    found = f"found {cache['hits_total']} of {asked} times"
+    return [f"parameters     {held}: {layers}; {found}"]
 
 
 def _handover(record: Mapping[str, Any], now_unix_s: float, paint: Paint) -> str:

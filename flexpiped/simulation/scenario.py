@@ -18,13 +18,14 @@ from planner.simulation.pool import DevicePool, PoolDevice
 from planner.simulation.run import MemoryChange
 from planner.simulation.shape import Shape, Shapes
 from planner.stage_times import pipeline_times
-from planner.start_times import StartRecord, expected_start_s
+from planner.start_times import Origin, StartRecord, expected_start_s, expected_trial_s
 from planner.workload import Slo, Workload
 
 NODES, PODS = "openb_node_list_gpu_node.csv", "openb_pod_list_default.csv"
 _STORAGE_BYTES_PER_S: Final = 1e9  # one host reads its stages from local disks at about this rate
 _HOST_MEMORY_BYTES_PER_S: Final = 20e9  # PCIe 4.0 x16
 _PROCESS_S: Final = 1.0
+_IN_MEMORY: Final = (Origin.KEPT, Origin.PAGE_CACHE)  # of the host: what a warm start is
 _PAUSE_S: Final = 0.010  # commit pauses here are 2 to 7 ms
 _SPREAD_SHARES: Final = (0.1, 0.2, 0.3, 0.5)  # of neighbours' tasks where no cluster file says
 
@@ -160,11 +161,17 @@ def start_times(starts: Sequence[StartRecord], *, num_stages: int, weight_bytes:
     A start that was only measured warm takes what storage takes longer than memory, when it is cold.
     """
     from_storage_s, from_memory_s = weight_bytes / _STORAGE_BYTES_PER_S, weight_bytes / _HOST_MEMORY_BYTES_PER_S
-    warm_s = expected_start_s(starts, num_stages=num_stages, is_warm=True)
-    cold_s = expected_start_s(starts, num_stages=num_stages, is_warm=False)
+    warm_s, cold_s = (_measured_s(starts, num_stages, origins) for origins in (_IN_MEMORY, (Origin.STORAGE,)))
     if warm_s is None:
         warm_s = from_memory_s + _PROCESS_S if cold_s is None else max(0.0, cold_s - from_storage_s + from_memory_s)
     return (warm_s + from_storage_s - from_memory_s if cold_s is None else cold_s), warm_s
+
+
+def _measured_s(starts: Sequence[StartRecord], num_stages: int, origins: Sequence[Origin]) -> float | None:
+    """Return what a replica took to start from the first of these origins that was measured, and to be tried out."""
+    found = (expected_start_s(starts, num_stages=num_stages, origin=origin) for origin in origins)
+    start_s = next((each for each in found if each is not None), None)
+    return None if start_s is None else start_s + expected_trial_s(starts)
 
 
 def describe(scenario: Scenario) -> Mapping[str, str]:

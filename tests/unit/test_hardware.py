@@ -6,12 +6,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engines.errors import UnsupportedByEngine
 from engines.vllm.interpreter import is_cpu_build
-from flexpiped.hardware import Hardware, cpu_budget, cpu_memory_bytes, devices_in_words, host_topology
+from flexpiped.hardware import (
+    Hardware,
+    cpu_budget,
+    cpu_memory_bytes,
+    devices_in_words,
+    host_topology,
+    parameter_cache_bytes,
+)
 from flexpiped.settings import DeviceSettings, DevicesKind, EngineKind, EnginesSettings, NativeSettings, Settings
 from tests.support.fake_nvml import library
 from topology.device import DeviceKind
@@ -20,6 +28,7 @@ from topology.host_memory import host_memory_bytes
 from topology.processes import family_of
 from topology.snapshot import from_json
 from topology.topology import HostTopology
+from topology.units import MIB
 
 ROOT = Path(__file__).parents[2]
 MEASURED = {
@@ -206,3 +215,16 @@ def test_a_family_is_a_process_and_what_it_started() -> None:
         assert os.getpid() not in family_of(child.pid)
     finally:
         child.communicate()
+
+
+def test_parameters_may_take_a_quarter_of_the_memory_and_no_more_than_devices_leave() -> None:
+    of_host = host_memory_bytes() or 0
+
+    def budget(**devices: Any) -> int:
+        return parameter_cache_bytes(replace(Settings(), devices=DeviceSettings(**devices)))
+
+    assert budget() == of_host // 4
+    assert budget(parameter_cache_bytes=0) == 0
+    assert budget(cpu_count=1, cpu_memory_bytes=of_host - 700 * MIB) == 188 * MIB  # 512 MiB stay free
+    assert budget(cpu_count=2, cpu_memory_bytes=of_host) == 0
+    assert budget(cpu_count=2, cpu_memory_bytes=of_host, kind=DevicesKind.CUDA) == of_host // 4

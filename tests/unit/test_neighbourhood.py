@@ -1,18 +1,20 @@
 """The KV caches of fake engines, and their layers, follow the memory that others leave."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
 from engines.errors import RefactoringBusy
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
+from engines.parameters.keeper import ParameterKeeper
 from flexpiped.handover_records import Wanted
 from flexpiped.memory_pools import pool_names, pools_of, replica_kv
 from flexpiped.neighbourhood import Neighbourhood
 from flexpiped.refactoring import Started
 from planner.layout import Pipeline
 from planner.neighbourhood import NeighbourConstants, Pool, Verb
+from planner.parameter_cache import KeptLayer, KeptLayers
 from tests.support.layouts import NUM_DECODERS, EvenResolver, even_pipeline
 from tests.support.until import until
 from tests.unit.test_scaling import ScaleStand
@@ -185,3 +187,63 @@ async def test_each_stage_has_its_share_of_a_kv_block(stand: MemoryStand) -> Non
         ("a", MIB / 2, 3),
         ("b", MIB / 2, 7),
     ]
+
+
+async def test_parameters_without_a_stage_go_before_any_kv_cache_shrinks(stand: MemoryStand) -> None:
+    kept = [KeptLayer(key=name, name=name, num_bytes=300 * MIB) for name in "abc"]
+    keeper = PretendedKeeper(kept, on_give_up=lambda num_bytes: setattr(stand, "free", stand.free + num_bytes))
+    stand.neighbourhood = Neighbourhood(
+        CONSTANTS,
+        replicas=lambda: stand.replicas.all,
+        kv_bytes_per_token=lambda: KV_BYTES_PER_TOKEN,
+        devices=lambda: stand.devices,
+        refactorings=stand.refactorings,
+        events=stand.events,
+        parameters=keeper,
+        host=lambda: FreeMemory(free_bytes=stand.free, bound="the host"),
+    )
+    stand.free = 3800 * MIB  # 4196 are wanted
+    assert await stand.neighbourhood.look() == ()
+    assert [each.name for each in keeper.kept.layers] == ["c"]
+    assert stand.events.since(0)[-1].message == "parameters of 600 MiB leave the memory of the host: 396 MiB are short"
+    stand.free = 3800 * MIB
+    [change] = await stand.neighbourhood.look()  # the last 300 MiB are not enough
+    assert (change.verb, keeper.kept.layers) == (Verb.SHRINK, ())
+
+
+async def test_they_go_when_nothing_serves_too(stand: MemoryStand) -> None:
+    kept = [KeptLayer(key=name, name=name, num_bytes=30 * MIB) for name in "ab"]
+    keeper = PretendedKeeper(kept, on_give_up=lambda num_bytes: setattr(stand, "free", stand.free + num_bytes))
+    alone = Neighbourhood(
+        CONSTANTS,
+        replicas=lambda: (),
+        kv_bytes_per_token=lambda: KV_BYTES_PER_TOKEN,
+        devices=lambda: stand.devices,
+        refactorings=stand.refactorings,
+        events=stand.events,
+        parameters=keeper,
+        host=lambda: FreeMemory(free_bytes=stand.free, bound="the host"),
+    )
+    stand.free = 80 * MIB
+    assert await alone.look() == ()
+    assert [each.name for each in keeper.kept.layers] == ["b"]
+
+
+class PretendedKeeper(ParameterKeeper):
+    """Keeps layers that have no memory."""
+
+    def __init__(self, layers: Sequence[KeptLayer], *, on_give_up: Callable[[int], object]) -> None:
+        super().__init__(1000 * MIB)
+        self._kept = KeptLayers(layers=tuple(layers))
+        self._memory = {each.key: NoMemory() for each in layers}
+        self._on_give_up = on_give_up
+
+    async def give_up(self, num_bytes: int) -> int:
+        given_up = await super().give_up(num_bytes)
+        self._on_give_up(given_up)
+        return given_up
+
+
+class NoMemory:
+    def close(self) -> None:
+        pass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import EngineCounters, StageStatus
 from flexpiped.api.metrics import Endpoint, Levels, Metrics, Outcome
 from flexpiped.status import ServiceState
@@ -42,7 +43,11 @@ def exposition() -> str:
     levels = Levels(state=ServiceState.READY, requests_queued=2, tokens_in_flight=40)
     devices = cpu_devices(count=2, memory_bytes=1 << 20)
     return metrics.render(
-        counters, levels, stages=[stage, replace(stage, index=1, busy=None)], devices=devices
+        counters,
+        levels,
+        stages=[stage, replace(stage, index=1, busy=None)],
+        devices=devices,
+        parameters=ParameterKeeper(1 << 20).figures,
     ).decode()
 
 

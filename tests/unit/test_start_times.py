@@ -1,7 +1,7 @@
 """Starts are measured, kept over restarts of the daemon, and said again to policy and simulator."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from engines.errors import EngineStartFailed
-from engines.fake import FakeEngine
+from engines.fake import FAKE_CAPABILITIES, FakeEngine
+from engines.protocol import GenerationRequest, TokenChunk
 from flexpiped.engine_factory import find_files
 from flexpiped.offline_plan import OfflineRequest, measured_starts
 from flexpiped.settings import Settings
@@ -17,7 +18,7 @@ from flexpiped.simulation.scenario import start_times
 from flexpiped.start_times import StartMeter, StartTimes, start_times_of
 from flexpiped.supervisor import Supervisor
 from planner.layout import Pipeline
-from planner.start_times import StartRecord
+from planner.start_times import Origin, StartRecord
 from tests.support.graphs import SMALL_LLAMA, graph_of
 from tests.support.layouts import even_pipeline
 from tests.support.until import until
@@ -37,8 +38,10 @@ def known_in(folder: Path, *, engine: str = "fake", share: float = 1.0) -> Start
     return replace(found, cached_share=cached_share)
 
 
-def record(took_s: float, *, num_stages: int = 2, is_warm: bool = True) -> StartRecord:
-    return StartRecord(num_stages=num_stages, is_warm=is_warm, took_s=took_s)
+def record(
+    took_s: float, *, num_stages: int = 2, origin: Origin = Origin.PAGE_CACHE, trial_s: float | None = None
+) -> StartRecord:
+    return StartRecord(num_stages=num_stages, origin=origin, took_s=took_s, trial_s=trial_s)
 
 
 def test_they_are_kept_by_engine_and_come_back(tmp_path: Path) -> None:
@@ -50,11 +53,13 @@ def test_they_are_kept_by_engine_and_come_back(tmp_path: Path) -> None:
 
 
 def test_a_start_is_expected_as_warm_as_the_files_are_now_else_as_any(tmp_path: Path) -> None:
-    known_in(tmp_path).note(record(30.0, is_warm=False))
+    known_in(tmp_path).note(record(30.0, origin=Origin.STORAGE))
     assert known_in(tmp_path).expected_s(2) == 30.0
     known_in(tmp_path).note(record(2.0))
     assert known_in(tmp_path, share=0.9).expected_s(2) == 2.0
     assert known_in(tmp_path, share=0.1).expected_s(2) == 30.0
+    known_in(tmp_path).note(record(1.0, origin=Origin.KEPT))
+    assert replace(known_in(tmp_path, share=0.1), kept_share=lambda: 0.5).expected_s(2) == 1.0
 
 
 def test_what_cannot_be_read_is_measured_again_and_what_cannot_be_kept_is_told(tmp_path: Path) -> None:
@@ -85,6 +90,11 @@ class SlowEngine(FakeEngine):
         self.clock.now_s += 3.0 * self.pipeline.granularity
         await super().start(on_progress=on_progress)
 
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        self.clock.now_s += 0.5
+        async for chunk in super().generate(request):
+            yield chunk
+
 
 async def test_every_start_is_measured_but_none_that_failed(tmp_path: Path) -> None:
     clock, engines, failure = Clock(), list[SlowEngine](), list[str | None]()
@@ -96,7 +106,7 @@ async def test_every_start_is_measured_but_none_that_failed(tmp_path: Path) -> N
         engines.append(engine)
         return engine
 
-    meter = StartMeter(starts=lambda name: {"fake": known}[name], is_warm=lambda: known.is_warm, clock=clock)
+    meter = StartMeter(starts=lambda name: {"fake": known}[name], origins=lambda: {"fake": known.origin}, clock=clock)
     supervisor = Supervisor(factory=make, pipeline=even_pipeline(1), sleep=lambda _s: asyncio.sleep(0), meter=meter)
     await supervisor.start()
     failure = ["no room"]
@@ -104,12 +114,23 @@ async def test_every_start_is_measured_but_none_that_failed(tmp_path: Path) -> N
     await until(lambda: len(engines) == 3 and supervisor.engine is engines[2])
     await supervisor.start_second(even_pipeline(4), on_progress=lambda _said: None)
     await supervisor.close()
-    assert known.records == (record(3.0, num_stages=1), record(3.0, num_stages=1), record(12.0, num_stages=4))
+    tried = record(12.0, num_stages=4, trial_s=2.5)  # by five short requests
+    assert known.records == (record(3.0, num_stages=1), record(3.0, num_stages=1), tried)
+
+    compiling = replace(FAKE_CAPABILITIES, compiles_at_first_use=True)
+    first = Supervisor(
+        factory=lambda pipeline, _epoch: SlowEngine(pipeline=pipeline, capabilities=compiling),
+        pipeline=even_pipeline(1),
+        meter=StartMeter(starts=lambda _name: known, origins=lambda: {"fake": Origin.STORAGE}, clock=SlowEngine.clock),
+    )
+    await first.start()
+    await first.close()
+    assert known.records[-1] == record(3.0, num_stages=1, trial_s=2.5, origin=Origin.STORAGE)
 
     failure = ["no room"]
     with pytest.raises(EngineStartFailed):
         await Supervisor(factory=make, pipeline=even_pipeline(1), meter=meter).start()
-    assert len(known.records) == 3
+    assert len(known.records) == 4
 
 
 def test_a_simulation_of_this_host_takes_what_was_measured_here(tmp_path: Path) -> None:
@@ -126,8 +147,8 @@ def test_a_simulation_of_this_host_takes_what_was_measured_here(tmp_path: Path) 
     [
         ((), 11.737, 1.537),  # 10 GiB at 1 and at 20 GB/s, and a second for processes
         ((record(5.0),), 15.2, 5.0),
-        ((record(20.0, is_warm=False),), 20.0, 9.8),
-        ((record(5.0), record(20.0, is_warm=False)), 20.0, 5.0),
+        ((record(20.0, origin=Origin.STORAGE),), 20.0, 9.8),
+        ((record(5.0), record(20.0, origin=Origin.STORAGE)), 20.0, 5.0),
     ],
 )
 def test_what_was_not_measured_is_estimated(known: tuple[StartRecord, ...], cold_s: float, warm_s: float) -> None:

@@ -164,3 +164,15 @@ def test_what_a_stage_runs_is_shown_where_the_engine_has_both() -> None:
     assert [line.split()[-1] for line in table] == ["runs", "compiled", "eager"]
     plain = status_lines(SERVING, now_unix_s=1_125.0)
     assert not any("runs" in line for line in plain)
+
+
+def test_parameters_in_host_memory_are_told_where_some_are_to_stay() -> None:
+    cache = {"budget_bytes": 64 * MIB, "held_bytes": 4 * MIB, "idle_bytes": MIB, "layers": 10, "idle_layers": 2}
+    cache |= {"hits_total": 3, "misses_total": 10, "given_up_total": 0, "refused_total": 0}
+    lines = status_lines(SERVING | {"parameter_cache": cache}, now_unix_s=1_000.0)
+    assert (
+        "parameters     4 MiB of 64 MiB in host memory: 10 layers, 2 of them without a stage; found 3 of 13 times"
+        in lines
+    )
+    off = cache | {"budget_bytes": 0}
+    assert not [line for line in status_lines(SERVING | {"parameter_cache": off}, now_unix_s=0) if "parameters" in line]

@@ -51,7 +51,7 @@ def test_nothing_that_a_stage_computes_with_is_left_on_the_host(kind: str) -> No
 def test_its_weights_are_copies() -> None:
     stages = Stages(make_family("llama"), None, compute=open_compute(STAND_IN))
     layers = stages.workers[0].layers
-    first, second = (layers.read("0") for _ in range(2))
+    first, second = (layers.read("0").tensors for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not {each.data_ptr() for each in first.values()} & {each.data_ptr() for each in second.values()}
 

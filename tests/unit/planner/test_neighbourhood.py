@@ -11,6 +11,7 @@ from planner.neighbourhood import (
     ReplicaKv,
     Verb,
     decide,
+    missing_bytes,
 )
 from topology.units import MIB
 
@@ -165,3 +166,11 @@ def test_what_is_not_known_is_no_reason_to_do_anything() -> None:
     story = Story([FIRST], {HOST: None})
     assert story.go_on(60) == []
     assert Story([replace(FIRST, shares=())], {HOST: 0}).go_on(60) == []
+
+
+def test_what_is_missing_is_what_kv_caches_may_yet_take_and_what_is_to_stay_free() -> None:
+    mapped = replace(FIRST, shares=on(HOST, mapped=900 * MIB))
+    assert missing_bytes([mapped], Pool(name=HOST, free_bytes=150 * MIB), CONSTANTS) == 50 * MIB
+    assert missing_bytes([mapped], Pool(name=HOST, free_bytes=200 * MIB), CONSTANTS) == 0
+    assert missing_bytes([], Pool(name=HOST, free_bytes=60 * MIB), CONSTANTS) == 40 * MIB
+    assert missing_bytes([mapped], Pool(name=HOST, free_bytes=None), CONSTANTS) == 0

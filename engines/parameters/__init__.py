@@ -1,0 +1,1 @@
+"""The parameters of layers that stay in host memory after a stage has left a device."""
