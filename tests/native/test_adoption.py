@@ -11,8 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from flexpiped.models import demo_model_places
 from tests.native.test_failures import alive
 from tests.support.daemon import Daemon, completed, started
+from tests.support.native import llama
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
@@ -217,3 +219,22 @@ async def test_its_socket_is_removed_so_it_ends_by_itself(folder: Path) -> None:
         await end(daemon, signal.SIGKILL)
     os.unlink(record["socket"])  # noqa: PTH108  nothing that could wait
     await until(lambda: not alive(record["pid"]), timeout_s=30.0)
+
+
+@pytest.mark.long
+async def test_each_of_several_models_is_adopted_and_one_that_is_stopped_ends(folder: Path) -> None:
+    demo = demo_model_places()[0]
+    tables = f'[models.one]\nmodel = "{demo}"\nstages = 2\n[models.two]\nmodel = "{llama()}"\nstages = 1\n'
+    async with lasting(folder, more=tables) as daemon:
+        before = {record["name"]: record["pid"] for record in records(folder)}
+        await end(daemon, signal.SIGTERM)
+    assert set(before) == {"one", "two"}
+
+    async with lasting(folder, more=tables) as daemon:
+        await until(lambda: {each["name"]: each["pid"] for each in records(folder)} == before, timeout_s=60.0)
+        code, _, said = await daemon.flexctl("model", "stop", "two")
+        assert code == 0, said
+        await until(lambda: not alive(before["two"]), timeout_s=60.0)
+        assert [record["name"] for record in records(folder)] == ["one"]
+        await end(daemon, signal.SIGINT)
+    assert not alive(before["one"])
