@@ -1,11 +1,13 @@
 """What the HTTP port answers before the engine is ready: alive, not serving yet, and why. The dashboard is there."""
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from aiohttp import web
 
 from flexpiped.api.access import keys_asked_for
 from flexpiped.api.app import errors_in_one_shape
+from flexpiped.api.errors import unavailable
 from flexpiped.keys import KeyRing
 from flexpiped.status import Health
 
@@ -24,11 +26,10 @@ def starting_app(
     async def alive(_request: web.Request) -> web.Response:
         return web.json_response({"status": "alive"})
 
-    async def not_yet(_request: web.Request) -> web.Response:
+    async def not_yet(_request: web.Request) -> NoReturn:
         now = health()
         message = f"{now.state.value}: {now.reason}" if now.reason else now.state.value
-        error = {"message": message, "type": "service_unavailable", "param": None, "code": now.state.value}
-        return web.json_response({"error": error}, status=503, headers={"Retry-After": "1"})
+        raise unavailable(message, code=now.state.value, retry_after_s=1)
 
     app = web.Application(middlewares=[errors_in_one_shape, keys_asked_for(keys)])
     app.add_routes([web.get("/healthz", alive), *further, web.route("*", "/{path:.*}", not_yet)])

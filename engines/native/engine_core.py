@@ -123,7 +123,12 @@ class EngineCore:
             return None
         if self.grammars is None:
             raise InvalidRequest("this model's output cannot be kept to a grammar", parameter=grammar.parameter)
-        return self.grammars.matcher(grammar, request.generated)
+        matcher = self.grammars.matcher(grammar, request.generated)
+        allowed = None if request.shaping is None else request.shaping.allowed
+        if allowed is not None and not matcher.is_done and not matcher.takes_any(allowed, self.boot.vocab_size):
+            message = f"allowed_token_ids leaves {grammar.parameter} no token to begin with"
+            raise InvalidRequest(message, parameter="allowed_token_ids", code="contradiction")
+        return matcher
 
     def abort(self, key: int) -> None:
         self.scheduler.abort(key)

@@ -13,7 +13,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from engines.errors import InvalidRequest
-from engines.native.token_mask import Words
+from engines.native.token_mask import Words, is_set, words_for
 from engines.protocol import Grammar, GrammarKind
 
 
@@ -26,6 +26,12 @@ class Matcher:
     def fill(self, words: Words) -> None:
         """Set the bit of each token that may come next, and no other."""
         words[:] = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32, count=len(words))
+
+    def takes_any(self, token_ids: tuple[int, ...], vocab_size: int) -> bool:
+        """Return whether one of ``token_ids`` may come next."""
+        words = np.zeros(words_for(vocab_size), dtype=np.int32)
+        self.fill(words)
+        return bool(is_set(words, vocab_size)[list(token_ids)].any())
 
     def take(self, token: int) -> None:
         """Go on after ``token``."""

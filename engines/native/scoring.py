@@ -41,7 +41,7 @@ def score(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, as
 def _score(logits: torch.Tensor, targets: torch.Tensor, count: int) -> tuple[bytes, bytes, bytes, bytes]:
     there = logits.gather(1, targets.view(-1, 1))
     mass = logits.logsumexp(dim=-1, keepdim=True)
-    ranks = (logits > there).sum(dim=-1) + 1
+    ranks = (logits >= there).sum(dim=-1)  # behind those that are as likely, as in vLLM
     values, tokens = logits.topk(min(count, logits.shape[1])) if count else (logits[:, :0], targets[:0])
     return _floats(there - mass), _ints(ranks), _ints(tokens), _floats(values - mass)
 

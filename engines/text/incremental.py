@@ -13,13 +13,15 @@ class TextDelta:
     """Text that can be shown now.
 
     ``tokens_consumed`` counts the output tokens of the stream so far; with ``stop_hit`` those up to and with the one
-    that completed the stop string. ``tokens_shown`` counts those of them whose text has been given as a whole.
+    that completed the stop string, which is ``stop``. ``tokens_shown`` counts those of them whose text has been given
+    as a whole.
     """
 
     text: str
     stop_hit: bool
     tokens_consumed: int
     tokens_shown: int = field(default=0, compare=False)
+    stop: str | None = field(default=None, compare=False)
 
 
 class TextStream:
@@ -75,6 +77,7 @@ class TextStream:
             stop_hit=self._stop_hit,
             tokens_consumed=self._tokens_consumed,
             tokens_shown=self._tokens_shown,
+            stop=self._stops.met,
         )
 
     def _match(self, text: str) -> str:

@@ -101,6 +101,7 @@ class Ledger:
                     stop_hit=delta.stop_hit,
                     tokens_consumed=delta.tokens_consumed,
                     tokens_shown=delta.tokens_shown,
+                    stop=delta.stop,
                 )
             )
 

@@ -92,4 +92,5 @@ class Streams:
             stop_hit=delta.stop_hit,
             tokens_consumed=delta.tokens_consumed,
             tokens_shown=delta.tokens_shown,
+            stop=delta.stop,
         )

@@ -12,6 +12,7 @@ class StopMatcher:
         self._stop = stop
         self._include_stop = include_stop
         self._held = ""  # may be the beginning of a stop string
+        self.met: str | None = None  # the stop string that ended the text
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that can be shown now, and whether a stop string has been met."""
@@ -21,7 +22,8 @@ class StopMatcher:
         hits = [(at, order) for order, stop in enumerate(self._stop) if (at := text.find(stop)) >= 0]
         if hits:
             at, order = min(hits)
-            return text[: at + len(self._stop[order]) if self._include_stop else at], True
+            self.met = self._stop[order]
+            return text[: at + len(self.met) if self._include_stop else at], True
         keep = max(longest_beginning(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -99,7 +99,7 @@ class Refused(msgspec.Struct, tag=3, array_like=True, frozen=True):
 class Delta(msgspec.Struct, tag=4, array_like=True, frozen=True):
     """Text that is certain now. ``tokens_consumed`` counts all output tokens of the stream up to a stop hit.
 
-    ``tokens_shown`` counts those of which all text has been given.
+    ``tokens_shown`` counts those of which all text has been given. ``stop``: the stop string of a hit.
     """
 
     stream_id: int
@@ -107,6 +107,7 @@ class Delta(msgspec.Struct, tag=4, array_like=True, frozen=True):
     stop_hit: bool
     tokens_consumed: int
     tokens_shown: int = 0
+    stop: str | None = None
 
 
 class LastWords(msgspec.Struct, tag=5, array_like=True, frozen=True):

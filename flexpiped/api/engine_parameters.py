@@ -28,6 +28,13 @@ def read_engine_params(body: Body, *, taken: Set[str]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
+def _bad_words(name: str, value: Any) -> tuple[str, ...]:
+    words = strings.parse(name, value)
+    if "" in words:
+        raise invalid(f"{name} must not hold an empty string", param=name, code="invalid_value")
+    return words
+
+
 def _logit_bias(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
@@ -43,7 +50,7 @@ def _logit_bias(name: str, value: Any) -> dict[str, float]:
 
 ENGINE_PARAMETERS: Final[Mapping[str, Reader[Any]]] = {
     "allowed_token_ids": token_ids,
-    "bad_words": strings,
+    "bad_words": Reader(parse=_bad_words, schema={"type": "array", "items": {"type": "string", "minLength": 1}}),
     "frequency_penalty": number(-2, 2),
     "logit_bias": Reader(
         parse=_logit_bias,

@@ -55,9 +55,9 @@ def invalid(message: str, *, param: str | None, code: str | None = None) -> ApiE
     return ApiError(status=400, type=ErrorType.INVALID_REQUEST, message=message, param=param, code=code)
 
 
-def unavailable(message: str, *, code: str) -> ApiError:
+def unavailable(message: str, *, code: str, retry_after_s: int = RETRY_AFTER_S) -> ApiError:
     """Not now, through no fault of the request."""
-    return ApiError(status=503, type=ErrorType.UNAVAILABLE, message=message, code=code, retry_after_s=RETRY_AFTER_S)
+    return ApiError(status=503, type=ErrorType.UNAVAILABLE, message=message, code=code, retry_after_s=retry_after_s)
 
 
 def too_late(message: str) -> ApiError:

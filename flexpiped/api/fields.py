@@ -13,6 +13,8 @@ import msgspec
 from flexpiped.api.errors import invalid
 
 Body = Mapping[str, Any]
+_GUIDED: Final = ("json", "regex", "choice", "grammar")
+_OF_OLD: Final = {f"guided_{kind}": f'structured_outputs: {{"{kind}": ...}}' for kind in _GUIDED}
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -49,7 +51,8 @@ def name_of(value: object) -> str:
 def refuse_unknown(body: Body, known: Iterable[str]) -> None:
     for name in body:
         if name not in known:
-            raise invalid(f"unknown parameter: {name}", param=name, code="unknown_parameter")
+            hint = f"; vLLM has it no more, give {_OF_OLD[name]}" if name in _OF_OLD else ""
+            raise invalid(f"unknown parameter: {name}{hint}", param=name, code="unknown_parameter")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from engines.closing import closing
-from engines.protocol import FinishReason, GenerationRequest, TokenChunk
+from engines.protocol import FinishReason, GenerationRequest, Grammar, TokenChunk
 from flexpiped.api.backend import Backend
-from flexpiped.api.errors import ApiError, ErrorType
+from flexpiped.api.errors import ApiError, ErrorType, invalid
 from flexpiped.api.merging import merged
 from flexpiped.api.token_reports import TokenReport, prompt_reports, reports_of
 
@@ -20,6 +20,7 @@ class Job:
 
     ``lead`` is text that comes first. ``tells_tokens``: pieces tell of their tokens, and with ``leads_tokens`` the
     first one begins with those of the prompt. ``tells_prompt``: it tells of the prompt's apart from these.
+    ``tells_cached``: its first piece tells what of the prompt was in the KV cache.
     ``is_prompt_only``: what comes of the engine is not wanted but for what it says of the prompt.
     """
 
@@ -33,6 +34,7 @@ class Job:
     tells_tokens: bool = False
     tells_prompt: bool = False
     leads_tokens: bool = False
+    tells_cached: bool = True
     is_prompt_only: bool = False
 
 
@@ -43,6 +45,7 @@ class Piece:
     ``tokens`` are those of which all text has been sent by now, and that no piece before told of. A token that is part
     of a stop string is never told. ``logprob``, of the last piece: that of all tokens, 0 where it is not asked for.
     ``cached_tokens``, where the engine tells it: how many of the prompt's tokens were in its KV cache.
+    ``stop_reason``, of the last piece: the stop string or the stop token of the request that ended it.
     """
 
     text: str
@@ -53,14 +56,18 @@ class Piece:
     prompt: tuple[TokenReport, ...] = ()
     logprob: float = 0.0
     cached_tokens: int | None = None
+    stop_reason: str | int | None = None
 
     @property
     def says_something(self) -> bool:
         return bool(self.text or self.tokens)
 
 
-def finish_word(reason: FinishReason | None) -> str | None:
-    """Return OpenAI's word. Raises: ApiError: the engine gave the request up by itself."""
+def finish_word(reason: FinishReason | None, grammar: Grammar | None = None) -> str | None:
+    """Return OpenAI's word. Raises: ApiError: the engine gave the request up by itself, or for its ``grammar``."""
+    if reason is FinishReason.ABORT and grammar is not None:
+        message = f"{grammar.parameter}: nothing could follow that the grammar and what else limits the output allow"
+        raise invalid(message, param=grammar.parameter, code="grammar_failed")
     if reason is FinishReason.ABORT:
         raise ApiError(
             status=500, type=ErrorType.INTERNAL, message="the engine aborted the request", code="engine_aborted"
@@ -98,19 +105,23 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
         async with closing(backend.serving.generate(job.request)) as chunks:
             async for chunk in chunks:
                 token_ids = chunk.token_ids
+                is_first = completion_tokens == 0  # of this request, whatever engine goes on with it
                 completion_tokens += len(token_ids)
-                finish = finish_word(chunk.finish_reason)
+                finish = finish_word(chunk.finish_reason, job.request.sampling.grammar)
+                last_token = token_ids[-1] if finish == "stop" and token_ids else None
+                reason: str | int | None = last_token if last_token in job.request.sampling.stop_token_ids else None
                 shown = token_ids[:-1] if token_ids and token_ids[-1] in job.ending else token_ids
                 delta = await feed.feed(shown, final=finish is not None)
                 text, lead = lead + delta.text, ""
                 if delta.stop_hit:
-                    completion_tokens, finish = delta.tokens_consumed, "stop"
+                    completion_tokens, finish, reason = delta.tokens_consumed, "stop", delta.stop
                 piece = Piece(
                     text=text,
                     completion_tokens=completion_tokens,
                     finish_reason=finish,
                     index=job.index,
-                    cached_tokens=chunk.cached_tokens,
+                    cached_tokens=chunk.cached_tokens if is_first and job.tells_cached else None,
+                    stop_reason=reason,
                 )
                 if told is not None:
                     all_shown = finish is not None and not delta.stop_hit

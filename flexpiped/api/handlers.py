@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from aiohttp import web
 
 from engines.closing import closing
 from engines.errors import EngineError
-from engines.protocol import GenerationRequest
+from engines.protocol import EngineCapabilities, GenerationRequest
 from engines.text.protocol import Text
 from flexpiped.admission import Overloaded
 from flexpiped.api import routing
@@ -22,7 +22,8 @@ from flexpiped.api.deadline import deadline_of, until
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
 from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
-from flexpiped.api.generation import choices_of
+from flexpiped.api.generation import Job, choices_of
+from flexpiped.api.inputs import Prompt
 from flexpiped.api.jobs import jobs_of
 from flexpiped.api.metrics import Endpoint, Observation, outcome_of
 from flexpiped.api.parameters import (
@@ -48,6 +49,14 @@ class Kind:
     default_tokens: int | None  # None: the rest of the context
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A prompt as token ids; ``text`` where it was given as that."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
 COMPLETION = Kind(wire=CompletionWire, id_prefix="cmpl", prompt_name="prompt", default_tokens=DEFAULT_COMPLETION_TOKENS)
 CHAT = Kind(wire=ChatWire, id_prefix="chatcmpl", prompt_name="messages", default_tokens=None)
 
@@ -60,11 +69,12 @@ async def completions(http: web.Request) -> web.StreamResponse:
         asked = route(routing.COMPLETIONS, body, served=backend.model, capabilities=backend.serving.capabilities)
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=COMPLETION.default_tokens)
-        prompt = asked.prompt
-        prompt_text = prompt if isinstance(prompt, str) else None
-        return await answer(
-            http, observation, COMPLETION, asked.parameters, lambda: encode(backend.text, prompt), prompt_text
-        )
+        prompts = asked.prompts
+
+        async def encoded() -> list[Encoded]:
+            return [await encode(backend.text, each) for each in prompts]
+
+        return await answer(http, observation, COMPLETION, asked.parameters, encoded)
 
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
@@ -76,7 +86,11 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=CHAT.default_tokens)
         messages = asked.messages
-        return await answer(http, observation, CHAT, asked.parameters, lambda: backend.text.chat(messages))
+
+        async def encoded() -> list[Encoded]:
+            return [Encoded(token_ids=await backend.text.chat(messages))]
+
+        return await answer(http, observation, CHAT, asked.parameters, encoded)
 
 
 async def engine_route(http: web.Request) -> web.StreamResponse:
@@ -95,13 +109,12 @@ async def answer(
     observation: Observation,
     kind: Kind,
     parameters: Parameters,
-    prompt_ids: Callable[[], Awaitable[tuple[int, ...]]],
-    prompt_text: str | None = None,
+    encoded: Callable[[], Awaitable[list[Encoded]]],
 ) -> web.StreamResponse:
     """Admit, encode, check against the model, generate, send.
 
     Args:
-        prompt_text: The prompt as it was given, where it was text.
+        encoded: Gives the prompts once the request has been admitted.
 
     Raises:
         ApiError, EngineError, Overloaded: Before anything was sent.
@@ -113,42 +126,69 @@ async def answer(
     observation.asks()
     deadline_s = deadline_of(http)
     async with backend.admission.admit(client_of(http), deadline_s=deadline_s) as lease:
-        prompt = await prompt_ids()
-        choices = parameters.choices
-        sampling = sampling_of(
-            parameters,
-            prompt=prompt,
-            prompt_name=kind.prompt_name,
-            default_tokens=kind.default_tokens,
-            capabilities=capabilities,
-            new_seed=backend.new_seed(),
-            adapter="" if name == backend.model else name,
-            bad_words=await bad_words_as_tokens(backend.text, parameters.engine_params.get("bad_words", ())),
-        )
-        await backend.admission.reserve(lease, tokens=choices.best_of * (len(prompt) + sampling.max_tokens))
-        observation.admitted()
-        observation.prompt_tokens = len(prompt)
+        prompts, choices = await encoded(), parameters.choices
+        adapter = "" if name == backend.model else name
         answer_id = f"{kind.id_prefix}-{uuid.uuid4().hex}"
+        requests = await _requests(backend, parameters, kind, capabilities, answer_id, prompts, adapter=adapter)
+        tokens = sum(len(each.prompt_token_ids) + each.sampling.max_tokens for each in requests)
+        await backend.admission.reserve(lease, tokens=choices.best_of * tokens)
+        observation.admitted()
+        observation.prompt_tokens = sum(len(each.token_ids) for each in prompts)
         head = Head(answer_id=answer_id, created_unix_s=int(backend.wall_clock()), model=name)
-        wire = kind.wire(head, include_usage=parameters.include_usage, choices=choices.best_of, top=choices.logprobs)
-        request = GenerationRequest(request_id=answer_id, prompt_token_ids=prompt, sampling=sampling)
-        jobs = jobs_of(
-            parameters,
-            request,
-            ending=ending_tokens(sampling, capabilities),
-            lead="" if not choices.echo else await backend.text.decode(prompt) if prompt_text is None else prompt_text,
-        )
+        made = len(requests) * choices.best_of
+        wire = kind.wire(head, include_usage=parameters.include_usage, choices=made, top=choices.logprobs)
+        jobs: list[Job] = []
+        for prompt, request in zip(prompts, requests, strict=True):
+            ending, lead = ending_tokens(request.sampling, capabilities), ""
+            if choices.echo:
+                lead = await backend.text.decode(prompt.token_ids) if prompt.text is None else prompt.text
+            jobs += jobs_of(parameters, request, ending=ending, lead=lead, first=len(jobs))
         async with closing(until(deadline_s, choices_of(backend, jobs))) as pieces:
             if parameters.stream:
                 return await send_events(
-                    http, pieces, wire, observation, include_usage=parameters.include_usage, choices=choices.n
+                    http, pieces, wire, observation, include_usage=parameters.include_usage, choices=made
                 )
-            return await send_whole(pieces, wire, observation, made=choices.best_of, wanted=choices.n)
+            return await send_whole(
+                pieces, wire, observation, made=choices.best_of, wanted=choices.n, prompts=len(requests)
+            )
 
 
-async def encode(text: Text, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-    """Return the token ids of a prompt that may be given as such."""
-    return await text.encode(prompt) if isinstance(prompt, str) else prompt
+async def encode(text: Text, prompt: Prompt) -> Encoded:
+    """Return a prompt that may be given as token ids."""
+    if isinstance(prompt, str):
+        return Encoded(token_ids=await text.encode(prompt), text=prompt)
+    return Encoded(token_ids=prompt)
+
+
+async def _requests(
+    backend: Backend,
+    parameters: Parameters,
+    kind: Kind,
+    capabilities: EngineCapabilities,
+    answer_id: str,
+    prompts: Sequence[Encoded],
+    *,
+    adapter: str,
+) -> list[GenerationRequest]:
+    """Return what the engine is asked for each prompt. Raises: ApiError."""
+    bad_words = await bad_words_as_tokens(backend.text, parameters.engine_params.get("bad_words", ()))
+    return [
+        GenerationRequest(
+            request_id=answer_id if not index else f"{answer_id}-prompt-{index}",
+            prompt_token_ids=prompt.token_ids,
+            sampling=sampling_of(
+                parameters,
+                prompt=prompt.token_ids,
+                prompt_name=kind.prompt_name,
+                default_tokens=kind.default_tokens,
+                capabilities=capabilities,
+                new_seed=backend.new_seed(),
+                adapter=adapter,
+                bad_words=bad_words,
+            ),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 @asynccontextmanager

@@ -11,25 +11,37 @@ _TEXT_PART: Final = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
+_CONTENT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]}
 _MESSAGE: Final = {
     "type": "object",
     "properties": {
         "role": {"enum": list(_ROLES)},
-        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
+        "content": {},
     },
-    "required": ["role", "content"],
+    "required": ["role"],
+    "if": {"properties": {"role": {"const": "assistant"}}},
+    "then": {"properties": {"content": {"anyOf": [{"type": "null"}, _CONTENT]}}},
+    "else": {"properties": {"content": _CONTENT}, "required": ["content"]},
     "additionalProperties": {"enum": [None, [], {}]},  # of what is not supported, only what says nothing
 }
 _TOKEN_IDS: Final = {"type": "array", "items": TOKEN_ID, "minItems": 1}
+MAX_PROMPTS: Final = 1024
+Prompt = str | tuple[int, ...]
 
 
-def read_prompt(value: Any) -> str | tuple[int, ...]:
-    """Read a string, token ids, or an array of exactly one of either. Raises: ApiError."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            message = f"prompt: one prompt a request, not {len(value)}"
-            raise invalid(message, param="prompt", code="unsupported_value")
-        value = value[0]
+def read_prompts(value: Any) -> tuple[Prompt, ...]:
+    """Read a string, token ids, or an array of either. Raises: ApiError."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
+        return (_prompt(value),)
+    if len(value) > MAX_PROMPTS:
+        message = f"prompt: at most {MAX_PROMPTS} prompts a request, not {len(value)}"
+        raise invalid(message, param="prompt", code="invalid_value")
+    if not all(isinstance(each, type(value[0])) for each in value):
+        raise invalid("prompt must not mix strings and token ids", param="prompt", code="invalid_type")
+    return tuple(map(_prompt, value))
+
+
+def _prompt(value: Any) -> Prompt:
     match value:
         case None:
             raise invalid("prompt is required", param="prompt", code="missing_parameter")
@@ -62,11 +74,14 @@ def _message(name: str, message: Any) -> dict[str, str]:
     if not isinstance(role, str) or role not in _ROLES:
         wanted, code = ", ".join(_ROLES), "unsupported_value" if isinstance(role, str) else "invalid_value"
         raise invalid(f"{name}.role must be one of {wanted}", param=f"{name}.role", code=code)
-    return {"role": _ROLES[role], "content": _content(f"{name}.content", message.get("content"))}
+    content = message.get("content")
+    if content is None and role == "assistant":
+        content = ""  # it has called tools, or had nothing to say
+    return {"role": _ROLES[role], "content": _content(f"{name}.content", content)}
 
 
 def _content(name: str, value: Any) -> str:
-    """Return the text of a message: a string, or parts that are all text."""
+    """Return the text of a message: a string, or parts that are all text, each on lines of its own as in vLLM."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -78,17 +93,17 @@ def _content(name: str, value: Any) -> str:
             where = f"{name}[{index}]"
             raise invalid(f"{where}: only parts of type text are supported", param=where, code="unsupported_value")
         texts.append(part["text"])
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 PROMPT: Final = Reader(
-    parse=lambda _name, value: read_prompt(value),
+    parse=lambda _name, value: read_prompts(value),
     schema={
         "anyOf": [
             {"type": "string"},
-            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
             _TOKEN_IDS,
-            {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": 1},
+            {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
         ]
     },
 )

@@ -8,8 +8,10 @@ from flexpiped.api.generation import Job
 from flexpiped.api.parameters import MAX_SEED, Parameters
 
 
-def jobs_of(parameters: Parameters, request: GenerationRequest, *, ending: frozenset[int], lead: str) -> list[Job]:
-    """Return one job for each choice: seeds and names of the others follow those of the first."""
+def jobs_of(
+    parameters: Parameters, request: GenerationRequest, *, ending: frozenset[int], lead: str, first: int = 0
+) -> list[Job]:
+    """Return one job for each choice: seeds and names of the others follow those of the first, which is ``first``."""
     choices, min_tokens = parameters.choices, parameters.engine_params.get("min_tokens", 0)
     return [
         Job(
@@ -17,11 +19,12 @@ def jobs_of(parameters: Parameters, request: GenerationRequest, *, ending: froze
             stop=parameters.stop,
             include_stop=parameters.include_stop,
             ending=ending,
-            index=index,
+            index=first + index,
             min_tokens=min_tokens,
             lead=lead,
             tells_tokens=choices.logprobs is not None,
             tells_prompt=choices.prompt_logprobs is not None,
+            tells_cached=index == 0,  # the others begin with what the first one computes
             leads_tokens=choices.echo and choices.logprobs is not None,
             is_prompt_only=parameters.max_tokens == 0,
         )

@@ -22,7 +22,7 @@ from flexpiped.api.fields import (
     token_ids,
     wrong_type,
 )
-from flexpiped.api.inputs import MESSAGES, PROMPT, read_messages, read_prompt
+from flexpiped.api.inputs import MAX_PROMPTS, MESSAGES, PROMPT, Prompt, read_messages, read_prompts
 from flexpiped.api.structured import STRUCTURED, read_grammar
 from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NeutralValues, refuse_unsupported
 
@@ -122,7 +122,7 @@ class Parameters:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest:
     parameters: Parameters
-    prompt: str | tuple[int, ...]
+    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,11 @@ def parse_completion(body: Body, *, taken: Set[str] = frozenset()) -> Completion
     parameters = _parameters(body, _OF_COMPLETIONS, completion_choices, taken=taken)
     if parameters.max_tokens == 0 and not parameters.choices.echo:
         raise invalid("max_tokens 0 goes with echo: true only", param="max_tokens", code="contradiction")
-    return CompletionRequest(prompt=read_prompt(body.get("prompt")), parameters=parameters)
+    prompts = read_prompts(body.get("prompt"))
+    if len(prompts) * parameters.choices.best_of > MAX_PROMPTS:
+        message = f"{len(prompts)} prompts of {parameters.choices.best_of} choices each are more than {MAX_PROMPTS}"
+        raise invalid(message, param="prompt", code="invalid_value")
+    return CompletionRequest(prompts=prompts, parameters=parameters)
 
 
 def parse_chat(body: Body, *, taken: Set[str] = frozenset()) -> ChatRequest:

@@ -36,24 +36,39 @@ class _Made:
 
     def whole(self) -> Whole:
         finish_reason = "" if self.last is None else self.last.finish_reason or ""
-        return Whole(text="".join(self.texts), finish_reason=finish_reason, tokens=self.tokens, prompt=self.prompt)
+        return Whole(
+            text="".join(self.texts),
+            finish_reason=finish_reason,
+            tokens=self.tokens,
+            prompt=self.prompt,
+            stop_reason=None if self.last is None else self.last.stop_reason,
+        )
 
 
 async def send_whole(
-    pieces: AsyncGenerator[Piece, None], wire: AnswerWire, observation: Observation, *, made: int = 1, wanted: int = 1
+    pieces: AsyncGenerator[Piece, None],
+    wire: AnswerWire,
+    observation: Observation,
+    *,
+    made: int = 1,
+    wanted: int = 1,
+    prompts: int = 1,
 ) -> web.StreamResponse:
-    """Collect the choices and answer with them: of ``made`` the ``wanted`` likeliest, by the mean over their tokens.
+    """Collect the choices and answer with them, prompt by prompt.
+
+    Of ``made`` of each prompt the ``wanted`` likeliest are given, by the mean over their tokens.
 
     Raises:
         ApiError, EngineError
     """
-    counts = [0] * made
-    choices = [_Made() for _ in range(made)]
+    counts = [0] * (made * prompts)
+    choices = [_Made() for _ in counts]
     async for piece in pieces:
         _count(piece, counts, observation)
         choices[piece.index].add(piece)
     if wanted < made:
-        choices = sorted(choices, key=lambda each: -each.mean_logprob)[:wanted]
+        of_prompts = (choices[i : i + made] for i in range(0, len(choices), made))
+        choices = [each for some in of_prompts for each in sorted(some, key=lambda one: -one.mean_logprob)[:wanted]]
     observation.outcome = Outcome.DONE
     body = wire.whole([each.whole() for each in choices], usage_of(observation))
     return web.Response(body=body, content_type="application/json")
@@ -115,6 +130,6 @@ def _event_of(piece: Piece, wire: AnswerWire, counts: list[int], observation: Ob
 
 def _count(piece: Piece, counts: list[int], observation: Observation) -> None:
     counts[piece.index] = piece.completion_tokens
-    if piece.index == 0 and observation.cached_tokens is None:  # the others begin with what the first one computes
-        observation.cached_tokens = piece.cached_tokens
+    if piece.cached_tokens is not None:
+        observation.cached_tokens = (observation.cached_tokens or 0) + piece.cached_tokens
     observation.tokens(sum(counts), in_a_row=max(counts))

@@ -1,7 +1,8 @@
 """Answers as bytes. What is equal in all chunks of a stream is encoded once, so a token costs one small string."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
@@ -47,12 +48,13 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """One choice of an answer that is not streamed."""
+    """One choice of an answer that is not streamed. ``stop_reason`` as of ``Piece``."""
 
     text: str
     finish_reason: str
     tokens: Sequence[TokenReport] = ()
     prompt: Sequence[TokenReport] = ()
+    stop_reason: str | int | None = None
 
 
 class AnswerWire(Protocol):
@@ -83,6 +85,11 @@ def error_event(error: ApiError) -> bytes:
     return b"data: " + error.encode() + b"\n\n"
 
 
+def _why(end: Piece | Whole) -> dict[str, Any]:
+    """Return what vLLM adds to how a choice ended: null where the model or the length ended it."""
+    return {"stop_reason": end.stop_reason}
+
+
 def _around(chunk: dict[str, Any]) -> tuple[bytes, bytes]:
     """Split the event of ``chunk`` around the one string in it that is "@"."""
     before, after = event(chunk).split(b'"@"')
@@ -111,14 +118,15 @@ class CompletionWire:
         return self.last(piece)
 
     def last(self, piece: Piece) -> bytes:
-        return event(self._chunk(self._choice(piece.index, piece.text, piece.finish_reason, piece.tokens or None)))
+        choice = self._choice(piece.index, piece.text, piece.finish_reason, piece.tokens or None)
+        return event(self._chunk(choice if piece.finish_reason is None else choice | _why(piece)))
 
     def usage(self, usage: Usage) -> bytes:
         return event({**self._start, "choices": [], "usage": usage.to_wire()})
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         found = [
-            self._choice(index, each.text, each.finish_reason, each.tokens) | prompt_to_wire(each.prompt)
+            self._choice(index, each.text, each.finish_reason, each.tokens) | _why(each) | prompt_to_wire(each.prompt)
             for index, each in enumerate(choices)
         ]
         return _encode({**self._chunk(*found), "usage": usage.to_wire()})
@@ -154,7 +162,7 @@ class ChatWire:
 
     def last(self, piece: Piece) -> bytes:
         text = self.text(piece) if piece.says_something else b""
-        return text + event(self._chunk(piece.index, {}, piece.finish_reason))
+        return text + event(self._chunk(piece.index, {}, piece.finish_reason, why=_why(piece)))
 
     def usage(self, usage: Usage) -> bytes:
         return event({**self._start, "choices": [], "usage": usage.to_wire()})
@@ -167,6 +175,7 @@ class ChatWire:
                 "logprobs": None if self._logprobs is None else self._logprobs.to_wire(each.tokens),
                 "finish_reason": each.finish_reason,
             }
+            | _why(each)
             for index, each in enumerate(choices)
         ]
         told = prompt_to_wire(choices[0].prompt)
@@ -178,7 +187,8 @@ class ChatWire:
         delta: dict[str, str],
         finish_reason: str | None = None,
         tokens: Sequence[TokenReport] = (),
+        why: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Any]:
         logprobs = self._logprobs.to_wire(tokens) if tokens and self._logprobs is not None else None
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **why}
         return {**self._start, "choices": [choice], **self._rest}

@@ -124,3 +124,26 @@ async def test_what_is_no_grammar_is_refused_by_name(engine: NativeEngine, kind:
     assert (caught.value.parameter, caught.value.code) == ("response_format", "invalid_grammar")
     counters = await engine.counters()
     assert (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
+
+
+async def test_allowed_tokens_that_leave_the_grammar_nothing_are_refused(engine: NativeEngine) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await collect(engine, limited("[a-c]{9}", only="x"))
+    assert (caught.value.parameter, caught.value.code) == ("allowed_token_ids", "contradiction")
+
+
+async def test_where_nothing_is_left_later_the_request_is_given_up(engine: NativeEngine) -> None:
+    tokens, finish = await collect(engine, limited("bbx", only="b"))
+    assert (tokens[:2], finish) == ([token_of("b")] * 2, FinishReason.ABORT)
+
+
+def token_of(letter: str) -> int:
+    (token,) = Tokenizer.from_file(str(llama() / "tokenizer.json")).encode(letter, add_special_tokens=False).ids
+    return int(token)
+
+
+def limited(pattern: str, *, only: str) -> GenerationRequest:
+    grammar = Grammar(kind=GrammarKind.REGEX, source=pattern, parameter="structured_outputs")
+    plain = request((5, 6), max_tokens=20)
+    params = {"allowed_token_ids": [token_of(only)]}
+    return replace(plain, sampling=replace(plain.sampling, grammar=grammar, engine_params=params))

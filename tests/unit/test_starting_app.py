@@ -19,7 +19,9 @@ async def test_alive_but_not_serving_and_why() -> None:
         for path in ("/readyz", "/v1/models", "/"):
             async with session.get(path) as answer:
                 assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
-                assert (await answer.json())["error"]["message"] == "starting: loading weights"
+                error = (await answer.json())["error"]
+                assert (error["message"], error["code"]) == ("starting: loading weights", "starting")
+                assert error["type"] == "service_unavailable_error"
 
 
 def test_a_taken_port_says_what_to_do() -> None:

@@ -89,6 +89,49 @@ async def test_one_choice_may_end_while_others_go_on(app: HttpApp, session: aioh
     assert [each["text"] for each in answer["choices"]] == [TEXTS[0], "The quick", TEXTS[2]]
 
 
+async def test_several_prompts_have_their_choices_in_a_row(app: HttpApp, session: aiohttp.ClientSession) -> None:
+    answer = await whole(app, session, "completions", prompt=["One", "Two"], n=2, max_tokens=60, echo=True)
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts == ["One" + TEXTS[0], "One" + TEXTS[1], "Two" + TEXTS[0], "Two" + TEXTS[1]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == 2 + len(ids_of("One")) + len(
+        ids_of("Two")
+    )  # each with the token of the beginning
+    assert answer["usage"]["completion_tokens"] == 2 * sum(len(ids_of(text)) + 1 for text in TEXTS[:2])
+
+
+async def test_the_best_is_chosen_for_each_prompt(app: HttpApp, session: aiohttp.ClientSession) -> None:
+    (one,) = (await whole(app, session, "completions", prompt="One", best_of=3, max_tokens=60))["choices"]
+    answer = await whole(app, session, "completions", prompt=["One", "One"], best_of=3, max_tokens=60)
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [(0, one["text"]), (1, one["text"])]
+
+
+async def test_several_prompts_are_streamed_side_by_side(app: HttpApp, session: aiohttp.ClientSession) -> None:
+    body = {"prompt": ["One", "Two"], "max_tokens": 60, "stream_options": {"include_usage": True}}
+    found = await events(app, session, "completions", **body)
+    texts = {0: "", 1: ""}
+    for choice in (each for event in found for each in event["choices"]):
+        texts[choice["index"]] += choice["text"]
+    assert texts == {0: TEXTS[0], 1: TEXTS[0]}
+    assert found[-1]["usage"]["prompt_tokens"] == 2 + len(ids_of("One")) + len(
+        ids_of("Two")
+    )  # each with the token of the beginning
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [({"stop": ["x", "upon"]}, "upon"), ({"stop_token_ids": [ids_of(TEXTS[0])[3]]}, None), ({}, None)],
+)
+async def test_the_stop_reason_is_what_the_request_named(
+    app: HttpApp, session: aiohttp.ClientSession, extra: dict[str, Any], reason: str | None
+) -> None:
+    wanted = extra.get("stop_token_ids", [reason])[0]
+    answer = await whole(app, session, "completions", prompt="One", max_tokens=60, **extra)
+    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["stop_reason"]) == ("stop", wanted)
+    found = await events(app, session, "chat/completions", messages=CHAT, max_tokens=60, **extra)
+    assert found[-1]["choices"][0]["stop_reason"] == wanted
+
+
 async def test_best_of_gives_the_likeliest_and_counts_all(app: HttpApp, session: aiohttp.ClientSession) -> None:
     def mean(text: str) -> float:
         tokens = [*ids_of(text), EOS_ID]

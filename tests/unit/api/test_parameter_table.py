@@ -196,4 +196,4 @@ def is_taken(api: Api, body: dict[str, Any], capabilities: EngineCapabilities) -
         parsed = api.parse(body, taken=taken_here(capabilities))
     except ApiError as refused:
         return refused.code == "contradiction"  # between parameters: no schema says so
-    return parsed.parameters.model in (None, "tiny") and getattr(parsed, "prompt", None) != ()
+    return parsed.parameters.model in (None, "tiny") and () not in getattr(parsed, "prompts", ())

@@ -1,5 +1,6 @@
 """Every parameter is honoured, refused by name, or accepted where it changes nothing."""
 
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +24,9 @@ def chat(**extra: Any) -> dict[str, Any]:
     return {"messages": MESSAGES, **extra}
 
 
-def refusal_of(body: dict[str, Any], *, of_chat: bool = False) -> ApiError:
+def refusal_of(body: dict[str, Any], *, of_chat: bool = False, taken: Set[str] = frozenset()) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        (parse_chat if of_chat else parse_completion)(body)
+        (parse_chat if of_chat else parse_completion)(body, taken=taken)
     assert caught.value.status == 400
     return caught.value
 
@@ -146,8 +147,9 @@ def test_unknown_names_are_refused(name: str) -> None:
         ("prompt", None),
         ("prompt", 5),
         ("prompt", {}),
-        ("prompt", ["a", "b"]),
-        ("prompt", [[1], [2]]),
+        ("prompt", ["a", [1]]),
+        ("prompt", [[1], "a"]),
+        ("prompt", [[1], []] * 513),
         ("prompt", [1, "a"]),
         ("prompt", [1, True]),
     ],
@@ -170,10 +172,36 @@ def test_options_of_streams_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("given", "read"),
-    [("Once", "Once"), (["Once"], "Once"), ([5, 6], (5, 6)), ([[5, 6]], (5, 6)), ([], ()), ("", "")],
+    [
+        ("Once", ("Once",)),
+        (["Once"], ("Once",)),
+        (["Once", "Twice"], ("Once", "Twice")),
+        ([5, 6], ((5, 6),)),
+        ([[5, 6]], ((5, 6),)),
+        ([[5], [6, 7]], ((5,), (6, 7))),
+        ([], ((),)),
+        ("", ("",)),
+    ],
 )
 def test_prompts(given: Any, read: Any) -> None:
-    assert parse_completion({"prompt": given}).prompt == read
+    assert parse_completion({"prompt": given}).prompts == read
+
+
+def test_prompts_times_choices_are_bounded() -> None:
+    body = {"prompt": ["a"] * 100, "n": 11}
+    assert refusal_of(body, taken={"n"}).param == "prompt"
+
+
+@pytest.mark.parametrize("kind", ["json", "regex", "choice", "grammar"])
+def test_names_that_vllm_has_no_more_are_refused_with_what_to_give(kind: str) -> None:
+    refusal = refusal_of(completion(**{f"guided_{kind}": "x"}))
+    assert (refusal.param, refusal.code) == (f"guided_{kind}", "unknown_parameter")
+    assert f'structured_outputs: {{"{kind}"' in refusal.message
+
+
+def test_an_assistant_may_have_said_nothing() -> None:
+    given = [{"role": "assistant", "content": None}, {"role": "user", "content": "x"}]
+    assert parse_chat({"messages": given}).messages[0] == {"role": "assistant", "content": ""}
 
 
 def test_messages_are_roles_and_text() -> None:
@@ -181,7 +209,7 @@ def test_messages_are_roles_and_text() -> None:
     given = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": None}]
     assert parse_chat({"messages": given}).messages == (
         {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "hello"},
+        {"role": "user", "content": "hel\nlo"},
     )
 
 

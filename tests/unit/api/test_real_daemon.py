@@ -102,7 +102,7 @@ def requests_good_and_bad() -> Iterator[tuple[str, Any, int]]:
     yield "/tokenize", {"prompt": PROMPT}, 200
     yield "/v1/completions", {"prompt": PROMPT * 60}, 400
     yield "/v1/completions", {"prompt": PROMPT, "stop": [PROMPT, ""]}, 400
-    yield "/v1/completions", {"prompt": [PROMPT, PROMPT]}, 400
+    yield "/v1/completions", {"prompt": [PROMPT, [5]]}, 400
     yield "/v1/completions", {"prompt": "x", PROMPT: PROMPT}, 400
     yield "/v1/completions", {"prompt": "x", "model": PROMPT}, 404
     yield "/v1/completions", f'{{"prompt": "{PROMPT}"'.encode(), 400

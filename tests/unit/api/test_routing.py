@@ -40,6 +40,7 @@ def chat(body: dict[str, Any], *, args: tuple[str, ...] = ()) -> ChatRequest | T
         {"n": 1, "echo": False, "best_of": 1, "response_format": {"type": "text"}},
         {"cache_salt": None},
         {"prompt": ["one"]},
+        {"prompt": ["one", "two"]},
     ],
 )
 def test_completions_of_ours(body: dict[str, Any]) -> None:
@@ -58,7 +59,6 @@ def test_completions_of_ours(body: dict[str, Any]) -> None:
         ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
         ({"cache_salt": "s"}, "cache_salt"),
         ({"return_token_ids": True}, "return_token_ids"),
-        ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": None, "prompt_embeds": "x"}, "prompt_embeds"),
         ({"model": "adapter"}, "model"),
         ({"min_tokens": 3, "stop": "x"}, "min_tokens"),
@@ -122,7 +122,7 @@ def test_chats_that_nobody_takes_are_refused_here(body: dict[str, Any]) -> None:
 
 
 def test_without_a_server_all_is_ours_or_refused() -> None:
-    for body in ({"logprobs": 2}, {"cache_salt": "x"}, {"min_p": 0.5}, {"prompt": ["a", "b"]}):
+    for body in ({"logprobs": 2}, {"cache_salt": "x"}, {"min_p": 0.5}):
         with pytest.raises(ApiError):
             route(COMPLETIONS, {"prompt": "Once", **body}, served="tiny", capabilities=FAKE_CAPABILITIES)
     for capabilities in (FAKE_CAPABILITIES, None):  # another model is not found by who answers

@@ -34,7 +34,7 @@ def test_completion_events(include_usage: bool) -> None:
     choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": None}
     assert wire.first(0) == b""
     assert events_of(wire.text(piece(TEXT))) == [{**base, "choices": [choice], **rest}]
-    last = {**choice, "text": "", "finish_reason": "stop"}
+    last = {**choice, "text": "", "finish_reason": "stop", "stop_reason": None}
     assert events_of(wire.last(piece("", "stop"))) == [{**base, "choices": [last], **rest}]
     assert events_of(wire.usage(USAGE)) == [{**base, "choices": [], "usage": USAGE_WIRE}]
 
@@ -43,7 +43,7 @@ def test_whole_completion() -> None:
     whole = json.loads(
         CompletionWire(HEAD, include_usage=False).whole([Whole(text=TEXT, finish_reason="length")], USAGE)
     )
-    choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "length"}
+    choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "length", "stop_reason": None}
     base = {"id": "id-1", "object": "text_completion", "created": 5, "model": HEAD.model}
     assert whole == {**base, "choices": [choice], "usage": USAGE_WIRE}
 
@@ -60,7 +60,7 @@ def test_chat_events() -> None:
 
     def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**base, "choices": [choice]}
+        return {**base, "choices": [choice if finish_reason is None else choice | {"stop_reason": None}]}
 
     assert events_of(wire.first(0)) == [chunk({"role": "assistant", "content": ""})]
     assert events_of(wire.text(piece(TEXT))) == [chunk({"content": TEXT})]
@@ -73,7 +73,8 @@ def test_whole_chat() -> None:
     whole = json.loads(ChatWire(HEAD, include_usage=False).whole([Whole(text="hi", finish_reason="stop")], USAGE))
     message = {"role": "assistant", "content": "hi", "refusal": None}
     assert whole["object"] == "chat.completion"
-    assert whole["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    end = {"finish_reason": "stop", "stop_reason": None}
+    assert whole["choices"] == [{"index": 0, "message": message, "logprobs": None, **end}]
     assert whole["usage"] == USAGE_WIRE
 
 
