@@ -1,4 +1,4 @@
-"""The daemon's HTTP API in front of a real engine that its own server comes with, and what tests ask of it."""
+"""The daemon's HTTP API in front of a real engine that has been started, and what tests ask of it."""
 
 import json
 from collections.abc import AsyncIterator
@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import aiohttp
 
+from engines.native.adapter import NativeEngine
 from engines.protocol import Engine
 from engines.sglang.adapter import SglangEngine
 from engines.text.client import TextService
@@ -43,7 +44,7 @@ TOOL = {
 class Started:
     """An engine that its fixture has started, and closes."""
 
-    def __init__(self, engine: VllmEngine | SglangEngine) -> None:
+    def __init__(self, engine: VllmEngine | SglangEngine | NativeEngine) -> None:
         self._engine = engine
 
     async def start(self, **_unused: object) -> None:
@@ -56,11 +57,16 @@ class Started:
 
     @property
     def own_routes_socket(self) -> Path:
-        return self._engine.own_routes_socket
+        return self._served.own_routes_socket
 
     @property
     def own_routes_key(self) -> str:
-        return self._engine.own_routes_key
+        return self._served.own_routes_key
+
+    @property
+    def _served(self) -> VllmEngine | SglangEngine:
+        assert not isinstance(self._engine, NativeEngine)
+        return self._engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -68,12 +74,12 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
-    """The daemon's API in front of an engine that has one of its own."""
+    """The daemon's API in front of ``engine``."""
 
     session: aiohttp.ClientSession
     url: str
     backend: Backend
-    engine: VllmEngine | SglangEngine
+    engine: VllmEngine | SglangEngine | NativeEngine
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         async with self.session.post(f"{self.url}{path}", json=body) as response:
@@ -111,6 +117,7 @@ class Api:
 
     async def names(self, schema: str) -> set[str]:
         """Return the fields of a request model of the engine's own server."""
+        assert not isinstance(self.engine, NativeEngine)
         async with own_server_of(self.engine) as session, session.get("/openapi.json") as response:
             return set((await response.json())["components"]["schemas"][schema]["properties"])
 
@@ -133,14 +140,14 @@ async def own_server_of(engine: VllmEngine | SglangEngine) -> AsyncIterator[aioh
 
 
 @asynccontextmanager
-async def api_before(engine: VllmEngine | SglangEngine, *, model: Path) -> AsyncIterator[Api]:
-    """Serve ``engine``, which has been started, while the scope lasts."""
+async def api_before(engine: VllmEngine | SglangEngine | NativeEngine, *, model: Path) -> AsyncIterator[Api]:
+    """Serve ``engine``, which has been started, under the name that it has or that of the directory ``model``."""
     text = TextService(model=model)
     await text.start()
     supervisor = Supervisor(factory=lambda _pipeline, _epoch: cast("Engine", Started(engine)), pipeline=engine.pipeline)
     await supervisor.start()
     backend = Backend(
-        model=engine.options.served_model_name,
+        model=model.name if isinstance(engine, NativeEngine) else engine.options.served_model_name,
         serving=supervisor,
         text=text,
         admission=Admission(limits=AdmissionLimits()),
