@@ -28,11 +28,15 @@ async def packages() -> Path:
         fresh = Path(tempfile.mkdtemp(dir=directory.parent, prefix="openai-node-"))
         status, output = await _run(*_INSTALL, "--prefix", str(fresh), f"openai@{VERSION}")
         assert status == 0, output
-        try:
-            fresh.rename(directory)
-        except OSError:  # another run was faster
-            shutil.rmtree(fresh)
+        _put(fresh, directory)
     return directory
+
+
+def _put(fresh: Path, directory: Path) -> None:
+    try:
+        fresh.rename(directory)
+    except OSError:  # another run was faster
+        shutil.rmtree(fresh)
 
 
 async def run_flow(name: str, url: str) -> Any:

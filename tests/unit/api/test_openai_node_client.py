@@ -47,10 +47,11 @@ async def test_errors_are_the_clients_own(app: HttpApp) -> None:
         "unknown": ("BadRequestError", 400, "suffix", "unsupported_parameter"),
         "model": ("NotFoundError", 404, "model", "model_not_found"),
         "long": ("BadRequestError", 400, "messages", "context_length_exceeded"),
-        "route": ("NotFoundError", 404, None, "unknown_route"),
+        "route": ("NotFoundError", 404, None, "no_such_route"),
     }
 
 
+@pytest.mark.long
 async def test_full_is_a_rate_limit_and_a_retry_is_served() -> None:
     await packages()
     async with http_app(limits=FULL, engines=FakeEngines(next_token=saying(TEXT))) as app:
