@@ -16,7 +16,7 @@ import torch
 from engines.native.kv_store import KVStore
 
 ATTENTION_NAME = "flexpiped_paged"
-_TILE, _MAX_HEAD_DIM, _MAX_GROUP = 16, 256, 16  # of paged_attention.c
+_BLOCK_MULTIPLE, _MAX_HEAD_DIM, _MAX_GROUP = 16, 256, 16  # of paged_attention.c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class PagedStep:
         ends = np.cumsum(counts, dtype=np.int32)
         self.positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - (ends - counts), counts)
         self.ends = ends
-        self.native: _Step | None = None  # filled by the kernel at its first layer
+        self.native: _Step | None = None  # filled at the first layer
         self.slots: torch.Tensor | None = None  # filled by the torch path at its first layer
 
 
@@ -71,6 +71,23 @@ class _Rows(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("token_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64))
 
 
+def fits_kernel(head_dim: int, num_heads: int, num_kv_heads: int, kv_block_tokens: int) -> bool:
+    """Say whether ``paged_attention.c`` can do this shape. The limits are its own."""
+    return (
+        head_dim <= _MAX_HEAD_DIM and num_heads <= _MAX_GROUP * num_kv_heads and kv_block_tokens % _BLOCK_MULTIPLE == 0
+    )
+
+
+def native_step(step: PagedStep) -> _Step:
+    """Return the step in C's words, made once; heads and scores are for each layer to say."""
+    if step.native is None:
+        step.native = _Step(
+            len(step.positions), len(step.rows), step.table.shape[1], step.kv_block_tokens, 0, 0, 0, 0, 0.0, 0.0,
+            step.table.ctypes.data, step.rows.ctypes.data, step.sequence_of.ctypes.data, step.positions.ctypes.data,
+        )  # fmt: skip
+    return step.native
+
+
 class CompiledAttention:
     """The float32 kernel of ``kernels/paged_attention.c``."""
 
@@ -79,27 +96,17 @@ class CompiledAttention:
 
     @staticmethod
     def supports(q: torch.Tensor, k: torch.Tensor, step: PagedStep) -> bool:
-        """Say whether the kernel can do this dtype and shape. The limits are those of the C source."""
-        return (
-            q.dtype is torch.float32
-            and q.device.type == "cpu"
-            and q.shape[3] <= _MAX_HEAD_DIM
-            and q.shape[1] <= _MAX_GROUP * k.shape[1]
-            and step.kv_block_tokens % _TILE == 0
-        )
+        """Say whether the kernel can do this dtype and shape, in the host's memory."""
+        fits = fits_kernel(q.shape[3], q.shape[1], k.shape[1], step.kv_block_tokens)
+        return fits and q.dtype is torch.float32 and q.device.type == "cpu"
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, layer: int, step: PagedStep
     ) -> Any:
         """Attend; q, k, v of shape (1, heads, tokens, head_dim); the result is (1, tokens, heads, head_dim)."""
         out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3])
-        native = step.native
-        if native is None:
-            native = step.native = _Step(
-                len(step.positions), len(step.rows), step.table.shape[1], step.kv_block_tokens,
-                q.shape[1], k.shape[1], q.shape[3], 0, 0.0, 0.0,
-                step.table.ctypes.data, step.rows.ctypes.data, step.sequence_of.ctypes.data, step.positions.ctypes.data,
-            )  # fmt: skip
+        native = native_step(step)
+        native.num_heads, native.num_kv_heads, native.head_dim = q.shape[1], k.shape[1], q.shape[3]
         native.window, native.scale, native.softcap = scores.window_tokens or 0, scores.scale, scores.softcap or 0.0
         keys, values = step.kv.keys[layer].data_ptr(), step.kv.values[layer].data_ptr()
         status = self._function(

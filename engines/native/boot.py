@@ -7,12 +7,13 @@ import torch
 
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.errors import UnsupportedByEngine
-from engines.native import attention, llama_ops
+from engines.native import attention
+from engines.native.compile_family import compile_family
 from engines.native.context import WorkerContext
 from engines.native.families import build_family
 from engines.native.family import Family
 from engines.native.inbox import Inbox
-from engines.native.kernels.build import KernelBuildFailed, build_kernel, cache_directory
+from engines.native.kernels.build import KernelBuildFailed, build_kernels, cache_directory
 from engines.native.lora import LoraModules, read_adapter
 from engines.native.options import NativeOptions
 from engines.native.scheduler import SchedulerLimits
@@ -61,11 +62,9 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     kernels, note = _compiled(options)
     num_blocks = 1 + options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)
     max_model_len = choose_max_model_len(options, graph.max_context_tokens, num_blocks)
-    family = build_family(
-        config, attention=attention.register(kernels.get("paged_attention")), max_model_len=max_model_len, dtype=dtype
-    )
-    if kernels and dtype is torch.float32:
-        llama_ops.install(family.model, kernels["llama_ops"])
+    family = build_family(config, attention=attention.register(kernels), max_model_len=max_model_len, dtype=dtype)
+    if kernels is not None and dtype is torch.float32:
+        compile_family(family, kernels, kv_block_tokens=options.kv_block_tokens)
     check_pipeline(pipeline, family, options)
     adapters = [read_adapter(name, Path(directory), family) for name, directory in options.adapters]
     shared = SharedMemory(
@@ -155,15 +154,14 @@ def check_pipeline(pipeline: Pipeline, family: Family, options: NativeOptions) -
             raise UnsupportedByEngine(f"stage {index} has no decoder")
 
 
-def _compiled(options: NativeOptions) -> tuple[dict[str, Path], str]:
-    """Return the compiled kernels by name (none where they cannot be built), and a word on that."""
+def _compiled(options: NativeOptions) -> tuple[Path | None, str]:
+    """Return the library of the kernels (None where they cannot be built), and a word on that."""
     if options.visible:
-        return {}, "torch"
-    directory = cache_directory(options.cache_directory)
+        return None, "torch"
     try:
-        return {name: build_kernel(name, directory=directory) for name in ("paged_attention", "llama_ops")}, "compiled"
+        return build_kernels(directory=cache_directory(options.cache_directory)), "compiled"
     except KernelBuildFailed as error:
-        return {}, f"torch ({error})"
+        return None, f"torch ({error})"
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

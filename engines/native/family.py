@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from engines.native.attention import PagedStep
+from engines.native.compiled_decoders import CompiledDecoders
+from engines.native.linear import LinearOps
+
 LM_HEAD = "lm_head"
 
 
@@ -38,6 +42,8 @@ class Family(ABC):
         self.config = model.config
         self.dtype = dtype
         self.max_model_len = max_model_len
+        self.linear: LinearOps | None = None  # both as ``compile_family`` sets them
+        self.compiled: CompiledDecoders | None = None
         self._base = model.get_submodule(self.places.base)
 
     @classmethod
@@ -87,8 +93,11 @@ class Family(ABC):
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Return hidden states (1, tokens, hidden) of token ids (1, tokens) at ``positions`` (tokens)."""
-        hidden: torch.Tensor = self.module(self.places.table)(tokens)
-        return hidden
+        return self.looked_up(tokens)
+
+    def looked_up(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the embedding's table, which may lie there in another type."""
+        return nn.functional.embedding(tokens, self.module(self.places.table).weight).to(self.dtype)
 
     def move_to(self, device: torch.device) -> None:  # noqa: B027
         """Put what the family computes with beside parameters on ``device``, for this process alone."""
@@ -101,6 +110,35 @@ class Family(ABC):
         decoders: Any = self.module(self.places.decoders)
         layer: nn.Module = decoders[index]
         return layer
+
+    def run_decoder(
+        self, index: int, hidden: torch.Tensor, *, step: PagedStep, arguments: Any, by_modules: bool = False
+    ) -> torch.Tensor:
+        """Return the hidden states (1, tokens, hidden) after a decoder; those given may be changed.
+
+        Args:
+            by_modules: Whether something is hooked to the modules. The bits are those of one call all the same.
+        """
+        if self.compiled is None or by_modules:
+            after: torch.Tensor = self.decoder(index)(hidden, step=step, **arguments)
+            return after
+        self.compiled.run(index, hidden, step, *arguments["position_embeddings"])
+        return hidden
+
+    def attached(self, layer: str) -> None:
+        """Take note that a layer's weights are there now."""
+        if self.compiled is not None and layer.isdigit():
+            self.compiled.attach(int(layer))
+
+    def dropping(self, layer: str) -> None:
+        """Take note that a layer's weights are about to go."""
+        if self.compiled is not None and layer.isdigit():
+            self.compiled.drop(int(layer))
+
+    def keeps(self, owner: nn.Module, leaf: str, stored: torch.dtype) -> bool:
+        """Say whether a parameter may stay in the type in which the checkpoint has it."""
+        is_matrix = type(owner) is nn.Linear or owner is self.module(self.places.table)
+        return self.linear is not None and is_matrix and leaf == "weight" and self.linear.reads(stored)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (rows, vocabulary) of hidden states (rows, hidden)."""

@@ -41,21 +41,25 @@ class LayerSource:
         self._weights = weights
         self._client = client
 
-    def read(self, layer: str, names: Mapping[str, str], *, keep: bool = True) -> ReadLayer:
-        """Return a layer's parameters; ``names`` has the name in the checkpoint of each. ``discard`` gives them back.
+    def read(
+        self, layer: str, names: Mapping[str, str], *, dtypes: Mapping[str, torch.dtype], keep: bool = True
+    ) -> ReadLayer:
+        """Return a layer's parameters; ``names`` has the name in the checkpoint of each, ``dtypes`` what it is to be.
+
+        ``discard`` gives them back.
 
         1. Without a keeper, or not to be kept: from the files, converted where need be.
         2. As they lie in the files: mapped from there, and held.
         3. Converted before, by whichever stage: mapped.
         4. Converted now, and kept for the next one.
         """
-        as_stored = self._weights.are_as_stored(names.values())
+        as_stored = self._weights.are_as_stored(names, dtypes)
         if not keep or not self._client.is_there:  # 1
-            return ReadLayer(tensors=self._from_files(names), kept_as="", in_files=as_stored)
+            return ReadLayer(tensors=self._from_files(names, dtypes), kept_as="", in_files=as_stored)
         if as_stored:  # 2
             key = self._key("as stored", names)
             is_kept = self._client.hold(key, name=layer, ranges=self._weights.ranges(names.values()))
-            return ReadLayer(tensors=self._from_files(names), kept_as=key if is_kept else "", in_files=True)
+            return ReadLayer(tensors=self._from_files(names, dtypes), kept_as=key if is_kept else "", in_files=True)
         key = self._key(str(self._weights.dtype), names)
         descriptor = self._client.take(key)
         is_kept = descriptor is not None
@@ -80,8 +84,8 @@ class LayerSource:
         if read.kept_as:
             self._client.left(read.kept_as)
 
-    def _from_files(self, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        return {full: self._weights.tensor(stored) for full, stored in names.items()}
+    def _from_files(self, names: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+        return {full: self._weights.tensor(stored, dtype=dtypes[full]) for full, stored in names.items()}
 
     def _key(self, form: str, names: Mapping[str, str]) -> str:
         """Return what these parameters are known by: a file that is written anew has others."""

@@ -27,8 +27,8 @@ class Gpt2Family(LearntFamily):
             raise UnsupportedByEngine("reorder_and_upcast_attn is not supported")
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.module("wte")(tokens) + self.module("wpe")(positions[None])
-        return hidden
+        learnt: torch.Tensor = self.module("wpe")(positions[None])
+        return self.looked_up(tokens) + learnt
 
 
 class OptFamily(LearntFamily):

@@ -32,7 +32,7 @@ class LlamaOps:
     def __init__(self, library: Path) -> None:
         functions = ctypes.CDLL(str(library))
         self._rms_norm = functions.flexpiped_rms_norm
-        self._rms_norm.argtypes = (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT)
+        self._rms_norm.argtypes = (_POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _FLOAT)
         self._rotary = functions.flexpiped_rotary
         self._rotary.argtypes = (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT)
         self._silu_mul = functions.flexpiped_silu_mul
@@ -47,7 +47,9 @@ class LlamaOps:
         size = hidden.shape[-1]
         rows = hidden.numel() // size
         weight = module.weight
-        self._rms_norm(hidden.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, module.variance_epsilon)
+        self._rms_norm(
+            hidden.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, rows, size, module.variance_epsilon
+        )
         return out
 
     def rotary(

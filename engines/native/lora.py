@@ -151,6 +151,11 @@ class LoraModules:
             if number
         ]
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the step under way has tokens of any adapter, so that it must go through the modules."""
+        return bool(self._tokens)
+
     def end(self) -> None:
         """What runs from here on is of no request."""
         self._tokens = []

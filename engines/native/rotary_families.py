@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from engines.errors import UnsupportedByEngine
 from engines.native.experts import keep_experts_apart
@@ -80,7 +79,7 @@ class Gemma2Family(RotaryFamily):
         self._scale = self._scale.to(device)
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        return nn.functional.embedding(tokens, self.module(self.places.table).weight) * self._scale
+        return self.looked_up(tokens) * self._scale
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         cap = self.config.final_logit_softcapping

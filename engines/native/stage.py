@@ -82,7 +82,7 @@ class HeldLayers:
         May run beside the interpreter's main thread. With ``cancelled`` they are faulted in, until that is set.
         """
         names = self.tensor_names(layer)
-        read = self._source.read(layer, names, keep=keep)
+        read = self._source.read(layer, names, dtypes=self._dtypes(layer), keep=keep)
         if cancelled is not None:
             self._source.populate(read, names, cancelled)
         if not self._compute.own_memory:
@@ -90,6 +90,14 @@ class HeldLayers:
         copies = self._compute.weights(read.tensors)
         self._source.discard(read)  # this stage has no use for the host's memory any more
         return ReadLayer(tensors=copies, kept_as="", in_files=False)
+
+    def _dtypes(self, layer: str) -> dict[str, torch.dtype]:
+        """Return the type of each parameter of a layer, by its name in the model: some may stay as they are stored."""
+        found = {}
+        for full, each in self._parameters_of(layer).items():
+            stored = self._weights.stored_dtype(each.stored)
+            found[full] = stored if self._family.keeps(each.owner, each.leaf, stored) else self._weights.dtype
+        return found
 
     def discard(self, read: ReadLayer) -> None:
         """Let go of a layer that was read and not attached."""
@@ -102,12 +110,14 @@ class HeldLayers:
             if value.shape != parameter.absent.shape:
                 raise ValueError(f"{full} has shape {list(value.shape)}, not {list(parameter.absent.shape)}")
             setattr(parameter.owner, parameter.leaf, value)
+        self._family.attached(layer)
         if layer.isdigit():
             self._kv.hold(int(layer))
         self._held[layer] = read
 
     def drop(self, layer: str) -> tuple[int, int]:
         """Let go of a layer's weights and KV memory; return the bytes given back of each."""
+        self._family.dropping(layer)
         stored = []
         for parameter in self._parameters_of(layer).values():
             setattr(parameter.owner, parameter.leaf, parameter.absent)
@@ -186,13 +196,17 @@ class StageRunner:
         if spec.is_first:
             tokens = torch.from_numpy(np.frombuffer(message.tokens, dtype=np.int32).astype(np.int64))
             hidden = self._family.embed(put(tokens[None]), positions)
-        assert hidden is not None
-        hidden = put(hidden)
+        else:
+            assert hidden is not None
+            hidden = put(hidden).clone()  # it lies in the outbox of another worker, and decoders change it
         arguments = self._family.step_arguments(positions)
         if self._lora is not None:
             self._lora.begin(message.adapters, step.counts)
+        by_modules = self._lora is not None and self._lora.is_at_work
         for index in range(spec.first_decoder, spec.end_decoder):
-            hidden = self._family.decoder(index)(hidden, step=step, **arguments[index])
+            hidden = self._family.run_decoder(
+                index, hidden, step=step, arguments=arguments[index], by_modules=by_modules
+            )
         if self._lora is not None:
             self._lora.end()
         return hidden, step
@@ -238,4 +252,4 @@ class StageRunner:
         hidden = self._compute.put(torch.zeros(1, 1, self._family.hidden_size, dtype=self._family.dtype))
         index = int(layer)
         arguments = self._family.step_arguments(self._compute.put(torch.zeros(1).long()))
-        self._family.decoder(index)(hidden, step=step, **arguments[index])
+        self._family.run_decoder(index, hidden, step=step, arguments=arguments[index])

@@ -13,6 +13,7 @@ from engines.checkpoint import Checkpoint, TensorEntry
 
 _MADV_POPULATE_READ = 22
 _POPULATE_BYTES = 4 << 20
+_FEW = 16  # in so many bytes one
 _libc = ctypes.CDLL(None, use_errno=True)
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,9 +38,17 @@ class WeightFiles:
         self.dtype = dtype
         self._files: dict[Path, _File] = {}
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor, as a view of the mapped file where dtype and alignment allow, else as a private copy."""
-        return self._as_stored(name).to(self.dtype)
+    def tensor(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a tensor, as a view of the mapped file where dtype and alignment allow, else as a private copy.
+
+        Args:
+            dtype: Of the result; None: that which is computed with.
+        """
+        return self._as_stored(name).to(dtype or self.dtype)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the type that a tensor has in its file."""
+        return TORCH_DTYPES[self._checkpoint.tensors[name].dtype]
 
     def stored(self, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
         """Return tensors as they are stored, under other names: of ``names``, the checkpoint's are the values."""
@@ -53,12 +62,18 @@ class WeightFiles:
             raw = raw.clone()
         return raw.view(stored).view(entry.shape)
 
-    def are_as_stored(self, names: Iterable[str]) -> bool:
-        """Say whether these tensors are views of the files: of the type that is computed with, and aligned."""
-        entries = (self._checkpoint.tensors[name] for name in names)
-        return all(
-            TORCH_DTYPES[entry.dtype] is self.dtype and entry.start % self.dtype.itemsize == 0 for entry in entries
-        )
+    def are_as_stored(self, names: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> bool:
+        """Say whether these tensors, of which ``dtypes`` are wanted, are views of the files but for a few small ones.
+
+        Beside matrices that stay as they are, a copy of norms and biases is not worth keeping for others.
+        """
+        copied = total = 0
+        for full, stored in names.items():
+            entry = self._checkpoint.tensors[stored]
+            total += entry.end - entry.start
+            if self.stored_dtype(stored) is not dtypes[full] or entry.start % dtypes[full].itemsize:
+                copied += entry.end - entry.start
+        return copied * _FEW <= total
 
     def identity(self, name: str) -> tuple[object, ...]:
         """Return what tells a tensor from all others of this host, and from what its file had before."""

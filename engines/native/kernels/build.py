@@ -7,9 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-_COMPILE = ("-c", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
-# Linked apart: with -ffast-math here, loading the library would have the whole process flush subnormal numbers to zero.
-_LINK = ("-shared", "-fopenmp", "-lm")
+# Without -ffast-math: sums keep their order, on which it rests that a token's bits do not depend on the batch.
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_SOURCES = (
+    *("vectors.h", "linear.h", "paged_attention.h", "llama_ops.h"),
+    *("linear.c", "paged_attention.c", "llama_ops.c", "decoder.c"),
+)
 
 
 class KernelBuildFailed(Exception):
@@ -24,26 +27,24 @@ def cache_directory(configured: str) -> Path:
     return Path(base) / "flexpiped" / "kernels"
 
 
-def build_kernel(name: str, *, directory: Path) -> Path:
-    """Return the shared library built from ``name``.c for this processor.
+def build_kernels(*, directory: Path) -> Path:
+    """Return the shared library of all kernels, built for this processor.
 
     Raises:
         KernelBuildFailed: No compiler, no place to write, or a compile error.
     """
-    source = Path(__file__).with_name(f"{name}.c")
-    target = directory / f"{name}-{_fingerprint(source)}.so"
+    sources = [Path(__file__).with_name(name) for name in _SOURCES]
+    target = directory / f"kernels-{_fingerprint(sources)}.so"
     if target.exists():
         return target
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if compiler is None:
         raise KernelBuildFailed("no C compiler found (gcc, cc, clang)")
     partial = target.with_suffix(f".{os.getpid()}.tmp")
+    code = [str(source) for source in sources if source.suffix == ".c"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        code = partial.with_suffix(".o")
-        _run([compiler, *_COMPILE, str(source), "-o", str(code)])
-        _run([compiler, str(code), "-o", str(partial), *_LINK])
-        code.unlink()
+        _run([compiler, *_FLAGS, *code, "-o", str(partial), "-lm"])
         partial.rename(target)
     except OSError as error:
         raise KernelBuildFailed(str(error)) from error
@@ -56,11 +57,11 @@ def _run(command: list[str]) -> None:
         raise KernelBuildFailed(f"{command[0]}: {done.stderr.strip()[-500:]}")
 
 
-def _fingerprint(source: Path) -> str:
-    """Name what the library depends on: source, flags and the processor that -march=native stands for."""
+def _fingerprint(sources: list[Path]) -> str:
+    """Name what the library depends on: sources, flags and the processor that -march=native stands for."""
     cpu = ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = "".join(line for line in lines if line.startswith(("model name", "flags")))[:4096]
-    text = source.read_text() + " ".join((*_COMPILE, *_LINK)) + platform.machine() + cpu
+    text = "".join(source.read_text() for source in sources) + " ".join(_FLAGS) + platform.machine() + cpu
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,25 +3,32 @@
  * As sequences of small tensor operations they cost more than the matrix products when few tokens are decoded. Rows are
  * independent and always summed in the same order, so nothing here depends on what else is in the batch.
  */
-#include <math.h>
-#include <stdint.h>
+#include "llama_ops.h"
 
 #define PARALLEL_WORK 65536 /* elements from which threads pay off */
 
-/* out = weight * x / sqrt(mean(x^2) + eps), row by row; x and out: (rows, size), contiguous. */
-void flexpiped_rms_norm(const float *x, const float *weight, float *out, int64_t rows, int64_t size, float eps) {
+void flexpiped_rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int64_t out_stride,
+                        int64_t rows, int64_t size, float eps) {
 #pragma omp parallel for if (rows * size > PARALLEL_WORK)
     for (int64_t row = 0; row < rows; row++) {
-        const float *from = x + row * size;
-        float *to = out + row * size;
-        float squares = 0.0f;
-        for (int64_t i = 0; i < size; i++) squares += from[i] * from[i];
-        const float scale = 1.0f / sqrtf(squares / (float)size + eps);
-        for (int64_t i = 0; i < size; i++) to[i] = weight[i] * (from[i] * scale);
+        const float *from = x + row * x_stride;
+        float *to = out + row * out_stride;
+        Vec squares[2] = {{0}, {0}};
+        int64_t i = 0;
+        for (; i + 2 * LANES <= size; i += 2 * LANES) {
+            const Vec low = load(from + i), high = load(from + i + LANES);
+            squares[0] += low * low;
+            squares[1] += high * high;
+        }
+        for (; i < size; i += LANES) {
+            const Vec rest = load_part(from + i, size - i);
+            squares[0] += rest * rest;
+        }
+        const float scale = 1.0f / sqrtf(sum_of(squares[0] + squares[1]) / (float)size + eps);
+        for (i = 0; i < size; i++) to[i] = weight[i] * (from[i] * scale);
     }
 }
 
-/* Rotate x in place; x: (tokens, heads, dim) with the given strides in elements, cos and sin: (tokens, dim). */
 void flexpiped_rotary(float *x, const float *cosine, const float *sine, int64_t tokens, int64_t heads, int64_t dim,
                       int64_t token_stride, int64_t head_stride) {
     const int64_t half = dim / 2;
@@ -39,8 +46,14 @@ void flexpiped_rotary(float *x, const float *cosine, const float *sine, int64_t 
     }
 }
 
-/* gate = silu(gate) * up, in place; both contiguous. */
+INLINE Vec silu_mul(Vec gate, Vec up) { return gate / (1.0f + exponential(-gate)) * up; }
+
 void flexpiped_silu_mul(float *gate, const float *up, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
 #pragma omp parallel for if (count > PARALLEL_WORK)
-    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    for (int64_t i = 0; i < whole; i += LANES) store(gate + i, silu_mul(load(gate + i), load(up + i)));
+    if (whole < count) {
+        const Vec rest = silu_mul(load_part(gate + whole, count - whole), load_part(up + whole, count - whole));
+        memcpy(gate + whole, &rest, (size_t)(count - whole) * sizeof(float));
+    }
 }

@@ -1,141 +1,372 @@
 /* Paged attention in float32 for the CPU: writes the new keys and values of a step into a layer's KV cache and attends.
  *
  * A layer's cache is two arrays of shape (slots, kv_heads, head_dim); slot = KV block id * block_tokens + offset.
- * Every query is summed in the same order (its KV blocks first to last, TILE keys at a time) whatever else is in the
- * batch and however the prompt was cut into chunks, so attention adds no batch-dependent rounding.
+ * Neighbouring tokens of a prompt attend together, so that keys and values are read once for all of them. Every query
+ * is summed in the same order all the same (its keys first to last, TILE at a time), whatever else is in the batch and
+ * however the prompt was cut into chunks, so attention adds no batch-dependent rounding.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "paged_attention.h"
 
-#define TILE 16        /* keys per softmax update; block_tokens is a multiple of it */
+#include <stdlib.h>
+
+#define BLOCK_MULTIPLE 16 /* of block_tokens; LANES divides it */
 #define MAX_HEAD_DIM 256
-#define MAX_GROUP 16   /* query heads per KV head handled together */
-#define MASKED (-1e30f) /* not -INFINITY: -ffast-math may assume finite numbers */
+#define MAX_GROUP 16 /* query heads per KV head */
+#define MAX_ROWS 32  /* queries that attend together: tokens times query heads of a KV head */
+#define MAX_FLOATS 2048 /* of these queries, where a group is not larger by itself */
+#define TOGETHER 4   /* queries whose sums are in registers at a time */
+#define PARTS 4      /* vectors of keys per softmax update */
+#define TILE (PARTS * LANES)
+#define MASKED (-1e30f)
 
 typedef struct {
-    int32_t num_tokens, num_sequences, max_blocks, block_tokens;
-    int32_t num_heads, num_kv_heads, head_dim;
-    int32_t window;             /* a token attends to so many, itself included; 0: to all before it */
-    float scale, softcap;       /* scores go through softcap * tanh(score / softcap); 0: they do not */
-    const int32_t *table;       /* (rows, max_blocks): KV block ids of each sequence */
-    const int32_t *rows;        /* (num_sequences): row of the sequence in the table */
-    const int32_t *sequence_of; /* (num_tokens): which sequence a token belongs to */
-    const int32_t *positions;   /* (num_tokens) */
-} Step;
+    int32_t token, count; /* of one sequence */
+} Item;
 
+/* What the queries of an item share with the loops. */
 typedef struct {
-    const float *data;
-    int64_t token_stride, head_stride; /* in elements; head_dim is contiguous */
-} Rows;
+    const Step *step;
+    int rows;
+    int64_t dim, padded; /* head_dim, and that rounded up to whole vectors */
+    float query[MAX_GROUP * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float sum[MAX_GROUP * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float keys[PARTS * LANES * MAX_HEAD_DIM] __attribute__((aligned(64))); /* of a tile, (parts, padded, LANES) */
+    float fetched[LANES * MAX_HEAD_DIM] __attribute__((aligned(64)));      /* of a part, (LANES, padded) */
+    float weights[MAX_ROWS * TILE] __attribute__((aligned(64)));
+    Vec total[MAX_ROWS];
+    float peak[MAX_ROWS];
+    int32_t oldest[MAX_ROWS], context[MAX_ROWS]; /* the keys that a query attends to */
+} Work;
+
+/* Keys ``begin`` to ``end`` - 1 from position ``base`` on, in parts of LANES that lie in one KV block each. */
+typedef struct {
+    int32_t base;
+    int begin, end, parts;
+    const float *keys[PARTS], *values[PARTS];
+} Tile;
 
 static inline int64_t slot_of(const Step *step, int32_t token, int32_t position) {
     const int32_t *row = step->table + (int64_t)step->rows[step->sequence_of[token]] * step->max_blocks;
     return (int64_t)row[position / step->block_tokens] * step->block_tokens + position % step->block_tokens;
 }
 
-static __attribute__((noinline)) void cap(float *score, int begin, int count, float softcap) {
-    for (int j = begin; j < count; j++) score[j] = softcap * tanhf(score[j] / softcap);
+#if LANES == 16
+/* Within each group of four lanes, or of whole groups: the permutations that take a processor least. */
+#define PAIR(a, b, i, j, k, l)                                                                                  \
+    __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
+                            k + 12, l + 12)
+#define GROUPS(a, b, i, j)                                                                                         \
+    __builtin_shufflevector(a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3,  \
+                            16 + 4 * i, 17 + 4 * i, 18 + 4 * i, 19 + 4 * i, 16 + 4 * j, 17 + 4 * j, 18 + 4 * j,    \
+                            19 + 4 * j)
+
+INLINE void transpose(Vec rows[LANES]) {
+    Vec once[LANES], twice[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        once[i] = PAIR(rows[i], rows[i + 1], 0, 16, 1, 17);
+        once[i + 1] = PAIR(rows[i], rows[i + 1], 2, 18, 3, 19);
+    }
+    for (int i = 0; i < LANES; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            twice[i + 2 * j] = PAIR(once[i + j], once[i + j + 2], 0, 1, 16, 17);
+            twice[i + 2 * j + 1] = PAIR(once[i + j], once[i + j + 2], 2, 3, 18, 19);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        const Vec even_low = GROUPS(twice[i], twice[i + 4], 0, 2), odd_low = GROUPS(twice[i], twice[i + 4], 1, 3);
+        const Vec even_high = GROUPS(twice[i + 8], twice[i + 12], 0, 2);
+        const Vec odd_high = GROUPS(twice[i + 8], twice[i + 12], 1, 3);
+        rows[i] = GROUPS(even_low, even_high, 0, 2);
+        rows[i + 4] = GROUPS(odd_low, odd_high, 0, 2);
+        rows[i + 8] = GROUPS(even_low, even_high, 1, 3);
+        rows[i + 12] = GROUPS(odd_low, odd_high, 1, 3);
+    }
+}
+#else
+/* Exchange the lanes whose number has the bit ``far`` with those of the vector ``far`` further on. */
+INLINE void exchange(Vec *a, Vec *b, const int far) {
+    Ints low, high;
+    for (int i = 0; i < LANES; i++) {
+        low[i] = i & far ? LANES + (i ^ far) : i;
+        high[i] = i & far ? LANES + i : i ^ far;
+    }
+    const Vec before = *a;
+    *a = __builtin_shuffle(before, *b, low);
+    *b = __builtin_shuffle(before, *b, high);
 }
 
-static inline __attribute__((always_inline)) void attend(
-    const Step *step, const float *keys, const float *values, const Rows *q, float *out, int32_t token, int32_t kv_head,
-    const int dim, const int plain) {
-    const int group = step->num_heads / step->num_kv_heads;
-    const int64_t slot_stride = (int64_t)step->num_kv_heads * dim;
-    const int32_t context = step->positions[token] + 1;
-    const int32_t oldest = !plain && step->window > 0 && step->window < context ? context - step->window : 0;
-    const int32_t *row = step->table + (int64_t)step->rows[step->sequence_of[token]] * step->max_blocks;
-    float accumulated[MAX_GROUP][MAX_HEAD_DIM] __attribute__((aligned(64)));
-    float peak[MAX_GROUP], total[MAX_GROUP];
+INLINE void transpose(Vec rows[LANES]) {
+#pragma GCC unroll 4
+    for (int far = LANES / 2; far > 0; far /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & far)) exchange(&rows[i], &rows[i | far], far);
+}
+#endif
 
-    for (int g = 0; g < group; g++) {
-        peak[g] = MASKED;
-        total[g] = 0.0f;
-        for (int d = 0; d < dim; d++) accumulated[g][d] = 0.0f;
+/* Fetch the keys of one part of a tile, each as it lies: their rows are far apart, often by a power of two, and would
+ * drive each other out of the cache if they were read across. Those out of the tile's bounds are zero and are not read. */
+INLINE void fetch_keys(Work *work, const Tile *tile, int part, int64_t stride) {
+    const int begin = tile->begin - part * LANES, end = tile->end - part * LANES;
+    for (int j = 0; j < LANES; j++) {
+        float *to = work->fetched + j * work->padded;
+        const float *from = tile->keys[part] + j * stride;
+        int64_t d = 0;
+        if (j >= begin && j < end) {
+            for (; d + LANES <= work->dim; d += LANES) store(to + d, load(from + d));
+            if (d < work->dim) store(to + d, load_part(from + d, work->dim - d));
+        } else {
+            for (; d < work->padded; d += LANES) store(to + d, (Vec){0});
+        }
     }
-    for (int32_t base = oldest - oldest % TILE; base < context; base += TILE) {
-        const int64_t slot = (int64_t)row[base / step->block_tokens] * step->block_tokens + base % step->block_tokens;
-        const float *k = keys + slot * slot_stride + (int64_t)kv_head * dim;
-        const float *v = values + slot * slot_stride + (int64_t)kv_head * dim;
-        const int32_t begin = !plain && oldest > base ? oldest - base : 0;
-        const int32_t count = context - base < TILE ? context - base : TILE;
-        for (int g = 0; g < group; g++) {
-            const float *query = q->data + token * q->token_stride + (kv_head * group + g) * q->head_stride;
-            float score[TILE] __attribute__((aligned(64)));
-            float highest = peak[g];
-            for (int j = 0; j < TILE; j++) score[j] = MASKED;
-            for (int j = begin; j < count; j++) {
-                const float *key = k + j * slot_stride;
-                float sum = 0.0f;
-                for (int d = 0; d < dim; d++) sum += query[d] * key[d];
-                score[j] = sum * step->scale;
+}
+
+/* LANES elements from ``d`` on of the keys that were fetched, lane by lane. */
+INLINE void turned(const Work *work, int64_t d, Vec rows[LANES]) {
+    for (int j = 0; j < LANES; j++) rows[j] = load(work->fetched + j * work->padded + d);
+    transpose(rows);
+}
+
+static void turn_keys(Work *work, const Tile *tile, int part, int64_t stride) {
+    float *to = work->keys + part * LANES * work->padded;
+    fetch_keys(work, tile, part, stride);
+    for (int64_t d = 0; d < work->padded; d += LANES) {
+        Vec rows[LANES];
+        turned(work, d, rows);
+        for (int j = 0; j < LANES; j++) store(to + (d + j) * LANES, rows[j]);
+    }
+}
+
+static __attribute__((noinline)) Vec capped(Vec score, float softcap) {
+    for (int i = 0; i < LANES; i++) score[i] = softcap * tanhf(score[i] / softcap);
+    return score;
+}
+
+/* Weigh the tile's keys for one query; ``weights`` has its products with them. */
+static void weigh(Work *work, const Tile *tile, int row) {
+    const Step *step = work->step;
+    float *weights = work->weights + row * TILE;
+    const int32_t first = work->oldest[row] - tile->base, last = work->context[row] - tile->base;
+    Vec score[PARTS], highest = all(MASKED);
+    Ints counts[PARTS], lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int part = 0; part < tile->parts; part++) {
+        score[part] = load(weights + part * LANES) * step->scale;
+        if (step->softcap > 0.0f) score[part] = capped(score[part], step->softcap);
+        counts[part] = (lane >= first - part * LANES) & (lane < last - part * LANES);
+        score[part] = chosen(counts[part], score[part], all(MASKED));
+        highest = larger(highest, score[part]);
+    }
+    const float peak = peak_of(highest);
+    if (peak > work->peak[row]) {
+        const Vec shrink = exponential(all(work->peak[row] - peak));
+        work->peak[row] = peak;
+        work->total[row] *= shrink;
+        float *sum = work->sum + row * work->padded;
+        for (int64_t d = 0; d < work->padded; d += LANES) store(sum + d, load(sum + d) * shrink);
+    }
+    for (int part = 0; part < tile->parts; part++) {
+        const Vec weight = chosen(counts[part], exponential(score[part] - work->peak[row]), (Vec){0});
+        work->total[row] += weight;
+        store(weights + part * LANES, weight);
+    }
+}
+
+INLINE void score_rows(Work *work, const Tile *tile, int row, const int rows) {
+    const float *query = work->query + row * work->padded;
+    for (int part = 0; part < tile->parts; part++) {
+        const float *keys = work->keys + part * LANES * work->padded;
+        Vec sum[TOGETHER][4]; /* four sums each, so that few queries do not wait for their own additions */
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < 4; i++) sum[r][i] = (Vec){0};
+        for (int64_t d = 0; d < work->padded; d += 4) {
+            for (int i = 0; i < 4; i++) {
+                Vec key = load(keys + (d + i) * LANES);
+                KEEP(key);
+                for (int r = 0; r < rows; r++) sum[r][i] += key * query[r * work->padded + d + i];
             }
-            if (!plain && step->softcap > 0.0f) cap(score, begin, count, step->softcap);
-            for (int j = 0; j < TILE; j++) highest = score[j] > highest ? score[j] : highest;
-            const float shrink = expf(peak[g] - highest);
-            float added = 0.0f;
-            for (int j = 0; j < TILE; j++) score[j] = expf(score[j] - highest);
-            for (int j = 0; j < begin; j++) score[j] = 0.0f;
-            for (int j = count; j < TILE; j++) score[j] = 0.0f;
-            for (int j = 0; j < TILE; j++) added += score[j];
-            total[g] = total[g] * shrink + added;
-            peak[g] = highest;
-            for (int d = 0; d < dim; d++) accumulated[g][d] *= shrink;
-            for (int j = begin; j < count; j++) {
-                const float *value = v + j * slot_stride;
-                const float weight = score[j];
-                for (int d = 0; d < dim; d++) accumulated[g][d] += weight * value[d];
+        }
+        for (int r = 0; r < rows; r++)
+            store(work->weights + (row + r) * TILE + part * LANES, (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]));
+    }
+}
+
+/* The same for one query alone, whose keys nobody else needs: they stay in registers. */
+static void score_one(Work *work, const Tile *tile, int64_t stride) {
+    for (int part = 0; part < tile->parts; part++) {
+        Vec sum[4] = {{0}, {0}, {0}, {0}};
+        fetch_keys(work, tile, part, stride);
+        for (int64_t d = 0; d < work->padded; d += LANES) {
+            Vec keys[LANES];
+            turned(work, d, keys);
+            for (int j = 0; j < LANES; j++) sum[j % 4] += keys[j] * work->query[d + j];
+        }
+        store(work->weights + part * LANES, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+}
+
+/* Add the values of a tile to the sums of some queries, ``chunks`` vectors of them from element ``d`` on. */
+INLINE void add_values(Work *work, const Tile *tile, int64_t stride, int row, int64_t d, const int rows,
+                       const int chunks, const int whole) {
+    Vec sum[TOGETHER][4];
+    float *to = work->sum + row * work->padded + d;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < chunks; c++) sum[r][c] = load(to + r * work->padded + c * LANES);
+    for (int part = 0; part < tile->parts; part++) {
+        const int begin = tile->begin > part * LANES ? tile->begin - part * LANES : 0;
+        const int end = tile->end - part * LANES < LANES ? tile->end - part * LANES : LANES;
+        const float *weights = work->weights + row * TILE + part * LANES;
+        const float *values = tile->values[part] + d;
+        for (int j = begin; j < end; j++) {
+            Vec value[4];
+            for (int c = 0; c < chunks; c++) {
+                value[c] = whole ? load(values + j * stride + c * LANES) : load_part(values + j * stride, work->dim - d);
+                KEEP(value[c]);
+            }
+            for (int r = 0; r < rows; r++) {
+                const Vec weight = all(weights[r * TILE + j]);
+                for (int c = 0; c < chunks; c++) sum[r][c] += value[c] * weight;
             }
         }
     }
-    for (int g = 0; g < group; g++) {
-        float *target = out + ((int64_t)token * step->num_heads + kv_head * group + g) * dim;
-        const float inverse = 1.0f / total[g];
-        for (int d = 0; d < dim; d++) target[d] = accumulated[g][d] * inverse;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < chunks; c++) store(to + r * work->padded + c * LANES, sum[r][c]);
+}
+
+INLINE void add_rows(Work *work, const Tile *tile, int64_t stride, int row, const int rows) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= work->dim; d += 4 * LANES) add_values(work, tile, stride, row, d, rows, 4, 1);
+    for (; d + 2 * LANES <= work->dim; d += 2 * LANES) add_values(work, tile, stride, row, d, rows, 2, 1);
+    for (; d + LANES <= work->dim; d += LANES) add_values(work, tile, stride, row, d, rows, 1, 1);
+    if (d < work->dim) add_values(work, tile, stride, row, d, rows, 1, 0);
+}
+
+INLINE void attend_rows(Work *work, const Tile *tile, int64_t stride, int row, const int rows) {
+    score_rows(work, tile, row, rows);
+    for (int r = 0; r < rows; r++) weigh(work, tile, row + r);
+    add_rows(work, tile, stride, row, rows);
+}
+
+static void begin_work(Work *work, const Step *step, const Rows *q, const Item *item, int32_t kv_head) {
+    const int group = step->num_heads / step->num_kv_heads;
+    work->step = step;
+    work->rows = item->count * group;
+    work->dim = step->head_dim;
+    work->padded = (work->dim + LANES - 1) / LANES * LANES;
+    for (int row = 0; row < work->rows; row++) {
+        const int32_t token = item->token + row / group, head = kv_head * group + row % group;
+        const int32_t context = step->positions[token] + 1;
+        work->context[row] = context;
+        work->oldest[row] = step->window > 0 && step->window < context ? context - step->window : 0;
+        work->peak[row] = MASKED;
+        work->total[row] = (Vec){0};
+        const float *from = q->data + token * q->token_stride + head * q->head_stride;
+        float *query = work->query + row * work->padded, *sum = work->sum + row * work->padded;
+        for (int64_t d = 0; d < work->padded; d += LANES) {
+            store(query + d, load_part(from + d, work->dim - d));
+            store(sum + d, (Vec){0});
+        }
     }
 }
 
-/* Constants let the compiler unroll: head_dim, and that there is neither window nor cap (plain). With one of these, a
- * constant head_dim would save 6 % of the time, for a compiler that takes half as long again. */
-#define ATTEND(dim, plain) attend(step, keys, values, q, out, token, kv_head, dim, plain)
-
-static void attend_any(const Step *step, const float *keys, const float *values, const Rows *q, float *out,
-                       int32_t token, int32_t kv_head) {
-    if (step->window > 0 || step->softcap > 0.0f) {
-        ATTEND(step->head_dim, 0);
-        return;
-    }
-    switch (step->head_dim) {
-    case 16: ATTEND(16, 1); break;
-    case 32: ATTEND(32, 1); break;
-    case 64: ATTEND(64, 1); break;
-    case 96: ATTEND(96, 1); break;
-    case 128: ATTEND(128, 1); break;
-    default: ATTEND(step->head_dim, 1); break;
+static void end_work(const Work *work, const Item *item, int32_t kv_head, float *out) {
+    const Step *step = work->step;
+    const int group = step->num_heads / step->num_kv_heads;
+    for (int row = 0; row < work->rows; row++) {
+        const int64_t token = item->token + row / group, head = kv_head * group + row % group;
+        float *to = out + (token * step->num_heads + head) * work->dim;
+        const float inverse = 1.0f / sum_of(work->total[row]);
+        const float *sum = work->sum + row * work->padded;
+        for (int64_t d = 0; d < work->dim; d++) to[d] = sum[d] * inverse;
     }
 }
 
-/* out: (num_tokens, num_heads, head_dim), contiguous. Returns 0, or -1 when the shape is not supported. */
+/* Find the keys from position ``base`` on that any query of the item attends to. */
+static Tile tile_at(const Work *work, const Item *item, const float *keys, const float *values, int32_t kv_head,
+                    int32_t base) {
+    const Step *step = work->step;
+    const int32_t *blocks = step->table + (int64_t)step->rows[step->sequence_of[item->token]] * step->max_blocks;
+    const int32_t oldest = work->oldest[0], context = work->context[work->rows - 1];
+    Tile tile = {.base = base};
+    tile.begin = oldest > base ? oldest - base : 0;
+    tile.end = context - base < TILE ? context - base : TILE;
+    tile.parts = (tile.end + LANES - 1) / LANES;
+    for (int part = 0; part < tile.parts; part++) {
+        const int32_t position = base + part * LANES;
+        const int64_t slot =
+            (int64_t)blocks[position / step->block_tokens] * step->block_tokens + position % step->block_tokens;
+        const int64_t offset = (slot * step->num_kv_heads + kv_head) * work->dim;
+        tile.keys[part] = keys + offset;
+        tile.values[part] = values + offset;
+    }
+    return tile;
+}
+
+static void attend(const Step *step, const float *keys, const float *values, const Rows *q, float *out,
+                   const Item *item, int32_t kv_head) {
+    Work work;
+    begin_work(&work, step, q, item, kv_head);
+    const int64_t stride = (int64_t)step->num_kv_heads * work.dim;
+    for (int32_t base = work.oldest[0] - work.oldest[0] % TILE; base < work.context[work.rows - 1]; base += TILE) {
+        const Tile tile = tile_at(&work, item, keys, values, kv_head, base);
+        if (work.rows == 1) {
+            score_one(&work, &tile, stride);
+            weigh(&work, &tile, 0);
+            add_rows(&work, &tile, stride, 0, 1);
+            continue;
+        }
+        for (int part = 0; part < tile.parts; part++) turn_keys(&work, &tile, part, stride);
+        int row = 0;
+        for (; row + TOGETHER <= work.rows; row += TOGETHER) attend_rows(&work, &tile, stride, row, TOGETHER);
+        for (; row < work.rows; row++) attend_rows(&work, &tile, stride, row, 1);
+    }
+    end_work(&work, item, kv_head, out);
+}
+
+static void write_kv(const Step *step, float *keys, float *values, const Rows *k, const Rows *v, int32_t token) {
+    const size_t bytes = (size_t)step->head_dim * sizeof(float);
+    const int64_t target = slot_of(step, token, step->positions[token]) * step->num_kv_heads * step->head_dim;
+    for (int32_t head = 0; head < step->num_kv_heads; head++) {
+        const int64_t offset = target + (int64_t)head * step->head_dim;
+        memcpy(keys + offset, k->data + token * k->token_stride + head * k->head_stride, bytes);
+        memcpy(values + offset, v->data + token * v->token_stride + head * v->head_stride, bytes);
+    }
+}
+
+/* Fill ``items`` and return how many there are: tokens of one sequence, one after the other, as many as fit. */
+static int32_t items_of(const Step *step, Item *items) {
+    const int32_t group = step->num_heads / step->num_kv_heads;
+    const int32_t padded = (step->head_dim + LANES - 1) / LANES * LANES;
+    int32_t most = (MAX_FLOATS / padded < MAX_ROWS ? MAX_FLOATS / padded : MAX_ROWS) / group, count = 0;
+    if (most < 1) most = 1;
+    for (int32_t token = 0; token < step->num_tokens; token++) {
+        Item *last = &items[count - 1];
+        if (count > 0 && last->count < most && step->sequence_of[token] == step->sequence_of[last->token])
+            last->count++;
+        else
+            items[count++] = (Item){token, 1};
+    }
+    return count;
+}
+
 int flexpiped_paged_attention(const Step *step, float *keys, float *values, const Rows *q, const Rows *k, const Rows *v,
                               float *out) {
     if (step->head_dim > MAX_HEAD_DIM || step->num_heads > MAX_GROUP * step->num_kv_heads ||
-        step->block_tokens % TILE != 0)
+        step->block_tokens % BLOCK_MULTIPLE != 0)
         return -1;
-    const size_t bytes = (size_t)step->head_dim * sizeof(float);
+    Item *items = malloc((size_t)step->num_tokens * sizeof *items);
+    if (items == NULL) return -2;
+    const int32_t count = items_of(step, items);
     int64_t work = 0;
     for (int32_t token = 0; token < step->num_tokens; token++) {
-        const int64_t target = slot_of(step, token, step->positions[token]) * step->num_kv_heads * step->head_dim;
-        for (int32_t head = 0; head < step->num_kv_heads; head++) {
-            const int64_t offset = target + (int64_t)head * step->head_dim;
-            memcpy(keys + offset, k->data + token * k->token_stride + head * k->head_stride, bytes);
-            memcpy(values + offset, v->data + token * v->token_stride + head * v->head_stride, bytes);
-        }
+        write_kv(step, keys, values, k, v, token);
         work += step->positions[token] + 1;
     }
-    const int32_t items = step->num_tokens * step->num_kv_heads;
-#pragma omp parallel for schedule(dynamic, 4) if (work * step->num_heads > 2048)
-    for (int32_t item = 0; item < items; item++)
-        attend_any(step, keys, values, q, out, item / step->num_kv_heads, item % step->num_kv_heads);
+    const int32_t pieces = count * step->num_kv_heads;
+    /* The last first: they have the longest contexts, and nobody waits for one of them at the end. */
+#pragma omp parallel for schedule(dynamic, 1) if (work * step->num_heads > 2048)
+    for (int32_t piece = pieces - 1; piece >= 0; piece--)
+        attend(step, keys, values, q, out, &items[piece / step->num_kv_heads], piece % step->num_kv_heads);
+    free(items);
     return 0;
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.native.kernels.build import build_kernel
+from engines.native.kernels.build import build_kernels
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,4 +19,4 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_kernel("paged_attention", directory=tmp_path_factory.mktemp("kernels"))
+    return build_kernels(directory=tmp_path_factory.mktemp("kernels"))

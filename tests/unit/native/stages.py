@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engines.checkpoint import read_checkpoint
 from engines.native.attention import register
+from engines.native.compile_family import compile_family
 from engines.native.compute import Compute
 from engines.native.context import kv_store_of
 from engines.native.families import build_family
@@ -77,10 +78,15 @@ class Worker:
         *,
         dtype: torch.dtype = torch.float32,
         compute: Compute = IN_PLACE,
+        compiles: bool = False,
     ) -> None:
         checkpoint = read_checkpoint(directory)
         config = AutoConfig.from_pretrained(directory)
         family = build_family(config, attention=register(library), max_model_len=64, dtype=dtype)
+        if compiles:
+            assert library is not None
+            compile_family(family, library, kv_block_tokens=BLOCK_TOKENS)
+        self.family = family
         if compute.own_memory:
             family.move_to(compute.device)
         shared = shared_memory()
@@ -101,8 +107,9 @@ class Stages:
         cuts: Iterable[int] = (),
         dtype: torch.dtype = torch.float32,
         compute: Compute = IN_PLACE,
+        compiles: bool = False,
     ) -> None:
-        self._make = partial(Worker, directory, library, dtype=dtype, compute=compute)
+        self._make = partial(Worker, directory, library, dtype=dtype, compute=compute, compiles=compiles)
         self.workers: dict[int, Worker] = {}
         self.specs: dict[int, StageSpec] = {}
         self.adopt(cuts)

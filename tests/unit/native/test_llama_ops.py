@@ -9,14 +9,14 @@ import torch
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from engines.native.kernels.build import build_kernel
+from engines.native.kernels.build import build_kernels
 from engines.native.llama_ops import LIKE_LLAMA, LlamaOps, install
 from tests.support.family_checkpoints import config_of, noisy_model
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_kernel("llama_ops", directory=tmp_path_factory.mktemp("kernels"))
+    return build_kernels(directory=tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module")

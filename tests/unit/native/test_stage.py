@@ -1,5 +1,7 @@
 """Micro-batches through stages, in one process: the tokens of transformers, wherever the cuts lie and the KV moves."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,16 @@ def directory(request: pytest.FixtureRequest) -> Path:
     return make_family(request.param)
 
 
+@pytest.fixture
+def _rotary_comes_back() -> Iterator[None]:
+    """Compiling replaces a function of transformers' modules, which other tests use."""
+    modules = [sys.modules[name] for name in list(sys.modules) if name.startswith("transformers.models.")]
+    before = [(module, module.apply_rotary_pos_emb) for module in modules if hasattr(module, "apply_rotary_pos_emb")]
+    yield
+    for module, function in before:
+        module.apply_rotary_pos_emb = function
+
+
 @pytest.fixture(params=["compiled", "torch"])
 def library(request: pytest.FixtureRequest, kernel: Path) -> Path | None:
     return kernel if request.param == "compiled" else None
@@ -47,6 +59,73 @@ def test_greedy_tokens_equal_transformers(directory: Path, kernel: Path, cuts: t
 def test_the_same_without_a_compiler(directory: Path) -> None:
     stages = Stages(directory, None, cuts=(1,))
     assert tuple(stages.decode([stages.prefill()], NEW_TOKENS - 1)) == expected_tokens(directory)
+
+
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.usefixtures("_rotary_comes_back")
+@pytest.mark.parametrize("cuts", [(), (1, 2, 3)], ids=["one", "four"])
+def test_greedy_tokens_of_compiled_families_equal_transformers(
+    directory: Path, kernel: Path, cuts: tuple[int, ...]
+) -> None:
+    expected = expected_tokens(directory)  # before anything of transformers is replaced
+    logprob = expected_logprob(directory)
+    stages = Stages(directory, kernel, cuts=cuts, compiles=True)
+    assert tuple(stages.decode([stages.prefill(chunk=11)], NEW_TOKENS - 1)) == expected
+    (_, (told,)) = Stages(directory, kernel, cuts=cuts, compiles=True).step([(0, 0, PROMPT)])
+    assert told == pytest.approx(logprob, abs=1e-4)
+
+
+@pytest.mark.usefixtures("_rotary_comes_back")
+@pytest.mark.parametrize("kind", KINDS)
+def test_families_like_llama_run_whole_decoders(kind: str, kernel: Path) -> None:
+    family = Worker(make_family(kind), kernel, compiles=True).family
+    assert (family.compiled is not None) == (kind in LIKE_LLAMA or family.config.model_type == "llama")
+
+
+@pytest.mark.usefixtures("_rotary_comes_back")
+@pytest.mark.parametrize("kind", LIKE_LLAMA)
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(kind: str, kernel: Path) -> None:
+    """Products, attention and all: what a token becomes does not depend on who else is there, nor on chunks."""
+    alone, crowded = (Stages(make_family(kind), kernel, compiles=True) for _ in range(2))
+    (first, (logprob,)) = alone.step([(0, 0, PROMPT)])
+    crowded.step([(1, 0, list(range(100, 120))), (0, 0, PROMPT[:9])])
+    (tokens, logprobs) = crowded.step([(0, 9, PROMPT[9:]), (1, 20, [7])])
+    assert (tokens[0], logprobs[0]) == (first[0], logprob)
+
+
+@pytest.mark.usefixtures("_rotary_comes_back")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["gemma2", "mixtral", "opt", "qwen2"])
+def test_weights_in_16_bits_stay_so_and_are_computed_in_float32(kind: str, dtype: str, kernel: Path) -> None:
+    directory = make_family(kind, dtype=dtype)
+    expected = expected_tokens(directory)
+    stages = Stages(directory, kernel, cuts=(2,), compiles=True)
+    assert tuple(stages.decode([stages.prefill()], NEW_TOKENS - 1)) == expected
+    worker = stages.workers[1]
+    assert worker.family.linear is not None
+    if worker.family.linear.reads(getattr(torch, dtype)):
+        assert worker.family.model.lm_head.weight.dtype is getattr(torch, dtype)
+        assert worker.layers.weights_bytes < 0.75 * converted_bytes(directory, kernel)
+
+
+def converted_bytes(directory: Path, kernel: Path) -> int:
+    """Return the bytes of the same layers with every weight converted."""
+    return Stages(directory, kernel, cuts=(2,)).workers[1].layers.weights_bytes
+
+
+@pytest.mark.usefixtures("_rotary_comes_back")
+def test_a_decoder_that_left_is_forgotten_and_comes_back(llama: Path, kernel: Path) -> None:
+    stages = Stages(llama, kernel, compiles=True)
+    tokens = [stages.prefill()]
+    layers = stages.workers[0].layers
+    layers.drop("2")
+    with pytest.raises(KeyError):
+        stages.decode([*tokens], 1)
+    layers.attach("2", layers.read("2"))
+    stages.prefill()
+    assert tuple(stages.decode(tokens, NEW_TOKENS - 1)) == expected_tokens(llama)
 
 
 def test_log_probabilities_equal_transformers(directory: Path, library: Path | None) -> None:

@@ -1,0 +1,194 @@
+/* y = x W^T + b in float32 for the CPU, the weights as a checkpoint has them: rows of float32, bfloat16 or float16.
+ *
+ * Nothing is packed: weights stay the mapped pages of the checkpoint's files, and 16-bit ones are widened in registers,
+ * which is exact. Each element of y is summed in the same order (LANES partial sums over pieces of K_PIECE inputs)
+ * whatever else is in the batch and whichever thread does it.
+ */
+#include "linear.h"
+
+#define W_ROWS 4 /* weight rows and inputs of one tile: their products stay in registers */
+#define X_ROWS (LANES == 16 ? 6 : 3)
+#define X_MOST 6
+#define K_PIECE 1024 /* inputs: a tile's weights fit the first cache */
+#define X_PIECE 96   /* rows: so many, K_PIECE wide, fit the second */
+#define PARALLEL_WORK 32768 /* multiplications from which threads pay off */
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+INLINE Vec widened(const uint16_t *from, int kind) {
+#if defined(__AVX512F__)
+    const __m256i raw = _mm256_loadu_si256((const __m256i *)from);
+    if (kind == KIND_FLOAT16) return (Vec)_mm512_cvtph_ps(raw);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#else
+    typedef uint16_t Shorts __attribute__((vector_size(LANES * 2)));
+    Shorts raw;
+    memcpy(&raw, from, sizeof raw);
+    (void)kind; /* float16 is converted before it comes here */
+    return (Vec)(__builtin_convertvector(raw, Ints) << 16);
+#endif
+}
+
+INLINE Vec weights_at(const char *row, int64_t k, int64_t count, int kind) {
+    if (kind == KIND_FLOAT32) return load_part((const float *)row + k, count);
+    const uint16_t *from = (const uint16_t *)row + k;
+    uint16_t part[LANES] = {0};
+    if (count >= LANES) return widened(from, kind);
+    memcpy(part, from, (size_t)count * 2);
+    return widened(part, kind);
+}
+
+/* A tile of ``rows`` by ``columns`` outputs over one piece of the inputs. */
+INLINE void tile(const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride,
+                 const float *start, int64_t begin, int64_t end, const int rows, const int columns, const int kind,
+                 const int adds) {
+    Vec sums[W_ROWS][X_MOST];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) sums[r][c] = (Vec){0};
+    int64_t k = begin;
+    for (; k + LANES <= end; k += LANES) {
+        Vec weights[W_ROWS];
+        for (int r = 0; r < rows; r++) weights[r] = weights_at(w + r * w_bytes, k, LANES, kind);
+        for (int c = 0; c < columns; c++) {
+            Vec input = load(x + c * x_stride + k);
+            KEEP(input);
+            for (int r = 0; r < rows; r++) sums[r][c] += weights[r] * input;
+        }
+    }
+    if (k < end) {
+        for (int c = 0; c < columns; c++) {
+            const Vec input = load_part(x + c * x_stride + k, end - k);
+            for (int r = 0; r < rows; r++) sums[r][c] += weights_at(w + r * w_bytes, k, end - k, kind) * input;
+        }
+    }
+    for (int c = 0; c < columns; c++) {
+        float *to = y + c * y_stride;
+        if (rows == W_ROWS) {
+            Four other, sum = sums_of(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+            if (start != NULL) {
+                memcpy(&other, start, sizeof other);
+                sum = other + sum;
+            }
+            if (adds) {
+                memcpy(&other, to, sizeof other);
+                sum = other + sum;
+            }
+            memcpy(to, &sum, sizeof sum);
+        } else {
+            float sum = sum_of(sums[0][c]);
+            if (start != NULL) sum = start[0] + sum;
+            to[0] = adds ? to[0] + sum : sum;
+        }
+    }
+}
+
+#define TILE_OF(rows, columns) \
+    tile(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, kind, adds)
+
+INLINE void tiles_of_kind(const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride,
+                          const float *start, int64_t begin, int64_t end, int rows, int64_t columns, const int kind,
+                          const int adds) {
+    for (; columns > 0; columns -= X_ROWS, x += X_ROWS * x_stride, y += X_ROWS * y_stride) {
+        if (rows == W_ROWS) {
+            switch (columns >= X_ROWS ? X_ROWS : columns) {
+            case 1: TILE_OF(W_ROWS, 1); break;
+            case 2: TILE_OF(W_ROWS, 2); break;
+            case 3: TILE_OF(W_ROWS, 3); break;
+            case 4: TILE_OF(W_ROWS, 4); break;
+            case 5: TILE_OF(W_ROWS, 5); break;
+            default: TILE_OF(W_ROWS, X_ROWS); break;
+            }
+        } else {
+            const int64_t left = columns >= X_ROWS ? X_ROWS : columns;
+            for (int64_t c = 0; c < left; c++)
+                tile(w, w_bytes, x + c * x_stride, x_stride, y + c * y_stride, y_stride, start, begin, end, 1, 1, kind,
+                     adds);
+        }
+    }
+}
+
+static __attribute__((noinline)) void tiles_float32(
+    const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *start,
+    int64_t begin, int64_t end, int rows, int64_t columns, int adds) {
+    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_FLOAT32, adds);
+}
+
+static __attribute__((noinline)) void tiles_bfloat16(
+    const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *start,
+    int64_t begin, int64_t end, int rows, int64_t columns, int adds) {
+    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_BFLOAT16, adds);
+}
+
+static __attribute__((noinline)) void tiles_float16(
+    const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *start,
+    int64_t begin, int64_t end, int rows, int64_t columns, int adds) {
+    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_FLOAT16, adds);
+}
+
+static void tiles(const Linear *linear, const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t row,
+                  int rows, int64_t begin, int64_t end, int64_t columns, int adds) {
+    const int64_t w_bytes = linear->inputs * (linear->kind == KIND_FLOAT32 ? 4 : 2);
+    const char *w = (const char *)linear->weight + row * w_bytes;
+    const float *start = linear->bias == NULL || begin > 0 ? NULL : linear->bias + row;
+    y += row;
+    if (linear->kind == KIND_FLOAT32)
+        tiles_float32(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds);
+    else if (linear->kind == KIND_BFLOAT16)
+        tiles_bfloat16(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds);
+    else
+        tiles_float16(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds);
+}
+
+/* Outputs ``first`` to ``last`` - 1 of all rows of x. */
+static void part(const Linear *linear, const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t count,
+                 int64_t first, int64_t last, int adds) {
+    for (int64_t top = 0; top < count; top += X_PIECE) {
+        const int64_t columns = count - top < X_PIECE ? count - top : X_PIECE;
+        for (int64_t begin = 0; begin < linear->inputs; begin += K_PIECE) {
+            const int64_t end = linear->inputs - begin < K_PIECE ? linear->inputs : begin + K_PIECE;
+            for (int64_t row = first; row < last;) {
+                const int rows = last - row >= W_ROWS ? W_ROWS : 1;
+                tiles(linear, x + top * x_stride, x_stride, y + top * y_stride, y_stride, row, rows, begin, end,
+                      columns, adds || begin > 0);
+                row += rows;
+            }
+        }
+    }
+}
+
+void flexpiped_linears(const Linear *linears, int32_t num_linears, const float *x, int64_t x_stride, float *const *y,
+                       const int64_t *y_stride, int64_t count, int32_t adds) {
+    int64_t outputs = 0;
+    for (int32_t i = 0; i < num_linears; i++) outputs += (linears[i].outputs + W_ROWS - 1) / W_ROWS;
+    const int64_t work = outputs * W_ROWS * linears[0].inputs * count;
+    const int64_t piece = outputs / 16 < 1 ? 1 : outputs / 16 > 32 ? 32 : outputs / 16;
+    const int64_t pieces = (outputs + piece - 1) / piece;
+#pragma omp parallel for schedule(dynamic, 1) if (work > PARALLEL_WORK)
+    for (int64_t number = 0; number < pieces; number++) {
+        int64_t first = number * piece, left = piece;
+        for (int32_t i = 0; i < num_linears && left > 0; i++) {
+            const int64_t own = (linears[i].outputs + W_ROWS - 1) / W_ROWS;
+            if (first < own) {
+                const int64_t taken = own - first < left ? own - first : left;
+                const int64_t end = (first + taken) * W_ROWS;
+                part(&linears[i], x, x_stride, y[i], y_stride[i], count, first * W_ROWS,
+                     end < linears[i].outputs ? end : linears[i].outputs, adds);
+                left -= taken;
+                first = 0;
+            } else {
+                first -= own;
+            }
+        }
+    }
+}
+
+/* Whether float16 weights need no conversion on this processor. */
+int flexpiped_reads_float16(void) {
+#if defined(__AVX512F__)
+    return 1;
+#else
+    return 0;
+#endif
+}
