@@ -245,13 +245,17 @@ class Trace(FromCore, frozen=True, kw_only=True, tag=True):
 
 
 class StageSteps(FromCore, frozen=True, kw_only=True, tag=True):
-    """For each stage its last steps: tokens, sequences, context of all sequences after it, and seconds computed."""
+    """For each stage its last steps: tokens, sequences, context of all sequences after it, and seconds computed.
+
+    ``parts_s`` says what each stage's time went to, by name.
+    """
 
     call: int
     tokens: list[list[int]]
     sequences: list[list[int]]
     context: list[list[int]]
     busy_s: list[list[float]]
+    parts_s: list[dict[str, float]] = []
 
 
 class Fatal(FromCore, frozen=True, kw_only=True, tag=True):

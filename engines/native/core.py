@@ -263,6 +263,7 @@ class CoreServer:
                 sequences=[each.sequences for each in steps],
                 context=[each.context for each in steps],
                 busy_s=[each.busy_s for each in steps],
+                parts_s=[each.parts_s for each in steps],
             )
         )
 

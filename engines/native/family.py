@@ -125,6 +125,23 @@ class Family(ABC):
         self.compiled.run(index, hidden, step, *arguments["position_embeddings"])
         return hidden
 
+    def parts_s(self) -> dict[str, float]:
+        """Return what the time in decoders since the last call went to, by name, where that is known."""
+        if self.compiled is None:
+            return {}
+        spent = self.compiled.take_seconds()
+        return {
+            "matrix products": spent.products_s,
+            "attention": spent.attention_s,
+            "norms, rotation, activation": spent.elementwise_s,
+        }
+
+    def set_threads(self, threads: int) -> None:
+        """Have so many threads compute. Those of torch look for work for a while, and take the cores of the others."""
+        torch.set_num_threads(1 if self.compiled is not None else threads)
+        if self.linear is not None:
+            self.linear.set_threads(threads)
+
     def attached(self, layer: str) -> None:
         """Take note that a layer's weights are there now."""
         if self.compiled is not None and layer.isdigit():

@@ -46,7 +46,13 @@ class LinearOps:
         self._linears = functions.flexpiped_linears
         self._linears.argtypes = (_POINTER, _INT32, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT32)
         self._linears.restype = None
+        self._set_threads = functions.flexpiped_set_threads
+        self._set_threads.argtypes, self._set_threads.restype = (_INT32,), None
         self._reads_float16 = bool(functions.flexpiped_reads_float16())
+
+    def set_threads(self, threads: int) -> None:
+        """Have so many threads at work in all kernels of this process."""
+        self._set_threads(threads)
 
     def reads(self, dtype: torch.dtype) -> bool:
         """Say whether weights of this type need no conversion."""

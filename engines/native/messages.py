@@ -301,13 +301,17 @@ class Stats(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Steps(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Answer to ``ReadSteps``: one entry for each step. ``context`` is that of all sequences, after the step."""
+    """Answer to ``ReadSteps``: one entry for each step. ``context`` is that of all sequences, after the step.
+
+    ``parts_s`` says what the time since the last answer went to, by name; it is whole even where steps are left out.
+    """
 
     ticket: int
     tokens: list[int]
     sequences: list[int]
     context: list[int]
     busy_s: list[float]
+    parts_s: dict[str, float] = {}
 
 
 class Crashed(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -42,10 +42,22 @@ class StageTrace:
 
     def __init__(self) -> None:
         self._steps: deque[tuple[bytes, bytes, float]] = deque(maxlen=_STAGE_STEPS_KEPT)
+        self._busy_s = self._sampling_s = 0.0
 
     def computed(self, starts: bytes, counts: bytes, busy_s: float) -> None:
         """Note a step: ``starts`` and ``counts`` of its sequences as in ``RunStep``."""
         self._steps.append((starts, counts, busy_s))
+        self._busy_s += busy_s
+
+    def sampled(self, seconds: float) -> None:
+        """Note what the head and the choice of tokens took of a step."""
+        self._sampling_s += seconds
+
+    def parts_s(self) -> dict[str, float]:
+        """Return what the time of all steps since the last call went to; ``all`` is the whole of it."""
+        parts = {"all": self._busy_s, "head and sampling": self._sampling_s}
+        self._busy_s = self._sampling_s = 0.0
+        return parts
 
     def take(self) -> tuple[list[int], list[int], list[int], list[float]]:
         """Return tokens, sequences, context (of all sequences, after the step) and seconds; forget them."""

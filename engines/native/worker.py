@@ -167,7 +167,9 @@ class Worker:
         message = self._steps.pop(step_id)
         hidden, step = self._runner.forward(spec, message, self._incoming(message))
         if spec.is_last:
+            forwarded = time.perf_counter()
             sampled = self._runner.sample(message, hidden, step)
+            self._trace.sampled(time.perf_counter() - forwarded)
             self._send(
                 m.StepDone(
                     worker=self._index,
@@ -286,7 +288,7 @@ class Worker:
         self._steps.clear()
         self._hidden.clear()
         self._trace = StageTrace()  # what came before was another stage
-        torch.set_num_threads(message.threads)
+        self._context.family.set_threads(message.threads)
 
     def _plan_release(self, handover: int) -> None:
         """Drop, layer by layer, whatever no role needs: the same for retire and roll back."""
@@ -373,10 +375,17 @@ class Worker:
         )
 
     def _send_steps(self, ticket: int) -> None:
+        parts_s = self._trace.parts_s() | self._context.family.parts_s()
         tokens, sequences, context, busy_s = self._trace.take()
         self._send(
             m.Steps(
-                worker=self._index, ticket=ticket, tokens=tokens, sequences=sequences, context=context, busy_s=busy_s
+                worker=self._index,
+                ticket=ticket,
+                tokens=tokens,
+                sequences=sequences,
+                context=context,
+                busy_s=busy_s,
+                parts_s=parts_s,
             )
         )
 

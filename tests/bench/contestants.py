@@ -1,5 +1,6 @@
 """Ways to serve the same model, made alike: each completes a batch of prompts and says how long it took."""
 
+import math
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,6 +16,7 @@ from tests.bench.generate_messages import Generate, Generated
 from tests.bench.http_client import HttpClient
 from tests.bench.load_messages import Load
 from tests.bench.program import EngineSetup, even
+from tests.bench.stats import median
 from tests.bench.vllm_server import vllm_server
 
 Prompts = list[list[int]]
@@ -22,10 +24,14 @@ Prompts = list[list[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """Tokens that came, and the time from the first request sent to the last token."""
+    """Tokens that came, and the time from the first request sent to the last token.
+
+    ``first_s`` is the median over streams of the time to the first one, NaN where that is not seen.
+    """
 
     tokens: int
     took_s: float
+    first_s: float = math.nan
 
 
 class Contestant(Protocol):
@@ -124,4 +130,5 @@ def transformers_generate(names: dict[str, str], model: Path, *, threads: int) -
 
 
 def _turn_of(load: Load) -> Turn:
-    return Turn(tokens=load.tokens, took_s=load.ended_s - load.started_s)
+    firsts = [times[0] - load.started_s for times in load.times_s if times]
+    return Turn(tokens=load.tokens, took_s=load.ended_s - load.started_s, first_s=median(firsts))

@@ -15,6 +15,7 @@ import uvloop
 
 from planner.layout import Pipeline, pipeline_of
 from tests.support.checkpoints import bench_llama
+from tests.support.qwen_checkpoint import REAL_SHAPE, make_qwen
 
 DEVICES: Final = tuple(f"cpu:{index}" for index in range(8))
 NUM_DECODERS: Final = 8
@@ -61,6 +62,12 @@ def checkpoint(options: argparse.Namespace) -> Path:
     """Return the directory of the model, which is made if it is not there."""
     given: Path | None = options.checkpoint
     return (given or bench_llama(_CACHE / "bench-llama")).resolve()
+
+
+def qwen_checkpoint(options: argparse.Namespace) -> Path:
+    """Return a directory of Qwen2.5-0.5B's shape with random weights in bfloat16, which is made if it is not there."""
+    given: Path | None = options.checkpoint
+    return (given or make_qwen(_CACHE / "qwen-0.5b", shape=REAL_SHAPE)).resolve()
 
 
 def even(stages: int) -> Pipeline:

@@ -1,6 +1,7 @@
 """Rounds in which contestants take turns, so that a machine that is busy for a while is busy for all of them."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ class RoundsPlan:
     prompt_tokens: int
     max_tokens: int
     turn_s: float
+    warm_streams: int = 0  # that precede each turn but the first; 0: as many as it has
 
 
 def plan_of(options: argparse.Namespace) -> RoundsPlan:
@@ -36,12 +38,18 @@ def plan_of(options: argparse.Namespace) -> RoundsPlan:
 
 @dataclass(slots=True)
 class Rates:
-    """Tokens per second of every turn, by contestant and number of streams."""
+    """Tokens per second and times to the first token of every turn, by contestant and number of streams."""
 
     _seen: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    _firsts_s: dict[tuple[str, int], list[float]] = field(default_factory=dict)
 
-    def add(self, name: str, streams: int, rate: float) -> None:
+    def add(self, name: str, streams: int, rate: float, first_s: float = math.nan) -> None:
         self._seen.setdefault((name, streams), []).append(rate)
+        self._firsts_s.setdefault((name, streams), []).append(first_s)
+
+    def first_s(self, name: str, streams: int) -> float:
+        """Return the median time to the first token over rounds, NaN where it was not seen."""
+        return median(self._firsts_s.get((name, streams), ()))
 
     def median(self, name: str, streams: int) -> float:
         """Return the median over rounds, NaN where the contestant took no part."""
@@ -65,21 +73,28 @@ async def hold_rounds(contestants: Sequence[Contestant], plan: RoundsPlan) -> Ra
         shift = number % len(contestants)
         for streams in plan.streams:
             for contestant in [*contestants[shift:], *contestants[:shift]]:
-                rate = await _turn(contestant, plan, streams=streams, seed=number * 1000 + streams, warm=number == 0)
-                rates.add(contestant.name, streams, rate)
+                rate, first_s = await _turn(
+                    contestant, plan, streams=streams, seed=number * 1000 + streams, warm=number == 0
+                )
+                rates.add(contestant.name, streams, rate, first_s)
                 say(f"round {number + 1} of {plan.rounds}, {streams} streams, {contestant.name}: {rate:.0f} tok/s")
     return rates
 
 
-async def _turn(contestant: Contestant, plan: RoundsPlan, *, streams: int, seed: int, warm: bool) -> float:
+async def _turn(
+    contestant: Contestant, plan: RoundsPlan, *, streams: int, seed: int, warm: bool
+) -> tuple[float, float]:
     def given(repetition: int) -> list[list[int]]:
         return prompts(count=streams, length=plan.prompt_tokens, seed=seed * 100 + repetition)
 
-    await contestant.turn(given(99), max_tokens=plan.max_tokens if warm else _WARM_TOKENS)
+    warming = given(99) if warm or not plan.warm_streams else given(99)[: plan.warm_streams]
+    await contestant.turn(warming, max_tokens=plan.max_tokens if warm else _WARM_TOKENS)
     tokens, took_s, repetition = 0, 0.0, 0
+    firsts_s = []
     while took_s < plan.turn_s or repetition == 0:
         turn = await contestant.turn(given(repetition), max_tokens=plan.max_tokens)
         if turn.tokens != streams * plan.max_tokens:
             raise RuntimeError(f"{contestant.name} gave {turn.tokens} tokens, not {streams * plan.max_tokens}")
         tokens, took_s, repetition = tokens + turn.tokens, took_s + turn.took_s, repetition + 1
-    return tokens / took_s
+        firsts_s.append(turn.first_s)
+    return tokens / took_s, median(firsts_s)

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 # Without -ffast-math: sums keep their order, on which it rests that a token's bits do not depend on the batch.
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-fPIC", "-shared")
 _SOURCES = (
-    *("vectors.h", "linear.h", "paged_attention.h", "llama_ops.h"),
-    *("linear.c", "paged_attention.c", "llama_ops.c", "decoder.c"),
+    *("vectors.h", "pool.h", "linear.h", "paged_attention.h", "llama_ops.h"),
+    *("pool.c", "linear.c", "paged_attention.c", "llama_ops.c", "decoder.c"),
 )
 
 

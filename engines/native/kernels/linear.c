@@ -6,12 +6,15 @@
  */
 #include "linear.h"
 
+#include "pool.h"
+
 #define W_ROWS 4 /* weight rows and inputs of one tile: their products stay in registers */
 #define X_ROWS (LANES == 16 ? 6 : 3)
 #define X_MOST 6
 #define K_PIECE 1024 /* inputs: a tile's weights fit the first cache */
 #define X_PIECE 96   /* rows: so many, K_PIECE wide, fit the second */
-#define PARALLEL_WORK 32768 /* multiplications from which threads pay off */
+#define PIECE_WORK 262144 /* multiplications of a piece, at least: some microseconds */
+#define MOST_PIECES 16
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -158,30 +161,45 @@ static void part(const Linear *linear, const float *x, int64_t x_stride, float *
     }
 }
 
+typedef struct {
+    const Linear *linears;
+    int32_t num_linears, adds;
+    const float *x;
+    int64_t x_stride, count, rows, rows_of_piece; /* rows: groups of W_ROWS outputs, of all linears */
+    float *const *y;
+    const int64_t *y_stride;
+} Shared;
+
+/* The outputs of one piece, of one linear or of several that follow each other. */
+static void outputs_of_piece(void *context, int64_t number) {
+    const Shared *shared = context;
+    int64_t first = number * shared->rows_of_piece, left = shared->rows_of_piece;
+    for (int32_t i = 0; i < shared->num_linears && left > 0; i++) {
+        const Linear *linear = &shared->linears[i];
+        const int64_t own = (linear->outputs + W_ROWS - 1) / W_ROWS;
+        if (first >= own) {
+            first -= own;
+            continue;
+        }
+        const int64_t taken = own - first < left ? own - first : left;
+        const int64_t end = (first + taken) * W_ROWS;
+        part(linear, shared->x, shared->x_stride, shared->y[i], shared->y_stride[i], shared->count, first * W_ROWS,
+             end < linear->outputs ? end : linear->outputs, shared->adds);
+        left -= taken;
+        first = 0;
+    }
+}
+
 void flexpiped_linears(const Linear *linears, int32_t num_linears, const float *x, int64_t x_stride, float *const *y,
                        const int64_t *y_stride, int64_t count, int32_t adds) {
-    int64_t outputs = 0;
-    for (int32_t i = 0; i < num_linears; i++) outputs += (linears[i].outputs + W_ROWS - 1) / W_ROWS;
-    const int64_t work = outputs * W_ROWS * linears[0].inputs * count;
-    const int64_t piece = outputs / 16 < 1 ? 1 : outputs / 16 > 32 ? 32 : outputs / 16;
-    const int64_t pieces = (outputs + piece - 1) / piece;
-#pragma omp parallel for schedule(dynamic, 1) if (work > PARALLEL_WORK)
-    for (int64_t number = 0; number < pieces; number++) {
-        int64_t first = number * piece, left = piece;
-        for (int32_t i = 0; i < num_linears && left > 0; i++) {
-            const int64_t own = (linears[i].outputs + W_ROWS - 1) / W_ROWS;
-            if (first < own) {
-                const int64_t taken = own - first < left ? own - first : left;
-                const int64_t end = (first + taken) * W_ROWS;
-                part(&linears[i], x, x_stride, y[i], y_stride[i], count, first * W_ROWS,
-                     end < linears[i].outputs ? end : linears[i].outputs, adds);
-                left -= taken;
-                first = 0;
-            } else {
-                first -= own;
-            }
-        }
-    }
+    Shared shared = {.linears = linears, .num_linears = num_linears, .adds = adds, .x = x, .x_stride = x_stride,
+                     .count = count, .y = y, .y_stride = y_stride};
+    for (int32_t i = 0; i < num_linears; i++) shared.rows += (linears[i].outputs + W_ROWS - 1) / W_ROWS;
+    /* Reading a weight takes as long as multiplying it ten times. */
+    const int64_t worth = shared.rows * W_ROWS * linears[0].inputs * (count + 10) / PIECE_WORK;
+    const int64_t pieces = worth < 1 ? 1 : worth > MOST_PIECES ? MOST_PIECES : worth;
+    shared.rows_of_piece = (shared.rows + pieces - 1) / pieces;
+    flexpiped_share(outputs_of_piece, &shared, (shared.rows + shared.rows_of_piece - 1) / shared.rows_of_piece);
 }
 
 /* Whether float16 weights need no conversion on this processor. */

@@ -7,6 +7,8 @@
  */
 #include "paged_attention.h"
 
+#include "pool.h"
+
 #include <stdlib.h>
 
 #define BLOCK_MULTIPLE 16 /* of block_tokens; LANES divides it */
@@ -17,6 +19,7 @@
 #define TOGETHER 4   /* queries whose sums are in registers at a time */
 #define PARTS 4      /* vectors of keys per softmax update */
 #define TILE (PARTS * LANES)
+#define PIECE_WORK 65536 /* multiplications that one thread does at a time, at least */
 #define MASKED (-1e30f)
 
 typedef struct {
@@ -349,6 +352,27 @@ static int32_t items_of(const Step *step, Item *items) {
     return count;
 }
 
+typedef struct {
+    const Step *step;
+    const float *keys, *values;
+    const Rows *q;
+    float *out;
+    const Item *items;
+    int64_t pieces, pieces_at_once;
+} Shared;
+
+/* The last first: they have the longest contexts, and nobody waits for one of them at the end. */
+static void attend_piece(void *context, int64_t number) {
+    const Shared *shared = context;
+    const int32_t heads = shared->step->num_kv_heads;
+    for (int64_t i = 0; i < shared->pieces_at_once; i++) {
+        const int64_t piece = shared->pieces - 1 - (number * shared->pieces_at_once + i);
+        if (piece < 0) return;
+        attend(shared->step, shared->keys, shared->values, shared->q, shared->out, &shared->items[piece / heads],
+               (int32_t)(piece % heads));
+    }
+}
+
 int flexpiped_paged_attention(const Step *step, float *keys, float *values, const Rows *q, const Rows *k, const Rows *v,
                               float *out) {
     if (step->head_dim > MAX_HEAD_DIM || step->num_heads > MAX_GROUP * step->num_kv_heads ||
@@ -362,11 +386,11 @@ int flexpiped_paged_attention(const Step *step, float *keys, float *values, cons
         write_kv(step, keys, values, k, v, token);
         work += step->positions[token] + 1;
     }
-    const int32_t pieces = count * step->num_kv_heads;
-    /* The last first: they have the longest contexts, and nobody waits for one of them at the end. */
-#pragma omp parallel for schedule(dynamic, 1) if (work * step->num_heads > 2048)
-    for (int32_t piece = pieces - 1; piece >= 0; piece--)
-        attend(step, keys, values, q, out, &items[piece / step->num_kv_heads], piece % step->num_kv_heads);
+    Shared shared = {.step = step, .keys = keys, .values = values, .q = q, .out = out, .items = items};
+    shared.pieces = (int64_t)count * step->num_kv_heads;
+    work *= step->num_heads * step->head_dim; /* multiplications, half of them */
+    shared.pieces_at_once = 1 + shared.pieces * PIECE_WORK / (work + 1);
+    flexpiped_share(attend_piece, &shared, (shared.pieces + shared.pieces_at_once - 1) / shared.pieces_at_once);
     free(items);
     return 0;
 }

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engines.native.attention import ATTENTION_NAME, CompiledAttention, PagedStep, Scores, register, torch_attention
 from engines.native.kv_memory import KVMemory
+from engines.native.linear import LinearOps
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores, int, PagedStep], torch.Tensor]
 MAX_CONTEXT = 96
@@ -236,15 +237,16 @@ def test_the_kernel_gives_the_same_bits_for_every_size_of_kv_block(compiled: Att
     )
 
 
-def test_the_kernel_gives_the_same_bits_with_more_threads(compiled: Attention) -> None:
+def test_the_kernel_gives_the_same_bits_with_more_threads(compiled: Attention, kernel: Path) -> None:
     shape = Shape(group=4, head_dim=64)
     tokens = random_tokens(shape, 90, seed=3)
     one = Cache(compiled, shape, rows=1).step([(0, 0, tokens)])[0]
-    torch.set_num_threads(2)
+    ops = LinearOps(kernel)
+    ops.set_threads(2)
     try:
         two = Cache(compiled, shape, rows=1).step([(0, 0, tokens)])[0]
     finally:
-        torch.set_num_threads(1)
+        ops.set_threads(1)
     assert torch.equal(one, two)
 
 

@@ -85,7 +85,7 @@ REPORTS: list[m.WorkerReport] = [
     m.Released(worker=1, handover=7, weights_bytes=5, kv_bytes=6),
     m.KvBounded(worker=1, ticket=1, returned_bytes=2**40),
     m.Stats(worker=1, ticket=1, weights_bytes=5, kv_mapped_bytes=6, busy_s=1.25, longest_slice_s=0.004),
-    m.Steps(worker=1, ticket=1, tokens=[8], sequences=[8], context=[800], busy_s=[0.004]),
+    m.Steps(worker=1, ticket=1, tokens=[8], sequences=[8], context=[800], busy_s=[0.004], parts_s={"all": 0.004}),
     m.Crashed(worker=1, reason="ValueError: ü"),
 ]
 
