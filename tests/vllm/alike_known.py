@@ -34,7 +34,7 @@ KNOWN: Final[Mapping[str, str]] = {
     "native: completion, prompt alone: usage.*": "nothing is generated; vLLM makes one token and hides it",
     "native: completion, choice: usage.*": _COMPLETE,
     "native: completion, regex: usage.*": _COMPLETE,
-    "native: *: usage.prompt_tokens_details: null -> {*": "what was in the KV cache is told; vLLM does so if asked",
+    "native: *: usage.prompt_tokens_details: * -> {*": "what was in the KV cache is told; vLLM does so if asked",
     "native: best_of: usage.*": "best_of is honoured, and all that is made counts; vLLM has it no more",
     # --- texts of bytes that are no character ---
     '*text: * -> *\N{REPLACEMENT CHARACTER}"': _CUT,
