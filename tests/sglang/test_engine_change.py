@@ -17,7 +17,7 @@ from tests.engines.install_vllm import VLLM
 from tests.engines.interpreter import ensure_there
 from tests.support.checkpoints import make_untied
 from tests.support.daemon import Daemon, started
-from tests.support.engine_change import PROMPTS, TAKEN, Client, changed
+from tests.support.engine_change import TAKEN, Client, changed
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop]
 CUTS = (7, 1, 4)  # of the first stage's decoders, one after the other
@@ -36,7 +36,7 @@ async def through(folder: Path, *engines: str, more: str, ranks: int = 0) -> Non
         aiohttp.ClientSession() as session,
     ):
         client = Client(session, (await daemon.ask("/status"))["api_url"])
-        expected = {prompt: (await client.complete(prompt))[1] for prompt in PROMPTS}
+        expected = await client.texts()
         for engine in engines[1:]:
             async with client.busy(expected):
                 assert re.fullmatch(TAKEN, await changed(daemon, engine))

@@ -35,6 +35,11 @@ class Client:
         assert choices[-1]["finish_reason"] == "length"
         return answer.status, "".join(choice["text"] for choice in choices)
 
+    async def texts(self) -> dict[str, str]:
+        """Return the text that each prompt gives, all of them asked for together."""
+        answers = await asyncio.gather(*(self.complete(prompt) for prompt in PROMPTS))
+        return {prompt: text for prompt, (_, text) in zip(PROMPTS, answers, strict=True)}
+
     @asynccontextmanager
     async def busy(self, expected: dict[str, str], **more: Any) -> AsyncIterator[None]:
         """Have each prompt completed again and again, always with the same text. ``more`` is in each request."""
