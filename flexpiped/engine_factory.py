@@ -1,7 +1,7 @@
 """From settings to an engine. The only module of the daemon that knows which engines there are."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import assert_never
 
@@ -35,6 +35,7 @@ class Model:
     directory: Path
     tokenizer_directory: Path
     graph: ModelGraph
+    generation_config: Mapping[str, object] = field(default_factory=dict)
 
 
 def find_files(settings: Settings, *, source: str) -> Model:
@@ -60,6 +61,7 @@ def find_files(settings: Settings, *, source: str) -> Model:
         if tokenizer is None
         else find_model(tokenizer, token_file=settings.hf_token_file),
         graph=graph,
+        generation_config=checkpoint.generation_config,
     )
 
 

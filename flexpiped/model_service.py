@@ -8,7 +8,7 @@ A daemon has one of these for each model that it serves; what they share (ports,
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.admin_changes import Changes
 from flexpiped.api.metrics import Metrics
+from flexpiped.api.sampling_defaults import sampling_defaults
 from flexpiped.auto import DECISIONS_KEPT, AutoControl
 from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
@@ -36,7 +37,7 @@ from flexpiped.plan_wire import answer_to_wire
 from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings, Started
 from flexpiped.replicas import Replicas
-from flexpiped.settings import Settings
+from flexpiped.settings import SamplingDefaults, Settings
 from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
 from flexpiped.supervision import Supervision, SupervisorState
 from flexpiped.survivors import Survivors
@@ -108,6 +109,7 @@ class ModelService:
         self._parameters = parameters
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
         self._reason = "starting"
+        self.sampling_defaults: Mapping[str, Any] = {}
         self._further: tuple[Pipeline, ...] = ()  # replicas that are to come back beside the first
         self._text: TextService | None = None
         self._engines, self._control = AsyncExitStack(), AsyncExitStack()
@@ -233,6 +235,13 @@ class ModelService:
         self.load.expect(slo_of(settings))
         self._in_force.use(settings)
 
+    def _take_sampling_defaults(self, model: Model) -> None:
+        if self._settings.sampling_defaults is SamplingDefaults.MODEL:
+            try:
+                self.sampling_defaults = sampling_defaults(model.generation_config)
+            except ValueError as error:
+                self._events.publish(EventKind.ENGINE, f"{error}; requests are sampled as OpenAI's API has it")
+
     async def start(self) -> None:
         """Start the engine, with the text process beside it; ``close`` ends them, also after a failure.
 
@@ -241,6 +250,7 @@ class ModelService:
         """
         self._progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
+        self._take_sampling_defaults(model)
         engine_start = EngineStart(
             settings=lambda: self._settings,
             source=self.source,

@@ -18,7 +18,7 @@ from flexpiped.settings import DEMO_MODEL, KEYS, Key, Settings, value_of, with_v
 _SECTIONS: Final = ("engines", "handover", "workload", "slo", "planner", "auto")
 _OF_THE_MODEL: Final = ("model", "revision", "tokenizer", "trust_remote_code")
 _ADAPTERS: Final = ("engines", "native", "adapters")
-_INHERITED: Final = ("engine", "stages", "dtype", "max_model_len", "hf_token_file")
+_INHERITED: Final = ("engine", "stages", "dtype", "max_model_len", "sampling_defaults", "hf_token_file")
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 PER_MODEL: Final[Mapping[str, Key]] = {
     key.name: key

@@ -290,6 +290,7 @@ class Service:
             text=model.text,
             admission=self._admission,
             keys=lambda: self._keys,
+            sampling_defaults=model.sampling_defaults,
             body_deadline_s=self._settings.http.body_deadline_s,
             metrics=model.metrics,
             health=lambda: model.health,

@@ -49,6 +49,11 @@ class DType(Enum):
     FLOAT16 = "float16"
 
 
+class SamplingDefaults(Enum):
+    MODEL = "model"  # the model's generation_config.json
+    API = "api"  # OpenAI's
+
+
 class DevicesKind(Enum):
     AUTO = "auto"  # GPUs where there are some and the engine computes on them, else CPU devices
     CPU = "cpu"
@@ -293,6 +298,7 @@ class Settings:
     stages: Annotated[int | Auto, or_auto(integer(1))] = 2
     dtype: Annotated[DType, choice(DType)] = DType.AUTO
     max_model_len: Annotated[int | Auto, or_auto(integer(1))] = Auto.AUTO
+    sampling_defaults: Annotated[SamplingDefaults, choice(SamplingDefaults)] = SamplingDefaults.MODEL
     revision: Annotated[str | None, optional_text] = None
     tokenizer: Annotated[str | None, optional_text] = None
     trust_remote_code: Annotated[bool, boolean] = False

@@ -3,10 +3,10 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
@@ -85,6 +85,7 @@ class Backend:
     new_seed: Callable[[], int] = random_seed
     wall_clock: Callable[[], float] = time.time
     keys: Callable[[], KeyRing | None] = lambda: None  # None: no key is asked for
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # for requests that do not say it
     body_deadline_s: float = 60.0
     death_noticed_s: float = 3.0  # within this time the death of an engine is known
     created_unix_s: int = field(default_factory=lambda: int(time.time()))

@@ -33,6 +33,7 @@ from flexpiped.api.parameters import (
     sampling_of,
 )
 from flexpiped.api.routing import ToEngine, route
+from flexpiped.api.sampling_defaults import with_defaults
 from flexpiped.api.sending import send_events, send_whole
 from flexpiped.api.wire import ChatWire, CompletionWire, Head
 from flexpiped.supervision import ending_tokens
@@ -65,8 +66,9 @@ async def completions(http: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     async with observed(http, Endpoint.COMPLETIONS) as (backend, observation):
         raw = await read_body(http)
-        body = parse_object(raw)
-        asked = route(routing.COMPLETIONS, body, served=backend.model, capabilities=backend.serving.capabilities)
+        body, capabilities = parse_object(raw), backend.serving.capabilities
+        defaulted = with_defaults(body, backend.sampling_defaults, capabilities)
+        asked = route(routing.COMPLETIONS, defaulted, served=backend.model, capabilities=capabilities)
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=COMPLETION.default_tokens)
         prompts = asked.prompts
@@ -81,8 +83,9 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     async with observed(http, Endpoint.CHAT) as (backend, observation):
         raw = await read_body(http)
-        body = parse_object(raw)
-        asked = route(routing.CHAT, body, served=backend.model, capabilities=backend.serving.capabilities)
+        body, capabilities = parse_object(raw), backend.serving.capabilities
+        defaulted = with_defaults(body, backend.sampling_defaults, capabilities)
+        asked = route(routing.CHAT, defaulted, served=backend.model, capabilities=capabilities)
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=CHAT.default_tokens)
         messages = asked.messages

@@ -1,9 +1,11 @@
 """The HTTP application over a real socket, with the fake engine behind it."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -30,6 +32,7 @@ from tests.support.fake_own_server import EngineWithServer, with_server
 from tests.support.tiny_tokenizer import byte_level_tokenizer
 from tests.support.until import until
 
+_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 MODEL = "tiny/model"
 EOS_ID = 1
 CREATED_UNIX_S = 1_700_000_000
@@ -132,6 +135,7 @@ async def http_app(
     keys: Callable[[], KeyRing | None] = lambda: None,
     spans: Spans | None = None,
     handovers: Handovers | None = None,
+    sampling_defaults: Mapping[str, Any] = _NONE,
 ) -> AsyncIterator[HttpApp]:
     """Serve on 127.0.0.1 and any free port while the scope lasts. Seeds are 7, the time of creation is fixed."""
     engines = engines or FakeEngines(next_token=saying("Once upon a time"))
@@ -146,6 +150,7 @@ async def http_app(
         health=health_of(supervisor),
         keys=keys,
         body_deadline_s=body_deadline_s,
+        sampling_defaults=sampling_defaults,
         new_seed=lambda: 7,
         wall_clock=lambda: float(CREATED_UNIX_S),
         created_unix_s=CREATED_UNIX_S,
