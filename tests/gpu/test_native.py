@@ -7,12 +7,12 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from engines.native.adapter import NativeEngine
+from tests.support.generated import generated_by_transformers
 from tests.support.native import DEVICES, collect, even, gpt2, llama, move, request, running
 from topology.device import DeviceKind
 from topology.discovery import discover
@@ -44,22 +44,9 @@ async def engine() -> AsyncIterator[NativeEngine]:
         yield engine
 
 
-def generated_by_transformers(directory: Path) -> list[int]:
-    """Return the same from transformers, on the CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    prompt = torch.tensor([PROMPT])
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    ids: list[int] = output[0, len(PROMPT) :].tolist()
-    return ids
-
-
 @pytest.mark.parametrize(("directory", "decoders"), [(llama, 8), (gpt2, 6)], ids=["llama", "gpt2"])
 async def test_tokens_are_those_of_transformers_at_1_2_and_the_most_stages(directory, decoders) -> None:  # type: ignore[no-untyped-def]
-    expected = generated_by_transformers(directory())
+    expected = generated_by_transformers(directory(), PROMPT, NEW_TOKENS)
     visible = (gpu(),) * len(DEVICES)
     async with running(directory(), even(1, decoders), visible=visible) as engine:
         for stages in (1, 2, decoders):

@@ -17,6 +17,7 @@ from tests.support.family_checkpoints import (
     make_family,
     make_gemma3_that_sees_images,
 )
+from tests.support.generated import generated_by_transformers
 from tests.support.native import CACHE, collect, even, gpt2, layout, llama, move, request, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
@@ -31,19 +32,6 @@ def sharded_tied_llama() -> Path:
     )
 
 
-def generated_by_transformers(directory: Path) -> list[int]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    prompt = torch.tensor([PROMPT])
-    mask = torch.ones_like(prompt)
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    output = model.generate(prompt, attention_mask=mask, **options)
-    ids: list[int] = output[0, len(PROMPT) :].tolist()
-    return ids
-
-
 @pytest.mark.parametrize(
     ("make", "num_decoders"), [(llama, 8), (gpt2, 6), (sharded_tied_llama, 5)], ids=["llama", "gpt2", "tied-sharded"]
 )
@@ -51,7 +39,7 @@ async def test_tokens_equal_transformers_at_1_2_and_the_most_stages(
     make: Callable[[], Path], num_decoders: int
 ) -> None:
     directory = make()
-    expected = generated_by_transformers(directory)
+    expected = generated_by_transformers(directory, PROMPT, NEW_TOKENS)
     async with running(directory, even(1, num_decoders), threads=0) as engine:  # one stage takes all cores
         assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
         for stages in (2, num_decoders):
@@ -63,7 +51,7 @@ async def test_tokens_equal_transformers_at_1_2_and_the_most_stages(
 async def test_every_family_gives_the_tokens_of_transformers_at_any_stages_and_across_refactorings(kind: str) -> None:
     """Tied tables lie in shards. Commit compares the KV blocks of source and destination."""
     directory = make_family(kind, shards=3 if config_of(kind).tie_word_embeddings else 1)
-    expected = generated_by_transformers(directory)
+    expected = generated_by_transformers(directory, PROMPT, NEW_TOKENS)
     wanted = request(PROMPT, max_tokens=NEW_TOKENS)
     async with running(directory, even(1, NUM_DECODERS), max_model_len=MAX_MODEL_LEN) as engine:
         assert (await collect(engine, wanted))[0] == expected
@@ -77,14 +65,14 @@ async def test_every_family_gives_the_tokens_of_transformers_at_any_stages_and_a
 
 async def test_of_a_checkpoint_that_sees_images_the_text_part_is_served() -> None:
     directory = make_gemma3_that_sees_images()
-    expected = generated_by_transformers(directory)
+    expected = generated_by_transformers(directory, PROMPT, NEW_TOKENS)
     async with running(directory, even(1, NUM_DECODERS), max_model_len=MAX_MODEL_LEN) as engine:
         await move(engine, even(NUM_DECODERS, NUM_DECODERS))
         assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
 
 
 async def test_an_uneven_start_layout_on_other_devices_gives_the_same() -> None:
-    expected = generated_by_transformers(gpt2())
+    expected = generated_by_transformers(gpt2(), PROMPT, NEW_TOKENS)
     pipeline = layout(1, 5, num_decoders=6, devices=("cpu:7", "cpu:0", "cpu:3"))
     async with running(gpt2(), pipeline) as engine:
         assert (await collect(engine, request(PROMPT, max_tokens=NEW_TOKENS)))[0] == expected
