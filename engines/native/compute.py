@@ -57,11 +57,9 @@ def open_compute(visible: str) -> Compute:
     A process must ask before anything in it has used CUDA, and only once: it sees no other GPU from then on. The parent
     may not have used CUDA at all, for that does not survive a fork.
     """
-    match visible:
-        case "":
-            return Compute()
-        case "stand-in":
-            return Compute(own_memory=True)
-        case _:
-            os.environ.update(visible_environment([visible]))
-            return Compute(device=torch.device("cuda", 0), own_memory=True)
+    if visible == IN_PLACE:
+        return Compute()
+    if visible == STAND_IN:
+        return Compute(own_memory=True)
+    os.environ.update(visible_environment([visible]))
+    return Compute(device=torch.device("cuda", 0), own_memory=True)

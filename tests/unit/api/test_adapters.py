@@ -20,12 +20,6 @@ def by_adapter(request: GenerationRequest, position: int) -> int:
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def app() -> AsyncIterator[HttpApp]:
     async with http_app(engines=FakeEngines(next_token=by_adapter, capabilities=ADAPTED)) as app:
         yield app

@@ -28,12 +28,6 @@ def by_seed(request: GenerationRequest, position: int) -> int:
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def app() -> AsyncIterator[HttpApp]:
     async with http_app(engines=FakeEngines(next_token=by_seed, capabilities=RICH)) as app:
         yield app

@@ -36,12 +36,6 @@ STREAM = b'{"prompt": "Once", "n": 2, "stream": true}'
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[FakeOwnServer]:
     async with fake_own_server(tmp_path) as server:
         yield server

@@ -22,12 +22,6 @@ TEXT = "Once upon a time there was"
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def app() -> AsyncIterator[HttpApp]:
     async with http_app(engines=FakeEngines(next_token=saying(TEXT))) as app:
         yield app
