@@ -5,7 +5,6 @@ character), two tokens come as one event, so the share of tokens that came as ev
 """
 
 import argparse
-import asyncio
 import os
 import time
 from collections.abc import Coroutine, Mapping
@@ -15,11 +14,12 @@ from typing import Any
 
 from engines.native.adapter import NativeEngine
 from tests.bench import direct
-from tests.bench.daemon_process import DaemonProcess, daemon
-from tests.bench.http_client import HttpClient, http_client
+from tests.bench.daemon_process import DaemonProcess
+from tests.bench.http_client import HttpClient
 from tests.bench.load_messages import Load
 from tests.bench.processes import cpu_s
-from tests.bench.program import checkpoint, even, parser, prompts, run, setup_of, whole_numbers
+from tests.bench.program import even, parser, prompts, run, whole_numbers
+from tests.bench.rigs import both_ways
 from tests.bench.stats import median, percentile
 from tests.bench.tables import Bound, ms, say, table, verdicts, write_json
 
@@ -151,14 +151,8 @@ def _bounds(seen: Mapping[tuple[str, int], Seen], streams: int) -> list[Bound]:
 
 async def main() -> int:
     options = _options()
-    model = await asyncio.to_thread(checkpoint, options)
-    setup = setup_of(options)
     began_s = time.monotonic()
-    async with (
-        http_client() as client,
-        daemon(model, setup, stages=options.stages) as server,
-        direct.running(direct.options_for(model, setup), even(options.stages)) as engine,
-    ):
+    async with both_ways(options) as (client, server, engine):
         if options.stages > 1:
             await server.move(even(options.stages))
         say(f"all is up after {time.monotonic() - began_s:.1f} s")

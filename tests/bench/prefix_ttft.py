@@ -4,7 +4,6 @@ In turns: a new prompt, then the same with another end, to the engine directly a
 """
 
 import argparse
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,9 @@ from functools import partial
 from typing import Any
 
 from tests.bench import direct
-from tests.bench.daemon_process import daemon
-from tests.bench.http_client import http_client
 from tests.bench.load_messages import Load
-from tests.bench.program import checkpoint, even, parser, prompts, run, setup_of, whole_numbers
+from tests.bench.program import parser, prompts, run, whole_numbers
+from tests.bench.rigs import both_ways
 from tests.bench.stats import median, percentile
 from tests.bench.tables import Bound, ms, say, table, times, verdicts, write_json
 
@@ -86,14 +84,8 @@ def _print(seen: dict[tuple[str, int], Seen]) -> None:
 
 async def main() -> int:
     options = _options()
-    model = await asyncio.to_thread(checkpoint, options)
-    setup = setup_of(options)
     began_s = time.monotonic()
-    async with (
-        http_client() as client,
-        daemon(model, setup, stages=options.stages) as server,
-        direct.running(direct.options_for(model, setup), even(options.stages)) as engine,
-    ):
+    async with both_ways(options) as (client, server, engine):
         say(f"all is up after {time.monotonic() - began_s:.1f} s")
         ways: dict[str, Complete] = {
             "direct": partial(direct.complete, engine, max_tokens=_MAX_TOKENS),

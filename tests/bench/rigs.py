@@ -1,5 +1,7 @@
 """What a handover is measured on: the engine driven directly, or a daemon over HTTP. One interface for both."""
 
+import argparse
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from planner.layout import Pipeline
 from tests.bench import direct
 from tests.bench.daemon_process import DaemonProcess, daemon
 from tests.bench.http_client import HttpClient, http_client
-from tests.bench.program import MAX_CONTEXT, EngineSetup, even, prompts
+from tests.bench.program import MAX_CONTEXT, EngineSetup, checkpoint, even, prompts, setup_of
 
 _KV_TOKENS = 64 << 10  # as EngineSetup's KV cache holds
 NATIVE_LAPS = tuple(even(stages) for stages in (4, 2, 8, 1))
@@ -22,6 +24,19 @@ WARM = 32  # tokens of each stream before anything is measured
 def longest_output(streams: int, prompt_tokens: int) -> int:
     """Return how many tokens each stream may produce within the context, without preemption."""
     return min(MAX_CONTEXT, _KV_TOKENS // streams) - prompt_tokens - 64
+
+
+@asynccontextmanager
+async def both_ways(options: argparse.Namespace) -> AsyncIterator[tuple[HttpClient, DaemonProcess, NativeEngine]]:
+    """Have the same model behind a daemon and driven directly, on the same number of stages, and a client."""
+    model = await asyncio.to_thread(checkpoint, options)
+    setup = setup_of(options)
+    async with (
+        http_client() as client,
+        daemon(model, setup, stages=options.stages) as server,
+        direct.running(direct.options_for(model, setup), even(options.stages)) as engine,
+    ):
+        yield client, server, engine
 
 
 class Rig(Protocol):

@@ -34,13 +34,18 @@ class MemoryStand(ScaleStand):
         self.free = 10_000 * MIB
         self.now_s = 0.0
         self.devices: tuple[Device, ...] = cpu_devices(count=8, memory_bytes=512 * MIB)
-        self.neighbourhood = Neighbourhood(
+        self.neighbourhood = self.watching()
+
+    def watching(self, *, parameters: ParameterKeeper | None = None) -> Neighbourhood:
+        """Return what watches this memory, with parameters to give up or without."""
+        return Neighbourhood(
             CONSTANTS,
             replicas=lambda: self.replicas.all,
             kv_bytes_per_token=lambda: KV_BYTES_PER_TOKEN,
             devices=lambda: self.devices,
             refactorings=self.refactorings,
             events=self.events,
+            parameters=parameters,
             host=lambda: FreeMemory(free_bytes=self.free, bound="the host"),
             clock=lambda: self.now_s,
         )
@@ -192,16 +197,7 @@ async def test_each_stage_has_its_share_of_a_kv_block(stand: MemoryStand) -> Non
 async def test_parameters_without_a_stage_go_before_any_kv_cache_shrinks(stand: MemoryStand) -> None:
     kept = [KeptLayer(key=name, name=name, num_bytes=300 * MIB) for name in "abc"]
     keeper = PretendedKeeper(kept, on_give_up=lambda num_bytes: setattr(stand, "free", stand.free + num_bytes))
-    stand.neighbourhood = Neighbourhood(
-        CONSTANTS,
-        replicas=lambda: stand.replicas.all,
-        kv_bytes_per_token=lambda: KV_BYTES_PER_TOKEN,
-        devices=lambda: stand.devices,
-        refactorings=stand.refactorings,
-        events=stand.events,
-        parameters=keeper,
-        host=lambda: FreeMemory(free_bytes=stand.free, bound="the host"),
-    )
+    stand.neighbourhood = stand.watching(parameters=keeper)
     stand.free = 3800 * MIB  # 4196 are wanted
     assert await stand.neighbourhood.look() == ()
     assert [each.name for each in keeper.kept.layers] == ["c"]
