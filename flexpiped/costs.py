@@ -35,12 +35,14 @@ def costs_of(
     engine: str,
     cores: int,
     store: ProfileStore,
+    threads_per_device: int = 0,
     device_name: str | None = None,
 ) -> Costs:
     """Return the newest profile that is valid for model, engine and processor, or else a roofline for ``devices``.
 
     Args:
         cores: Threads of all stages together.
+        threads_per_device: That a stage has at most; 0: no such bound.
         device_name: What the processor calls itself; None: ask this host.
 
     Raises:
@@ -54,6 +56,7 @@ def costs_of(
             engine=engine,
             device_name=cpu_name() if device_name is None else device_name,
             cores=cores,
+            threads_per_device=threads_per_device,
         )
     if profile is not None:
         return Costs(alone=MeasuredCosts(profile=profile), beside=MeasuredCosts(profile=profile, beside_others=True))

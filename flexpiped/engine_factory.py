@@ -164,6 +164,7 @@ def native_options(settings: Settings, model: Model) -> NativeOptions:
         max_num_batched_tokens=native.max_num_batched_tokens,
         max_micro_batches=auto_as_zero(native.max_micro_batches),
         threads=auto_as_zero(native.threads),
+        threads_per_device=auto_as_zero(native.threads_per_device),
         nice=native.nice,
         hang_deadline_s=native.hang_deadline_s,
         prepare_deadline_s=handover.prepare_deadline_s,

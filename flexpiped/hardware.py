@@ -99,8 +99,10 @@ def cpu_budget(settings: Settings) -> CpuBudget:
     """Return what each CPU device gets; the threads are its share of the cores while all of them work."""
     threads = settings.engines.native.threads
     cores = usable_cores() if threads is Auto.AUTO else threads
-    count = settings.devices.cpu_count
-    return CpuBudget(count=count, memory_bytes=cpu_memory_bytes(settings), threads=max(1, cores // count))
+    count, bound = settings.devices.cpu_count, settings.engines.native.threads_per_device
+    share = max(1, cores // count)
+    own = share if bound is Auto.AUTO else min(bound, share)
+    return CpuBudget(count=count, memory_bytes=cpu_memory_bytes(settings), threads=own)
 
 
 def cpu_memory_bytes(settings: Settings) -> int:

@@ -58,6 +58,7 @@ def known_costs(settings: Settings, *, graph: ModelGraph, topology: HostTopology
             topology.devices,
             engine=settings.engine.value,
             cores=_cores(settings),
+            threads_per_device=_threads_per_device(settings),
             store=ProfileStore(folder=folder),
         )
     except InvalidProfile as error:  # no reason not to serve: the plan says what it rests on
@@ -81,6 +82,7 @@ def question_of(
         workload=workload_of(settings),
         slo=slo_of(settings),
         cores=_cores(settings) if all(d.kind is DeviceKind.CPU for d in topology.devices) else None,
+        threads_per_device=_threads_per_device(settings),
         headroom=planner.headroom,
         nested_loss=planner.nested_loss,
         risk_s=planner.risk_s,
@@ -164,3 +166,9 @@ def _cores(settings: Settings) -> int:
     elif settings.engine is EngineKind.SGLANG:
         threads = settings.engines.sglang.threads
     return usable_cores() if threads is Auto.AUTO else threads
+
+
+def _threads_per_device(settings: Settings) -> int:
+    """Return the threads that a stage has at most; 0 where no such bound is set, or the engine knows none."""
+    own = settings.engines.native.threads_per_device
+    return 0 if settings.engine is not EngineKind.NATIVE or own is Auto.AUTO else own

@@ -101,6 +101,7 @@ def fitted(
             device_name=target.device_name,
             cores=cores,
             torch_version=torch_version,
+            threads_per_device=target.options.threads_per_device,
         ),
         model_name=target.model_name,
         measured_at=measured_at,
@@ -147,14 +148,21 @@ class ProfileStore:
         return path
 
     def find(
-        self, *, model_digest: str, dtype: str, engine: str, device_name: str, cores: int
+        self,
+        *,
+        model_digest: str,
+        dtype: str,
+        engine: str,
+        device_name: str,
+        cores: int,
+        threads_per_device: int = 0,
     ) -> tuple[Profile | None, str]:
         """Return the newest profile that is valid for these, or None and why there is none.
 
         Raises:
             InvalidProfile: A profile that would fit by its name cannot be read.
         """
-        wanted = (model_digest, dtype, engine, device_name, cores)
+        wanted = (model_digest, dtype, engine, device_name, cores, threads_per_device)
         found = [
             profile
             for profile in map(_read, sorted(self.folder.glob(f"*-{model_digest}-*.json")))
@@ -165,14 +173,15 @@ class ProfileStore:
         return None, f"no profile of this model, dtype, engine and processor in {self.folder}"
 
 
-def _valid_for(profile: Profile) -> tuple[str, str, str, str, int]:
+def _valid_for(profile: Profile) -> tuple[str, str, str, str, int, int]:
     key = profile.key
-    return key.model, key.dtype, key.engine, key.device_name, key.cores
+    return key.model, key.dtype, key.engine, key.device_name, key.cores, key.threads_per_device
 
 
 def _file_name(profile: Profile) -> str:
     key = profile.key
-    rest = json.dumps([key.device_kind.value, key.device_name, key.cores, key.torch_version])
+    bound = [key.threads_per_device] if key.threads_per_device else []
+    rest = json.dumps([key.device_kind.value, key.device_name, key.cores, key.torch_version, *bound])
     digest = hashlib.sha256(rest.encode()).hexdigest()[:8]
     name = _NOT_IN_A_NAME.sub("-", Path(profile.model_name).name).strip("-") or "model"
     return f"{name}-{key.dtype}-{key.engine}-{key.model}-{digest}.json"

@@ -163,6 +163,7 @@ class NativeSettings:
     max_num_batched_tokens: Annotated[int, integer(1)] = 512
     max_micro_batches: Annotated[int | Auto, or_auto(integer(1, 64))] = Auto.AUTO
     threads: Annotated[int | Auto, or_auto(integer(1, 1024))] = Auto.AUTO
+    threads_per_device: Annotated[int | Auto, or_auto(integer(1, 1024))] = Auto.AUTO
     nice: Annotated[int, integer(0, 19)] = 10
     hang_deadline_s: Annotated[float, seconds] = 60.0
     cache_dir: Annotated[Path | None, optional_path] = None

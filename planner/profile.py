@@ -131,6 +131,7 @@ class ProfileKey:
     device_name: str
     cores: int  # of all stages together
     torch_version: str
+    threads_per_device: int = 0  # that a stage has at most; 0: a single one has all cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,8 @@ def profile_to_json(profile: Profile) -> dict[str, object]:
             "device_name": key.device_name,
             "cores": key.cores,
             "torch_version": key.torch_version,
-        },
+        }
+        | ({"threads_per_device": key.threads_per_device} if key.threads_per_device else {}),
         "decoder_weight_bytes": profile.decoder_weight_bytes,
         "fits": [
             {
@@ -77,6 +78,10 @@ class _Reader:
         self._where = where
         self._taken: set[str] = set()
 
+    def may_take(self, name: str, kind: type[T], otherwise: T) -> T:
+        """Take a field that older files do not have."""
+        return self.take(name, kind) if name in self.values else otherwise
+
     def take(self, name: str, kind: type[T]) -> T:
         value = self.values.get(name)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -109,6 +114,7 @@ def _key(reader: _Reader) -> ProfileKey:
         device_name=reader.take("device_name", str),
         cores=reader.take("cores", int),
         torch_version=reader.take("torch_version", str),
+        threads_per_device=reader.may_take("threads_per_device", int, 0),
     )
     reader.refuse_rest()
     return key

@@ -77,6 +77,8 @@ class PlanQuestion:
         scaling: Marks of recent scaling on the path to a device, by its id (``ResourceGraph.heats``); 0 where absent.
         max_replicas: How many pipelines the plan may have.
         cores: CPU threads that all stages on a host without GPUs share; None: each device computes by itself.
+        threads_per_device: Of them, what a stage has at most, so that fewer stages do not compute on all; 0: a single
+            stage has them all.
         nested_loss: How much slower the slowest stage may be, as a share, for cuts that are nested in those of finer
             granularities; where nested cuts lose more, free ones are taken.
         headroom: Share of a device's usable memory that is left free.
@@ -96,6 +98,7 @@ class PlanQuestion:
     scaling: Mapping[str, float] = field(default_factory=dict)
     max_replicas: int = 1
     cores: int | None = None
+    threads_per_device: int = 0
     nested_loss: float = 0.05
     headroom: float = 0.0
     risk_s: float = 0.001

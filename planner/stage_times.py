@@ -95,7 +95,15 @@ def speed_key(device: Device) -> tuple[object, ...]:
 
 def threads_per_stage(question: PlanQuestion, *, num_stages: int) -> int:
     """Return the threads of a stage where stages share cores; 0 where they do not."""
-    return 0 if question.cores is None else max(1, question.cores // num_stages)
+    if question.cores is None:
+        return 0
+    share = max(1, question.cores // num_stages)
+    return min(question.threads_per_device, share) if question.threads_per_device else share
+
+
+def micro_batches(question: PlanQuestion, *, num_stages: int) -> int:
+    """Return how many micro-batches are in flight: more than stages are never of use, so no engine has more."""
+    return min(question.engine.micro_batches or num_stages, num_stages)
 
 
 def stages_at_once(question: PlanQuestion, *, num_stages: int) -> int | None:
@@ -119,7 +127,7 @@ def reference_step(question: PlanQuestion, *, num_stages: int) -> ReferenceStep:
     first = question.topology.devices[0].id
     pass_s = groups.stage_s(layer_classes(question.graph.layers), (first,), alone)
     inside = min(max(1.0, workload.rate_per_s * output * pass_s), float(engine.max_sequences))
-    sequences = ceil(inside / min(engine.micro_batches or num_stages, inside))
+    sequences = ceil(inside / min(micro_batches(question, num_stages=num_stages), inside))
     chunk = min(ceil(prompt), engine.max_step_tokens)
     prompts_per_step = sequences / output  # so many of them end in a step, and as many begin
     return ReferenceStep(
@@ -145,7 +153,7 @@ def pipeline_times(question: PlanQuestion, pipeline: Pipeline, *, kv_tokens: int
         kv_capacity_tokens=kv_tokens,
         max_sequences=engine.max_sequences,
         max_step_tokens=engine.max_step_tokens,
-        micro_batches=engine.micro_batches,
+        micro_batches=micro_batches(question, num_stages=num_stages),
         stages_at_once=stages_at_once(question, num_stages=num_stages),
     )
 

@@ -246,7 +246,7 @@ class EngineCore:
         self._in_flight.clear()
         cores = self.boot.options.threads or usable_cores()
         stages = self.pipeline.granularity
-        threads = threads_per_stage(num_stages=stages, threads=cores)
+        threads = threads_per_stage(num_stages=stages, threads=cores, per_device=self.boot.options.threads_per_device)
         specs = specs_of(self.pipeline, self.worker_of)
         self._workers = list(specs)
         self.scheduler.micro_batches = micro_batches_for(self.boot.options, num_stages=stages, cores=cores)

@@ -40,7 +40,12 @@ def _measure(request: t.TimingRequest) -> None:
     options = request.options
     cores = options.threads or usable_cores()
     booted = boot(options, _whole(options), epoch=0)
-    layouts = timed_layouts(device_ids=options.device_ids, num_decoders=booted.graph.num_decoders, cores=cores)
+    layouts = timed_layouts(
+        device_ids=options.device_ids,
+        num_decoders=booted.graph.num_decoders,
+        cores=cores,
+        threads_per_device=options.threads_per_device,
+    )
     limits = Limits(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,

@@ -20,6 +20,7 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     max_micro_batches: int = 0  # 0: as many as measures fastest
     threads: int = 0  # of all stages together; 0: the cores this process may use
+    threads_per_device: int = 0  # that a stage has at most, however few stages there are; 0: it may have all
     nice: int = 10
     hang_deadline_s: float = 60.0
     prepare_deadline_s: float = 120.0
@@ -46,6 +47,11 @@ def micro_batches_for(options: NativeOptions, *, num_stages: int, cores: int) ->
     return max(1, min(num_stages, cores))
 
 
-def threads_per_stage(*, num_stages: int, threads: int) -> int:
-    """Return the torch threads of each stage, so that all active stages together stay within ``threads``."""
-    return max(1, threads // num_stages)
+def threads_per_stage(*, num_stages: int, threads: int, per_device: int = 0) -> int:
+    """Return the torch threads of each stage, so that all active stages together stay within ``threads``.
+
+    Args:
+        per_device: More a stage does not have; 0: no such bound.
+    """
+    share = max(1, threads // num_stages)
+    return min(per_device, share) if per_device else share

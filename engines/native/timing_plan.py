@@ -35,21 +35,27 @@ class TimedLayout:
     in_flight: int
 
 
-def timed_layouts(*, device_ids: tuple[str, ...], num_decoders: int, cores: int) -> tuple[TimedLayout, ...]:
+def timed_layouts(
+    *, device_ids: tuple[str, ...], num_decoders: int, cores: int, threads_per_device: int = 0
+) -> tuple[TimedLayout, ...]:
     """Return for each number of threads that a stage may have the layout with fewest stages, and one of many stages.
 
     With several stages, once one after the other and once as many at a time as there are cores: side by side they are
     slower, because they share memory bandwidth, caches and execution units.
     """
+
+    def threads_of(stages: int) -> int:
+        return threads_per_stage(num_stages=stages, threads=cores, per_device=threads_per_device)
+
     most = min(len(device_ids), num_decoders)
     fewest: dict[int, int] = {}
     for stages in range(1, most + 1):
-        fewest.setdefault(threads_per_stage(num_stages=stages, threads=cores), stages)
+        fewest.setdefault(threads_of(stages), stages)
     found: list[TimedLayout] = []
     for stages in sorted({*fewest.values(), min(most, 4 * cores)}):
         cuts = [num_decoders * index // stages for index in range(1, stages)]
         pipeline = pipeline_of(device_ids=device_ids[:stages], cuts=cuts, num_decoders=num_decoders)
-        threads = threads_per_stage(num_stages=stages, threads=cores)
+        threads = threads_of(stages)
         beside = min(stages, cores)
         found += [
             TimedLayout(pipeline=pipeline, threads=threads, in_flight=in_flight) for in_flight in sorted({1, beside})

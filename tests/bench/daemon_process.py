@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from flexpiped.flexctl.client import AdminClient, CtlError
 from planner.layout import Pipeline
 from planner.layout_file import format_layout
 from tests.bench.processes import command_of, descendants, leashed, pss_bytes
-from tests.bench.program import DEVICES, EngineSetup
+from tests.bench.program import EngineSetup
 
 _START_DEADLINE_S = 300.0
 BATCHED_TOKENS = 2048  # of one step, wherever vLLM or SGLang is measured
@@ -66,6 +66,10 @@ class DaemonProcess:
         """Change the layout and return all reports, none if it is in force already. Raises: DaemonFailed."""
         return await asyncio.to_thread(self._move, target)
 
+    async def decisions(self) -> list[dict[str, Any]]:
+        """Return what was decided so far, as ``flexctl decisions --json`` does."""
+        return await asyncio.to_thread(lambda: list(self._admin.stream("GET", "/decisions")))
+
     def memory_bytes(self) -> int:
         """Return the proportional set size of the daemon and everything under it."""
         return pss_bytes(descendants(self._leash_pid))
@@ -95,11 +99,21 @@ class DaemonProcess:
 
 @asynccontextmanager
 async def daemon(
-    model: Path, setup: EngineSetup, *, stages: int, engine: str = "native", python: Path | None = None
+    model: Path,
+    setup: EngineSetup,
+    *,
+    stages: int,
+    engine: str = "native",
+    python: Path | None = None,
+    more: str = "",
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[DaemonProcess]:
     """Start a daemon, with ``vllm`` or ``sglang`` as its engine where its interpreter is named; it ends with the scope.
 
     Its log is shown when it does not come up.
+
+    Args:
+        more: Further tables of its configuration.
 
     Raises:
         DaemonFailed
@@ -108,9 +122,9 @@ async def daemon(
         folder = Path(name)
         config, log = folder / "bench.toml", folder / "log"
         keys = _native(setup) if python is None else _served(engine, setup, python)
-        config.write_text(_configuration(model, setup, engine=engine, stages=stages, folder=folder) + keys)
+        config.write_text(_configuration(model, setup, engine=engine, stages=stages, folder=folder) + keys + more)
         command = [sys.executable, "-m", "flexpiped", "--config", str(config)]
-        async with leashed(command, environment={}, folder=folder, log=log) as process:
+        async with leashed(command, environment=environment or {}, folder=folder, log=log) as process:
             started = DaemonProcess(process.pid, folder / _SOCKET)
             try:
                 await started.wait_ready(process)
@@ -131,7 +145,7 @@ port = 0
 [admin]
 socket = "{folder / _SOCKET}"
 [devices]
-cpu_count = {len(DEVICES)}
+cpu_count = {setup.devices}
 cpu_memory = {setup.device_memory_bytes}
 """
 
@@ -142,6 +156,7 @@ def _native(setup: EngineSetup) -> str:
 threads = {setup.threads}
 nice = {setup.nice}
 kv_cache = {setup.kv_cache_bytes}
+{f"threads_per_device = {setup.threads_per_device}" if setup.threads_per_device else ""}
 """
 
 

@@ -22,10 +22,11 @@ def options_for(model: Path, setup: EngineSetup) -> NativeOptions:
     """Return the engine's options: as the daemon's defaults where ``setup`` says nothing."""
     return NativeOptions(
         model_directory=str(model),
-        device_ids=DEVICES,
+        device_ids=DEVICES[: setup.devices],
         device_memory_bytes=setup.device_memory_bytes,
         dtype="float32",
         threads=setup.threads,
+        threads_per_device=setup.threads_per_device,
         nice=setup.nice,
         kv_cache_bytes=setup.kv_cache_bytes,
         max_micro_batches=setup.max_micro_batches,

@@ -102,7 +102,9 @@ class Comparison:
             id="cpu",
             kind=DeviceKind.CPU,
             memory_total_bytes=1,
-            threads=threads_per_stage(num_stages=pipeline.granularity, threads=self._cores),
+            threads=threads_per_stage(
+                num_stages=pipeline.granularity, threads=self._cores, per_device=self._options.threads_per_device
+            ),
         )
         for index in range(pipeline.granularity):
             kinds: dict[tuple[int, int], list[tuple[int, float]]] = {}

@@ -46,6 +46,8 @@ class EngineSetup:
     kv_cache_bytes: int = 1 << 30  # 65,536 tokens of the benchmarks' Llama
     device_memory_bytes: int = 4 << 30
     max_micro_batches: int = 0
+    threads_per_device: int = 0  # 0: a single stage has all threads
+    devices: int = len(DEVICES)
 
 
 def setup_of(options: argparse.Namespace) -> EngineSetup:

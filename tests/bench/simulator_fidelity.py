@@ -148,6 +148,7 @@ def times_of(options: NativeOptions, graph: ModelGraph, profile: Profile, pipeli
             micro_batches=micro_batches_for(options, num_stages=pipeline.granularity, cores=cores),
         ),
         cores=cores,
+        threads_per_device=options.threads_per_device,
     )
     return pipeline_times(question, pipeline, kv_tokens=kv_tokens)
 

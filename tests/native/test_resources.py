@@ -15,7 +15,7 @@ from engines.native.adapter import NativeEngine
 from engines.process import memory_pss_bytes
 from engines.protocol import GenerationRequest
 from tests.support import checkpoints
-from tests.support.native import CACHE, collect, even, move, request, running
+from tests.support.native import CACHE, collect, even, llama, move, request, running
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
@@ -199,3 +199,17 @@ async def test_idle_workers_cost_next_to_nothing() -> None:
         await asyncio.sleep(4.0)
         assert cpu_s(pids) - start < 0.01 * 4.0
         assert sum(pss(pid) for pid in pids) < 2 << 30
+
+
+@pytest.mark.long  # two boots; how many threads a stage gets is tested without an engine, too
+@pytest.mark.parametrize(("threads_per_device", "helpers"), [(0, 1), (1, 0)])
+async def test_a_single_stage_has_no_more_threads_than_its_device(threads_per_device: int, helpers: int) -> None:
+    """A worker without a stage has one thread that computes; the stage's has as many, or one to help it."""
+    async with running(llama(), even(1), threads=2, threads_per_device=threads_per_device) as engine:
+        await collect(engine, request((5, 6, 7), max_tokens=4))
+        [busy], idle = (await engine.stages())[0].pids, engine.worker_pids[1]
+        assert num_threads(busy) - num_threads(idle) == helpers
+
+
+def num_threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))

@@ -88,6 +88,11 @@ def test_cpu_devices_have_their_share_of_the_threads() -> None:
     assert cpu_budget(settings(count=8)).threads == 1
 
 
+def test_a_bound_on_the_threads_of_a_device_counts() -> None:
+    bound = EnginesSettings(native=NativeSettings(threads=6, threads_per_device=1))
+    assert cpu_budget(replace(settings(), engines=bound)).threads == 1
+
+
 def test_cpu_devices_hold_half_of_the_memory_together_unless_the_configuration_says_else() -> None:
     assert cpu_budget(settings()).memory_bytes == 1 << 20
     left = replace(Settings(), devices=DeviceSettings(cpu_count=4))

@@ -35,7 +35,12 @@ DEMO = str(Path(__file__).parents[2] / "etc" / "demo-model")
 def found_in(store: ProfileStore, profile: Profile) -> Profile | None:
     key = profile.key
     return store.find(
-        model_digest=key.model, dtype=key.dtype, engine=key.engine, device_name=key.device_name, cores=key.cores
+        model_digest=key.model,
+        dtype=key.dtype,
+        engine=key.engine,
+        device_name=key.device_name,
+        cores=key.cores,
+        threads_per_device=key.threads_per_device,
     )[0]
 
 
@@ -46,7 +51,13 @@ def test_a_profile_is_found_again_by_what_it_is_valid_for(tmp_path: Path) -> Non
     assert path.parent == tmp_path / "profiles"
     assert path.name.startswith("small-llama-float32-native-0123456789abcdef-")
     assert found_in(store, profile) == profile
-    for change in ({"cores": 4}, {"device_name": "Other CPU"}, {"dtype": "bfloat16"}, {"model": "fedcba9876543210"}):
+    for change in (
+        {"cores": 4},
+        {"threads_per_device": 1},
+        {"device_name": "Other CPU"},
+        {"dtype": "bfloat16"},
+        {"model": "fedcba9876543210"},
+    ):
         other = replace(profile, key=replace(KEY, **change))  # type: ignore[arg-type]
         assert found_in(store, other) is None
     _, why = store.find(model_digest="0", dtype="float32", engine="native", device_name="", cores=1)
@@ -117,6 +128,7 @@ def test_what_was_measured_becomes_a_profile() -> None:
         target, [observed_stage(each) for each in range(1, 20)], torch_version="2.13.0", cores=2, measured_at="now"
     )
     assert (made.key.engine, made.key.cores, made.key.model) == ("native", 2, target.model_digest)
+    assert made.key.threads_per_device == 0
     assert len(made.fits[0].residuals) == 19
 
 

@@ -34,6 +34,15 @@ def test_the_threads_of_all_stages_stay_within_the_cores(stages: int, threads: i
     assert threads_per_stage(num_stages=stages, threads=threads) == expected
 
 
+@pytest.mark.parametrize(
+    ("stages", "threads", "per_device", "expected"),
+    [(1, 2, 1, 1), (2, 2, 1, 1), (1, 8, 2, 2), (4, 8, 2, 2), (8, 8, 2, 1), (1, 8, 16, 8)],
+)
+def test_a_stage_has_no_more_threads_than_its_device(stages: int, threads: int, per_device: int, expected: int) -> None:
+    """However few stages there are; and all together still stay within the cores."""
+    assert threads_per_stage(num_stages=stages, threads=threads, per_device=per_device) == expected
+
+
 def test_a_stage_becomes_the_role_of_its_worker() -> None:
     pipeline = pipeline_of(device_ids=("cpu:5", "cpu:0", "cpu:3"), cuts=[1, 4], num_decoders=6)
     specs = specs_of(pipeline, {"cpu:0": 0, "cpu:3": 1, "cpu:5": 2})

@@ -26,6 +26,15 @@ def test_one_core_has_no_neighbours() -> None:
     assert [(each.pipeline.granularity, each.in_flight) for each in layouts] == [(1, 1), (2, 1)]
 
 
+def test_devices_of_one_core_are_measured_with_one_thread() -> None:
+    layouts = timed_layouts(device_ids=EIGHT[:2], num_decoders=8, cores=2, threads_per_device=1)
+    assert [(each.pipeline.granularity, each.threads, each.in_flight) for each in layouts] == [
+        (1, 1, 1),
+        (2, 1, 1),
+        (2, 1, 2),
+    ]
+
+
 @given(devices=st.integers(1, 16), decoders=st.integers(1, 40), cores=st.integers(1, 64))
 def test_layouts_cover_what_an_engine_may_run(devices: int, decoders: int, cores: int) -> None:
     ids = tuple(f"cpu:{index}" for index in range(devices))

@@ -3,17 +3,20 @@
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
 from planner.candidate_plan import CandidatePlan, Found, PlanAnswer, Verdict
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlanTimeout
+from planner.layer_costs import Batch
 from planner.layout import Pipeline, Stage, pipeline_of
+from planner.model_graph import Layer
 from planner.planning import plan, require_plan, stage_counts
 from planner.problem import check_pipeline, pose
 from planner.question import EngineLimits, Fragmentation, PlanQuestion
 from planner.replanner import PlanSession
+from planner.stage_times import micro_batches
 from planner.workload import Slo, Workload
 from tests.support.costs import FlatCosts
 from tests.support.graphs import graph_of, weighted_graph
@@ -88,6 +91,38 @@ def test_stages_that_share_cores_gain_less() -> None:
     assert free is not None
     assert shared is not None
     assert shared.prediction.capacity_per_s < free.prediction.capacity_per_s / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfThreads(FlatCosts):
+    """The more threads, the faster."""
+
+    def layer_s(self, layer: Layer, device: Device, batch: Batch) -> float:
+        return FlatCosts.layer_s(self, layer, device, batch) / device.threads
+
+
+def test_where_a_device_is_a_core_two_stages_serve_twice_as_much_as_one() -> None:
+    """Where a single stage has all cores, as much."""
+    costs = OfThreads(decoder_s=0.0, token_s=1e-4)
+
+    def capacities(threads_per_device: int) -> list[float]:
+        found = by_stages(answer(costs=costs, cores=2, threads_per_device=threads_per_device))
+        plans = [each for each in (found[1].found, found[2].found) if each is not None]
+        return [each.prediction.capacity_per_s for each in plans]
+
+    one, two = capacities(threads_per_device=1)
+    assert 1.8 < two / one < 2.05
+    shared, likewise = capacities(threads_per_device=0)
+    assert shared > 1.8 * one
+    assert likewise < 1.1 * shared
+
+
+def test_one_stage_has_one_micro_batch_whatever_the_engine_would_have_in_flight() -> None:
+    """Two would make each step read the weights twice, which the engine does not do."""
+    engine = EngineLimits(max_stages=8, max_sequences=16, max_step_tokens=256, kv_tokens=4096, micro_batches=2)
+    asked = question(engine=engine, cores=2)
+    assert [micro_batches(asked, num_stages=count) for count in (1, 2, 8)] == [1, 2, 2]
+    assert micro_batches(question(), num_stages=8) == 8
 
 
 def test_a_number_of_stages_is_done_as_asked() -> None:

@@ -198,6 +198,8 @@ def test_least_squares_are_never_negative_and_no_step_improves_them(
 def test_a_file_brings_back_what_was_kept() -> None:
     profile = profile_of(*observed(noise=0.05), *observed(threads=2))
     assert parse_profile(json.dumps(profile_to_json(profile))) == profile
+    bound = replace(profile, key=replace(KEY, threads_per_device=1))
+    assert parse_profile(json.dumps(profile_to_json(bound))) == bound
 
 
 @pytest.mark.parametrize(
