@@ -9,8 +9,11 @@ import msgspec
 
 from engines.checkpoint import Checkpoint, find_model, read_checkpoint
 from engines.errors import UnsupportedByEngine
+from engines.native import client_messages
+from engines.native.adopting import AdoptedCore
 from engines.native.options import NativeOptions
 from engines.native.text_part import text_part
+from engines.outliving import Outliving
 from engines.protocol import Engine
 from engines.records import Purpose
 from flexpiped.config_values import Auto
@@ -114,11 +117,11 @@ def engine_factory(
         case EngineKind.VLLM:
             from flexpiped.served_engines import VllmEngines
 
-            return VllmEngines(settings, model, on_news)
+            return VllmEngines(settings, model, survivors, on_news)
         case EngineKind.SGLANG:
             from flexpiped.served_engines import SglangEngines
 
-            return SglangEngines(settings, model)
+            return SglangEngines(settings, model, survivors)
         case EngineKind.FAKE:
             return _fake(settings, model)
         case _:
@@ -133,15 +136,32 @@ def _native(
     options = msgspec.structs.replace(native_options(settings, model), parameters=parameters)
     if survivors is None:
         return lambda pipeline, epoch: NativeEngine(options, pipeline, epoch=epoch)
-    purpose = native_purpose(settings, model)
-    return lambda pipeline, epoch: NativeEngine(
-        options, pipeline, epoch=epoch, life=survivors.life_of(purpose, pipeline)
+    purpose = _native_purpose(settings, model)
+
+    def make(pipeline: Pipeline, epoch: int) -> Engine:
+        outliving = survivors.outliving_of(purpose, pipeline)
+        assert outliving is None or isinstance(outliving, Outliving | AdoptedCore), "what is found is of this kind"
+        return NativeEngine(options, pipeline, epoch=epoch, outliving=outliving)
+
+    return make
+
+
+def engine_purpose(settings: Settings, model: Model) -> Purpose:
+    """Return what the configured engine is for, so that only one like it is adopted. Reads files, so it blocks."""
+    if settings.engine is EngineKind.NATIVE:
+        return _native_purpose(settings, model)
+    from flexpiped.served_engines import served_purpose
+
+    return served_purpose(settings, model)
+
+
+def _native_purpose(settings: Settings, model: Model) -> Purpose:
+    return purpose_of(
+        settings,
+        directory=model.directory,
+        options=client_messages.options_digest(native_options(settings, model)),
+        protocol=client_messages.protocol_digest(),
     )
-
-
-def native_purpose(settings: Settings, model: Model) -> Purpose:
-    """Return what the native engine is for, so that only one like it is adopted."""
-    return purpose_of(settings, directory=model.directory, options=native_options(settings, model))
 
 
 def native_options(settings: Settings, model: Model) -> NativeOptions:

@@ -8,7 +8,7 @@ from engines.errors import EngineError
 from engines.parameters.keeper import ParameterKeeper
 from flexpiped import log_events
 from flexpiped.device_sharing import Held
-from flexpiped.engine_factory import Model, native_purpose
+from flexpiped.engine_factory import Model, engine_purpose
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_offers import EngineOffers
 from flexpiped.events import EventKind, EventLog
@@ -124,7 +124,7 @@ class EngineStart:
         """Go on with the engines that were there before the daemon, in their layouts; None: there are none."""
         settings = self._settings()
         does_survive = settings.engines.survive_restart
-        wanted = await asyncio.to_thread(native_purpose, settings, model) if does_survive else None
+        wanted = await asyncio.to_thread(engine_purpose, settings, model) if does_survive else None
         async with self._planning:
             found = await self._survivors.find(wanted)
             if not found:

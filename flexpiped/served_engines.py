@@ -1,12 +1,24 @@
 """Engines with servers of their own, from settings: vLLM and SGLang. Ranks stay the same over restarts."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import msgspec
+
+import engines.sglang.command
+import engines.vllm.command
 from engines.errors import UnsupportedByEngine
+from engines.outliving import Outliving
 from engines.protocol import Engine
+from engines.records import Purpose
+from engines.served.adopting import AdoptedServer
+from engines.served.keeper_messages import protocol_digest
 from engines.served.logs import LogLine
+from engines.served.options import ServedOptions
+from engines.served.plugin_path import SHARED
 from engines.served.ranks import Ranks, rank_devices, widened
 from engines.sglang.options import SglangOptions
 from engines.sglang.pipelining import one_rank_reason
@@ -14,20 +26,25 @@ from engines.vllm.options import VllmOptions
 from engines.vllm.recompile import Recompilation
 from flexpiped import log_events
 from flexpiped.config_values import Auto
-from flexpiped.engine_factory import Model, auto_as_zero, devices_of
+from flexpiped.engine_factory import Model, auto_as_zero, devices_of, ignore_news
 from flexpiped.hardware import memory_of_one
 from flexpiped.kv_capacity import served_kv_bytes
 from flexpiped.models import model_source, served_name
-from flexpiped.settings import ServedSettings, Settings
+from flexpiped.settings import EngineKind, ServedSettings, Settings
+from flexpiped.survivors import Survivors, purpose_of
 from planner.layout import Pipeline
 from topology.device import DeviceKind
 from topology.units import format_bytes_apart
 
 
 class ServedEngines(ABC):
-    """Makes engines of one kind, on the same ranks for as long as these can run the pipeline."""
+    """Makes engines of one kind, on the same ranks for as long as these can run the pipeline.
 
-    def __init__(self, settings: Settings, model: Model, own: ServedSettings) -> None:
+    Args:
+        survivors: Engines that were there before the daemon, and outlive it; None: there are none.
+    """
+
+    def __init__(self, settings: Settings, model: Model, own: ServedSettings, survivors: Survivors | None) -> None:
         self._settings = settings
         self._model = model
         self._own = own
@@ -35,19 +52,53 @@ class ServedEngines(ABC):
         self._devices = devices_of(settings)
         self._kv_bytes = served_kv_bytes(own, self._devices)
         self._known: list[Ranks] = []  # of all instances so far, the last first
+        self._survivors = survivors
+        self._purpose = None if survivors is None else self.purpose()
 
     def __call__(self, pipeline: Pipeline, epoch: int) -> Engine:
         self._refuse_too_small_a_cache()
         pipeline = self._widened(pipeline)
+        outliving = self._outliving_of(pipeline)
+        if isinstance(outliving, AdoptedServer):
+            self._known.insert(0, outliving.ranks)
         ranks = next((known for known in self._known if known.refusal_of(pipeline) is None), None)
         if ranks is None:
             ranks = self._ranks_for(pipeline)
             self._known.insert(0, ranks)
-        return self._make(ranks, pipeline, epoch)
+        return self._make(ranks, pipeline, epoch, outliving)
+
+    def purpose(self) -> Purpose:
+        """Return what such an engine is for, so that only one like it is adopted. Reads files, so it blocks."""
+        no_ranks = Ranks(device_ids=("",))  # which they are, the engine itself says
+        told = msgspec.msgpack.encode((self._options(no_ranks), self._own.ranks, self._own.tensor_parallel))
+        return purpose_of(
+            self._settings,
+            directory=self._model.directory,
+            options=hashlib.sha256(told).hexdigest(),
+            protocol=_protocol_digest(self._plugin),
+        )
+
+    @property
+    @abstractmethod
+    def _plugin(self) -> Path:
+        """The folder of our plugin inside such an engine."""
 
     @abstractmethod
-    def _make(self, ranks: Ranks, pipeline: Pipeline, epoch: int) -> Engine:
+    def _options(self, ranks: Ranks) -> ServedOptions:
+        """Return what an engine on these ranks is told."""
+
+    @abstractmethod
+    def _make(
+        self, ranks: Ranks, pipeline: Pipeline, epoch: int, outliving: Outliving | AdoptedServer | None
+    ) -> Engine:
         """Return an engine on these ranks."""
+
+    def _outliving_of(self, pipeline: Pipeline) -> Outliving | AdoptedServer | None:
+        if self._survivors is None or self._purpose is None:
+            return None
+        outliving = self._survivors.outliving_of(self._purpose, pipeline)
+        assert outliving is None or isinstance(outliving, Outliving | AdoptedServer), "what is found is of this kind"
+        return outliving
 
     def _common(self, ranks: Ranks) -> dict[str, Any]:
         """Return what both kinds of options have, by the same names."""
@@ -125,21 +176,34 @@ class VllmEngines(ServedEngines):
         on_news: Told what operators should know of an engine that runs, one sentence each.
     """
 
-    def __init__(self, settings: Settings, model: Model, on_news: Callable[[str], object]) -> None:
-        super().__init__(settings, model, settings.engines.vllm)
+    _plugin = engines.vllm.command.PLUGIN
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: Model,
+        survivors: Survivors | None = None,
+        on_news: Callable[[str], object] = ignore_news,
+    ) -> None:
+        super().__init__(settings, model, settings.engines.vllm, survivors)
         self._on_news = on_news
 
-    def _make(self, ranks: Ranks, pipeline: Pipeline, epoch: int) -> Engine:
+    def _options(self, ranks: Ranks) -> VllmOptions:
+        return VllmOptions(**self._common(ranks), compile=self._settings.engines.vllm.compile)
+
+    def _make(
+        self, ranks: Ranks, pipeline: Pipeline, epoch: int, outliving: Outliving | AdoptedServer | None
+    ) -> Engine:
         from engines.vllm.adapter import VllmEngine
 
-        options = VllmOptions(**self._common(ranks), compile=self._settings.engines.vllm.compile)
         return VllmEngine(
-            options,
+            self._options(ranks),
             pipeline,
             epoch=epoch,
             graph=self._model.graph,
             on_log=self._log,
             on_recompiled=self._note_recompiled,
+            outliving=outliving,
         )
 
     def _note_recompiled(self, ended: Recompilation) -> None:
@@ -158,14 +222,37 @@ class VllmEngines(ServedEngines):
 class SglangEngines(ServedEngines):
     """Makes SGLang engines."""
 
-    def __init__(self, settings: Settings, model: Model) -> None:
-        super().__init__(settings, model, settings.engines.sglang)
+    _plugin = engines.sglang.command.PLUGIN
 
-    def _make(self, ranks: Ranks, pipeline: Pipeline, epoch: int) -> Engine:
+    def __init__(self, settings: Settings, model: Model, survivors: Survivors | None = None) -> None:
+        super().__init__(settings, model, settings.engines.sglang, survivors)
+
+    def _options(self, ranks: Ranks) -> SglangOptions:
+        return SglangOptions(**self._common(ranks), max_positions=self._model.graph.max_context_tokens)
+
+    def _make(
+        self, ranks: Ranks, pipeline: Pipeline, epoch: int, outliving: Outliving | AdoptedServer | None
+    ) -> Engine:
         from engines.sglang.adapter import SglangEngine
 
         graph = self._model.graph
         if ranks.count > 1 and (reason := one_rank_reason(graph.model_type, tied=graph.tied)):
             raise UnsupportedByEngine(f"stages and engines.sglang.ranks ask for {ranks.count} pipeline ranks: {reason}")
-        options = SglangOptions(**self._common(ranks), max_positions=graph.max_context_tokens)
-        return SglangEngine(options, pipeline, epoch=epoch, graph=graph, on_log=self._log)
+        return SglangEngine(
+            self._options(ranks), pipeline, epoch=epoch, graph=graph, on_log=self._log, outliving=outliving
+        )
+
+
+def served_purpose(settings: Settings, model: Model) -> Purpose:
+    """Return what the configured engine with a server of its own is for. Reads files, so it blocks."""
+    made = SglangEngines(settings, model) if settings.engine is EngineKind.SGLANG else VllmEngines(settings, model)
+    return made.purpose()
+
+
+def _protocol_digest(plugin: Path) -> str:
+    """Return what tells how one speaks with an engine from how another version does: by all of what runs inside it."""
+    digest = hashlib.sha256(protocol_digest().encode())
+    for folder in (plugin, SHARED):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -17,10 +17,10 @@ from typing import Final, Protocol, runtime_checkable
 import flexpiped
 from engines.errors import UnsupportedByEngine
 from engines.found_process import FoundProcess
-from engines.native import client_messages as c
-from engines.native.adopting import AdoptedCore, Life, NotAdopted, adopt, at
-from engines.native.launching import OwnPlace
-from engines.native.options import NativeOptions
+from engines.launching import OwnPlace
+from engines.native import adopting as native
+from engines.native.adopting import AdoptedCore
+from engines.outliving import NotAdopted, Outliving, at
 from engines.protocol import Engine
 from engines.records import (
     EngineRecord,
@@ -31,6 +31,8 @@ from engines.records import (
     facts_of,
     read_record,
 )
+from engines.served import adopting as served
+from engines.served.adopting import AdoptedServer
 from flexpiped import log_events
 from flexpiped.handover_records import layouts_in_words
 from flexpiped.intent import basis_of
@@ -38,7 +40,8 @@ from flexpiped.settings import EngineKind, Settings
 from planner.layout import Pipeline
 
 LAUNCHER: Final = Path("/run/flexpiped-engine.sock")
-_END_GRACE_S: Final = 5.0
+_END_GRACE_S: Final = 10.0  # an engine with a server of its own has several processes to end
+Adopted = AdoptedCore | AdoptedServer
 
 
 @runtime_checkable
@@ -54,25 +57,30 @@ def was_there_before(engine: Engine) -> bool:
     return isinstance(engine, Adoptable) and engine.is_adopted
 
 
-def purpose_of(settings: Settings, *, directory: Path, options: NativeOptions) -> Purpose:
-    """Return what a native engine is for. Looks at the names, sizes and times of the model's files."""
+def purpose_of(settings: Settings, *, directory: Path, options: str, protocol: str) -> Purpose:
+    """Return what an engine is for. Looks at the names, sizes and times of the model's files.
+
+    Args:
+        options: Digest of what it is told.
+        protocol: Digest of how one speaks with it.
+    """
     files = sorted(each for each in directory.iterdir() if each.is_file())
     facts = [f"{each.name} {each.stat().st_size} {each.stat().st_mtime_ns}" for each in files]
     return Purpose(
-        engine=EngineKind.NATIVE.value,
+        engine=settings.engine.value,
         model=str(directory),
         files=hashlib.sha256("\n".join(facts).encode()).hexdigest(),
-        options=c.options_digest(options),
-        protocol=c.protocol_digest(),
+        options=options,
+        protocol=protocol,
         basis=basis_of(settings),
     )
 
 
 def refuse_what_cannot_survive(settings: Settings) -> None:
-    """Raise ``UnsupportedByEngine`` where the engine that is configured cannot outlive the daemon yet."""
-    if settings.engines.survive_restart and settings.engine is not EngineKind.NATIVE:
+    """Raise ``UnsupportedByEngine`` where the engine that is configured cannot outlive the daemon."""
+    if settings.engines.survive_restart and settings.engine is EngineKind.FAKE:
         raise UnsupportedByEngine(
-            f"engines.survive_restart is not for engine {settings.engine.value!r} yet: only a native one can be adopted"
+            f"engines.survive_restart is not for engine {settings.engine.value!r}, which has no processes of its own"
         )
 
 
@@ -80,7 +88,7 @@ def refuse_what_cannot_survive(settings: Settings) -> None:
 class _Found:
     """An engine that is adopted, until a replica takes it."""
 
-    core: AdoptedCore
+    engine: Adopted
     pipeline: Pipeline
 
 
@@ -110,6 +118,7 @@ class Survivors:
     ) -> None:
         self._settings = settings
         self._name, self._served = name, served
+        self._runs = state_folder / "run"
         self._records = state_folder / "engines" / hashlib.sha256(str(admin_socket).encode()).hexdigest()[:12]
         self._sockets = admin_socket.parent / f"{admin_socket.stem}-engines"
         self._is_service = "RUNTIME_DIRECTORY" in environment
@@ -130,7 +139,7 @@ class Survivors:
         """Adopt the engines that are what is wanted, and end the others. None: none is wanted.
 
         Returns:
-            The pipelines of the adopted ones, the oldest first; ``life_of`` hands them out.
+            The pipelines of the adopted ones, the oldest first; ``outliving_of`` hands them out.
         """
         for file in sorted(self._records.glob("*.json"), key=lambda each: each.stat().st_mtime_ns):
             against, pid = await self._look_at(file, wanted)
@@ -168,13 +177,14 @@ class Survivors:
             return f"{record.name} is not served any more"
         if against := against_purpose(record, wanted):
             return against
-        life = at(self._life(record.purpose), record=file, socket_path=Path(record.socket))
+        outliving = at(self._outliving(record.purpose), record=file, socket_path=Path(record.socket))
+        adopt = native.adopt if record.purpose.engine == EngineKind.NATIVE.value else served.adopt
         try:
-            core = await adopt(record, process, life)
+            engine: Adopted = await adopt(record, process, outliving)
         except NotAdopted as error:
             return str(error)
-        self._found.append(_Found(core, core.report.pipeline))
-        stages, epoch = core.report.pipeline.granularity, core.report.epoch
+        self._found.append(_Found(engine, engine.pipeline))
+        stages, epoch = engine.pipeline.granularity, engine.epoch
         log_events.engine_adopted(pid=record.pid, stages=stages, epoch=epoch, version=record.flexpiped)
         self._on_news(f"engine adopted: process {record.pid}, {stages} stages, epoch {epoch}; nothing was loaded")
         return ""
@@ -187,36 +197,40 @@ class Survivors:
                 left.remove(each.pipeline)
                 continue
             self._found.remove(each)
-            self._on_news(f"process {each.core.process.pid} was ended: no replica is left for it")
-            each.core.writer.close()
-            await each.core.process.end(grace_s=_END_GRACE_S)
-            each.core.process.let_go()
-            each.core.life.forget()
+            self._on_news(f"process {each.engine.process.pid} was ended: no replica is left for it")
+            each.engine.writer.close()
+            await each.engine.process.end(grace_s=_END_GRACE_S)
+            each.engine.process.let_go()
+            each.engine.outliving.forget()
 
     def let_go(self) -> None:
         """Leave adopted engines that no replica has taken to the next daemon."""
         for each in self._found:
-            each.core.writer.close()
-            each.core.process.let_go()
+            each.engine.writer.close()
+            each.engine.process.let_go()
         self._found.clear()
 
     # --- for whoever makes engines ---
 
-    def life_of(self, purpose: Purpose, pipeline: Pipeline) -> Life | AdoptedCore | None:
+    def outliving_of(self, purpose: Purpose, pipeline: Pipeline) -> Outliving | Adopted | None:
         """Return the adopted engine that has this pipeline, else how a new one may outlive the daemon; None: not."""
         for each in self._found:
-            if each.pipeline == pipeline:
+            if each.pipeline == pipeline and each.engine.outliving.purpose.engine == purpose.engine:
                 self._found.remove(each)
-                return each.core
-        return self._life(purpose) if self._settings.engines.survive_restart else None
+                return each.engine
+        return self._outliving(purpose) if self._settings.engines.survive_restart else None
 
-    def _life(self, purpose: Purpose) -> Life:
-        name = uuid.uuid4().hex[:12]
-        return Life(
+    def _outliving(self, purpose: Purpose) -> Outliving:
+        name, launcher = uuid.uuid4().hex[:12], self._launcher()
+        return Outliving(
             purpose=purpose,
             name=self._name,
             place=OwnPlace(
-                socket=self._sockets / f"{name}.sock", log=self._sockets / f"{name}.log", launcher=self._launcher()
+                socket=self._sockets / f"{name}.sock",
+                log=self._sockets / f"{name}.log",
+                launcher=launcher,
+                # Units have temporary files of their own.
+                runs=None if launcher is None else self._runs,
             ),
             record=self._records / f"{name}.json",
             adopt_within_s=self._settings.engines.adopt_within_s,

@@ -7,13 +7,13 @@ from typing import Any, TypeVar, assert_never
 
 from engines import errors
 from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, InvalidRequest, UnsupportedByEngine
-from engines.found_process import FoundProcess
 from engines.frames import read_frame, write_frame
+from engines.launching import CoreProcess, launch_apart, launch_bound
 from engines.native import client_messages as c
-from engines.native.adopting import AdoptedCore, Life
-from engines.native.launching import CoreProcess, launch_apart, launch_bound
+from engines.native.adopting import AdoptedCore
 from engines.native.options import NativeOptions
 from engines.native.shaping import ENGINE_PARAMS, shaping_of
+from engines.outliving import Outliving
 from engines.protocol import (
     EngineCapabilities,
     EngineCounters,
@@ -29,6 +29,7 @@ from engines.protocol import (
 from engines.validation import check_request
 from planner.layout import Pipeline
 
+CORE = "engines.native.core"
 _EXIT_GRACE_S = 5.0
 _DRAIN_POLL_S = 0.02
 T = TypeVar("T")
@@ -84,14 +85,19 @@ class NativeEngine:
     """An ``Engine`` made of a core process and one stage worker process per device."""
 
     def __init__(
-        self, options: NativeOptions, pipeline: Pipeline, *, epoch: int = 0, life: "Life | AdoptedCore | None" = None
+        self,
+        options: NativeOptions,
+        pipeline: Pipeline,
+        *,
+        epoch: int = 0,
+        outliving: Outliving | AdoptedCore | None = None,
     ) -> None:
-        """``life``: how it may outlive this process, or the core that has; None: it ends with it."""
+        """``outliving``: how it may outlive this process, or the core that has; None: it ends with it."""
         self._options = options
         self._pipeline = pipeline
         self._epoch = epoch
-        self._adopted = life if isinstance(life, AdoptedCore) else None
-        self._life = life.life if isinstance(life, AdoptedCore) else life
+        self._adopted = outliving if isinstance(outliving, AdoptedCore) else None
+        self._outliving = outliving.outliving if isinstance(outliving, AdoptedCore) else outliving
         self._capabilities: EngineCapabilities | None = None
         self._process: CoreProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -143,15 +149,15 @@ class NativeEngine:
         try:
             report = await ready
         except EngineDied as error:
-            said = "" if self._life is None else self._life.last_words()
+            said = "" if self._outliving is None else self._outliving.last_words()
             await self.close()
             raise EngineStartFailed(f"{error}: {said}" if said else str(error)) from error
         if isinstance(report, c.StartFailed):
             await self.close()
             raise (UnsupportedByEngine if report.unsupported else EngineStartFailed)(report.reason)
         self._become_ready(report)
-        if self._life is not None:
-            await self._leave_record(self._life, self._process.pid)
+        if self._outliving is not None:
+            await self._leave_record(self._outliving, self._process.pid)
 
     @property
     def is_adopted(self) -> bool:
@@ -239,7 +245,7 @@ class NativeEngine:
 
     async def close(self) -> None:
         """End all processes, or leave them to the next daemon where that is how they live. Idempotent."""
-        stays = self._end is None and self._life is not None and self._life.is_leaving
+        stays = self._end is None and self._outliving is not None and self._outliving.is_leaving
         if self._end is None or not isinstance(self._end, EngineClosed):
             self._finish(EngineClosed("the engine was closed"))
         process, self._process = self._process, None
@@ -255,8 +261,7 @@ class NativeEngine:
             self._writer.close()
             with suppress(ConnectionError):
                 await self._writer.wait_closed()
-        if isinstance(process, FoundProcess):
-            process.let_go()
+        process.let_go()
 
     async def _end_process(self, process: CoreProcess) -> None:
         if self._writer is not None:
@@ -267,8 +272,8 @@ class NativeEngine:
         except TimeoutError:
             process.kill()
             await process.ended()
-        if self._life is not None:
-            self._life.forget()
+        if self._outliving is not None:
+            self._outliving.forget()
 
     # --- beyond the protocol: for benchmarks and tests ---
 
@@ -289,26 +294,26 @@ class NativeEngine:
     # --- inside ---
 
     async def _launch(self) -> tuple[CoreProcess, asyncio.StreamReader]:
-        if self._life is None:
-            process, connection = await launch_bound(self._options.python)
+        if self._outliving is None:
+            process, connection = await launch_bound(self._options.python, CORE)
         else:
             try:
-                process, connection = await launch_apart(self._options.python, self._life.place)
+                process, connection = await launch_apart(self._options.python, self._outliving.place, CORE)
             except EngineStartFailed:
-                self._life.forget()
+                self._outliving.forget()
                 raise
         reader, self._writer = await asyncio.open_connection(sock=connection)
         self._end = None
         return process, reader
 
-    async def _leave_record(self, life: Life, pid: int) -> None:
+    async def _leave_record(self, outliving: Outliving, pid: int) -> None:
         """Note the engine for the next daemon; only now may it outlive this one."""
         try:
-            life.note(pid)
+            outliving.note(pid)
         except OSError as error:
             await self.close()
-            raise EngineStartFailed(f"{life.record}: {error.strerror or error}") from error
-        self._send(c.Outlive(adopt_within_s=life.adopt_within_s))
+            raise EngineStartFailed(f"{outliving.record}: {error.strerror or error}") from error
+        self._send(c.Outlive(adopt_within_s=outliving.adopt_within_s))
 
     def _adopt(self, adopted: AdoptedCore) -> None:
         """Begin where the daemon before this one has left: the layout in force is what the engine says."""
@@ -316,7 +321,7 @@ class NativeEngine:
         self._pipeline, self._epoch = adopted.report.pipeline, adopted.report.epoch
         self._reading = asyncio.create_task(self._read(adopted.process, adopted.reader), name="native-engine-reader")
         self._become_ready(adopted.report.ready)
-        self._send(c.Outlive(adopt_within_s=adopted.life.adopt_within_s))
+        self._send(c.Outlive(adopt_within_s=adopted.outliving.adopt_within_s))
 
     def _become_ready(self, ready: c.Ready) -> None:
         self._capabilities = EngineCapabilities(

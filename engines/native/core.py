@@ -31,11 +31,11 @@ from engines.native.engine_core import EngineCore, EngineFailed
 from engines.native.feasibility import check_refactor
 from engines.native.grammar_setup import grammars_for
 from engines.native.handover import HandoverRunner
-from engines.native.reception import Reception
 from engines.native.specs import specs_of
 from engines.native.workers import WorkerPool
 from engines.process import die_with_parent
 from engines.protocol import RefactorCheck, RefactorProgress, StageStatus
+from engines.reception import Reception
 from planner.errors import PlannerError
 from planner.handover import HandoverPhase
 

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.errors import EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.outliving import Outliving
 from engines.protocol import EngineCapabilities, EngineCounters, RefactorCheck, RefactorProgress, StageStatus
+from engines.served.adopting import AdoptedServer
 from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
 from engines.served.connecting import before_death
 from engines.served.handovers import AfterMoves, Handovers, HandoverSetup
+from engines.served.keeper_messages import Memo
 from engines.served.life import Life
 from engines.served.link import EngineLink
 from engines.served.logs import LogDialect, LogLine
@@ -54,6 +57,8 @@ class ServedEngine(ABC):
     Args:
         graph: The model, for the memory of a refactoring; without it none is done.
         on_log: Told each line that the engine writes.
+        outliving: How it may outlive this process, or one that has, whose ``ranks`` are those of ``setup``; None: it
+            ends with this process.
     """
 
     def __init__(
@@ -64,9 +69,12 @@ class ServedEngine(ABC):
         epoch: int,
         graph: ModelGraph | None,
         on_log: Callable[[LogLine], None],
+        outliving: Outliving | AdoptedServer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._setup = setup
+        self._adopted = outliving if isinstance(outliving, AdoptedServer) else None
+        self._outliving = outliving.outliving if isinstance(outliving, AdoptedServer) else outliving
         self._ranks = setup.handover.ranks
         self._pipeline = pipeline
         self._epoch = epoch
@@ -79,7 +87,8 @@ class ServedEngine(ABC):
         self._handovers: Handovers | None = None
         self._stage_reader = StageReader(ranks=self._ranks, clock=clock)
         self._streams: dict[int, Stream] = {}
-        self._last_key = 0
+        # Of requests: the engine may still be ending those of a daemon before this one.
+        self._last_key = 0 if self._adopted is None else time.time_ns() // 1000
         self._life = Life(on_end=self._tell_end)
         self._watch = HangWatch(
             deadline_s=setup.hang_deadline_s,
@@ -90,6 +99,7 @@ class ServedEngine(ABC):
             clock=clock,
         )
         self._last_progress = ""
+        self._is_noted = False  # for the next daemon
         self.info: Message = {}  # what the engine said of itself when it was ready
 
     # --- what an engine adds ---
@@ -111,7 +121,7 @@ class ServedEngine(ABC):
         """Return its processes with their names in words, those first that take others with them. ``info`` is set."""
 
     @abstractmethod
-    def _adopt(self) -> EngineCapabilities:
+    def _take_over(self) -> EngineCapabilities:
         """Take over an engine that is ready, and return what it can do."""
 
     @abstractmethod
@@ -121,6 +131,10 @@ class ServedEngine(ABC):
     def _after_moves(self) -> AfterMoves | None:
         """Return what follows its moves. The link and ``info`` are set."""
         return None
+
+    def _secrets(self) -> dict[str, str]:
+        """Return what the next daemon needs to speak with it."""
+        return {}
 
     # --- the protocol ---
 
@@ -184,13 +198,25 @@ class ServedEngine(ABC):
         return await self._life.died()
 
     async def close(self) -> None:
+        stays = self._life.end is None and self._is_noted and self._outliving is not None and self._outliving.is_leaving
         self._life.close()
         await self._watch.stop()
         if self._link is not None:
             await self._link.close()
-        if self._server is not None:
-            await self._server.close()
-            note_departure(self._ranks.device_ids, self._server.processes)
+        if self._server is None:
+            return
+        if stays:
+            await self._server.leave()
+            return
+        await self._server.close()
+        note_departure(self._ranks.device_ids, self._server.processes)
+        if self._outliving is not None:
+            self._outliving.forget()
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether its processes were there before it."""
+        return self._adopted is not None
 
     # --- OwnRoutes ---
 
@@ -228,24 +254,70 @@ class ServedEngine(ABC):
     # --- starting ---
 
     async def _start(self) -> None:
-        name, deadline_s = self._setup.name, self._setup.start_deadline_s
+        name = self._setup.name
         version = await self._version()
-        self._on_progress(f"{name} {version}: waiting for its turn to start")
-        counts = self._boot_layout()
-        async with turn_to_start(self._ranks.device_ids):
-            self._server = EngineServer(
-                name=name, dialect=self._setup.dialect, on_log=self._note_log, on_death=self._note_death
-            )
-            self._life.begin()
-            self._on_progress(f"starting {name} {version}")
-            await self._launch(self._server, counts)
-            try:
-                async with asyncio.timeout(deadline_s):
-                    await self._become_ready(self._server)
-            except TimeoutError:
-                words = self._server.with_last_words(f"{name} was not ready within {deadline_s:g} s")
-                raise EngineStartFailed(words) from None
+        if self._adopted is not None:
+            await self._go_on(self._adopted, version)
+        else:
+            self._on_progress(f"{name} {version}: waiting for its turn to start")
+            counts = self._boot_layout()
+            async with turn_to_start(self._ranks.device_ids):
+                self._server = server = self._serve()
+                self._life.begin()
+                self._on_progress(f"starting {name} {version}")
+                await self._launch(server, counts)
+                await self._in_time(server)
+            await self._leave_record(server, self._memo(version, counts))
         self._watch.begin()
+
+    async def _go_on(self, adopted: AdoptedServer, version: str) -> None:
+        """Begin where the daemon before this one has left: the layout in force is what the engine says."""
+        self._server = server = self._serve(adopted)  # first: what is not gone on with is ended
+        if adopted.memo.version != version:
+            was = adopted.memo.version
+            raise EngineStartFailed(f"{self._setup.name} {was} runs, and its environment has {version} now")
+        self._pipeline, self._epoch = adopted.pipeline, adopted.epoch
+        self._life.begin()
+        await self._in_time(server)
+        await self._leave_record(server, adopted.memo)
+
+    def _serve(self, adopted: AdoptedServer | None = None) -> EngineServer:
+        return EngineServer(
+            name=self._setup.name,
+            dialect=self._setup.dialect,
+            on_log=self._note_log,
+            on_death=self._note_death,
+            place=None if self._outliving is None else self._outliving.place,
+            kept=None if adopted is None else adopted.hosted,
+        )
+
+    async def _in_time(self, server: EngineServer) -> None:
+        deadline_s = self._setup.start_deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._become_ready(server)
+        except TimeoutError:
+            words = server.with_last_words(f"{self._setup.name} was not ready within {deadline_s:g} s")
+            raise EngineStartFailed(words) from None
+
+    def _memo(self, version: str, counts: Sequence[int]) -> Memo:
+        return Memo(
+            version=version,
+            device_ids=self._ranks.device_ids,
+            tensor_parallel=self._ranks.tensor_parallel,
+            counts=tuple(counts),
+            epoch=self._epoch,
+            secrets=self._secrets(),
+        )
+
+    async def _leave_record(self, server: EngineServer, memo: Memo) -> None:
+        """Note the engine for the next daemon; only now may it outlive this one."""
+        outliving = self._outliving
+        if outliving is None:
+            return
+        await asyncio.to_thread(outliving.note, server.keeper_pid)
+        server.outlive(adopt_within_s=outliving.adopt_within_s, memo=memo)
+        self._is_noted = True
 
     def _boot_layout(self) -> tuple[int, ...]:
         if (refusal := self._ranks.refusal_of(self._pipeline)) is not None:
@@ -283,8 +355,9 @@ class ServedEngine(ABC):
             requests_live=lambda: len(self._streams),
             on_crash=self._note_death,
             after=self._after_moves(),
+            last_number=0 if self._adopted is None else self._adopted.settled.last_number,
         )
-        self._capabilities = self._adopt()
+        self._capabilities = self._take_over()
 
     # --- what comes from the engine ---
 

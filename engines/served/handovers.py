@@ -58,6 +58,7 @@ class Handovers:
         requests_live: How many requests are in flight.
         on_crash: Told when ranks may disagree about the layout in force: the engine is replaced.
         after: What follows a move.
+        last_number: Of the handovers that it has seen before: late words of one must not be taken for another's.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Handovers:
         requests_live: Callable[[], int],
         on_crash: Callable[[str], None],
         after: AfterMoves | None = None,
+        last_number: int = 0,
     ) -> None:
         self.pipeline = pipeline
         self.epoch = epoch
@@ -86,7 +88,7 @@ class Handovers:
         self._requests_live = requests_live
         self._on_crash = on_crash
         self._after = after
-        self._numbers = count(1)
+        self._numbers = count(last_number + 1)
         self._is_checking = False
         self._running: LayerHandover | None = None
         self._task: asyncio.Task[None] | None = None

@@ -1,7 +1,8 @@
 """The private directory of one engine: its sockets and temporary files, and a list of what must go with it.
 
 A daemon that was killed cleans nothing up: the engine's processes die with it, their files stay. So each directory
-names its daemon, and who makes a new one first removes those whose daemon is gone, with the shared memory listed.
+names its owner, the daemon or a keeper that may outlive it, and who makes a new one first removes those whose owner is
+gone, with the shared memory listed.
 """
 
 import os
@@ -17,18 +18,29 @@ from engines.process import state_of
 
 HTTP_SOCKET: Final = "http.sock"  # of the engine's own server
 _PREFIX: Final = "flexpiped-engine-"
-_OWNER: Final = "owner"  # pid and start time of the daemon
+_OWNER: Final = "owner"  # pid and start time of the process that looks after the engine
 _SHARED: Final = "shared-memory"  # one name in /dev/shm a line
 _SHM: Final = Path("/dev/shm")
 _MAPPED: Final = re.compile(r" /dev/shm/(\S+)$", re.MULTILINE)
 
 
-def make_run_directory() -> Path:
-    """Make a directory for one engine, for its user only. The path is short enough for Unix sockets in it."""
-    sweep(Path(tempfile.gettempdir()))
-    directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    _write_whole(directory / _OWNER, f"{os.getpid()} {_started(os.getpid())}")
+def make_run_directory(parent: Path | None = None) -> Path:
+    """Make a directory for one engine, for its user only. The path is short enough for Unix sockets in it.
+
+    Args:
+        parent: Where; None: where temporary files are.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    parent.mkdir(mode=0o700, exist_ok=True)
+    sweep(parent)
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    own_run_directory(directory)
     return directory
+
+
+def own_run_directory(directory: Path) -> None:
+    """Note that the directory is this process's: it stays as long as that runs."""
+    _write_whole(directory / _OWNER, f"{os.getpid()} {_started(os.getpid())}")
 
 
 def remove_run_directory(directory: Path) -> None:
@@ -66,7 +78,7 @@ def shared_memory_of(pid: int) -> set[str]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the run directories in ``parent`` whose daemon is gone."""
+    """Remove the run directories in ``parent`` whose owner is gone."""
     for directory in parent.glob(f"{_PREFIX}*"):
         try:
             number, _, started = (directory / _OWNER).read_text().partition(" ")

@@ -1,7 +1,7 @@
 """The processes of one engine: started as one group, watched one by one, ended together.
 
-The engine's API server is our child; those that schedule and compute are its children, or theirs. All are in the
-process group of the API server.
+The engine's API server is our child, or that of a keeper (``hosting``); those that schedule and compute are its
+children, or theirs. All are in the process group of the API server.
 """
 
 import asyncio
@@ -13,17 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from engines.errors import EngineStartFailed
+from engines.launching import OwnPlace
 from engines.served.freed import HostMemory, ProcessId, identify, still_runs, until_free
+from engines.served.group import members_of, process_ended
+from engines.served.hosting import Child, Hosted, InKeeping
+from engines.served.keeper_messages import Memo
 from engines.served.logs import LastWords, LogDialect, LogLine
 from engines.served.run_directory import make_run_directory, note_shared_memory, remove_run_directory
 
-_LEASH: Final = Path(__file__).with_name("leash.py")
 _TERM_GRACE_S: Final = 5.0
 _KILL_GRACE_S: Final = 5.0
 _LINGER_S: Final = 0.5  # for the last lines of the log
-_POLL_S: Final = 0.02
-_LINE_LIMIT: Final = 1 << 20
 
 
 class EngineServer:
@@ -34,6 +34,8 @@ class EngineServer:
         dialect: How it writes.
         on_log: Told each line that any of the processes writes.
         on_death: Told once, in words, when a process ends that was not asked to.
+        place: Where a keeper runs it that may outlive this process; None: it ends with this process.
+        kept: One that a keeper runs already; else ``spawn`` starts it.
     """
 
     def __init__(
@@ -43,15 +45,19 @@ class EngineServer:
         dialect: LogDialect,
         on_log: Callable[[LogLine], None],
         on_death: Callable[[str], None],
+        place: OwnPlace | None = None,
+        kept: InKeeping | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.run_directory = make_run_directory()
+        runs = None if place is None else place.runs
+        self.run_directory = make_run_directory(runs) if kept is None else Path(kept.kept.directory)
+        self._place = place
         self._name = name
         self._dialect = dialect
         self._clock = clock
         self._on_log = on_log
         self._on_death = on_death
-        self._process: asyncio.subprocess.Process | None = None
+        self._hosted: Hosted | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._log_task: asyncio.Task[None] | None = None
         self._last_words = LastWords()
@@ -59,12 +65,14 @@ class EngineServer:
         self.processes: set[ProcessId] = set()  # all that were seen; complete once it was killed or closed
         self._watched: list[tuple[ProcessId, str]] = []  # with their names, those first that take others with them
         self._closed: asyncio.Task[None] | None = None
+        if kept is not None:
+            self.host(kept)
 
     @property
     def pid(self) -> int:
         """The API server's process id, which is also the process group's."""
-        assert self._process is not None
-        return self._process.pid
+        assert self._hosted is not None
+        return self._hosted.pid
 
     async def spawn(self, python: str, command: list[str], environment: dict[str, str]) -> None:
         """Start the API server. Call it from the main thread: a parent-death signal follows the thread.
@@ -72,25 +80,28 @@ class EngineServer:
         Raises:
             EngineStartFailed: The interpreter cannot be run.
         """
-        leash = (python, "-I", "-S", str(_LEASH), str(os.getpid()))
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                *leash,
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                limit=_LINE_LIMIT,
-                env=environment,
-                cwd=self.run_directory,  # python -m would import from the daemon's
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise EngineStartFailed(f"cannot run {python}: {error.strerror}") from error
-        assert self._process.stdout is not None
-        self._log_task = asyncio.create_task(self._pump(self._process.stdout), name="engine-log")
-        watch = asyncio.create_task(self._watch_api_server(self._process), name="engine-watch-api")
-        self._tasks = [self._log_task, watch]
+        if self._place is None:
+            hosted: Hosted = await Child.start(python, command, environment, directory=self.run_directory)
+        else:
+            hosted = await InKeeping.start(self._place, python, command, environment, directory=self.run_directory)
+        self.host(hosted)
+
+    def host(self, hosted: Hosted) -> None:
+        """Look after an API server that runs."""
+        self._hosted = hosted
+        self._log_task = asyncio.create_task(self._pump(hosted), name="engine-log")
+        self._tasks = [self._log_task, asyncio.create_task(self._watch_api_server(hosted), name="engine-watch-api")]
+
+    @property
+    def keeper_pid(self) -> int:
+        """The process id of its keeper."""
+        assert isinstance(self._hosted, InKeeping)
+        return self._hosted.keeper.pid
+
+    def outlive(self, *, adopt_within_s: float, memo: Memo) -> None:
+        """From here on it stays for so long when this process is gone, with ``memo`` for the next one."""
+        assert isinstance(self._hosted, InKeeping)
+        self._hosted.outlive(adopt_within_s=adopt_within_s, memo=memo)
 
     def watch(self, processes: Iterable[tuple[int, str]]) -> None:
         """The engine is ready: report the death of any of these processes at once, however it ends.
@@ -112,11 +123,11 @@ class EngineServer:
     def kill(self) -> None:
         """Kill the whole group now. What is left to do, ``close`` does."""
         self._ending = True
-        if self._process is None:
+        if self._hosted is None:
             return
         members = members_of(self.pid)
         self.processes |= identify(members)
-        if self._process.returncode is None or members:
+        if self._hosted.is_running or members:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -131,32 +142,42 @@ class EngineServer:
             self._closed = asyncio.create_task(self._close(), name="engine-close")
         await asyncio.shield(self._closed)
 
+    async def leave(self) -> None:
+        """Let the engine go on for the next daemon. Idempotent, and ``close`` does nothing after it."""
+        if self._closed is None:
+            self._closed = asyncio.create_task(self._leave(), name="engine-leave")
+        await asyncio.shield(self._closed)
+
+    async def _leave(self) -> None:
+        self._ending = True
+        assert self._hosted is not None
+        await self._hosted.leave()
+        await self._stop_watching()
+
     async def _close(self) -> None:
         polite, self._ending = not self._ending, True
-        if self._process is not None:
+        if self._hosted is not None:
             assert self._log_task is not None
-            self.note_shared_memory()
-            if polite and self._process.returncode is None:
-                self._process.terminate()
+            if self.run_directory.exists():
+                self.note_shared_memory()
+            if polite and self._hosted.is_running:
+                self._hosted.terminate()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(process_ended(self.pid), _TERM_GRACE_S)
             self.kill()
-            await self._process.wait()
+            await self._hosted.gone()
             await until_free(self.processes, HostMemory(), deadline_s=_KILL_GRACE_S)
             await asyncio.wait([self._log_task], timeout=_LINGER_S)
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._stop_watching()
         remove_run_directory(self.run_directory)
 
-    async def _pump(self, stream: asyncio.StreamReader) -> None:
-        while True:
-            try:
-                raw = await stream.readline()
-            except ValueError:  # longer than the limit: what was read of it is gone
-                continue
-            if not raw:
-                return
+    async def _stop_watching(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pump(self, hosted: Hosted) -> None:
+        async for raw in hosted.lines():
             line = self._dialect.parse(raw.decode(errors="replace"))
             if line.message.strip():
                 self._last_words.note(line, now_s=self._clock())
@@ -167,44 +188,13 @@ class EngineServer:
         process, name = next(entry for entry in self._watched if not still_runs(entry[0]))
         self._die(f"{name} (pid {process.pid}) has ended")
 
-    async def _watch_api_server(self, process: asyncio.subprocess.Process) -> None:
-        # Not by wait(): that waits for the end of the log, too, which the other processes hold open.
-        await process_ended(process.pid)
-        while (status := process.returncode) is None:  # noqa: ASYNC110  the loop is about to reap it
-            await asyncio.sleep(_POLL_S)
+    async def _watch_api_server(self, hosted: Hosted) -> None:
+        how = await hosted.how_ended()
         if not self._ending and self._log_task is not None:
             await asyncio.wait([self._log_task], timeout=_LINGER_S)
-        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         self._die(f"{self._name}'s API server {how}")
 
     def _die(self, reason: str) -> None:
         if not self._ending:
             self._ending = True
             self._on_death(reason)
-
-
-async def process_ended(pid: int) -> None:
-    """Return when a process has ended, whoever its parent is."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    loop, gone = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(pidfd, gone.set)
-    try:
-        await gone.wait()
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-
-
-def members_of(group: int) -> list[int]:
-    """Return the processes of a process group that still run."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with suppress(OSError):
-                state, _parent, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(its_group) == group and state not in "ZX":
-                    found.append(int(entry.name))
-    return found

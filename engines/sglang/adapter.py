@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.errors import EngineError, EngineStartFailed, InvalidRequest
+from engines.outliving import Outliving
 from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, TokenChunk
+from engines.served.adopting import AdoptedServer
 from engines.served.channel import Channel, Message
 from engines.served.connecting import await_ranks, first_contact, read_hub_token
 from engines.served.engine import ServedEngine, ServedSetup
+from engines.served.group import members_of
 from engines.served.logs import LogLine
 from engines.served.options import handover_setup
 from engines.served.run_directory import HTTP_SOCKET
 from engines.served.sampling import tokens_left
-from engines.served.server import EngineServer, members_of
+from engines.served.server import EngineServer
 from engines.served.streams import Stream
 from engines.sglang.command import KEYS_FILE, command_line, environment
 from engines.sglang.http import Event, HttpFailed, Refused, RequestFailed, SglangHttp
@@ -54,11 +57,16 @@ class SglangEngine(ServedEngine):
         epoch: int = 0,
         graph: ModelGraph | None = None,
         on_log: Callable[[LogLine], None] = _ignore,
+        outliving: Outliving | AdoptedServer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(_setup(options), pipeline, epoch=epoch, graph=graph, on_log=on_log, clock=clock)
+        super().__init__(
+            _setup(options), pipeline, epoch=epoch, graph=graph, on_log=on_log, outliving=outliving, clock=clock
+        )
         self._options = options
-        self._key, self._admin_key = secrets.token_hex(32), secrets.token_hex(32)  # no "-" in front
+        known = {} if self._adopted is None else self._adopted.memo.secrets
+        self._key = known.get("key") or secrets.token_hex(32)  # no "-" in front
+        self._admin_key = known.get("admin_key") or secrets.token_hex(32)
         self._http: SglangHttp | None = None
         self._work: set[asyncio.Task[None]] = set()
 
@@ -177,8 +185,11 @@ class SglangEngine(ServedEngine):
         try:
             self._http = SglangHttp(server.run_directory / HTTP_SOCKET, key=self._key, admin_key=self._admin_key)
             await self._http.until_ready()
-            (server.run_directory / KEYS_FILE).unlink()
-            await self._http.freeze_garbage()
+            (server.run_directory / KEYS_FILE).unlink(missing_ok=True)
+            if self.is_adopted:  # requests of the daemon before may not have noticed that it is gone
+                await self._http.abort_all()
+            else:
+                await self._http.freeze_garbage()
             info["pids"] = await self._find_processes(server)
             self._ensure_room(info)
         except BaseException:
@@ -186,12 +197,15 @@ class SglangEngine(ServedEngine):
             raise
         return channel, info
 
+    def _secrets(self) -> dict[str, str]:
+        return {"key": self._key, "admin_key": self._admin_key}
+
     def _processes(self) -> list[tuple[int, str]]:
         pids = self.info["pids"]
         ranks = [(pid, f"SGLang's scheduler of rank {rank}") for rank, pid in enumerate(pids["workers"])]
         return [*ranks, *((pid, "SGLang's detokenizer") for pid in pids["detokenizers"])]
 
-    def _adopt(self) -> EngineCapabilities:
+    def _take_over(self) -> EngineCapabilities:
         info = self.info
         return EngineCapabilities(
             name="sglang",

@@ -88,6 +88,10 @@ class SglangHttp:
         """End a request, wherever it is. An unknown one is fine; a dead server has none."""
         await self._post("abort_request", self._admin_key, {"rid": rid})
 
+    async def abort_all(self) -> None:
+        """End all requests."""
+        await self._post("abort_request", self._admin_key, {"rid": "", "abort_all": True})
+
     async def freeze_garbage(self) -> None:
         """Have the garbage collectors leave alone what stays: collecting it would hold steps up."""
         await self._post("freeze_gc", self._admin_key, None)

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from engines.errors import InvalidRequest
+from engines.outliving import Outliving
 from engines.process import usable_cores
 from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, KvParcel, TokenChunk
+from engines.served.adopting import AdoptedServer
 from engines.served.channel import Channel, Message
 from engines.served.connecting import first_contact, read_hub_token
 from engines.served.engine import ServedEngine, ServedSetup
@@ -54,9 +56,12 @@ class VllmEngine(ServedEngine):
         graph: ModelGraph | None = None,
         on_log: Callable[[LogLine], None] = _ignore,
         on_recompiled: Callable[[Recompilation], None] = _ignore,
+        outliving: Outliving | AdoptedServer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(_setup(options), pipeline, epoch=epoch, graph=graph, on_log=on_log, clock=clock)
+        super().__init__(
+            _setup(options), pipeline, epoch=epoch, graph=graph, on_log=on_log, outliving=outliving, clock=clock
+        )
         self._options = options
         self.on_recompiled = on_recompiled
         self._recompiler: Recompiler | None = None
@@ -156,7 +161,7 @@ class VllmEngine(ServedEngine):
         )
         return self._recompiler
 
-    def _adopt(self) -> EngineCapabilities:
+    def _take_over(self) -> EngineCapabilities:
         info, channel = self.info, self._ready_link().channel
         if info.get("kv_by_nixl"):
             self._parcels = VllmKvLoans(channel, name_of=self._name_in_core)

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from engines.served.server import members_of
+from engines.served.group import members_of
 from engines.sglang.adapter import SglangEngine
 from engines.sglang.own_server import ELSEWHERE, own_server
 from tests.contract.engine_contract import request_of

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from engines.outliving import Outliving
+from engines.served.adopting import AdoptedServer
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.options import VllmOptions
 from planner.layout import Pipeline, Stage
@@ -26,7 +28,9 @@ def fake_interpreter(directory: Path, *, version: str = "0.32.0") -> str:
     return str(script)
 
 
-def fake_engine(directory: Path, *, behaviour: str = "", **options: object) -> VllmEngine:
+def fake_engine(
+    directory: Path, *, behaviour: str = "", outliving: Outliving | AdoptedServer | None = None, **options: object
+) -> VllmEngine:
     """Return an engine whose vLLM is the fake one; ``behaviour`` is what is wrong with it."""
     values: dict[str, object] = {
         "python": fake_interpreter(directory),
@@ -36,4 +40,4 @@ def fake_engine(directory: Path, *, behaviour: str = "", **options: object) -> V
         "kv_bytes_per_token": 512,
         "env": {"FAKE_VLLM": behaviour},
     }
-    return VllmEngine(VllmOptions(**(values | options)), ONE)  # type: ignore[arg-type]
+    return VllmEngine(VllmOptions(**(values | options)), ONE, outliving=outliving)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.served.server import process_ended
+from engines.served.group import process_ended
 from tests.bench.processes import ROOT, descendants, leashed
 from tests.support.until import until
 

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from engines.errors import UnsupportedByEngine
 from engines.found_process import boot_id, start_of
+from engines.outliving import Outliving
 from engines.records import EngineRecord, write_record
 from flexpiped.settings import EngineKind, EnginesSettings, Settings
 from flexpiped.survivors import Survivors, chosen, found_in_words, refuse_what_cannot_survive
@@ -50,10 +51,11 @@ def test_a_replica_without_an_engine_gets_a_new_one_where_its_devices_are_free()
 
 def test_engines_that_cannot_outlive_the_daemon_are_refused_by_name() -> None:
     refuse_what_cannot_survive(SURVIVING)
-    refuse_what_cannot_survive(replace(Settings(), engine=EngineKind.VLLM))
-    for kind in (EngineKind.VLLM, EngineKind.SGLANG, EngineKind.FAKE):
-        with pytest.raises(UnsupportedByEngine, match=f"survive_restart is not for engine '{kind.value}' yet"):
-            refuse_what_cannot_survive(replace(SURVIVING, engine=kind))
+    refuse_what_cannot_survive(replace(Settings(), engine=EngineKind.FAKE))
+    for kind in (EngineKind.VLLM, EngineKind.SGLANG):
+        refuse_what_cannot_survive(replace(SURVIVING, engine=kind))
+    with pytest.raises(UnsupportedByEngine, match="survive_restart is not for engine 'fake'"):
+        refuse_what_cannot_survive(replace(SURVIVING, engine=EngineKind.FAKE))
 
 
 class Place:
@@ -73,11 +75,10 @@ class Place:
         )
 
     def note(self, record: EngineRecord) -> Path:
-        life = self.survivors.life_of(PURPOSE, on("cpu:0"))
-        assert life is not None
-        file: Path = life.record  # type: ignore[union-attr]
-        write_record(file, replace(record, socket=str(life.place.socket)))  # type: ignore[union-attr]
-        return file
+        outliving = self.survivors.outliving_of(PURPOSE, on("cpu:0"))
+        assert isinstance(outliving, Outliving)
+        write_record(outliving.record, replace(record, socket=str(outliving.place.socket)))
+        return outliving.record
 
 
 @pytest.fixture

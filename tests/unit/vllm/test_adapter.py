@@ -15,8 +15,8 @@ import pytest_asyncio
 
 from engines.errors import EngineClosed, EngineDied, EngineStartFailed, InvalidRequest, UnsupportedByEngine
 from engines.protocol import FinishReason, GenerationRequest, OwnRoutes, SamplingParams
+from engines.served.group import members_of
 from engines.served.logs import LogLine
-from engines.served.server import members_of
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.options import VllmOptions
 from planner.layout import pipeline_of

@@ -1,4 +1,4 @@
-"""What every resident rank answers the daemon beside its steps: status, failpoints, prepare, release."""
+"""What every resident rank answers the daemon beside its steps: status, failpoints, prepare, release, settle."""
 
 import threading
 from collections.abc import Callable
@@ -49,6 +49,10 @@ class RankAnswers:
                     reply({"op": "reply", "call": call, "result": {}})
                 case "prepare":
                     threading.Thread(target=self._prepare, args=(message, reply), daemon=True).start()
+                case "settle":
+                    self._moving().settle()
+                    trim_heap()
+                    reply({"op": "reply", "call": call, "result": {}})
                 case "release":
                     released = self._moving().release(message["handover"])
                     trim_heap()

@@ -149,6 +149,11 @@ class Moving:
         self._handover = None
         return {"weights_bytes": weights_bytes, "kv_bytes": kv_bytes}
 
+    def settle(self) -> None:
+        """Finish or roll back whatever was under way when the daemon went: what ``release`` of its number would do."""
+        if self._handover is not None:
+            self.release(self._handover.number)
+
     def status(self) -> dict[str, Any]:
         """Return what this rank holds now."""
         held = self._layers.held()

@@ -19,7 +19,7 @@ from flexpiped_sglang.slots import Slots
 _MOVE, _PAUSE = "move", "pause"  # who holds the batches
 _PATIENCE = 2.0  # times the deadline that ranks keep themselves
 _TRACE_LENGTH = 200_000
-_CALLS = ("begin", "round", "commit", "abandon", "pause", "trace", "arm", "hold", "resume")
+_CALLS = ("begin", "round", "commit", "abandon", "pause", "trace", "arm", "hold", "resume", "settle")
 _AT_ONCE = ("abandon", "pause", "trace", "arm")  # whatever else is under way
 
 Work = Generator[None, None, dict[str, Any]]
@@ -46,6 +46,8 @@ class Conductor:
         self._failpoints = failpoints
         self._epoch = 0
         self._number = 0  # of the handover under way
+        self._last_number = 0  # of all handovers
+        self._crash = ""  # what a commit has answered that leaves the ranks in doubt
         self._new_layout: list[int] = []
         self._calls: deque[tuple[str, list[Any], Reply, int]] = deque()  # filled by a thread
         self._work: tuple[Work, Reply, int] | None = None
@@ -142,6 +144,18 @@ class Conductor:
         self._number = 0
         return {}
 
+    def _settle(self) -> dict[str, Any]:
+        """End what a daemon that is gone had begun, and say what is in force. A commit has ended before this begins."""
+        if self._number:
+            self._abandon(self._number)
+        self._slots.send("release", _PAUSE)
+        return {
+            "epoch": self._epoch,
+            "layout": self.layout,
+            "last_number": self._last_number,
+            "crash": self._crash,
+        }
+
     def _hold(self) -> Work:
         """Pause: no batch is begun, and nothing is in flight when this is answered. Requests stay."""
         self._slots.send("hold", _PAUSE)
@@ -158,7 +172,8 @@ class Conductor:
         self._failpoints.hit("core.begin")
         if len(new_layout) != len(self.layout):
             raise RuntimeError(f"the model has {len(self.layout)} layers, not {len(new_layout)}")
-        self._number, self._new_layout = number, list(new_layout)
+        self._number = self._last_number = number
+        self._new_layout = list(new_layout)
         self._slots.send("begin", number, self.layout, self._new_layout)
         return {}
 
@@ -244,7 +259,8 @@ class Conductor:
             yield from self._asking.ask("switch", number, self._epoch, _MOVE)
             _agree((yield from self._asking.answers(copy_ticket)))  # of those that nobody waited for, too
         except RuntimeError as error:
-            return {"crash": _failed_switch(error)}
+            self._crash = _failed_switch(error)
+            return {"crash": self._crash}
         finally:
             self._switching = None
         return {"epoch": self._epoch}
@@ -255,7 +271,12 @@ class Conductor:
         """Return what answers the call under way with a crash, from any thread."""
         assert self._work is not None
         _, reply, call = self._work
-        return lambda reason: reply({"op": "reply", "call": call, "result": {"crash": reason}})
+
+        def tell(reason: str) -> None:
+            self._crash = reason  # a daemon that is gone does not hear it
+            reply({"op": "reply", "call": call, "result": {"crash": reason}})
+
+        return tell
 
     def _of(self, number: int) -> None:
         if self._number != number:

@@ -70,6 +70,8 @@ class Conductor:
         self._epoch = 0
         self._failpoints = Failpoints()
         self._handover: _Handover | None = None
+        self._last_number = 0  # of all handovers
+        self._crash = ""  # what a commit has answered that leaves the ranks in doubt
         self._committed_s = 0.0
         self._first_dispatch_s = 0.0
         self._ends: deque[tuple[float, int]] = deque(maxlen=_TRACE_LENGTH)
@@ -132,6 +134,7 @@ class Conductor:
     def begin(self, number: int, new_layout: list[int]) -> dict[str, Any]:
         """Begin to mark what steps write; everything live counts as written."""
         self._failpoints.hit("core.begin")
+        self._last_number = number
         self._handover = _Handover(number, self._layout(), list(new_layout), KVTracker(self._live()))
         return {"live_blocks": self._handover.tracker.count}
 
@@ -177,13 +180,13 @@ class Conductor:
                 self._compare(handover, sorted(self._live()), wait_s=_PATIENCE * deadline_s)
             self._failpoints.hit("core.commit.last")
         except TimeoutError as error:  # a late answer would be taken for that of a step
-            return {"crash": f"a rank did not answer within {_PATIENCE * deadline_s:g} s of the commit: {error}"}
+            return self._crashed(f"a rank did not answer within {_PATIENCE * deadline_s:g} s of the commit: {error}")
         try:
             self._ask_all(
                 "flexpiped_switch", number, handover.participants, self._epoch + 1, wait_s=_PATIENCE * deadline_s
             )
         except (TimeoutError, RuntimeError) as error:
-            return {"crash": f"a rank failed while it switched: {error}"}
+            return self._crashed(f"a rank failed while it switched: {error}")
         self._epoch += 1
         for rank in self._ranks:
             stage = rank["pp_rank"]
@@ -231,6 +234,16 @@ class Conductor:
         if self._handover is not None and self._handover.number == number:
             self._handover = None
         return {}
+
+    def settle(self) -> dict[str, Any]:
+        """Forget what a daemon that is gone had begun, and say what is in force. A commit ends before this runs."""
+        self._handover = None
+        return {
+            "epoch": self._epoch,
+            "layout": self._layout(),
+            "last_number": self._last_number,
+            "crash": self._crash,
+        }
 
     def arm(self, name: str, action: str) -> dict[str, Any]:
         self._failpoints.arm(name, action)
@@ -288,6 +301,11 @@ class Conductor:
         """Wait for the steps in flight; their results are kept for the step that takes them in."""
         for future, *_ in self._core.batch_queue or ():
             future.result()
+
+    def _crashed(self, reason: str) -> dict[str, Any]:
+        """Answer that some ranks may have switched and others not; a daemon that is gone does not hear it."""
+        self._crash = reason
+        return {"crash": reason}
 
     def _ask_all(self, method: str, *args: Any, wait_s: float) -> list[dict[str, Any]]:
         """Call all ranks between two steps. They never raise, which would leave answers of others in the queues."""

@@ -59,6 +59,7 @@ def _extend_core(core_class: Any, process_class: Any) -> None:
         Conductor.load_compiled,
         Conductor.pause,
         Conductor.abandon,
+        Conductor.settle,
         Conductor.arm,
     ):
         setattr(core_class, f"flexpiped_{method.__name__}", _forward(method, lambda conductor: conductor))

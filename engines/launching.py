@@ -1,4 +1,8 @@
-"""Starts an engine core: bound to the daemon, so that it dies with it, or in a session or unit of its own."""
+"""Starts a program of ours that runs an engine: bound to the daemon, or in a session or unit of its own.
+
+It is told by its command line which descriptor is the connection to the daemon, on which parent it depends (0: none),
+and which descriptor listens for the next daemon, where it may outlive this one.
+"""
 
 import asyncio
 import json
@@ -19,7 +23,7 @@ _LAUNCH_DEADLINE_S = 30.0  # systemd sets a sandbox up before it starts anything
 
 
 class CoreProcess(Protocol):
-    """The engine core's process, whoever its parent is."""
+    """The program's process, whoever its parent is."""
 
     @property
     def pid(self) -> int: ...
@@ -30,9 +34,12 @@ class CoreProcess(Protocol):
     def kill(self) -> None:
         """Kill it, if it still runs."""
 
+    def let_go(self) -> None:
+        """Forget it; it runs on. Idempotent."""
+
 
 class ChildProcess:
-    """A core whose parent this process is."""
+    """One whose parent this process is."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -49,6 +56,9 @@ class ChildProcess:
         with suppress(ProcessLookupError):
             self._process.kill()
 
+    def let_go(self) -> None:
+        """Nothing is held."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnPlace:
@@ -58,20 +68,22 @@ class OwnPlace:
         socket: The path at which the next daemon finds it.
         log: Where its processes write what they have to say.
         launcher: The socket at which systemd starts engines in units of their own; None: a session of its own it is.
+        runs: A folder for its run directory that daemon and engine both see; None: where temporary files are.
     """
 
     socket: Path
     log: Path
     launcher: Path | None
+    runs: Path | None = None
 
 
-def command_of(python: str, *arguments: str) -> tuple[str, ...]:
-    """Return the command that runs the core."""
-    return (python or sys.executable, "-m", "engines.native.core", *arguments)
+def command_of(python: str, module: str, *arguments: str) -> tuple[str, ...]:
+    """Return the command that runs the program."""
+    return (python or sys.executable, "-m", module, *arguments)
 
 
-async def launch_bound(python: str) -> tuple[CoreProcess, socket.socket]:
-    """Start a core that dies with this process; return it and the connection to it.
+async def launch_bound(python: str, module: str) -> tuple[CoreProcess, socket.socket]:
+    """Start a program that dies with this process; return it and the connection to it.
 
     Raises:
         EngineStartFailed
@@ -79,15 +91,15 @@ async def launch_bound(python: str) -> tuple[CoreProcess, socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         try:
-            process = await _child(python, theirs, os.getpid(), root=import_root())
+            process = await _child(python, module, theirs, os.getpid(), root=import_root())
         except BaseException:
             ours.close()
             raise
     return process, ours
 
 
-async def launch_apart(python: str, place: OwnPlace) -> tuple[CoreProcess, socket.socket]:
-    """Start a core that may outlive this process; return it and the connection to it.
+async def launch_apart(python: str, place: OwnPlace, module: str) -> tuple[CoreProcess, socket.socket]:
+    """Start a program that may outlive this process; return it and the connection to it.
 
     Raises:
         EngineStartFailed
@@ -101,11 +113,11 @@ async def launch_apart(python: str, place: OwnPlace) -> tuple[CoreProcess, socke
         except OSError as error:
             raise EngineStartFailed(f"{place.socket}: {error.strerror or error}") from error
         if place.launcher is not None:
-            return await asyncio.to_thread(_launch_in_unit, python, place.launcher, listener, root)
+            return await asyncio.to_thread(_launch_in_unit, python, module, place.launcher, listener, root)
         ours, theirs = socket.socketpair()
         with theirs, place.log.open("ab") as log:
             try:
-                process = await _child(python, theirs, 0, root=root, listener=listener, log=log.fileno())
+                process = await _child(python, module, theirs, 0, root=root, listener=listener, log=log.fileno())
             except BaseException:
                 ours.close()
                 raise
@@ -114,6 +126,7 @@ async def launch_apart(python: str, place: OwnPlace) -> tuple[CoreProcess, socke
 
 async def _child(
     python: str,
+    module: str,
     connection: socket.socket,
     parent_pid: int,
     *,
@@ -121,9 +134,9 @@ async def _child(
     listener: socket.socket | None = None,
     log: int | None = None,
 ) -> ChildProcess:
-    """Start a core as a child; with a ``listener`` in a session of its own, so that no signal to ours reaches it."""
+    """Start it as a child; with a ``listener`` in a session of its own, so that no signal to ours reaches it."""
     passed = [connection.fileno(), *([] if listener is None else [listener.fileno()])]
-    command = command_of(python, str(passed[0]), str(parent_pid), *(str(number) for number in passed[1:]))
+    command = command_of(python, module, str(passed[0]), str(parent_pid), *(str(number) for number in passed[1:]))
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -140,14 +153,14 @@ async def _child(
 
 
 def _launch_in_unit(
-    python: str, launcher: Path, listener: socket.socket, root: Path
+    python: str, module: str, launcher: Path, listener: socket.socket, root: Path
 ) -> tuple[CoreProcess, socket.socket]:
-    """Have systemd start a core (``engines.unit_launcher``). The connection to systemd is then that to the core."""
+    """Have systemd start it (``engines.unit_launcher``). The connection to systemd is then that to the program."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(_LAUNCH_DEADLINE_S)
     try:
         connection.connect(str(launcher))
-        asked = {"command": command_of(python, "3", "0", "4"), "environment": _environment(root)}
+        asked = {"command": command_of(python, module, "3", "0", "4"), "environment": _environment(root)}
         socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [listener.fileno()])
         answer = _read_line(connection)
         process = None if not answer.isdigit() else FoundProcess.hold(int(answer), start=start_of(int(answer)))
@@ -164,7 +177,7 @@ def _launch_in_unit(
 
 
 def _read_line(connection: socket.socket) -> str:
-    """Read to the end of a line and no further: what follows is the core's."""
+    """Read to the end of a line and no further: what follows is the program's."""
     read = b""
     while not read.endswith(b"\n"):
         if not (byte := connection.recv(1)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.native.reception import Reception, peer_of
+from engines.reception import Reception, peer_of
 
 pytestmark = pytest.mark.real_loop
 
