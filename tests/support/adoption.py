@@ -1,0 +1,137 @@
+"""What tests of engines that outlive their daemon share: their records, and one engine through several daemons."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from engines.process import state_of
+from tests.support.daemon import Daemon, completed, started
+from tests.support.until import until
+
+BODY = {"prompt": "Once", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+Json = dict[str, Any]
+
+
+def survive(*, adopt_within_s: float = 120.0) -> str:
+    """Return the lines of a configuration with which engines outlive the daemon."""
+    return f"engines.survive_restart = true\nengines.adopt_within_s = {adopt_within_s}\n"
+
+
+def records(folder: Path) -> list[Json]:
+    return [json.loads(file.read_text()) for file in folder.glob("state/engines/*/*.json")]
+
+
+def runs(pid: int) -> bool:
+    state = state_of(pid)
+    return state is not None and state[0] not in "ZX"
+
+
+def family(pid: int) -> list[int]:
+    """Return the process ids of a process and of all below it."""
+    children = [int(child) for of in Path(f"/proc/{pid}/task").glob("*/children") for child in of.read_text().split()]
+    return [pid, *(below for child in children for below in family(child))]
+
+
+async def text_of(daemon: Daemon, body: Json = BODY) -> str:
+    url = (await daemon.ask("/status"))["api_url"]
+    async with aiohttp.ClientSession() as http:
+        return await completed(http, url, body)
+
+
+async def end(daemon: Daemon, number: signal.Signals) -> None:
+    daemon.process.send_signal(number)
+    await daemon.process.wait()
+
+
+async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
+    """Return a stream that has begun and goes on for long."""
+    url = (await daemon.ask("/status"))["api_url"]
+    answer = await http.post(f"{url}/completions", json=BODY | {"max_tokens": 1500, "stream": True})
+    await answer.content.readline()
+    return answer
+
+
+async def moved(daemon: Daemon, *, stages: int) -> None:
+    code, out, err = await daemon.flexctl("rebalance", "--stages", str(stages), "--wait")
+    assert code == 0, out + err
+
+
+def titled(pids: list[int], title: str) -> list[int]:
+    """Return those whose command line begins with ``title``."""
+    return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().decode().startswith(title)]
+
+
+async def stop_in_prepare(daemon: Daemon, workers: list[int], *, stages: int) -> None:
+    """Kill the daemon while a handover prepares: its workers are held until it is gone."""
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert (await daemon.ask("/rebalance", {"stages": stages}))["state"] == "started"
+        await end(daemon, signal.SIGKILL)
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+
+
+async def through_several_daemons(folder: Path, *, engine: str, workers: str, more: str) -> None:
+    """One engine of three ranks, started once: four daemons come and go, in each way, and then nobody comes.
+
+    ``workers``: what the titles of its workers begin with.
+    """
+
+    def daemon_of(*, adopt_within_s: float = 120.0) -> Any:
+        lines = survive(adopt_within_s=adopt_within_s) + more
+        return started(folder, ready=True, engine=engine, stages=3, more=lines)
+
+    async with daemon_of() as daemon:  # killed while a stream runs, in another layout than the configured one
+        await moved(daemon, stages=2)
+        undisturbed = await text_of(daemon)
+        [record] = records(folder)
+        processes = family(record["pid"])
+        assert len(processes) > 3
+        async with aiohttp.ClientSession() as http:
+            await begin_stream(daemon, http)
+            await end(daemon, signal.SIGKILL)
+
+    async with daemon_of() as daemon:  # killed in the midst of a move
+        await assert_adopted(daemon, epoch=1, stages=2)
+        assert set(processes) <= set(family(record["pid"]))
+        assert await text_of(daemon) == undisturbed
+        await moved(daemon, stages=3)
+        assert await text_of(daemon) == undisturbed
+        await stop_in_prepare(daemon, titled(family(record["pid"]), workers), stages=2)
+
+    async with daemon_of() as daemon:  # asked to end
+        await assert_adopted(daemon, epoch=2, stages=3)
+        history = [event["message"] for event in (await daemon.ask("/history"))["events"]]
+        assert any("a change to 2 stages was broken off" in message for message in history)
+        await moved(daemon, stages=2)
+        assert await text_of(daemon) == undisturbed
+        await end(daemon, signal.SIGTERM)
+
+    async with daemon_of(adopt_within_s=1.0) as daemon:  # the last
+        await assert_adopted(daemon, epoch=3, stages=2)
+        assert await text_of(daemon) == undisturbed
+        assert [each["pid"] for each in records(folder)] == [record["pid"]]
+        everything = family(record["pid"])
+        assert set(processes) <= set(everything)
+        await end(daemon, signal.SIGKILL)
+    await until(lambda: not any(runs(pid) for pid in everything), timeout_s=60.0)
+
+
+async def assert_adopted(daemon: Daemon, *, epoch: int, stages: int) -> None:
+    """It goes on in that layout, and nothing of the daemon before is left in it."""
+    assert "engine adopted" in daemon.output.read_text()
+    status = await daemon.ask("/status")
+    assert (status["epoch"], len(status["stages"])) == (epoch, stages)
+    await until(lambda: is_empty(daemon), timeout_s=30.0)
+
+
+async def is_empty(daemon: Daemon) -> bool:
+    counters = (await daemon.ask("/status"))["engine_counters"]
+    return (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
