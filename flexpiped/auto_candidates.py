@@ -15,6 +15,7 @@ from planner.layout import Pipeline
 from planner.load import Observation
 from planner.policy_candidates import Granularity, candidates_for, granularities_of, similar
 from planner.policy_state import known
+from planner.start_times import ExpectedStart
 from planner.workload import Slo, Workload
 
 _Asked = tuple[str, Pipeline, tuple[Pipeline, ...]]  # engine, main pipeline, all pipelines
@@ -46,8 +47,7 @@ class PlannedCandidates:
         resolver: That of the engine in force.
         serving: The pipelines of all replicas; empty: there is only the one that is asked about.
         expected: The workload that the configuration expects: it counts as long as nothing has been seen.
-        start_s: How long a replica of so many stages would take to start, as measured; None: none was measured. Called
-            in a thread.
+        start: What a replica of so many stages would take to start; None: no start was measured. Called in a thread.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class PlannedCandidates:
         expected: Workload,
         slo: Slo,
         serving: Callable[[], Sequence[Pipeline]] = tuple,
-        start_s: Callable[[int], float | None] = lambda _num_stages: None,
+        start: Callable[[int], ExpectedStart | None] = lambda _num_stages: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._serving = serving
-        self._start_s = start_s
+        self._start = start
         self._resolver = resolver
         self._expected = expected
         self._slo = slo
@@ -109,10 +109,12 @@ class PlannedCandidates:
         """Return what is planned for the main replica, and how many devices no replica has."""
         resolver, current = self._resolver(), engine.pipeline
         answer = resolver.answer(Auto.AUTO, current=current, resident=engine.capabilities.resident, taken=taken)
-        planned = tuple(
-            replace(each, start_s=self._start_s(each.num_stages) or 0.0) for each in granularities_of(answer)
-        )
+        planned = tuple(self._with_start(each) for each in granularities_of(answer))
         return planned, resolver.free_devices(taken=taken | set(current.device_ids))
+
+    def _with_start(self, found: Granularity) -> Granularity:
+        start = self._start(found.num_stages)
+        return found if start is None else replace(found, start_s=start.took_s, start_in_words=start.in_words)
 
 
 def devices_beside(main: Pipeline, serving: Sequence[Pipeline]) -> frozenset[str]:

@@ -33,7 +33,7 @@ from flexpiped.journal import Journal
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.native_interpreter import engine_python
 from flexpiped.neighbourhood import Neighbourhood
-from flexpiped.plan_wire import answer_to_wire
+from flexpiped.plan_wire import answer_to_wire, starts_to_wire
 from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings, Started
 from flexpiped.replicas import Replicas
@@ -140,7 +140,7 @@ class ModelService:
         self._candidates = PlannedCandidates(
             resolver=lambda: self._in_force.offer().resolver,
             serving=lambda: self._in_force.known_replicas().pipelines,
-            start_s=lambda num_stages: self._in_force.offer().starts.expected_s(num_stages),
+            start=lambda num_stages: self._in_force.offer().starts.expected(num_stages),
             expected=workload_of(settings),
             slo=slo_of(settings),
         )
@@ -219,12 +219,15 @@ class ModelService:
         Raises:
             PlannerError, EngineError
         """
-        engine, resolver = self._in_force.engine(), self._in_force.offer().resolver
+        engine, offer = self._in_force.engine(), self._in_force.offer()
+        resolver = offer.resolver
         began_s = time.monotonic()
         answer = await asyncio.to_thread(
             resolver.answer, stages, current=engine.pipeline, resident=engine.capabilities.resident
         )
-        return answer_to_wire(answer, took_s=time.monotonic() - began_s)
+        took_s = time.monotonic() - began_s
+        starts = await asyncio.to_thread(starts_to_wire, offer.starts, answer)
+        return answer_to_wire(answer, took_s=took_s, starts=starts)
 
     # --- its life ---
 

@@ -1,15 +1,20 @@
 """Plans as JSON values, for the admin API and for ``flexctl plan --json``. What never happens is null."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
 from flexpiped.handover_records import pipeline_to_wire
+from flexpiped.start_times import StartTimes
 from planner.candidate_plan import CandidatePlan, Found, PlanAnswer, Verdict
 
 
-def answer_to_wire(answer: PlanAnswer, *, took_s: float) -> dict[str, Any]:
-    """Return everything about a plan; ``state`` is ``planned``, ``infeasible`` or ``timeout``."""
+def answer_to_wire(answer: PlanAnswer, *, took_s: float, starts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return everything about a plan; ``state`` is ``planned``, ``infeasible`` or ``timeout``.
+
+    ``starts``: as ``starts_to_wire`` has it; None where no engine is there that could have parameters.
+    """
     return {
         "state": _state(answer),
         "reason": answer.reason,
@@ -18,6 +23,22 @@ def answer_to_wire(answer: PlanAnswer, *, took_s: float) -> dict[str, Any]:
         "workload": asdict(answer.workload),
         "slo": asdict(answer.slo),
         "candidates": [_candidate_to_wire(candidate) for candidate in answer.candidates],
+        "starts": starts,
+    }
+
+
+def starts_to_wire(starts: StartTimes, answer: PlanAnswer) -> dict[str, Any]:
+    """Return what is kept of the model's parameters, and what a new replica of each candidate would take. Blocks."""
+    counts = sorted({candidate.num_stages for candidate in answer.candidates if candidate.found is not None})
+    expected = ((count, starts.expected(count)) for count in counts)
+    return {
+        "kept_share": starts.kept_share(),
+        "origin": starts.origin.value,
+        "expected": [
+            {"num_stages": count, "now_s": each.took_s, "cold_s": each.cold_s}
+            for count, each in expected
+            if each is not None
+        ],
     }
 
 

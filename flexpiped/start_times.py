@@ -16,7 +16,7 @@ from engines.protocol import Engine
 from flexpiped import log_events
 from flexpiped.profiles import cpu_name, model_digest
 from planner.model_graph import ModelGraph
-from planner.start_times import Origin, StartRecord, expected_replica_s, remembered
+from planner.start_times import ExpectedStart, Origin, StartRecord, expected_start, remembered
 from topology import page_cache
 from topology.state_files import replace_file
 
@@ -57,9 +57,9 @@ class StartTimes:
         except (OSError, msgspec.DecodeError):  # the next start is measured again
             return ()
 
-    def expected_s(self, num_stages: int) -> float | None:
+    def expected(self, num_stages: int) -> ExpectedStart | None:
         """Return what a new replica would take now until it serves, tried out; None: no start was measured."""
-        return expected_replica_s(self.records, num_stages=num_stages, origin=self.origin)
+        return expected_start(self.records, num_stages=num_stages, origin=self.origin)
 
     def note(self, record: StartRecord) -> None:
         """Keep one more. Where it cannot be kept the log says so, and the engine serves."""

@@ -18,7 +18,9 @@ class Candidate:
         latency_s: L_k: mean time of a request from arrival to the last token, in calm traffic.
         best_cv: nu_k: the CV at which it does best against the others; None: at none.
         change_s: How long a change to it holds requests up (the commit pause and what slows steps before it).
-        start_s: T until a new replica of it serves: load, or warm start where its parameters are in host memory.
+        start_s: T until a new replica of it serves: load, or warm start where its parameters are in host memory; with
+            what it takes to try it out, which on a wake the first request takes longer.
+        start_in_words: Where that is from; empty: it is a guess.
         devices: That one replica occupies.
         shared_devices: Of them, those that other tenants use.
         most_replicas: That fit now, those in force included.
@@ -32,6 +34,7 @@ class Candidate:
     best_cv: float | None
     change_s: float = 0.0
     start_s: float = 0.0
+    start_in_words: str = ""
     devices: int = 1
     shared_devices: int = 0
     most_replicas: int = 1

@@ -165,7 +165,8 @@ def _asleep(view: View) -> Outcome | None:
         return view.state, view.keep("asleep: no request waits")
     best = quickest(view.candidates)
     action = Action(verb=Verb.ADD, num_stages=best.num_stages)
-    return begin(view, action, f"a request waits; ready in {best.start_s:.2g} s", {})
+    ready = best.start_in_words or f"ready in {best.start_s:.2g} s"
+    return begin(view, action, f"a request waits; {ready}", {"start_s": best.start_s})
 
 
 def _idle(view: View) -> Outcome | None:

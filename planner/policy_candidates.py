@@ -27,6 +27,7 @@ class Granularity:
     change_s: float
     devices: int
     start_s: float = 0.0
+    start_in_words: str = ""
     shared_devices: int = 0
     most_replicas: int = 1
     room: int | None = None
@@ -85,6 +86,7 @@ def _candidate(
         best_cv=best_cv,
         change_s=each.change_s,
         start_s=each.start_s,
+        start_in_words=each.start_in_words,
         devices=each.devices,
         shared_devices=each.shared_devices,
         most_replicas=each.most_replicas,

@@ -139,9 +139,11 @@ def _more_replicas(view: View, ranked: Sequence[_Ranked], current: _Ranked, *, o
     if late and not overloaded:
         asked_by = f"{known(view.observation.late_share, 0.0):.0%} of the requests are late"
     timely = "" if in_time else f"; none serves what waits within {constants.deadline_s:g} s, so the quickest"
-    reason = f"{replicas(have + count)} instead of {have}: {asked_by}, {view.cv_in_words}{timely}"
+    ready = f"; {which.start_in_words}" if which.start_in_words else ""
+    reason = f"{replicas(have + count)} instead of {have}: {asked_by}, {view.cv_in_words}{timely}{ready}"
     # Whoever waits has waited already; a load over the limit may be one burst, so it has to be seen twice.
-    return Proposed(action=action, reason=reason, confirm_s=0.0 if queue else constants.confirm_s)
+    confirm_s, numbers = 0.0 if queue else constants.confirm_s, {"start_s": which.start_s}
+    return Proposed(action=action, reason=reason, confirm_s=confirm_s, numbers=numbers)
 
 
 def _in_time(view: View, ranked: Sequence[_Ranked], *, count: int, queue: float) -> tuple[Candidate, bool]:

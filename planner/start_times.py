@@ -22,6 +22,12 @@ class Origin(Enum):
     KEPT = "kept"  # held for the next start, in the form that the engine computes with
 
 
+_PLACES: Final = {
+    Origin.STORAGE: "its parameters come from storage",
+    Origin.PAGE_CACHE: "its files are in the page cache",
+    Origin.KEPT: "its parameters are kept in host memory",
+}
+
 # Where no start of a kind was measured, one of these counts, the likest first.
 _LIKE: Final = {
     Origin.KEPT: (Origin.KEPT, Origin.PAGE_CACHE, Origin.STORAGE),
@@ -38,6 +44,25 @@ class StartRecord:
     origin: Origin
     took_s: float
     trial_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedStart:
+    """What a new replica would take until it serves, tried out.
+
+    Attributes:
+        took_s: With its parameters from ``origin``, where they are now.
+        cold_s: From storage; None: such a start was not measured.
+    """
+
+    took_s: float
+    origin: Origin
+    cold_s: float | None
+
+    @property
+    def in_words(self) -> str:
+        cold = "" if self.cold_s is None or self.origin is Origin.STORAGE else f" ({self.cold_s:.2g} s from storage)"
+        return f"ready in {self.took_s:.2g} s, as {_PLACES[self.origin]}{cold}"
 
 
 def remembered(records: Sequence[StartRecord], new: StartRecord) -> tuple[StartRecord, ...]:
@@ -61,8 +86,19 @@ def expected_trial_s(records: Sequence[StartRecord]) -> float:
     return median([each.trial_s for each in records if each.trial_s is not None] or [0.0])
 
 
+def expected_start(records: Sequence[StartRecord], *, num_stages: int, origin: Origin) -> ExpectedStart | None:
+    """Return what a new replica takes; from the likest starts that were measured. None: there was none."""
+
+    def replica_s(*origins: Origin) -> float | None:
+        found = (expected_start_s(records, num_stages=num_stages, origin=like) for like in origins)
+        start_s = next((each for each in found if each is not None), None)
+        return None if start_s is None else start_s + expected_trial_s(records)
+
+    took_s = replica_s(*_LIKE[origin])
+    return None if took_s is None else ExpectedStart(took_s=took_s, origin=origin, cold_s=replica_s(Origin.STORAGE))
+
+
 def expected_replica_s(records: Sequence[StartRecord], *, num_stages: int, origin: Origin) -> float | None:
-    """Return what a new replica takes until it serves, tried out; from the likest starts. None: there was none."""
-    found = (expected_start_s(records, num_stages=num_stages, origin=like) for like in _LIKE[origin])
-    start_s = next((each for each in found if each is not None), None)
-    return None if start_s is None else start_s + expected_trial_s(records)
+    """Return how long a new replica takes until it serves, as ``expected_start`` has it."""
+    found = expected_start(records, num_stages=num_stages, origin=origin)
+    return None if found is None else found.took_s

@@ -30,6 +30,7 @@ def plan_lines(answer: Json, *, explain: bool, paint: Paint = PLAIN) -> list[str
     lines = list(_answer_lines(answer, paint))
     if explain:
         lines += _candidates_lines(answer["candidates"], paint)
+        lines += wrapped(_starts(answer["starts"]), head="start     ") if answer.get("starts") else []
     lines += wrapped(f"{_workload(answer['workload'])}; {_targets(answer['slo'])}", head="workload  ")
     lines += wrapped(answer["times_from"], head="times     ")
     return lines
@@ -194,6 +195,19 @@ def _short_label(candidate: Json) -> str:
 
 def _latency(value: float | None) -> str:
     return "never" if value is None else format_latency(value)
+
+
+def _starts(starts: Json) -> str:
+    """Return what is kept of the parameters, and what a new replica takes with that, and without."""
+    kept = f"{starts['kept_share']:.0%} of the parameters are kept in host memory"
+    if starts["origin"] == "page cache":
+        kept += ", the files are in the page cache"
+    each_one = [
+        f"{format_duration(each['now_s'])} with {plural(each['num_stages'], 'stage')}"
+        + ("" if each["cold_s"] is None else f" ({format_duration(each['cold_s'])} from storage)")
+        for each in starts["expected"]
+    ]
+    return f"{kept}; a new replica serves after {', '.join(each_one)}" if each_one else f"{kept}; no start was measured"
 
 
 def _workload(workload: Json) -> str:

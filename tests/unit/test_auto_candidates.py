@@ -1,6 +1,7 @@
 """The policy's candidates: planned once for each layout, predicted once for each kind of load."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from planner.layout import Pipeline, pipeline_of
 from planner.load import LoadMonitor
 from planner.planning import plan
 from planner.question import EngineLimits, PlanQuestion
+from planner.start_times import ExpectedStart, Origin
 from planner.workload import Slo, Workload
 from tests.support.costs import FlatCosts
 from tests.support.graphs import SMALL_LLAMA, graph_of
@@ -76,15 +78,16 @@ async def test_what_is_alike_is_planned_and_predicted_once(engine: FakeEngine) -
 
 
 async def test_a_replica_takes_as_long_to_start_as_was_measured(engine: FakeEngine) -> None:
-    planner = Planner()
+    planner, start = Planner(), ExpectedStart(took_s=4.0, origin=Origin.KEPT, cold_s=None)
     source = PlannedCandidates(
         resolver=lambda: planner,
         expected=EXPECTED,
         slo=Slo(),
-        start_s={1: 4.0, 2: 6.0}.get,
+        start={1: start, 2: replace(start, took_s=6.0)}.get,
     )
     found = await source.of(engine, LoadMonitor(began_s=0.0).observe(1.0))
     assert [each.start_s for each in found] == [4.0, 6.0, 0.0, 0.0]
+    assert [bool(each.start_in_words) for each in found] == [True, True, False, False]
 
 
 async def test_other_lengths_are_predicted_anew_without_a_plan(engine: FakeEngine) -> None:

@@ -18,7 +18,7 @@ from flexpiped.simulation.scenario import start_times
 from flexpiped.start_times import StartMeter, StartTimes, start_times_of
 from flexpiped.supervisor import Supervisor
 from planner.layout import Pipeline
-from planner.start_times import Origin, StartRecord
+from planner.start_times import ExpectedStart, Origin, StartRecord
 from tests.support.graphs import SMALL_LLAMA, graph_of
 from tests.support.layouts import even_pipeline
 from tests.support.until import until
@@ -44,22 +44,29 @@ def record(
     return StartRecord(num_stages=num_stages, origin=origin, took_s=took_s, trial_s=trial_s)
 
 
+def took_s(starts: StartTimes) -> float:
+    found = starts.expected(2)
+    assert found is not None
+    return found.took_s
+
+
 def test_they_are_kept_by_engine_and_come_back(tmp_path: Path) -> None:
     known_in(tmp_path).note(record(2.0))
     known_in(tmp_path).note(record(4.0))
     assert known_in(tmp_path).records == (record(2.0), record(4.0))
-    assert known_in(tmp_path).expected_s(2) == 3.0
-    assert known_in(tmp_path, engine="vllm").expected_s(2) is None
+    assert took_s(known_in(tmp_path)) == 3.0
+    assert known_in(tmp_path, engine="vllm").expected(2) is None
 
 
 def test_a_start_is_expected_as_warm_as_the_files_are_now_else_as_any(tmp_path: Path) -> None:
     known_in(tmp_path).note(record(30.0, origin=Origin.STORAGE))
-    assert known_in(tmp_path).expected_s(2) == 30.0
+    assert took_s(known_in(tmp_path)) == 30.0
     known_in(tmp_path).note(record(2.0))
-    assert known_in(tmp_path, share=0.9).expected_s(2) == 2.0
-    assert known_in(tmp_path, share=0.1).expected_s(2) == 30.0
+    assert took_s(known_in(tmp_path, share=0.9)) == 2.0
+    assert took_s(known_in(tmp_path, share=0.1)) == 30.0
     known_in(tmp_path).note(record(1.0, origin=Origin.KEPT))
-    assert replace(known_in(tmp_path, share=0.1), kept_share=lambda: 0.5).expected_s(2) == 1.0
+    kept = replace(known_in(tmp_path, share=0.1), kept_share=lambda: 0.5)
+    assert kept.expected(2) == ExpectedStart(took_s=1.0, origin=Origin.KEPT, cold_s=30.0)
 
 
 def test_what_cannot_be_read_is_measured_again_and_what_cannot_be_kept_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from flexpiped.flexctl.plan_lines import device_names, group_name, plan_lines
 
 MIB = 1 << 20
@@ -101,6 +103,33 @@ def test_every_candidate_says_why_it_lost() -> None:
     assert "*  2       19 ms  4.0 ms  430    3.2        10,240     1        8 %" in lines
     assert any(line.startswith("        infeasible: needs 141 MiB") for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("starts", "lines"),
+    [
+        (
+            {"kept_share": 1.0, "origin": "kept", "expected": [{"num_stages": 1, "now_s": 1.2, "cold_s": 30.0}]},
+            [
+                "start     100% of the parameters are kept in host memory; a new replica serves",
+                "          after 1.2 s with 1 stage (30.0 s from storage)",
+            ],
+        ),
+        (
+            {"kept_share": 0.0, "origin": "page cache", "expected": []},
+            [
+                "start     0% of the parameters are kept in host memory, the files are in the",
+                "          page cache; no start was measured",
+            ],
+        ),
+    ],
+)
+def test_it_says_what_is_kept_and_what_a_new_replica_takes_with_that_and_without(
+    starts: dict[str, Any], lines: list[str]
+) -> None:
+    explained = plan_lines(answer(ONE, TWO) | {"starts": starts}, explain=True)
+    assert explained[-4:-2] == lines
+    assert plan_lines(answer(ONE, TWO) | {"starts": starts}, explain=False)[-3].startswith("  1")
 
 
 def test_every_candidate_says_what_it_takes_of_each_device() -> None:

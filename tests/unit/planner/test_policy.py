@@ -231,6 +231,7 @@ def test_too_few_requests_have_no_cv_and_the_reason_says_what_is_taken() -> None
 
 # --- replicas ---
 
+WORDS = ("instead of", "a request waits")
 MANY = replace(CONSTANTS, min_replicas=0, max_replicas=8)
 FLEET = tuple(replace(each, most_replicas=8, start_s=start) for each, start in zip(THREE, (8.0, 4.0, 2.0), strict=True))
 
@@ -254,6 +255,17 @@ def test_sleep_at_zero_traffic_and_wake_at_the_first_request() -> None:
     assert verbs[0][0] >= 100 + MANY.idle_s
     assert verbs[1] == (1000.0, Verb.ADD, 8)  # what starts soonest
     assert any(each.reason == "keep: asleep: no request waits" for each in run.decisions)
+    assert any(each.reason.endswith(": a request waits; ready in 2 s") for each in run.decisions)
+
+
+def test_a_replica_that_comes_says_where_its_parameters_are_and_how_soon_it_is_ready() -> None:
+    kept = "ready in 8 s, as its parameters are kept in host memory (30 s from storage)"
+    run = Run(MANY, candidates=(replace(FLEET[0], start_in_words=kept),))
+    run.through([*steady(5.0, 100), *(100 + s for s in steady(30.0, 200)), 2000.0], until_s=2100)
+    [added, *_], woken = ([each for each in run.decisions if word in each.reason and each.action] for word in WORDS)
+    assert added.reason.endswith(f"; {kept}")
+    assert added.numbers["start_s"] == 8.0
+    assert woken[-1].reason.endswith(f": a request waits; {kept}")
 
 
 def test_a_queue_that_coarse_replicas_would_serve_too_late_gets_fine_ones() -> None:

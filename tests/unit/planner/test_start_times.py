@@ -2,7 +2,14 @@
 
 import pytest
 
-from planner.start_times import Origin, StartRecord, expected_replica_s, expected_start_s, remembered
+from planner.start_times import (
+    Origin,
+    StartRecord,
+    expected_replica_s,
+    expected_start,
+    expected_start_s,
+    remembered,
+)
 
 
 def starts(*took_s: float, num_stages: int = 2, origin: Origin = Origin.PAGE_CACHE) -> tuple[StartRecord, ...]:
@@ -34,6 +41,24 @@ def test_what_it_takes_to_try_an_engine_out_is_known_apart_and_comes_to_it() -> 
     known = (tried, *starts(2.0, 4.0))  # those were started again after a death: nobody tried them out
     assert expected_start_s(known, num_stages=2, origin=Origin.PAGE_CACHE) == 3.0
     assert expected_replica_s(known, num_stages=2, origin=Origin.PAGE_CACHE) == 8.0
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        (Origin.KEPT, "ready in 1.2 s, as its parameters are kept in host memory (30 s from storage)"),
+        (Origin.PAGE_CACHE, "ready in 3 s, as its files are in the page cache (30 s from storage)"),
+        (Origin.STORAGE, "ready in 30 s, as its parameters come from storage"),
+    ],
+)
+def test_a_decision_says_where_parameters_are_and_what_a_start_takes_without_them(origin: Origin, words: str) -> None:
+    known = starts(1.2, origin=Origin.KEPT) + starts(3.0) + starts(30.0, origin=Origin.STORAGE)
+    found = expected_start(known, num_stages=2, origin=origin)
+    assert found is not None
+    assert found.in_words == words
+    never_cold = expected_start(starts(1.2, origin=Origin.KEPT), num_stages=2, origin=Origin.KEPT)
+    assert never_cold is not None
+    assert never_cold.in_words == "ready in 1.2 s, as its parameters are kept in host memory"
 
 
 def test_warm_and_cold_starts_are_kept_apart() -> None:
