@@ -26,6 +26,8 @@ class Outliving:
         record: The file that tells the next daemon of it.
         adopt_within_s: So long it waits for one.
         leaving: Whether the daemon leaves its engines behind when it closes them.
+        parameters: Address of this daemon's keeper of parameters, to which an engine that is adopted turns; empty: it
+            has none.
     """
 
     purpose: Purpose
@@ -35,6 +37,7 @@ class Outliving:
     adopt_within_s: float
     flexpiped: str
     leaving: Callable[[], bool]
+    parameters: str = ""
 
     @property
     def is_leaving(self) -> bool:

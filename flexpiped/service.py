@@ -275,6 +275,7 @@ class Service:
             state_folder=state_file(os.environ, home=Path.home()).parent,
             environment=os.environ,
             on_news=lambda news: self.events.publish(EventKind.ENGINE, news),
+            parameters=self._parameters.address,
         )
 
     def _note_end(self) -> None:

@@ -100,6 +100,7 @@ class Survivors:
         admin_socket: It names the daemon; sockets of engines are beside it.
         state_folder: Records are in a folder of it.
         on_news: Told what becomes of each engine that is found, one sentence each.
+        parameters: Address of the keeper of parameters, to which those that are adopted turn; empty: there is none.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class Survivors:
         state_folder: Path,
         environment: Mapping[str, str],
         on_news: Callable[[str], object],
+        parameters: str = "",
     ) -> None:
+        self._parameters = parameters
         self._settings = settings
         self._name, self._served = name, served
         self._runs = state_folder / "run"
@@ -234,6 +237,7 @@ class Survivors:
             adopt_within_s=self._settings.engines.adopt_within_s,
             flexpiped=flexpiped.__version__,
             leaving=lambda: self._is_leaving,
+            parameters=self._parameters,
         )
 
     def _launcher(self) -> Path | None:

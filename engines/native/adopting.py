@@ -44,7 +44,7 @@ async def adopt(
         async with asyncio.timeout(deadline_s):
             reader, writer = await asyncio.open_connection(sock=await reach(record, process))
             try:
-                write_frame(writer, c.encode(c.AdoptCore()))
+                write_frame(writer, c.encode(c.AdoptCore(parameters=outliving.parameters)))
                 raw = await read_frame(reader)
             except BaseException:
                 writer.close()

@@ -118,7 +118,12 @@ class Outlive(ToCore, frozen=True, kw_only=True, tag=True):
 
 
 class AdoptCore(ToCore, frozen=True, kw_only=True, tag=True):
-    """The first frame of a daemon that takes an engine over which serves already; answered by ``Adopted``."""
+    """The first frame of a daemon that takes an engine over which serves already; answered by ``Adopted``.
+
+    ``parameters``: address of this daemon's keeper of parameters, as that of the one before is gone; empty: none.
+    """
+
+    parameters: str
 
 
 class FromCore(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -172,6 +172,7 @@ class CoreServer:
             case c.Outlive():
                 self._adopt_within_s = command.adopt_within_s
             case c.AdoptCore():
+                core.pool.keep_at(command.parameters)
                 self._emit(
                     c.Adopted(ready=self._ready(), pipeline=core.pipeline, epoch=core.epoch, options=self._boot.options)
                 )

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,12 +22,14 @@ from engines.parameters.client import ParameterClient
 class ReadLayer:
     """A layer's parameters by their name in the model. ``kept_as``: what the keeper knows them by; empty: it does not.
 
-    ``in_files``: they are mapped from the files.
+    ``in_files``: they are mapped from the files. ``descriptor``: of their memory, where they are not and another keeper
+    may want it; -1: there is none.
     """
 
     tensors: Mapping[str, torch.Tensor]
     kept_as: str
     in_files: bool
+    descriptor: int = -1
 
     @property
     def num_bytes(self) -> int:
@@ -66,10 +68,11 @@ class LayerSource:
         if descriptor is None:  # 4
             descriptor = fill(layer, self._weights.stored(names), dtype=self._weights.dtype)
             is_kept = self._client.keep(key, name=layer, descriptor=descriptor)
-        try:
-            return ReadLayer(tensors=mapped(descriptor), kept_as=key if is_kept else "", in_files=False)  # 3
-        finally:
+        tensors = mapped(descriptor)
+        if not is_kept:
             os.close(descriptor)
+            return ReadLayer(tensors=tensors, kept_as="", in_files=False)
+        return ReadLayer(tensors=tensors, kept_as=key, in_files=False, descriptor=descriptor)  # 3
 
     def populate(self, read: ReadLayer, names: Mapping[str, str], cancelled: threading.Event) -> None:
         """Fault a layer in. Spends its time in the kernel, beside the interpreter."""
@@ -81,8 +84,33 @@ class LayerSource:
 
     def discard(self, read: ReadLayer) -> None:
         """Tell the keeper that this worker has let go of a layer."""
+        if read.descriptor >= 0:
+            os.close(read.descriptor)
         if read.kept_as:
             self._client.left(read.kept_as)
+
+    def keep_at(self, address: str) -> None:
+        """Turn to another keeper: the one before it has ended with its daemon."""
+        self._client.go_to(address)
+
+    def offer(self, layer: str, read: ReadLayer, names: Mapping[str, str]) -> ReadLayer:
+        """Have the keeper keep a layer as the one before has; return it as that is known from here on.
+
+        What several workers have in one memory, the first of them offers.
+        """
+        key = read.kept_as
+        if not key:
+            return read
+        if read.in_files:
+            is_kept = self._client.hold(key, name=layer, ranges=self._weights.ranges(names.values()))
+            return read if is_kept else replace(read, kept_as="")
+        if (there := self._client.take(key)) is not None:
+            os.close(there)
+            return read
+        if self._client.keep(key, name=layer, descriptor=read.descriptor):
+            return read
+        os.close(read.descriptor)
+        return replace(read, kept_as="", descriptor=-1)
 
     def _from_files(self, names: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
         return {full: self._weights.tensor(stored, dtype=dtypes[full]) for full, stored in names.items()}

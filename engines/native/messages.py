@@ -202,6 +202,12 @@ class BoundKv(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     end_slot: int
 
 
+class KeepAt(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Turn to another keeper of parameters, and offer it the layers that are held. An empty address: there is none."""
+
+    address: str
+
+
 class ReadStats(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """Report counters."""
 
@@ -332,6 +338,7 @@ WorkerCommand = (
     | Release
     | MoveKv
     | BoundKv
+    | KeepAt
     | ReadStats
     | ReadSteps
     | ArmFailpoint

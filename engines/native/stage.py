@@ -115,6 +115,15 @@ class HeldLayers:
             self._kv.hold(int(layer))
         self._held[layer] = read
 
+    def keep_at(self, address: str) -> None:
+        """Turn to another keeper of parameters. Those that are attached it has only from ``offer`` on."""
+        self._source.keep_at(address)
+
+    def offer(self, layer: str) -> None:
+        """Have the keeper keep a layer that the one before it has kept, if it is still attached."""
+        if layer in self._held:
+            self._held[layer] = self._source.offer(layer, self._held[layer], self.tensor_names(layer))
+
     def drop(self, layer: str) -> tuple[int, int]:
         """Let go of a layer's weights and KV memory; return the bytes given back of each."""
         self._family.dropping(layer)

@@ -33,6 +33,7 @@ from engines.parameters.client import ParameterClient
 from engines.process import die_with_parent
 
 _LOADING_NICE = 19  # steps come first
+_OFFERING = -1  # in place of the number of a handover
 _THREAD_SWITCH_S = 0.0005  # so that the loading thread's bits of Python never hold a step up for long
 
 
@@ -148,8 +149,8 @@ class Worker:
                 self._adopt(message)
             case m.ReadStats() | m.ReadSteps() | m.Checksum():
                 self._answer(message)
-            case m.ArmFailpoint():
-                self._arm(message)
+            case m.KeepAt() | m.ArmFailpoint():
+                self._take_note(message)
             case m.Exit():
                 raise AssertionError("handled by the loop")
             case _:
@@ -344,6 +345,11 @@ class Worker:
 
     # --- the rest ---
 
+    def _keep_at(self, address: str) -> None:
+        """Turn to another keeper; it is offered the layers one by one, between steps."""
+        self._layers.keep_at(address)
+        self._slices += [(_OFFERING, partial(self._layers.offer, layer)) for layer in sorted(self._layers.held)]
+
     def _checksums(self, message: m.Checksum) -> list[int]:
         size = self._context.kv_block_tokens
         return [
@@ -389,11 +395,14 @@ class Worker:
             )
         )
 
-    def _arm(self, message: m.ArmFailpoint) -> None:
-        if message.name:
-            self._failpoints.arm(message.name, FailAction(message.action))
-        else:
-            self._failpoints.disarm()
+    def _take_note(self, message: m.KeepAt | m.ArmFailpoint) -> None:
+        match message:
+            case m.KeepAt():
+                self._keep_at(message.address)
+            case m.ArmFailpoint() if message.name:
+                self._failpoints.arm(message.name, FailAction(message.action))
+            case m.ArmFailpoint():
+                self._failpoints.disarm()
 
     def _send(self, report: m.WorkerReport) -> None:
         self._context.core_inbox.send(m.encode(report))

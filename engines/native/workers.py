@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from engines.native import messages as m
 from engines.native.context import WorkerContext
@@ -76,6 +77,11 @@ class WorkerPool:
         raw = m.encode(command)
         for inbox in self._context.inboxes:
             inbox.send(raw)
+
+    def keep_at(self, address: str) -> None:
+        """Have all workers, and those forked later, turn to another keeper of parameters."""
+        self._context = replace(self._context, parameters=address)
+        self.send_all(m.KeepAt(address=address))
 
     def kill(self, index: int) -> None:
         """Kill a worker that hangs; its death is then noticed as any other."""

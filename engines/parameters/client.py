@@ -57,6 +57,12 @@ class ParameterClient:
             with suppress(OSError):  # a keeper that is gone has no use for it
                 connection.send(p.encode(p.Left(key=key)), socket.MSG_DONTWAIT)
 
+    def go_to(self, address: str) -> None:
+        """Ask another keeper from now on; empty: there is none."""
+        with self._asking:
+            self._give_up()
+            self._address = address
+
     def close(self) -> None:
         """End the connection: this process has no layers any more, and asks for none. Idempotent."""
         self._give_up()
@@ -75,9 +81,9 @@ class ParameterClient:
     def _answer_to(self, raw: bytes, descriptors: Sequence[int]) -> tuple[p.Answer, list[int]]:
         if self._socket is None:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket = connection  # closed with the rest, whatever comes of it
             connection.settimeout(_DEADLINE_S)
             connection.connect(f"\0{self._address}")
-            self._socket = connection
         socket.send_fds(self._socket, [raw], descriptors)
         answer, found, _, _ = socket.recv_fds(self._socket, p.MOST_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         if not answer:

@@ -20,6 +20,8 @@ from tests.support.until import until
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
 
 SURVIVE = "engines.survive_restart = true\nengines.adopt_within_s = 60.0\n"
+KEPT = 'dtype = "bfloat16"\ndevices.parameter_cache = "64 MiB"\n'
+HELD = ("layers", "held_bytes", "idle_layers")
 BODY = {"prompt": "Once", "max_tokens": 60, "temperature": 0.8, "seed": 7}
 Json = dict[str, Any]
 
@@ -73,10 +75,12 @@ async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.C
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, number: signal.Signals) -> None:
-    async with lasting(folder) as daemon:
+    async with lasting(folder, more=KEPT) as daemon:
         code, _, said = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
         assert code == 0, said
         undisturbed = await text_of(daemon)
+        kept = (await daemon.ask("/status"))["parameter_cache"]
+        assert kept["layers"] > 0
         [record] = records(folder)
         processes = family(record["pid"])
         assert len(processes) > 4
@@ -86,7 +90,7 @@ async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, num
                 await begin_stream(daemon, http)
             await end(daemon, number)
 
-    async with lasting(folder) as daemon:
+    async with lasting(folder, more=KEPT) as daemon:
         log = daemon.output.read_text()
         assert "engine adopted" in log
         assert "loading weights" not in log
@@ -97,6 +101,8 @@ async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, num
         counters = status["engine_counters"]
         assert (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
         assert await text_of(daemon) == undisturbed
+        again = (await daemon.ask("/status"))["parameter_cache"]  # of this daemon, from engines that it has not started
+        assert [again[name] for name in HELD] == [kept[name] for name in HELD]
         code, out, _ = await daemon.flexctl("rebalance", "--stages", "2", "--wait")
         assert (code, "done in" in out) == (0, True)
         assert await text_of(daemon) == undisturbed

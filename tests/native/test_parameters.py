@@ -6,8 +6,13 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import torch
 
+from engines.checkpoint import read_checkpoint
 from engines.native.adapter import NativeEngine
+from engines.native.layer_source import LayerSource
+from engines.native.weights import WeightFiles
+from engines.parameters.client import ParameterClient
 from engines.parameters.keeper import ParameterKeeper
 from tests.native.test_failures import alive
 from tests.support.daemon import completed, started
@@ -57,6 +62,29 @@ async def test_layers_that_need_no_conversion_are_mapped_from_their_files_and_pi
         await until(lambda: keeper.figures.idle_layers == LAYERS)
         async with running(llama(), even(4), parameters=keeper.address) as engine:
             assert await told(keeper, engine) == (tokens, LAYERS, LAYERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # as in its file, and converted
+async def test_the_keeper_of_the_next_daemon_gets_what_stages_have(dtype: torch.dtype) -> None:
+    found = read_checkpoint(llama())
+    names = {name: name for name in found.tensors if ".layers.3." in name}
+    first, second = ParameterKeeper(64 * MIB), ParameterKeeper(64 * MIB)
+    async with second.serving():
+        async with first.serving():
+            sources = [LayerSource(WeightFiles(found, dtype=dtype), ParameterClient(first.address)) for _ in "ab"]
+            wanted = dict.fromkeys(names, dtype)
+            reads = [await asyncio.to_thread(each.read, "3", names, dtypes=wanted) for each in sources]
+            held = first.figures.held_bytes
+        for source, read in zip(sources, reads, strict=True):
+            source.keep_at(second.address)
+            assert await asyncio.to_thread(source.offer, "3", read, names) == read
+        assert (second.figures.held_bytes, second.figures.idle_layers) == (held, 0)
+        for source, read in zip(sources, reads, strict=True):
+            assert second.figures.idle_layers == 0
+            source.discard(read)
+        await until(lambda: second.figures.idle_layers == 1)
+        for source in sources:
+            source.keep_at("")
 
 
 @pytest.mark.long
