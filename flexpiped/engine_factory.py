@@ -117,11 +117,11 @@ def engine_factory(
         case EngineKind.VLLM:
             from flexpiped.served_engines import VllmEngines
 
-            return VllmEngines(settings, model, survivors, on_news)
+            return VllmEngines(settings, model, survivors, on_news, parameters=parameters)
         case EngineKind.SGLANG:
             from flexpiped.served_engines import SglangEngines
 
-            return SglangEngines(settings, model, survivors)
+            return SglangEngines(settings, model, survivors, parameters=parameters)
         case EngineKind.FAKE:
             return _fake(settings, model)
         case _:

@@ -42,12 +42,16 @@ class ServedEngines(ABC):
 
     Args:
         survivors: Engines that were there before the daemon, and outlive it; None: there are none.
+        parameters: Address of the keeper of parameters; empty: there is none.
     """
 
-    def __init__(self, settings: Settings, model: Model, own: ServedSettings, survivors: Survivors | None) -> None:
+    def __init__(
+        self, settings: Settings, model: Model, own: ServedSettings, survivors: Survivors | None, *, parameters: str
+    ) -> None:
         self._settings = settings
         self._model = model
         self._own = own
+        self._parameters = parameters
         self._name = settings.engine.value
         self._devices = devices_of(settings)
         self._kv_bytes = served_kv_bytes(own, self._devices)
@@ -134,6 +138,7 @@ class ServedEngines(ABC):
             "max_rounds": handover.max_rounds,
             "remainder_slots": handover.remainder_slots,
             "slice_bytes": handover.slice_bytes,
+            "parameters": self._parameters,
         }
 
     def _log(self, line: LogLine) -> None:
@@ -174,6 +179,7 @@ class VllmEngines(ServedEngines):
 
     Args:
         on_news: Told what operators should know of an engine that runs, one sentence each.
+        parameters: As ``ServedEngines`` has it.
     """
 
     _plugin = engines.vllm.command.PLUGIN
@@ -184,8 +190,10 @@ class VllmEngines(ServedEngines):
         model: Model,
         survivors: Survivors | None = None,
         on_news: Callable[[str], object] = ignore_news,
+        *,
+        parameters: str = "",
     ) -> None:
-        super().__init__(settings, model, settings.engines.vllm, survivors)
+        super().__init__(settings, model, settings.engines.vllm, survivors, parameters=parameters)
         self._on_news = on_news
 
     def _options(self, ranks: Ranks) -> VllmOptions:
@@ -224,8 +232,10 @@ class SglangEngines(ServedEngines):
 
     _plugin = engines.sglang.command.PLUGIN
 
-    def __init__(self, settings: Settings, model: Model, survivors: Survivors | None = None) -> None:
-        super().__init__(settings, model, settings.engines.sglang, survivors)
+    def __init__(
+        self, settings: Settings, model: Model, survivors: Survivors | None = None, *, parameters: str = ""
+    ) -> None:
+        super().__init__(settings, model, settings.engines.sglang, survivors, parameters=parameters)
 
     def _options(self, ranks: Ranks) -> SglangOptions:
         return SglangOptions(**self._common(ranks), max_positions=self._model.graph.max_context_tokens)

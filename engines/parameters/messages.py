@@ -1,4 +1,6 @@
-"""What stages and the keeper of parameters say to each other: one message a packet, over a local socket.
+"""What stages and the keeper of parameters say to each other: one JSON object a packet, over a local socket.
+
+Our plugins in vLLM and in SGLang speak it, too, with the standard library alone (``flexpiped_served.keeping``).
 
 A descriptor travels with ``Keep``, and with ``Found`` where that says so. It is of anonymous memory (a memfd), which is
 there as long as anybody has it: when the daemon ends, however it ends, nothing is left.
@@ -53,9 +55,9 @@ class Noted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 Question = Take | Keep | Hold | Left
 Answer = Found | Noted
 
-_encoder = msgspec.msgpack.Encoder()
-_questions = msgspec.msgpack.Decoder(Question)
-_answers = msgspec.msgpack.Decoder(Answer)
+_encoder = msgspec.json.Encoder()
+_questions = msgspec.json.Decoder(Question)
+_answers = msgspec.json.Decoder(Answer)
 
 
 def encode(message: Question | Answer) -> bytes:

@@ -42,6 +42,9 @@ def common_environment(
         f"{told}_SLICE_BYTES": str(options.slice_bytes),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if options.parameters:
+        of = kept_under(package, options.model_directory)
+        env |= {f"{told}_PARAMETERS": options.parameters, f"{told}_PARAMETERS_OF": of}
     if options.cuda:
         env |= visible_environment(options.device_ids)
     else:
@@ -51,6 +54,11 @@ def common_environment(
     if hf_token:
         env["HF_TOKEN"] = hf_token
     return env
+
+
+def kept_under(package: str, model_directory: str) -> str:
+    """Return by what the keeper of parameters knows an engine with a model: each has layers in a form of its own."""
+    return f"{package} {model_directory}"
 
 
 def with_users(env: Mapping[str, str], options: ServedOptions, *, plugins: str) -> dict[str, str]:

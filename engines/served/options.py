@@ -41,6 +41,7 @@ class ServedOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_rounds: int = 8
     remainder_slots: int = 256
     slice_bytes: int = 512 << 10  # of KV copied in one piece between two steps
+    parameters: str = ""  # address of the keeper of parameters; empty: none are kept
     verify_checksums: bool = False  # compare the live KV blocks of source and destination at commit (tests)
 
 

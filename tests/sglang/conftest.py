@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from engines.parameters.keeper import ParameterKeeper
 from engines.served.logs import LogLine
 from engines.sglang.adapter import SglangEngine
 from tests.support.order import put_sharers_last
 from tests.support.sglang import running
 from tests.support.vllm import layout, llama
+from topology.units import MIB
 
 TOOLS = ("--tool-call-parser", "qwen25")
 
@@ -31,9 +33,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Not of the session: else it would stay beside the engines of other packages.
 @pytest_asyncio.fixture(scope="package", loop_scope="session")
-async def shared() -> AsyncIterator[Shared]:
+async def keeper() -> AsyncIterator[ParameterKeeper]:
+    """Keeps layers of this SGLang in the memory of the host."""
+    keeper = ParameterKeeper(64 * MIB)
+    async with keeper.serving():
+        yield keeper
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def shared(keeper: ParameterKeeper) -> AsyncIterator[Shared]:
     log: list[LogLine] = []
-    async with running(llama(), layout(4), ranks=2, args=TOOLS, on_log=log.append) as engine:
+    kept = {"parameters": keeper.address}
+    async with running(llama(), layout(4), ranks=2, args=TOOLS, on_log=log.append, **kept) as engine:
         shared = Shared(engine=engine, log=log)
         yield shared
         await shared.engine.close()

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 import pytest
 
 from engines.errors import RefactoringAborted, RefactoringRefused
+from engines.parameters.keeper import ParameterKeeper
 from engines.sglang.adapter import SglangEngine
 from planner.handover import HandoverPhase
 from tests.contract.engine_contract import assert_idle
 from tests.sglang.conftest import Shared
 from tests.support.until import until
 from tests.support.vllm import layout
-from tests.vllm.streams import assert_same, move, on_ranks, run_streams
+from tests.vllm.streams import assert_same, check_found_again, move, on_ranks, run_streams
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
 EVEN = on_ranks(4, 4)
@@ -79,6 +80,12 @@ async def test_another_process_loads_layers_beside_the_steps(engine: SglangEngin
         assert engine.pipeline == EVEN
     assert (await moving)[-1].phase is HandoverPhase.DONE
     assert_same(await streams, undisturbed)
+
+
+async def test_layers_that_were_loaded_before_come_from_the_memory_of_the_host(
+    engine: SglangEngine, keeper: ParameterKeeper
+) -> None:
+    await check_found_again(engine, keeper, on_ranks(2, 6), EVEN, gained=2)
 
 
 @pytest.mark.long  # a figure of time: what other tenants of a machine take of its cores counts in it

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from engines.parameters.keeper import ParameterKeeper
 from engines.vllm.adapter import VllmEngine
 from tests.support.order import put_sharers_last
 from tests.support.vllm import layout, llama, running
+from topology.units import MIB
 
 # Few KV blocks and few sequences at once: at any time some streams wait, some are in prefill, some decode, and some
 # have been preempted.
@@ -31,6 +33,15 @@ TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 # Not of the session: else it would stay beside the engines of other packages.
 @pytest_asyncio.fixture(scope="package", loop_scope="session")
-async def engine() -> AsyncIterator[VllmEngine]:
-    async with running(llama(), layout(2, 4, 6), ranks=4, args=TOOLS, **CROWDED) as engine:
+async def keeper() -> AsyncIterator[ParameterKeeper]:
+    """Keeps layers of this vLLM in the memory of the host."""
+    keeper = ParameterKeeper(64 * MIB)
+    async with keeper.serving():
+        yield keeper
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def engine(keeper: ParameterKeeper) -> AsyncIterator[VllmEngine]:
+    kept = {"parameters": keeper.address}
+    async with running(llama(), layout(2, 4, 6), ranks=4, args=TOOLS, **CROWDED, **kept) as engine:
         yield engine

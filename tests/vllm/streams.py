@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
+from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import Engine, EngineCounters, GenerationRequest, RefactorProgress, SamplingParams
 from planner.layout import Pipeline, Stage
 from tests.support.until import until
@@ -60,6 +61,21 @@ async def until_under_way(engine: Counted) -> None:
         return (await engine.counters()).running > 0
 
     await until(runs, timeout_s=60.0)
+
+
+async def check_found_again(
+    engine: Engine, keeper: ParameterKeeper, there: Pipeline, back: Pipeline, *, gained: int
+) -> None:
+    """Move there and back twice: ``gained`` layers come each time, and then all are kept. The next move finds them."""
+    for target in (there, back, there, back):
+        await move(engine, target)
+    undisturbed = await run_streams(engine, count=2, max_tokens=20)
+    before = keeper.figures
+    await move(engine, there)
+    after = keeper.figures
+    assert (after.hits_total, after.misses_total) == (before.hits_total + gained, before.misses_total)
+    assert after.refusal == ""
+    assert_same(await run_streams(engine, count=2, max_tokens=20), undisturbed)
 
 
 def largest_difference(left: Result, right: Result) -> float:

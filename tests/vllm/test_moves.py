@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 
 from engines.errors import RefactoringAborted, RefactoringBusy, RefactoringRefused
+from engines.parameters.keeper import ParameterKeeper
 from engines.vllm.adapter import VllmEngine
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
@@ -21,6 +22,7 @@ from tests.vllm.streams import (
     START,
     Result,
     assert_same,
+    check_found_again,
     collect,
     move,
     on_ranks,
@@ -164,6 +166,13 @@ async def test_memory_is_given_back(engine: VllmEngine) -> None:
     left = (await engine.stages())[1]
     assert left.weights_bytes < full.weights_bytes / 4
     assert left.kv_mapped_bytes == full.kv_mapped_bytes / 5
+
+
+async def test_layers_that_were_loaded_before_come_from_the_memory_of_the_host(
+    engine: VllmEngine, keeper: ParameterKeeper
+) -> None:
+    there, back = on_ranks(1, 3, 2, 2), on_ranks(3, 1, 2, 2)
+    await check_found_again(engine, keeper, there, back, gained=2)
 
 
 @pytest.mark.long  # a figure of time: what other tenants of a machine take of its cores counts in it

@@ -143,6 +143,7 @@ class Moving:
         weights_bytes = kv_bytes = 0
         for index in handover.lost if handover.switched else handover.gained:
             weights_bytes += self._layers.empty(index)
+            self._helper.left(index)
             kv_bytes += self.block_bytes * self._num_blocks
             self._layers.drop_caches(index)
         handover.caches.clear()

@@ -13,6 +13,8 @@ class PluginSettings:
     directory: Path  # private to this instance: sockets lie there
     nice: int  # of the processes that run steps
     slice_bytes: int  # of KV copied in one piece between two steps
+    parameters: str = ""  # address of the keeper of parameters; empty: there is none
+    parameters_of: str = ""  # by which it knows the engine and model
 
     @classmethod
     def prefix(cls) -> str:
@@ -26,6 +28,8 @@ class PluginSettings:
             directory=Path(os.environ[f"{prefix}_DIR"]),
             nice=int(os.environ.get(f"{prefix}_NICE", "10")),
             slice_bytes=int(os.environ.get(f"{prefix}_SLICE_BYTES", str(512 << 10))),
+            parameters=os.environ.get(f"{prefix}_PARAMETERS", ""),
+            parameters_of=os.environ.get(f"{prefix}_PARAMETERS_OF", ""),
         )
 
     @classmethod

@@ -2,10 +2,14 @@
 
 It is forked from the process that runs steps once, before requests are served: it knows the model, its configuration
 and its place in the tensor-parallel group, and has its own interpreter. It has the engine's own code fill a layer,
-straight into shared memory, and hands that over. It never touches a GPU.
+straight into shared memory, and hands that over; or the memory of one that was kept (``keeping``). It never touches a
+GPU.
+
+Such memory says itself what lies in it: eight bytes of length, a JSON header, then the parameters.
 """
 
 import array
+import fcntl
 import json
 import mmap
 import os
@@ -16,8 +20,9 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +31,8 @@ from flexpiped_served.processes import die_with_parent
 _ALIGNMENT = 64
 _NICE = 19
 _HEADER = struct.Struct("<I")
+_REQUEST = struct.Struct("<i")  # a layer that is wanted; its complement: one that the worker has let go of
+_LENGTH = struct.Struct("<Q")
 _TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -39,42 +46,66 @@ class HelperFailed(Exception):
     """The helper could not load a layer; the message says why."""
 
 
+class Loader(Protocol):
+    """What the helper has layers from."""
+
+    def load(self, index: int) -> tuple[int, Manifest]:
+        """Return shared memory with a layer's weights, and what lies where in it."""
+
+    def left(self, index: int) -> None:
+        """The worker has let go of a layer."""
+
+
 class WeightHelper:
     """The worker's side: one request at a time.
 
     Args:
-        load: Called in the helper with a layer: returns shared memory with its weights, and what lies where in it.
+        loader: Called in the helper.
         let_go: Called in the helper: drops the weights and KV caches that the fork has inherited.
     """
 
-    def __init__(self, load: Callable[[int], tuple[int, Manifest]], *, let_go: Callable[[], None]) -> None:
+    def __init__(self, loader: Loader, *, let_go: Callable[[], None]) -> None:
         ours, theirs = socket.socketpair()
         worker_pid = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
-            _serve(theirs, load, let_go, worker_pid=worker_pid)
+            _serve(theirs, loader, let_go, worker_pid=worker_pid)
         theirs.close()
         self._socket = ours
 
     def load(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the parameters of a layer by name, in memory that belongs to nobody else.
+        """Return the parameters of a layer by name. Whoever writes to them writes to memory of its own.
 
         Raises:
             HelperFailed
         """
-        self._socket.sendall(_HEADER.pack(index))
+        self._socket.sendall(_REQUEST.pack(index))
         raw, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, 1)
         if len(raw) < _HEADER.size:
             raise HelperFailed("the process that reads weights has ended")
         manifest = json.loads(_receive(self._socket, _HEADER.unpack(raw)[0]))
         if not fds:
             raise HelperFailed(manifest["error"])
-        with os.fdopen(fds[0], "r+b") as file:
-            pages = mmap.mmap(file.fileno(), 0)
-        return {
-            name: _view(pages, start, shape, getattr(torch, dtype)) for name, start, shape, dtype in manifest["tensors"]
-        }
+        return mapped(fds[0], manifest["tensors"])
+
+    def left(self, index: int) -> None:
+        """Say that this worker has let go of a layer. Never waits, and may come while a layer is loaded."""
+        with suppress(OSError):  # a helper that has ended has none
+            self._socket.sendall(_REQUEST.pack(~index))
+
+
+def mapped(fd: int, tensors: Manifest) -> dict[str, torch.Tensor]:
+    """Return the parameters in shared memory by name; they keep it, and ``fd`` is closed.
+
+    Memory that is sealed others have, too: whoever writes to it gets a copy of what is written to.
+    """
+    try:
+        is_sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+        pages = mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE if is_sealed else mmap.MAP_SHARED)
+    finally:
+        os.close(fd)
+    return {name: _view(pages, start, shape, getattr(torch, dtype)) for name, start, shape, dtype in tensors}
 
 
 def _view(pages: mmap.mmap, start: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
@@ -99,7 +130,7 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 def _serve(
     connection: socket.socket,
-    load: Callable[[int], tuple[int, Manifest]],
+    loader: Loader,
     let_go: Callable[[], None],
     *,
     worker_pid: int,
@@ -113,18 +144,22 @@ def _serve(
         os.nice(_NICE)
         torch._C.set_num_threads(1)  # the worker's thread pool does not exist here; vLLM replaces torch's function
         let_go()
-        while len(raw := connection.recv(_HEADER.size)) == _HEADER.size:
-            _answer(connection, load, _HEADER.unpack(raw)[0])
+        while len(raw := connection.recv(_REQUEST.size)) == _REQUEST.size:
+            (index,) = _REQUEST.unpack(raw)
+            if index >= 0:
+                _answer(connection, loader, index)
+            else:
+                loader.left(~index)
         status = 0
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
-def _answer(connection: socket.socket, load: Callable[[int], tuple[int, Manifest]], index: int) -> None:
+def _answer(connection: socket.socket, loader: Loader, index: int) -> None:
     fds: list[int] = []
     try:
-        fd, tensors = load(index)
+        fd, tensors = loader.load(index)
         fds.append(fd)
         manifest: dict[str, Any] = {"tensors": tensors}
     except Exception as error:  # noqa: BLE001  whatever a model's own loading raises is told to the worker
@@ -142,17 +177,35 @@ def _answer(connection: socket.socket, load: Callable[[int], tuple[int, Manifest
 
 def lay_out(parameters: Mapping[str, tuple[torch.Size, torch.dtype]]) -> tuple[int, Manifest, dict[str, torch.Tensor]]:
     """Return shared memory for parameters of these shapes and types, what lies where, and tensors in it."""
-    tensors: Manifest = []
+    places: Manifest = []
     end = 0
     for name, (shape, dtype) in parameters.items():
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        start = _aligned(end)
         end = start + shape.numel() * dtype.itemsize
-        tensors.append((name, start, list(shape), str(dtype).removeprefix("torch.")))
-    fd = os.memfd_create("flexpiped-layer")
-    os.ftruncate(fd, max(1, end))
-    pages = mmap.mmap(fd, max(1, end))
+        places.append((name, start, list(shape), str(dtype).removeprefix("torch.")))
+    header = json.dumps(places).encode()
+    begin = _aligned(_LENGTH.size + len(header))
+    fd = os.memfd_create("flexpiped-layer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, begin + end)
+    pages = mmap.mmap(fd, begin + end)
+    pages[: _LENGTH.size + len(header)] = _LENGTH.pack(len(header)) + header
+    tensors = _moved(places, begin)
     views = {name: _view(pages, start, shape, parameters[name][1]) for name, start, shape, _ in tensors}
     return fd, tensors, views
+
+
+def manifest_of(fd: int) -> Manifest:
+    """Return what lies where in memory that ``lay_out`` has made, in whichever process."""
+    (length,) = _LENGTH.unpack(os.pread(fd, _LENGTH.size, 0))
+    return _moved(json.loads(os.pread(fd, length, _LENGTH.size)), _aligned(_LENGTH.size + length))
+
+
+def _aligned(end: int) -> int:
+    return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+
+def _moved(places: Manifest, begin: int) -> Manifest:
+    return [(name, begin + start, shape, dtype) for name, start, shape, dtype in places]
 
 
 def layer_pattern(prefix: str, index: int) -> re.Pattern[str]:

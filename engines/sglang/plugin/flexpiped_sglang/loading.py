@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from flexpiped_served.keeping import layer_key
 from flexpiped_served.weights import Manifest, lay_out, layer_pattern, read_file
 
 from flexpiped_sglang import internals
@@ -24,6 +25,21 @@ def load_layer(model: Any, layers: LayerStore, loader: Any, model_config: Any, i
         made.modules[index] = made.missing()
         made.empty(index)
     return fd, manifest
+
+
+def key_of_layer(model: Any, layers: LayerStore, loader: Any, model_config: Any, index: int) -> str:
+    """Return what tells layer ``index`` as this rank has it from all others of this host; empty: nothing does."""
+    files = internals.safetensors_files(loader, model_config, model)
+    if files is None:
+        return ""
+    parallel = internals.get_parallel()
+    forms = [(name, list(each.shape), str(each.dtype)) for name, each in layers.made.parameters[index].items()]
+    return layer_key(
+        *("sglang", internals.VERSION, type(model).__name__, model_config.hf_config.to_dict()),
+        *(model_config.dtype, model_config.quantization),
+        *(parallel.tp_rank, parallel.tp_size, index, forms),
+        files=files,
+    )
 
 
 def _weights_of(

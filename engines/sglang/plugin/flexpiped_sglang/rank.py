@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.keeping import KeptLayers
 from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
 from flexpiped_served.weights import WeightHelper
@@ -24,7 +25,7 @@ from flexpiped_sglang.answers import Answer, AnswerReceiver, AnswerSender
 from flexpiped_sglang.conductor import Conductor
 from flexpiped_sglang.counting import Counting
 from flexpiped_sglang.layers import CannotMove, LayerStore
-from flexpiped_sglang.loading import load_layer
+from flexpiped_sglang.loading import key_of_layer, load_layer
 from flexpiped_sglang.sending import Sending
 from flexpiped_sglang.settings import Settings
 from flexpiped_sglang.slots import Command, Slots
@@ -79,8 +80,9 @@ class Rank:
         except CannotMove as error:
             self._refusal = str(error)
             return
-        load = partial(load_layer, runner.model, layers, runner.loader, scheduler.model_config)
-        helper = WeightHelper(load, let_go=layers.let_go)
+        of = (runner.model, layers, runner.loader, scheduler.model_config)
+        loader = KeptLayers(self._settings, partial(load_layer, *of), key_of=partial(key_of_layer, *of))
+        helper = WeightHelper(loader, let_go=layers.let_go)
         self._helper_pid = helper.pid
         self._moving = Moving(
             layers=layers,

@@ -25,6 +25,12 @@ class MadeLayers:
     layer_fn: Callable[..., torch.nn.Module]
     modules: torch.nn.ModuleList
     bytes_of: dict[int, int] = field(default_factory=dict)  # of weights as loaded, before they are packed
+    forms: dict[int, list[tuple[str, list[int], str]]] = field(default_factory=dict)  # of each parameter, as loaded
+
+    def describe(self, index: int, layer: torch.nn.Module) -> None:
+        """Note what a layer's parameters are like before anything is packed."""
+        self.bytes_of[index] = parameter_bytes(layer)
+        self.forms[index] = [(name, list(each.shape), str(each.dtype)) for name, each in layer.named_parameters()]
 
 
 _made: list[MadeLayers] = []
@@ -37,7 +43,8 @@ def record_layers() -> None:
     def make_layers(num_hidden_layers: int, layer_fn: Any, prefix: str) -> Any:
         start, end, modules = original(num_hidden_layers, layer_fn, prefix)
         made = MadeLayers(prefix=prefix, layer_fn=layer_fn, modules=modules)
-        made.bytes_of = {index: parameter_bytes(modules[index]) for index in range(start, end)}
+        for index in range(start, end):
+            made.describe(index, modules[index])
         _made.append(made)
         return start, end, modules
 
@@ -208,7 +215,7 @@ class LayerStore:
     def _build_skeleton(self, index: int) -> None:
         """Build a layer that this rank lacks. Its weights are allocated, never touched, and let go at once."""
         layer = build_layer(self.made, index, self._config, self._device)
-        self.made.bytes_of[index] = parameter_bytes(layer)
+        self.made.describe(index, layer)
         self._modules[index] = layer
         self._attention[index] = self._registered(index)
         for name in self._attention[index]:

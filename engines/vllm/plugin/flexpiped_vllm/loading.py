@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flexpiped_served.keeping import layer_key
 from flexpiped_served.weights import Manifest, lay_out, layer_pattern, read_file
 
 from flexpiped_vllm import internals
@@ -27,7 +28,23 @@ def load_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: int
             model.load_weights(_weights_of(model, made, config, index))
     finally:
         made.modules[index] = kept
+        for parameter in named.values():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)  # nothing here has the memory mapped any more
     return fd, manifest
+
+
+def key_of_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: int) -> str:
+    """Return what tells layer ``index`` as this rank has it from all others of this host; empty: nothing does."""
+    model_config, group = config.model_config, internals.get_tp_group()
+    files = internals.safetensors_files(internals.get_model_loader(config.load_config), model_config, model)
+    if files is None:
+        return ""
+    return layer_key(
+        *("vllm", internals.VERSION, type(model).__name__, model_config.hf_config.to_dict()),
+        *(model_config.dtype, model_config.quantization, config.parallel_config.enable_expert_parallel),
+        *(group.rank_in_group, group.world_size, index, made.forms[index]),
+        files=map(Path, files),
+    )
 
 
 def _weights_of(model: Any, made: MadeLayers, config: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.keeping import KeptLayers
 from flexpiped_served.kv import CacheForm
 from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
@@ -27,7 +28,7 @@ from flexpiped_vllm.compiling import CompileFailed, CompileHelper, Model
 from flexpiped_vllm.cuda_graphs import GraphedForward
 from flexpiped_vllm.kv_rank import KvRank
 from flexpiped_vllm.layers import CannotMove, LayerStore, find_layers
-from flexpiped_vllm.loading import load_layer
+from flexpiped_vllm.loading import key_of_layer, load_layer
 from flexpiped_vllm.settings import Settings
 
 _EXPECTED = (*EXPECTED, CompileFailed)
@@ -214,8 +215,9 @@ class ResidentRank(KvRank):
         layers = self._layers
         if layers is not None and not self._refusal:
             let_go = layers.let_go if self.device.type == "cpu" else _nothing  # a fork must not touch a GPU
-            load = partial(load_layer, self.model_runner.get_model(), layers.made, self.vllm_config)
-            helper = WeightHelper(load, let_go=let_go)
+            of = (self.model_runner.get_model(), layers.made, self.vllm_config)
+            loader = KeptLayers(settings, partial(load_layer, *of), key_of=partial(key_of_layer, *of))
+            helper = WeightHelper(loader, let_go=let_go)
             if self._compiled is not None and self.device.type == "cpu":
                 model = Model(runner=self.model_runner, core=layers.core, made=layers.made, config=self.vllm_config)
                 self._compiled.set_helper(CompileHelper(model, let_go=let_go))

@@ -1,0 +1,122 @@
+"""Layers that stay in the memory of the host when a rank has let go of them: the daemon keeps them.
+
+What a helper has loaded it seals and offers to the daemon's keeper of parameters, and before it loads a layer it asks
+there. All instances on the host share what is kept. One JSON object is a packet; descriptors travel beside it. Where
+the keeper does not answer, layers are loaded as without it.
+"""
+
+import fcntl
+import hashlib
+import json
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flexpiped_served.settings import PluginSettings
+from flexpiped_served.weights import Manifest, manifest_of
+
+_MOST_BYTES = 128 << 10
+_DEADLINE_S = 2.0  # the daemon answers within milliseconds; a load must not hang on one that does not
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class KeptLayers:
+    """A ``Loader`` that asks the keeper first. Used in the helper alone: the connection is made at first use.
+
+    Args:
+        settings: Where the keeper is, if there is one, and which model the layers are of.
+        load: Loads a layer into shared memory of its own.
+        key_of: Returns what tells a layer from all others of this host; empty: it cannot be told.
+    """
+
+    def __init__(
+        self,
+        settings: PluginSettings,
+        load: Callable[[int], tuple[int, Manifest]],
+        *,
+        key_of: Callable[[int], str],
+    ) -> None:
+        self._address = settings.parameters
+        self._of = settings.parameters_of
+        self._load = load
+        self._key_of = key_of
+        self._socket: socket.socket | None = None
+        self._used: dict[int, str] = {}  # keys of the layers that this rank has from the keeper, or there
+
+    def load(self, index: int) -> tuple[int, Manifest]:
+        key = self._key_of(index) if self._address else ""
+        if not key:
+            return self._load(index)
+        self.left(index)  # a rank has a layer once
+        kept = self._take(key)
+        if kept is not None:
+            self._used[index] = key
+            return kept, manifest_of(kept)
+        fd, manifest = self._load(index)
+        if sealed(fd) and self._keep(key, index, fd):
+            self._used[index] = key
+        return fd, manifest
+
+    def left(self, index: int) -> None:
+        key = self._used.pop(index, "")
+        if key and self._socket is not None:
+            with suppress(OSError):  # a keeper that is gone has no use for it
+                self._socket.send(json.dumps({"type": "Left", "key": key}).encode(), socket.MSG_DONTWAIT)
+
+    def _take(self, key: str) -> int | None:
+        answer, fds = self._ask({"type": "Take", "key": key})
+        return fds[0] if answer.get("is_here") and fds else None
+
+    def _keep(self, key: str, index: int, fd: int) -> bool:
+        answer, _ = self._ask({"type": "Keep", "key": key, "name": str(index), "of": self._of}, fd)
+        return bool(answer.get("is_kept"))
+
+    def _ask(self, question: dict[str, str], *fds: int) -> tuple[dict[str, Any], list[int]]:
+        try:
+            connection = self._connected()
+            socket.send_fds(connection, [json.dumps(question).encode()], fds)
+            raw, found, _, _ = socket.recv_fds(connection, _MOST_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            return dict(json.loads(raw)), found
+        except (OSError, ValueError):
+            self.close()
+            return {}, []
+
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            if not self._address:
+                raise ConnectionRefusedError
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket = made  # closed with the rest, whatever comes of it
+            made.settimeout(_DEADLINE_S)
+            made.connect(f"\0{self._address}")
+        return self._socket
+
+    def close(self) -> None:
+        """Ask no more, as when an answer is late: it must not be taken for that to another question. Idempotent."""
+        connection, self._socket, self._address = self._socket, None, ""
+        if connection is not None:
+            connection.close()
+
+
+def sealed(fd: int) -> bool:
+    """Have nobody write to this memory any more; say whether that is so. Who has it mapped for writing prevents it."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        print(f"a layer cannot be kept in host memory: {error.strerror}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def layer_key(*what: object, files: Iterable[Path]) -> str:
+    """Return what tells a layer from all others: ``what`` as JSON, and its files: one written anew has others.
+
+    Raises:
+        OSError: A file is not there.
+    """
+    at = [file.stat() for file in files]
+    identity = [(each.st_dev, each.st_ino, each.st_mtime_ns, each.st_size) for each in at]
+    return hashlib.sha256(json.dumps([what, identity], default=str).encode()).hexdigest()
