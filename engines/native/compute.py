@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from engines.native.device_copy import copied
 from topology.cuda_order import visible_environment
 
 IN_PLACE: Final = ""  # on the CPU, in the host's memory
@@ -34,10 +35,10 @@ class Compute:
         if not self.own_memory:
             return dict(tensors)
         if self.device.type != "cuda":
-            return {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
+            return copied(tensors, self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            copies = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+            copies = copied(tensors, self.device)
         stream.synchronize()  # the steps' stream may read them from here on
         return copies
 

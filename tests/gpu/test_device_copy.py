@@ -1,0 +1,21 @@
+"""Parameters come to a GPU through pinned memory. Written without one at hand: this has not run yet."""
+
+import pytest
+import torch
+
+from engines.native.device_copy import copied
+
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
+
+
+def test_copies_on_a_gpu_are_equal_however_often_the_buffers_are_used() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("a CUDA device is needed, there is none")
+    device = torch.device("cuda", 0)
+    tensors = {"large": torch.randn(1024, 4099), "small": torch.randn(3).to(torch.bfloat16)}
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        found = copied(tensors, device, buffer_bytes=1 << 20)
+    stream.synchronize()
+    assert all(each.device == device for each in found.values())
+    assert all(torch.equal(found[name].cpu(), tensor) for name, tensor in tensors.items())
