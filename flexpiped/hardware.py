@@ -19,6 +19,7 @@ from engines.vllm.interpreter import is_cpu_build
 from flexpiped.config_values import Auto
 from flexpiped.native_interpreter import engine_python
 from flexpiped.settings import DevicesKind, EngineKind, Settings
+from planner.parameter_cache import default_budget_bytes
 from topology.changes import TopologyChange, changes
 from topology.device import Device, DeviceKind
 from topology.discovery import CpuBudget, Surroundings, discover, discover_cpu
@@ -120,7 +121,7 @@ def parameter_cache_bytes(settings: Settings) -> int:
     """Return what parameters may take of the host's memory when no stage has them.
 
     As configured; else a quarter of the memory that there is, less where CPU devices and what is to stay free leave
-    less: with half of it for the devices, a quarter stays for everything else.
+    less.
     """
     configured = settings.devices.parameter_cache_bytes
     if configured is not Auto.AUTO:
@@ -131,7 +132,7 @@ def parameter_cache_bytes(settings: Settings) -> int:
     devices = (
         0 if settings.devices.kind is DevicesKind.CUDA else settings.devices.cpu_count * cpu_memory_bytes(settings)
     )
-    return max(0, min(of_host // 4, of_host - devices - settings.devices.keep_free_bytes))
+    return default_budget_bytes(of_host, others_bytes=devices + settings.devices.keep_free_bytes)
 
 
 def memory_of_one(devices: tuple[Device, ...]) -> int:

@@ -12,6 +12,14 @@ came first, rather than all of them for a moment.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Final
+
+_SHARE: Final = 4  # with half of a host's memory for what computes on it, a quarter stays for everything else
+
+
+def default_budget_bytes(host_bytes: int, *, others_bytes: int = 0) -> int:
+    """Return what parameters may take of a host's memory: a quarter, and no more than what others leave."""
+    return max(0, min(host_bytes // _SHARE, host_bytes - others_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

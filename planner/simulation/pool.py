@@ -4,7 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from planner.parameter_cache import default_budget_bytes
 from planner.scaling import ScaleConstants, host_affinity
+from planner.simulation.host_memory import HostMemory, assigned
 from planner.simulation.shape import Shape
 
 
@@ -36,6 +38,8 @@ class Placed:
     """Devices of one replica, with the bytes that it holds on each."""
 
     devices: tuple[PoolDevice, ...]
+    stages: tuple[int, ...]  # of each device
+    weight_bytes: int  # of a stage
     bytes_each: int
     kv_tokens: int
     is_warm: bool
@@ -43,12 +47,26 @@ class Placed:
 
 @dataclass(slots=True, kw_only=True)
 class DevicePool:
-    """All devices. ``left_host_s``: when parameters last left a host's devices for its memory (Eq 13)."""
+    """All devices. ``left_host_s``: when parameters last left a host's devices, for its memory (Eq 13).
+
+    ``host_memory_ratio``: a host has so much memory for each byte of its devices' memory; it keeps parameters in the
+    share of that which the daemon would take by itself. Servers with GPUs have twice as much, or more.
+    """
 
     devices: Sequence[PoolDevice]
     constants: ScaleConstants = field(default_factory=ScaleConstants)
-    keep_s: float = 3600.0  # how long parameters stay in host memory
+    host_memory_ratio: float = 2.0
     left_host_s: dict[str, float] = field(default_factory=dict)
+    hosts: dict[str, HostMemory] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, int] = {}
+        for device in self.devices:
+            sizes[device.host] = sizes.get(device.host, 0) + device.total_bytes
+        self.hosts = {
+            host: HostMemory(budget_bytes=default_budget_bytes(int(size * self.host_memory_ratio)))
+            for host, size in sizes.items()
+        }
 
     def find(
         self,
@@ -94,9 +112,15 @@ class DevicePool:
 
         chosen = sorted(fitting, key=rank)[: shape.num_stages]
         kv_tokens = shape.kv_tokens(min(free(device) for device in chosen))
-        is_warm = all(device.index in ours or self._is_warm(device.host, now_s) for device in chosen)
-        bytes_each = shape.stage_weight_bytes + int(kv_tokens * shape.stage_kv_bytes_per_token)
-        return Placed(devices=tuple(chosen), bytes_each=bytes_each, kv_tokens=kv_tokens, is_warm=is_warm)
+        stages, is_warm = assigned([self.hosts[device.host] for device in chosen])
+        return Placed(
+            devices=tuple(chosen),
+            stages=stages,
+            weight_bytes=shape.stage_weight_bytes,
+            bytes_each=shape.stage_weight_bytes + int(kv_tokens * shape.stage_kv_bytes_per_token),
+            kv_tokens=kv_tokens,
+            is_warm=is_warm,
+        )
 
     def room_for(self, shape: Shape, *, placing: Placing = Placing.FRAGMENTS) -> int:
         """Return how many replicas would fit beside those that are there."""
@@ -112,7 +136,7 @@ class DevicePool:
         """Return the KV capacity of each replica that would fit, one after the other: later ones get what is left."""
         found: list[Placed] = []
         while (placed := self.find(shape, now_s=0.0, placing=placing)) is not None:
-            self.take(placed)
+            self._hold(placed)
             found.append(placed)
         for placed in found:  # not ``give_back``: no parameters have been there
             for device in placed.devices:
@@ -121,13 +145,18 @@ class DevicePool:
         return [placed.kv_tokens for placed in found]
 
     def take(self, placed: Placed) -> None:
-        """Have a replica hold its devices."""
+        """Have a replica hold its devices, and load its stages there."""
+        self._hold(placed)
+        for device, stage in zip(placed.devices, placed.stages, strict=True):
+            self.hosts[device.host].load(stage, len(placed.stages), weight_bytes=placed.weight_bytes)
+
+    def _hold(self, placed: Placed) -> None:
         for device in placed.devices:
             device.held_bytes += placed.bytes_each
             device.stages += 1
 
     def give_back(self, placed: Placed, *, now_s: float) -> None:
-        """Free a replica's devices; its parameters stay in host memory for a while."""
+        """Free a replica's devices; its parameters stay in host memory until others want the room."""
         for device in placed.devices:
             device.held_bytes -= placed.bytes_each
             device.stages -= 1
@@ -146,7 +175,4 @@ class DevicePool:
 
     def _held_ago_s(self, host: str, now_s: float) -> float | None:
         left_s = self.left_host_s.get(host)
-        return None if left_s is None or now_s - left_s > self.keep_s else now_s - left_s
-
-    def _is_warm(self, host: str, now_s: float) -> bool:
-        return self._held_ago_s(host, now_s) is not None
+        return None if left_s is None or not self.hosts[host].names else now_s - left_s

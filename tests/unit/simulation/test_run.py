@@ -16,7 +16,7 @@ from planner.simulation.cluster import hosts_of, mostly_free, occupied_devices
 from planner.simulation.fleet import Fleet, FleetEvents
 from planner.simulation.outlooks import Outlooks
 from planner.simulation.own_policy import Flexpiped
-from planner.simulation.pool import DevicePool, Placing, PoolDevice
+from planner.simulation.pool import DevicePool, Placed, Placing, PoolDevice
 from planner.simulation.replica import SimulatedRequest
 from planner.simulation.run import MemoryChange, Outcome, Setting, simulate, stall_lengths
 from planner.simulation.system import System
@@ -152,17 +152,54 @@ def test_a_pool_never_puts_two_stages_on_a_device() -> None:
     assert devices.find(SHAPES[4], now_s=0.0) is None
 
 
-def test_parameters_are_warm_where_they_were() -> None:
-    devices = DevicePool(devices=[PoolDevice(index=i, host="h", total_bytes=opt_66b.DEVICE_BYTES) for i in range(4)])
-    first = devices.find(SHAPES[4], now_s=0.0)
-    assert first is not None
-    devices.take(first)
-    devices.give_back(first, now_s=100.0)
-    again, late = devices.find(SHAPES[4], now_s=200.0), devices.find(SHAPES[4], now_s=99_999.0)
+def on_hosts(*hosts: str, host_memory_ratio: float = 2.0) -> DevicePool:
+    """Return whole devices, one on each of these hosts."""
+    return DevicePool(
+        devices=[PoolDevice(index=i, host=host, total_bytes=opt_66b.DEVICE_BYTES) for i, host in enumerate(hosts)],
+        host_memory_ratio=host_memory_ratio,
+    )
 
-    assert again is not None
-    assert late is not None
-    assert (first.is_warm, again.is_warm, late.is_warm) == (False, True, False)
+
+def start_and_end(devices: DevicePool, stages: int, *, at_s: float = 0.0) -> Placed:
+    """Return where a replica was while it was there."""
+    placed = devices.find(SHAPES[stages], now_s=at_s)
+    assert placed is not None
+    devices.take(placed)
+    devices.give_back(placed, now_s=at_s)
+    return placed
+
+
+def test_parameters_are_warm_where_they_were_however_long_ago_and_in_every_granularity() -> None:
+    devices = on_hosts(*"hhhhhhhh")  # room for all parameters of OPT-66B
+    assert [start_and_end(devices, stages, at_s=99_999.0 * stages).is_warm for stages in (4, 4, 8)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_hosts_keep_what_they_had_and_stages_go_where_their_layers_are() -> None:
+    devices = on_hosts(*"abcdefgh")
+    before = start_and_end(devices, 8)
+    assert not before.is_warm
+    for device in devices.devices[:4]:  # others are tried first now
+        device.others_bytes = device.total_bytes // 2
+    again = start_and_end(devices, 8)
+    assert again.is_warm
+    stage_of = dict(zip([device.host for device in before.devices], before.stages, strict=True))
+    assert [stage_of[device.host] for device in again.devices] == list(again.stages)
+    assert [device.host for device in again.devices] != [device.host for device in before.devices]
+    assert not start_and_end(devices, 4).is_warm  # of two stages each host had one only
+
+
+def test_with_too_little_memory_hosts_give_up_what_was_loaded_longest_ago() -> None:
+    devices = on_hosts(*"hhhhhhhh", host_memory_ratio=0.4)  # half of the parameters
+    [host] = devices.hosts.values()
+    start_and_end(devices, 8)
+    assert [host.has(stage, 8) for stage in range(8)] == [False] * 4 + [True] * 4
+    assert not start_and_end(devices, 8).is_warm
+    assert host.kept.held_bytes <= host.budget_bytes
+    assert on_hosts("h", host_memory_ratio=0.0).hosts["h"].budget_bytes == 0
 
 
 def test_occupied_devices_are_as_full_as_asked() -> None:
