@@ -74,7 +74,8 @@ class ServedEngines(ABC):
     def purpose(self) -> Purpose:
         """Return what such an engine is for, so that only one like it is adopted. Reads files, so it blocks."""
         no_ranks = Ranks(device_ids=("",))  # which they are, the engine itself says
-        told = msgspec.msgpack.encode((self._options(no_ranks), self._own.ranks, self._own.tensor_parallel))
+        options = msgspec.structs.replace(self._options(no_ranks), parameters="")  # whichever daemon keeps them
+        told = msgspec.msgpack.encode((options, self._own.ranks, self._own.tensor_parallel))
         return purpose_of(
             self._settings,
             directory=self._model.directory,

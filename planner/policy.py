@@ -165,8 +165,10 @@ def _asleep(view: View) -> Outcome | None:
         return view.state, view.keep("asleep: no request waits")
     best = quickest(view.candidates)
     action = Action(verb=Verb.ADD, num_stages=best.num_stages)
-    ready = best.start_in_words or f"ready in {best.start_s:.2g} s"
-    return begin(view, action, f"a request waits; {ready}", {"start_s": best.start_s})
+    ready, due_s = best.start_in_words or f"ready in {best.start_s:.2g} s", view.constants.deadline_s
+    # What an engine takes to be tried out is in it: nobody does that at a wake, so the first request takes as long.
+    late = f"; later than the {due_s:g} s within which it should be served" if best.start_s > due_s else ""
+    return begin(view, action, f"a request waits; {ready}{late}", {"start_s": best.start_s})
 
 
 def _idle(view: View) -> Outcome | None:

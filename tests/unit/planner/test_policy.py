@@ -14,6 +14,7 @@ from planner.load import EngineSample, LoadMonitor
 from planner.policy import changed_by_others, decide, initial_state, settle
 from planner.policy_state import Action, Ending, PolicyConstants, Verb
 from planner.scaling import ScaleConstants, host_affinity, serves_in_time, wanted_instances
+from planner.start_times import Origin, StartRecord, expected_start
 from planner.workload import Slo
 from tests.unit.planner.policies import FOUR, THREE, TWO, Run, candidate, square_wave
 
@@ -256,6 +257,21 @@ def test_sleep_at_zero_traffic_and_wake_at_the_first_request() -> None:
     assert verbs[1] == (1000.0, Verb.ADD, 8)  # what starts soonest
     assert any(each.reason == "keep: asleep: no request waits" for each in run.decisions)
     assert any(each.reason.endswith(": a request waits; ready in 2 s") for each in run.decisions)
+
+
+@pytest.mark.parametrize(("trial_s", "is_late"), [(None, False), (6.0, True)])
+def test_a_wake_that_ends_too_late_says_so_and_what_the_first_request_compiles_counts(
+    trial_s: float | None, is_late: bool
+) -> None:
+    taken = (StartRecord(num_stages=2, origin=Origin.KEPT, took_s=25.0, trial_s=trial_s),)
+    start = expected_start(taken, num_stages=2, origin=Origin.KEPT)
+    assert start is not None
+    slow = replace(FLEET[0], start_s=start.took_s, start_in_words=start.in_words)
+    run = Run(MANY, candidates=(slow,))
+    run.through([*steady(2.0, 100), 1000.0], until_s=1100)
+    [woken] = [each.reason for each in run.decisions if "a request waits" in each.reason and each.action]
+    assert f"ready in {25 + (trial_s or 0):g} s" in woken
+    assert woken.endswith("later than the 30 s within which it should be served") is is_late
 
 
 def test_a_replica_that_comes_says_where_its_parameters_are_and_how_soon_it_is_ready() -> None:
