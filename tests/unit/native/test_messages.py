@@ -63,6 +63,7 @@ COMMANDS: list[m.WorkerCommand] = [
     m.Release(handover=7),
     m.MoveKv(sources=b"\xff\0\0\0", targets=b"\x01\0\0\0"),
     m.BoundKv(ticket=1, end_slot=2**20),
+    m.KeepAt(address="flexpiped-parameters-1"),
     m.ReadStats(ticket=1),
     m.ReadSteps(ticket=1),
     m.ArmFailpoint(name="worker.step", action="kill"),
@@ -146,7 +147,7 @@ CLIENT_COMMANDS: list[c.ClientCommand] = [
     c.ArmCore(worker=-1, name="core.commit", action="raise"),
     c.Shutdown(),
     c.Outlive(adopt_within_s=60.0),
-    c.AdoptCore(),
+    c.AdoptCore(parameters="flexpiped-parameters-1"),
 ]
 READY = c.Ready(
     max_model_len=64,
