@@ -18,6 +18,7 @@ from flexpiped import log_events
 from flexpiped.admin_changes import Changes
 from flexpiped.api.metrics import Metrics
 from flexpiped.api.sampling_defaults import sampling_defaults
+from flexpiped.api.tool_syntax import ToolCalls, tool_calls_of
 from flexpiped.auto import DECISIONS_KEPT, AutoControl
 from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
@@ -201,6 +202,14 @@ class ModelService:
         """Its text process, once it has started."""
         assert self._text is not None, "start comes first"
         return self._text
+
+    @property
+    def tool_calls(self) -> ToolCalls | None:
+        """How its model calls tools, once it has started; None: that is not known."""
+        about = self.text.about
+        return tool_calls_of(
+            self._settings.tool_format.value, chat_template=about.chat_template, added_tokens=about.added_tokens
+        )
 
     @property
     def drain_deadline_s(self) -> float:

@@ -16,7 +16,7 @@ from flexpiped.models import served_name
 from flexpiped.settings import DEMO_MODEL, KEYS, Key, Settings, value_of, with_value
 
 _SECTIONS: Final = ("engines", "handover", "workload", "slo", "planner", "auto")
-_OF_THE_MODEL: Final = ("model", "revision", "tokenizer", "trust_remote_code")
+_OF_THE_MODEL: Final = ("model", "revision", "tokenizer", "tool_format", "trust_remote_code")
 _ADAPTERS: Final = ("engines", "native", "adapters")
 _INHERITED: Final = ("engine", "stages", "dtype", "max_model_len", "sampling_defaults", "hf_token_file")
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]+")

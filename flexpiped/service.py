@@ -292,6 +292,7 @@ class Service:
             admission=self._admission,
             keys=lambda: self._keys,
             sampling_defaults=model.sampling_defaults,
+            tool_calls=model.tool_calls,
             body_deadline_s=self._settings.http.body_deadline_s,
             metrics=model.metrics,
             health=lambda: model.health,

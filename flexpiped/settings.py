@@ -54,6 +54,14 @@ class SamplingDefaults(Enum):
     API = "api"  # OpenAI's
 
 
+class ToolFormat(Enum):
+    AUTO = "auto"  # as the model's chat template shows it
+    HERMES = "hermes"
+    LLAMA3_JSON = "llama3_json"
+    MISTRAL = "mistral"
+    OFF = "off"  # tools are refused
+
+
 class DevicesKind(Enum):
     AUTO = "auto"  # GPUs where there are some and the engine computes on them, else CPU devices
     CPU = "cpu"
@@ -300,6 +308,7 @@ class Settings:
     dtype: Annotated[DType, choice(DType)] = DType.AUTO
     max_model_len: Annotated[int | Auto, or_auto(integer(1))] = Auto.AUTO
     sampling_defaults: Annotated[SamplingDefaults, choice(SamplingDefaults)] = SamplingDefaults.MODEL
+    tool_format: Annotated[ToolFormat, choice(ToolFormat)] = ToolFormat.AUTO
     revision: Annotated[str | None, optional_text] = None
     tokenizer: Annotated[str | None, optional_text] = None
     trust_remote_code: Annotated[bool, boolean] = False

@@ -3,9 +3,12 @@
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from engines.restarts import GiveUp, RestartPolicy, after_death
 from engines.text.child import Child, spawn
@@ -13,6 +16,7 @@ from engines.text.errors import TextClosed, TextError, TextProcessDied, TextStar
 from engines.text.ledger import Answer, Ledger
 from engines.text.protocol import PROMPT_TAIL_TOKENS, TextDelta
 from engines.text.wire import (
+    About,
     Call,
     Chat,
     Decode,
@@ -60,6 +64,7 @@ class TextService:
         self._sleep = sleep
         self._on_death = on_death
         self._ledger = Ledger()
+        self._about = About()
         self._pieces: dict[int, bytes] = {}  # of tokens that were asked for: at most the vocabulary
         self._child: Child | None = None  # None while there is no process that is ready
         self._end: TextError | None = TextClosed("the text service has not been started")
@@ -91,6 +96,11 @@ class TextService:
         return None if self._end is None else str(self._end)
 
     @property
+    def about(self) -> About:
+        """What else is to be known of the tokenizer, once it has started."""
+        return self._about
+
+    @property
     def pid(self) -> int | None:
         """The process that serves now, None while there is none."""
         return None if self._child is None else self._child.pid
@@ -104,8 +114,11 @@ class TextService:
         request = Encode(call_id=self._ledger.new_id(), text=text, add_special_tokens=add_special_tokens)
         return self._token_ids(await self._call(request))
 
-    async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        return self._token_ids(await self._call(Chat(call_id=self._ledger.new_id(), messages=tuple(messages))))
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
+        conversation = msgspec.json.encode({"messages": messages, "tools": tools})
+        return self._token_ids(await self._call(Chat(call_id=self._ledger.new_id(), conversation=conversation)))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         reply = await self._call(Decode(call_id=self._ledger.new_id(), token_ids=tuple(token_ids)))
@@ -127,6 +140,7 @@ class TextService:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        marks: tuple[str, ...] = (),
     ) -> "ServiceFeed":
         self._ensure_open()
         request = Open(
@@ -137,6 +151,7 @@ class TextService:
             stop=stop,
             include_stop=include_stop,
             min_tokens=min_tokens,
+            marks=marks,
         )
         self._ledger.add_stream(request)
         self._send(request)
@@ -188,7 +203,7 @@ class TextService:
     async def _spawn_ready(self) -> Child:
         child = await spawn(python=self._python, model=self._model, on_reply=self._on_reply)
         try:
-            await child.ready()
+            self._about = (await child.ready()).about
         except BaseException:
             await child.close()
             raise

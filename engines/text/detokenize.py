@@ -130,5 +130,33 @@ class WindowDetokenizer:
         return delta
 
 
+class MarkingDetokenizer:
+    """For outputs in which some special tokens are text: what stands around each is detokenized by itself.
+
+    Args:
+        fresh: Makes a detokenizer for what comes next.
+        marks: What these tokens read as.
+    """
+
+    def __init__(self, fresh: Callable[[], Detokenizer], marks: Mapping[int, str]) -> None:
+        self._fresh = fresh
+        self._marks = marks
+        self._current = fresh()
+
+    def feed(self, token_id: int) -> str:
+        mark = self._marks.get(token_id)
+        if mark is None:
+            return self._current.feed(token_id)
+        before, self._current = self._current.finish(), self._fresh()
+        return before + mark
+
+    def finish(self) -> str:
+        return self._current.finish()
+
+    @property
+    def is_pending(self) -> bool:
+        return self._current.is_pending
+
+
 def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

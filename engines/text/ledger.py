@@ -38,6 +38,7 @@ class Stream:
             stop=first.stop,
             include_stop=first.include_stop,
             min_tokens=first.min_tokens,
+            marks=first.marks,
         )
 
 

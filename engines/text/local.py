@@ -1,6 +1,8 @@
 """A public stand-in for ``TextService``: the same work in the calling process, for tests and tools."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -10,17 +12,22 @@ from engines.text.incremental import TextDelta, TextStream
 from engines.text.pieces import pieces_of
 from engines.text.protocol import PROMPT_TAIL_TOKENS
 from engines.text.stops import StopMatcher
-from engines.text.tokenizer import TextTokenizer, detokenizers_of
+from engines.text.tokenizer import TextTokenizer, added_tokens_of, detokenizer_with, detokenizers_of
+from engines.text.wire import About
 
 
 class PlainTokenizer:
-    """A ``TextTokenizer`` from a ``tokenizers.Tokenizer``; its chat template writes ``role: content`` lines."""
+    """A ``TextTokenizer`` from a ``tokenizers.Tokenizer``; its chat template writes ``role: content`` lines.
+
+    Tools are a line of their own, and calls and what they answer to stand behind the content, all as JSON.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, has_chat_template: bool = True) -> None:
         self._tokenizer = tokenizer
         self._has_chat_template = has_chat_template
         self._detokenizers = detokenizers_of(tokenizer)
         self.piece = pieces_of(tokenizer)
+        self.about = About(added_tokens=added_tokens_of(tokenizer))
 
     @property
     def vocab_size(self) -> int:
@@ -29,10 +36,13 @@ class PlainTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         if not self._has_chat_template:
             raise TextRefused("this model has no chat template; use /v1/completions")
-        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        offered = [{"role": "tools", "content": json.dumps(list(tools))}] if tools else []
+        lines = [f"{message['role']}: {_said(message)}\n" for message in (*offered, *messages)]
         return self.encode("".join(lines) + "assistant: ", add_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -40,6 +50,11 @@ class PlainTokenizer:
 
     def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer:
         return self._detokenizers(prompt_tail)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return str(message["content"]) + (json.dumps(others) if others else "")
 
 
 class LocalText:
@@ -53,8 +68,14 @@ class LocalText:
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        return self._tokenizer.chat(messages)
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
+        return self._tokenizer.chat(messages, tools=tools)
+
+    @property
+    def about(self) -> About:
+        return self._tokenizer.about
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
@@ -69,8 +90,10 @@ class LocalText:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        marks: tuple[str, ...] = (),
     ) -> "LocalFeed":
-        detokenizer = self._tokenizer.detokenizer(prompt_token_ids[-PROMPT_TAIL_TOKENS:])
+        tail = prompt_token_ids[-PROMPT_TAIL_TOKENS:]
+        detokenizer = detokenizer_with(marks, self._tokenizer, prompt_tail=tail)
         stops = StopMatcher(stop, include_stop=include_stop)
         return LocalFeed(self, TextStream(detokenizer, stops, min_tokens=min_tokens))
 

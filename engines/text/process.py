@@ -6,13 +6,14 @@ are being drained still need it.
 """
 
 import ctypes
+import functools
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +22,7 @@ from engines.text.errors import TextRefused
 from engines.text.pieces import PieceOf, pieces_of, window_pieces
 from engines.text.session import Calls, Streams
 from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
-from engines.text.wire import Call, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
+from engines.text.wire import About, Call, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
 
 _PR_SET_PDEATHSIG = 1
 _RECEIVE_BYTES = 1 << 18
@@ -81,12 +82,21 @@ class HuggingFaceTokenizer:
         except Exception as error:  # whatever the tokenizer raises is about this text; other requests go on
             raise TextRefused(f"the tokenizer refuses this text: {error}") from error
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    @functools.cached_property
+    def about(self) -> About:
+        tokenizer = self._tokenizer
+        added = {str(token.content): int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items()}
+        template = None if tokenizer.chat_template is None else _template_for_tools(tokenizer)
+        return About(chat_template=template, added_tokens=added)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:
             raise TextRefused("this model has no chat template; use /v1/completions")
         try:
             token_ids = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise TextRefused(f"the model's chat template refuses these messages: {error}") from error
@@ -102,6 +112,14 @@ class HuggingFaceTokenizer:
 
     def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer:
         return self._detokenizers(prompt_tail)
+
+
+def _template_for_tools(tokenizer: Any) -> str | None:
+    """Return the chat template that is rendered where there are tools: a model may have one for them alone."""
+    try:
+        return str(tokenizer.get_chat_template(tools=[{}]))
+    except ValueError:  # several, and none of them is the default
+        return None
 
 
 class Process:
@@ -120,7 +138,7 @@ class Process:
     def serve(self, tokenizer: HuggingFaceTokenizer) -> None:
         """Answer until the other side closes the channel."""
         threading.Thread(target=self._encode, args=(Calls(tokenizer),), daemon=True, name="encode").start()
-        self.send([Ready(vocab_size=tokenizer.vocab_size)])
+        self.send([Ready(vocab_size=tokenizer.vocab_size, about=tokenizer.about)])
         streams, reader = Streams(tokenizer), FrameReader()
         while data := self._channel.recv(_RECEIVE_BYTES):
             replies: list[Reply] = []

@@ -1,9 +1,10 @@
 """``Text``: what the daemon needs to turn text into token ids and back."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from engines.text.incremental import TextDelta
+from engines.text.wire import About
 
 __all__ = ["PROMPT_TAIL_TOKENS", "Text", "TextDelta", "TextFeed"]
 
@@ -31,7 +32,9 @@ class Text(Protocol):
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Raises: TextRefused, TextProcessDied, TextClosed."""
 
-    async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Render the chat template up to where the answer begins. Raises: as ``encode``."""
 
     async def decode(self, token_ids: Sequence[int]) -> str:
@@ -47,8 +50,16 @@ class Text(Protocol):
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        marks: tuple[str, ...] = (),
     ) -> TextFeed:
-        """Begin the text of one output. Stop strings are not looked for in that of its first ``min_tokens`` tokens."""
+        """Begin the text of one output. Stop strings are not looked for in that of its first ``min_tokens`` tokens.
+
+        ``marks``: added tokens that are text in this output, also if they are special.
+        """
+
+    @property
+    def about(self) -> About:
+        """What else is to be known of the tokenizer."""
 
     @property
     def failure(self) -> str | None:

@@ -2,14 +2,17 @@
 
 from typing import assert_never
 
+import msgspec
+
 from engines.text.errors import TextRefused
 from engines.text.incremental import TextStream
 from engines.text.stops import StopMatcher
-from engines.text.tokenizer import TextTokenizer
+from engines.text.tokenizer import TextTokenizer, detokenizer_with
 from engines.text.wire import (
     Call,
     Chat,
     Close,
+    Conversation,
     Decode,
     Decoded,
     Delta,
@@ -39,7 +42,8 @@ class Calls:
                 case Encode():
                     token_ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
                 case Chat():
-                    token_ids = self._tokenizer.chat(request.messages)
+                    given = msgspec.json.decode(request.conversation, type=Conversation)
+                    token_ids = self._tokenizer.chat(given.messages, tools=given.tools)
                 case _:
                     assert_never(request)
         except TextRefused as refusal:
@@ -73,7 +77,7 @@ class Streams:
 
     def _open(self, request: Open) -> TextStream:
         stops = StopMatcher(request.stop, include_stop=request.include_stop)
-        detokenizer = self._tokenizer.detokenizer(request.prompt_tail)
+        detokenizer = detokenizer_with(request.marks, self._tokenizer, prompt_tail=request.prompt_tail)
         return TextStream(
             detokenizer,
             stops,

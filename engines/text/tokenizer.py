@@ -2,20 +2,22 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 from engines.text.detokenize import (
     ByteLevelDetokenizer,
     Detokenizer,
+    MarkingDetokenizer,
     WindowDetokenizer,
     byte_level_bytes,
     is_byte_fallback,
     is_byte_level,
 )
 from engines.text.pieces import PieceOf
+from engines.text.wire import About
 
 DetokenizerFactory = Callable[[tuple[int, ...]], Detokenizer]  # the tail of the prompt -> for one output
 
@@ -29,7 +31,9 @@ class TextTokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Raises: TextRefused."""
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Render the chat template up to where the answer begins. Raises: TextRefused."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -40,6 +44,9 @@ class TextTokenizer(Protocol):
     @property
     def piece(self) -> PieceOf:
         """What gives the bytes of one token."""
+
+    @property
+    def about(self) -> About: ...
 
 
 def detokenizers_of(tokenizer: Tokenizer) -> DetokenizerFactory:
@@ -96,3 +103,17 @@ def window_detokenizers(
     return lambda prompt_tail: WindowDetokenizer(
         decode, is_special=is_special, is_pending=is_pending, prompt_tail=prompt_tail
     )
+
+
+def added_tokens_of(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids of the tokens that are looked for before text is divided, special or not."""
+    return {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+
+
+def detokenizer_with(marks: Sequence[str], tokenizer: TextTokenizer, *, prompt_tail: tuple[int, ...]) -> Detokenizer:
+    """Return a detokenizer for one output, in which the added tokens ``marks`` are text, also if they are special."""
+    added = tokenizer.about.added_tokens
+    shown = {added[mark]: mark for mark in marks if mark in added}
+    if not shown:
+        return tokenizer.detokenizer(prompt_tail)
+    return MarkingDetokenizer(lambda: tokenizer.detokenizer(prompt_tail), shown)

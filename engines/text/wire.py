@@ -6,10 +6,29 @@ Within a frame and between frames order is kept.
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
 _LENGTH = struct.Struct("<I")
+
+
+class Conversation(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chat template is given."""
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """What else is to be known of a tokenizer.
+
+    ``chat_template``: the one that is rendered where there are tools; None: there is none. ``added_tokens``: the ids
+    of tokens that are looked for before text is divided, special or not, by what they are written as.
+    """
+
+    chat_template: str | None = None
+    added_tokens: dict[str, int] = {}
 
 
 class Encode(msgspec.Struct, tag=1, array_like=True, frozen=True):
@@ -21,10 +40,13 @@ class Encode(msgspec.Struct, tag=1, array_like=True, frozen=True):
 
 
 class Chat(msgspec.Struct, tag=2, array_like=True, frozen=True):
-    """Render the chat template with an opening for the answer. Answered by ``Encoded`` or ``Refused``."""
+    """Render the chat template with an opening for the answer. Answered by ``Encoded`` or ``Refused``.
+
+    ``conversation``: messages and tools, as JSON: MessagePack has no integers of any length.
+    """
 
     call_id: int
-    messages: tuple[dict[str, str], ...]
+    conversation: bytes
 
 
 class Decode(msgspec.Struct, tag=6, array_like=True, frozen=True):
@@ -44,7 +66,8 @@ class Pieces(msgspec.Struct, tag=7, array_like=True, frozen=True):
 class Open(msgspec.Struct, tag=3, array_like=True, frozen=True):
     """Begin a stream, or go on with one that was fed ``token_ids`` and gave ``characters_sent`` for them.
 
-    Stop strings are not looked for in the text of the first ``min_tokens`` tokens.
+    Stop strings are not looked for in the text of the first ``min_tokens`` tokens. ``marks``: added tokens that are
+    text here, also if they are special.
     """
 
     stream_id: int
@@ -54,6 +77,7 @@ class Open(msgspec.Struct, tag=3, array_like=True, frozen=True):
     stop: tuple[str, ...]
     include_stop: bool
     min_tokens: int = 0
+    marks: tuple[str, ...] = ()
 
 
 class Feed(msgspec.Struct, tag=4, array_like=True, frozen=True):
@@ -74,6 +98,7 @@ class Ready(msgspec.Struct, tag=1, array_like=True, frozen=True):
     """The first reply: the tokenizer is loaded."""
 
     vocab_size: int
+    about: About
 
 
 class Encoded(msgspec.Struct, tag=2, array_like=True, frozen=True):

@@ -131,12 +131,14 @@ def _capabilities(backends: Backends) -> list[EngineCapabilities]:
 async def openapi(http: web.Request) -> web.Response:
     """GET /openapi.json: with what the engine of now takes, of several models that of the first."""
     backends = http.app[BACKENDS]
+    first = next((each.backend for each in backends.models().values() if each.backend is not None), None)
     return _json(
         describe(
             model=next(iter(backends.models()), ""),
             capabilities=next(iter(_capabilities(backends)), None),
             version=flexpiped.__version__,
             asks_for_keys=backends.keys() is not None,
+            calls_tools=first is not None and first.tool_calls is not None,
         )
     )
 

@@ -15,6 +15,7 @@ from engines.text.protocol import Text
 from flexpiped.admission import Admission
 from flexpiped.api.errors import unavailable
 from flexpiped.api.metrics import Metrics
+from flexpiped.api.tool_syntax import ToolCalls
 from flexpiped.keys import KeyRing
 from flexpiped.status import Health, ServiceState
 from topology.device import Device
@@ -86,6 +87,7 @@ class Backend:
     wall_clock: Callable[[], float] = time.time
     keys: Callable[[], KeyRing | None] = lambda: None  # None: no key is asked for
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # for requests that do not say it
+    tool_calls: ToolCalls | None = None  # how the model calls tools; None: that is not known
     body_deadline_s: float = 60.0
     death_noticed_s: float = 3.0  # within this time the death of an engine is known
     created_unix_s: int = field(default_factory=lambda: int(time.time()))

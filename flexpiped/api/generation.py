@@ -9,9 +9,27 @@ from itertools import islice
 from engines.closing import closing
 from engines.protocol import FinishReason, GenerationRequest, Grammar, TokenChunk
 from flexpiped.api.backend import Backend
+from flexpiped.api.call_parser import CallDelta, CallParser
 from flexpiped.api.errors import ApiError, ErrorType, invalid
 from flexpiped.api.merging import merged
 from flexpiped.api.token_reports import TokenReport, prompt_reports, reports_of
+from flexpiped.api.tool_syntax import ToolCalls
+from flexpiped.api.tools import ToolChoice, Tools
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadsCalls:
+    """How calls of tools are read from an output. ``finish``: the word for an output that ends with calls."""
+
+    calls: ToolCalls
+    finish: str
+
+
+def reads_calls(tools: Tools, calls: ToolCalls) -> ReadsCalls | None:
+    """Return how calls are read, None where there are to be none. A call that was named ends with OpenAI's "stop"."""
+    if tools.choice is ToolChoice.NONE:
+        return None
+    return ReadsCalls(calls=calls, finish="stop" if tools.only else "tool_calls")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +40,7 @@ class Job:
     first one begins with those of the prompt. ``tells_prompt``: it tells of the prompt's apart from these.
     ``tells_cached``: its first piece tells what of the prompt was in the KV cache.
     ``is_prompt_only``: what comes of the engine is not wanted but for what it says of the prompt.
+    ``reads``: how calls of tools are read from it, None: it is text.
     """
 
     request: GenerationRequest
@@ -36,6 +55,7 @@ class Job:
     leads_tokens: bool = False
     tells_cached: bool = True
     is_prompt_only: bool = False
+    reads: ReadsCalls | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +77,11 @@ class Piece:
     logprob: float = 0.0
     cached_tokens: int | None = None
     stop_reason: str | int | None = None
+    calls: tuple[CallDelta, ...] = ()  # after the text
 
     @property
     def says_something(self) -> bool:
-        return bool(self.text or self.tokens)
+        return bool(self.text or self.tokens or self.calls)
 
 
 def finish_word(reason: FinishReason | None, grammar: Grammar | None = None) -> str | None:
@@ -95,11 +116,13 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
     completion_tokens = 0
     told = _Told(backend, job) if job.tells_prompt or job.request.sampling.logprobs else None
     lead = job.lead
+    parser = None if job.reads is None else CallParser(job.reads.calls.syntax)
     feed = backend.text.open(
         prompt_token_ids=job.request.prompt_token_ids,
         stop=job.stop,
         include_stop=job.include_stop,
         min_tokens=job.min_tokens,
+        marks=() if job.reads is None else job.reads.calls.marks,
     )
     with contextlib.closing(feed):
         async with closing(backend.serving.generate(job.request)) as chunks:
@@ -123,6 +146,8 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
                     cached_tokens=chunk.cached_tokens if is_first and job.tells_cached else None,
                     stop_reason=reason,
                 )
+                if parser is not None and job.reads is not None:
+                    piece = _with_calls(piece, parser, ends_with_calls=job.reads.finish)
                 if told is not None:
                     all_shown = finish is not None and not delta.stop_hit
                     piece = await told.with_tokens(piece, chunk, shown=None if all_shown else delta.tokens_shown)
@@ -132,6 +157,14 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
                 yield piece
                 if delta.stop_hit:
                     return
+
+
+def _with_calls(piece: Piece, parser: CallParser, *, ends_with_calls: str) -> Piece:
+    """Return ``piece`` with its text divided into content and calls."""
+    finish = piece.finish_reason
+    content, calls = parser.feed(piece.text, final=finish is not None)
+    finish = ends_with_calls if finish == "stop" and parser.count else finish
+    return replace(piece, text=content, calls=calls, finish_reason=finish)
 
 
 def without_output(first: Piece, job: Job) -> Piece:

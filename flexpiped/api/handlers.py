@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 
@@ -22,7 +22,7 @@ from flexpiped.api.deadline import deadline_of, until
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
 from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
-from flexpiped.api.generation import Job, choices_of
+from flexpiped.api.generation import Job, ReadsCalls, choices_of, reads_calls
 from flexpiped.api.inputs import Prompt
 from flexpiped.api.jobs import jobs_of
 from flexpiped.api.metrics import Endpoint, Observation, outcome_of
@@ -35,6 +35,7 @@ from flexpiped.api.parameters import (
 from flexpiped.api.routing import ToEngine, route
 from flexpiped.api.sampling_defaults import with_defaults
 from flexpiped.api.sending import send_events, send_whole
+from flexpiped.api.tool_grammar import grammar_with_calls
 from flexpiped.api.wire import ChatWire, CompletionWire, Head
 from flexpiped.supervision import ending_tokens
 from flexpiped.tracing import note_model
@@ -85,15 +86,27 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
         raw = await read_body(http)
         body, capabilities = parse_object(raw), backend.serving.capabilities
         defaulted = with_defaults(body, backend.sampling_defaults, capabilities)
-        asked = route(routing.CHAT, defaulted, served=backend.model, capabilities=capabilities)
+        calls = backend.tool_calls
+        asked = route(
+            routing.CHAT,
+            defaulted,
+            served=backend.model,
+            capabilities=capabilities,
+            calls_tools=calls is not None,
+        )
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=CHAT.default_tokens)
-        messages = asked.messages
+        messages, tools = asked.messages, asked.tools
+        offered = () if tools is None else tools.given
 
         async def encoded() -> list[Encoded]:
-            return [Encoded(token_ids=await backend.text.chat(messages))]
+            return [Encoded(token_ids=await backend.text.chat(messages, tools=offered))]
 
-        return await answer(http, observation, CHAT, asked.parameters, encoded)
+        if tools is None or calls is None:
+            return await answer(http, observation, CHAT, asked.parameters, encoded)
+        grammar = grammar_with_calls(tools, calls, content=asked.parameters.grammar)
+        parameters = replace(asked.parameters, grammar=grammar)
+        return await answer(http, observation, CHAT, parameters, encoded, reads=reads_calls(tools, calls))
 
 
 async def engine_route(http: web.Request) -> web.StreamResponse:
@@ -113,11 +126,14 @@ async def answer(
     kind: Kind,
     parameters: Parameters,
     encoded: Callable[[], Awaitable[list[Encoded]]],
+    *,
+    reads: ReadsCalls | None = None,
 ) -> web.StreamResponse:
     """Admit, encode, check against the model, generate, send.
 
     Args:
         encoded: Gives the prompts once the request has been admitted.
+        reads: How calls of tools are read from the output, where it may have some.
 
     Raises:
         ApiError, EngineError, Overloaded: Before anything was sent.
@@ -145,7 +161,7 @@ async def answer(
             ending, lead = ending_tokens(request.sampling, capabilities), ""
             if choices.echo:
                 lead = await backend.text.decode(prompt.token_ids) if prompt.text is None else prompt.text
-            jobs += jobs_of(parameters, request, ending=ending, lead=lead, first=len(jobs))
+            jobs += jobs_of(parameters, request, ending=ending, lead=lead, first=len(jobs), reads=reads)
         async with closing(until(deadline_s, choices_of(backend, jobs))) as pieces:
             if parameters.stream:
                 return await send_events(

@@ -1,9 +1,11 @@
 """What a request is about: its prompt or its messages."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from flexpiped.api.errors import invalid
 from flexpiped.api.fields import TOKEN_ID, Reader, name_of, token_ids, wrong_type
+from flexpiped.api.tool_messages import CALLS_SCHEMA, read_calls, read_text
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # as given: as rendered
 _TEXT_PART: Final = {
@@ -24,7 +26,33 @@ _MESSAGE: Final = {
     "else": {"properties": {"content": _CONTENT}, "required": ["content"]},
     "additionalProperties": {"enum": [None, [], {}]},  # of what is not supported, only what says nothing
 }
+_OF_TOOLS: Final = ("tool_calls", "tool_call_id", "name")
+_NOTHING: Final[Mapping[str, Any]] = {"enum": [None, [], {}]}
+_WITH_TOOLS: Final = {
+    **_MESSAGE,
+    "properties": {
+        "role": {"enum": [*_ROLES, "tool"]},
+        "content": {},
+        **{name: {} for name in _OF_TOOLS},
+    },
+    "allOf": [
+        {
+            "if": {"properties": {"role": {"const": "assistant"}}},
+            "then": {"properties": {"tool_calls": CALLS_SCHEMA}},
+            "else": {"properties": {"tool_calls": _NOTHING}},
+        },
+        {
+            "if": {"properties": {"role": {"const": "tool"}}},
+            "then": {
+                "properties": {"tool_call_id": {"type": "string"}, "name": {"type": ["string", "null"]}},
+                "required": ["tool_call_id"],
+            },
+            "else": {"properties": {"tool_call_id": _NOTHING, "name": _NOTHING}},
+        },
+    ],
+}
 _TOKEN_IDS: Final = {"type": "array", "items": TOKEN_ID, "minItems": 1}
+_KEYS_OF_TOOLS: Final = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 MAX_PROMPTS: Final = 1024
 Prompt = str | tuple[int, ...]
 
@@ -53,31 +81,45 @@ def _prompt(value: Any) -> Prompt:
             raise wrong_type("prompt", "a string or an array of token ids", value)
 
 
-def read_messages(value: Any) -> tuple[dict[str, str], ...]:
-    """Read messages of role and text. Raises: ApiError."""
+def read_messages(value: Any, *, with_tools: bool = False) -> tuple[dict[str, Any], ...]:
+    """Read messages of role and text, and ``with_tools`` also calls of tools and their results. Raises: ApiError."""
     if value is None:
         raise invalid("messages is required", param="messages", code="missing_parameter")
     if not isinstance(value, list):
         raise wrong_type("messages", "an array", value)
     if not value:
         raise invalid("messages must hold at least one message", param="messages", code="invalid_value")
-    return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(value))
+    roles = {**_ROLES, "tool": "tool"} if with_tools else _ROLES
+    return tuple(_message(f"messages[{index}]", message, roles) for index, message in enumerate(value))
 
 
-def _message(name: str, message: Any) -> dict[str, str]:
+def _message(name: str, message: Any, roles: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise wrong_type(name, "an object", message)
-    for key, value in message.items():
-        if key not in ("role", "content") and value not in (None, [], {}):
-            raise invalid(f"{name}.{key} is not supported", param=f"{name}.{key}", code="unsupported_parameter")
     role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        wanted, code = ", ".join(_ROLES), "unsupported_value" if isinstance(role, str) else "invalid_value"
+    keys = _KEYS_OF_TOOLS.get(role, ()) if isinstance(role, str) and "tool" in roles else ()
+    for key, value in message.items():
+        if key not in ("role", "content", *keys) and value not in (None, [], {}):
+            raise invalid(f"{name}.{key} is not supported", param=f"{name}.{key}", code="unsupported_parameter")
+    if not isinstance(role, str) or role not in roles:
+        wanted, code = ", ".join(roles), "unsupported_value" if isinstance(role, str) else "invalid_value"
         raise invalid(f"{name}.role must be one of {wanted}", param=f"{name}.role", code=code)
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""  # it has called tools, or had nothing to say
-    return {"role": _ROLES[role], "content": _content(f"{name}.content", content)}
+    read = {"role": roles[role], "content": _content(f"{name}.content", content)}
+    return read | _of_tools(name, message, keys)
+
+
+def _of_tools(name: str, message: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Return what a message says of tools; what says nothing is left out, as templates look whether it is there."""
+    if "tool_call_id" in keys:
+        result = {"tool_call_id": read_text(f"{name}.tool_call_id", message.get("tool_call_id"))}
+        called = message.get("name")
+        return result if called is None else result | {"name": read_text(f"{name}.name", called)}
+    if "tool_calls" in keys and message.get("tool_calls") not in (None, [], {}):
+        return {"tool_calls": read_calls(f"{name}.tool_calls", message["tool_calls"])}
+    return {}
 
 
 def _content(name: str, value: Any) -> str:
@@ -110,4 +152,9 @@ PROMPT: Final = Reader(
 MESSAGES: Final = Reader(
     parse=lambda _name, value: read_messages(value),
     schema={"type": "array", "items": _MESSAGE, "minItems": 1},
+)
+# Where the model is known to call tools.
+MESSAGES_WITH_TOOLS: Final = Reader(
+    parse=lambda _name, value: read_messages(value, with_tools=True),
+    schema={"type": "array", "items": _WITH_TOOLS, "minItems": 1},
 )

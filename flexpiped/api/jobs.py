@@ -4,12 +4,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from engines.protocol import GenerationRequest
-from flexpiped.api.generation import Job
+from flexpiped.api.generation import Job, ReadsCalls
 from flexpiped.api.parameters import MAX_SEED, Parameters
 
 
 def jobs_of(
-    parameters: Parameters, request: GenerationRequest, *, ending: frozenset[int], lead: str, first: int = 0
+    parameters: Parameters,
+    request: GenerationRequest,
+    *,
+    ending: frozenset[int],
+    lead: str,
+    first: int = 0,
+    reads: ReadsCalls | None = None,
 ) -> list[Job]:
     """Return one job for each choice: seeds and names of the others follow those of the first, which is ``first``."""
     choices, min_tokens = parameters.choices, parameters.engine_params.get("min_tokens", 0)
@@ -27,6 +33,7 @@ def jobs_of(
             tells_cached=index == 0,  # the others begin with what the first one computes
             leads_tokens=choices.echo and choices.logprobs is not None,
             is_prompt_only=parameters.max_tokens == 0,
+            reads=reads,
         )
         for index, each in enumerate(_requests(request, choices.best_of))
     ]

@@ -3,7 +3,7 @@
 The schemas of requests are those of the tables that validate them (``parameter_table``, ``text_routes``).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Final
 
 from engines.protocol import EngineCapabilities
@@ -11,9 +11,11 @@ from flexpiped.api import openapi_answers as answers
 from flexpiped.api.deadline import HEADER, LONGEST_MS
 from flexpiped.api.fields import TOKEN_ID
 from flexpiped.api.forwarding import OWN_PATHS
+from flexpiped.api.inputs import MESSAGES_WITH_TOOLS
 from flexpiped.api.parameter_table import CHAT_PARAMETERS, COMPLETION_PARAMETERS, HonouredBy, Parameter
 from flexpiped.api.parameters import taken_here
 from flexpiped.api.text_routes import DETOKENIZE_READERS, TOKENIZE_NEUTRAL, TOKENIZE_READERS
+from flexpiped.api.tools import TOOLS
 
 Schema = Mapping[str, Any]
 _ANY: Final[Schema] = {}
@@ -37,12 +39,18 @@ _DEADLINE: Final[Schema] = {
 
 
 def describe(
-    *, model: str, capabilities: EngineCapabilities | None, version: str, asks_for_keys: bool
+    *,
+    model: str,
+    capabilities: EngineCapabilities | None,
+    version: str,
+    asks_for_keys: bool,
+    calls_tools: bool = False,
 ) -> dict[str, Any]:
     """Return the OpenAPI document of the HTTP port.
 
     Args:
         capabilities: Of the engine; None while there is none yet.
+        calls_tools: It is known how the model calls tools.
     """
     engine = "none yet" if capabilities is None else capabilities.name
     document: dict[str, Any] = {
@@ -52,7 +60,12 @@ def describe(
             "version": version,
             "description": f"OpenAI-compatible API of the model {model}, served by the {engine} engine.",
         },
-        "paths": {**_reading(), **_generating(model, capabilities), **_of_text(model, capabilities), **_of_engine()},
+        "paths": {
+            **_reading(),
+            **_generating(model, capabilities, calls_tools),
+            **_of_text(model, capabilities),
+            **_of_engine(),
+        },
         "components": {"schemas": answers.SCHEMAS},
     }
     if asks_for_keys:
@@ -64,9 +77,11 @@ def describe(
     return document
 
 
-def _generating(model: str, capabilities: EngineCapabilities | None) -> dict[str, Any]:
+def _generating(model: str, capabilities: EngineCapabilities | None, calls_tools: bool) -> dict[str, Any]:
     completion = request_schema(COMPLETION_PARAMETERS, required="prompt", model=model, capabilities=capabilities)
-    chat = request_schema(CHAT_PARAMETERS, required="messages", model=model, capabilities=capabilities)
+    chat = request_schema(
+        CHAT_PARAMETERS, required="messages", model=model, capabilities=capabilities, calls_tools=calls_tools
+    )
     return {
         "/v1/completions": _post("Complete a prompt", completion, "Completion", is_streamed=True),
         "/v1/chat/completions": _post("Answer messages", chat, "ChatCompletion", is_streamed=True),
@@ -140,25 +155,33 @@ def _reading() -> dict[str, Any]:
 
 
 def request_schema(
-    table: Mapping[str, Parameter], *, required: str, model: str, capabilities: EngineCapabilities | None
+    table: Mapping[str, Parameter],
+    *,
+    required: str,
+    model: str,
+    capabilities: EngineCapabilities | None,
+    calls_tools: bool = False,
 ) -> dict[str, Any]:
     """Return the schema of a request with the parameters of ``table``, as they are taken with this engine."""
-    properties = {name: _parameter(name, parameter, capabilities) for name, parameter in table.items()}
+    taken = taken_here(capabilities, calls_tools=calls_tools)
+    properties = {name: _parameter(name, parameter, capabilities, taken) for name, parameter in table.items()}
     own = None if capabilities is None else capabilities.own_server
     if own is None:
         properties["model"] = _or_null({"const": model})
-        reader = table[required].reader
+        reader = MESSAGES_WITH_TOOLS if required == "messages" and taken >= TOOLS else table[required].reader
         properties[required] = {} if reader is None else _within(reader.schema, capabilities)
     required_names = [required] if own is None else []  # "prompt_embeds" may stand for a prompt there
     return {**_object(properties, required=required_names), **_STREAM_FIRST}
 
 
-def _parameter(name: str, parameter: Parameter, capabilities: EngineCapabilities | None) -> dict[str, Any]:
+def _parameter(
+    name: str, parameter: Parameter, capabilities: EngineCapabilities | None, taken: Set[str]
+) -> dict[str, Any]:
     told = f"honoured by: {parameter.by.value}"
     own = None if capabilities is None else capabilities.own_server
     if own is not None and (name in _WIDER_THERE or parameter.by in _THERE):
         return {"description": told}
-    if parameter.reader is None or (parameter.by is not HonouredBy.DAEMON and name not in taken_here(capabilities)):
+    if parameter.reader is None or (parameter.by is not HonouredBy.DAEMON and name not in taken):
         return {**_only(parameter.neutral), "description": f"{told}; not with this engine"}
     schema = _within(parameter.reader.schema, capabilities)
     if name in _OUTPUT_TOKENS and capabilities is not None:

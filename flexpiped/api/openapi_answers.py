@@ -39,6 +39,13 @@ def _answer(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+_CALL: Final = _object(
+    {
+        "id": _TEXT,
+        "type": {"const": "function"},
+        "function": _object({"name": _TEXT, "arguments": _TEXT}),
+    }
+)
 _MODEL: Final = _object(
     {
         "id": _TEXT,
@@ -53,7 +60,13 @@ _MODEL: Final = _object(
 SCHEMAS: Final[dict[str, Any]] = {
     "Completion": _answer("text_completion", {"text": _TEXT}),
     "ChatCompletion": _answer(
-        "chat.completion", {"message": _object({"role": _TEXT, "content": _TEXT_OR_NULL}, optional=())}
+        "chat.completion",
+        {
+            "message": _object(
+                {"role": _TEXT, "content": _TEXT_OR_NULL, "tool_calls": {"type": "array", "items": _CALL}},
+                optional=("tool_calls",),  # where there are some
+            )
+        },
     ),
     "Tokens": _object(
         {"count": _COUNT, "max_model_len": _COUNT, "tokens": {"type": "array", "items": _COUNT}, "token_strs": {}}

@@ -24,6 +24,7 @@ from flexpiped.api.fields import (
 )
 from flexpiped.api.inputs import MAX_PROMPTS, MESSAGES, PROMPT, Prompt, read_messages, read_prompts
 from flexpiped.api.structured import STRUCTURED, read_grammar
+from flexpiped.api.tools import TOOLS, Tools, read_tools
 from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NeutralValues, refuse_unsupported
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
@@ -127,23 +128,28 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """``messages`` have a role and a content each, nothing else."""
+    """``messages`` have a role and a content each, and what they say of tools. ``tools`` None: none are offered."""
 
     parameters: Parameters
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
+    tools: Tools | None = None
 
 
-def taken_here(capabilities: EngineCapabilities | None) -> frozenset[str]:
+def taken_here(capabilities: EngineCapabilities | None, *, calls_tools: bool = False) -> frozenset[str]:
     """Return the parameters that are honoured with this engine, besides those that are with every one.
 
     What an engine's own server does as well is left to that: it has more of the kind.
+
+    Args:
+        calls_tools: It is known how the model calls tools.
     """
     if capabilities is None:
         return frozenset()
     choices = CHOICES if capabilities.own_server is None else frozenset()
     logprobs = LOGPROBS if capabilities.own_server is None and capabilities.top_logprobs else frozenset()
     structured = STRUCTURED if capabilities.own_server is None and capabilities.grammars else frozenset()
-    return capabilities.engine_params | choices | logprobs | structured
+    tools = TOOLS if structured and calls_tools else frozenset()
+    return capabilities.engine_params | choices | logprobs | structured | tools
 
 
 def parse_completion(body: Body, *, taken: Set[str] = frozenset()) -> CompletionRequest:
@@ -165,7 +171,9 @@ def parse_chat(body: Body, *, taken: Set[str] = frozenset()) -> ChatRequest:
     refuse_unknown(body, CHAT_NAMES)
     refuse_unsupported(body, _without(taken - {"echo"}, CHAT_NEUTRAL))
     parameters = _parameters(body, _OF_CHAT, chat_choices, taken=taken)
-    return ChatRequest(messages=read_messages(body.get("messages")), parameters=parameters)
+    tools = read_tools(body, taken=taken, grammar=parameters.grammar)
+    messages = read_messages(body.get("messages"), with_tools=taken >= TOOLS)
+    return ChatRequest(messages=messages, parameters=parameters, tools=tools)
 
 
 def _without(taken: Set[str], neutral: NeutralValues) -> NeutralValues:

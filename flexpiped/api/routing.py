@@ -60,7 +60,14 @@ CHAT = Intake(
 )
 
 
-def route(intake: Intake[T], body: Body, *, served: str, capabilities: EngineCapabilities | None) -> T | ToEngine:
+def route(
+    intake: Intake[T],
+    body: Body,
+    *,
+    served: str,
+    capabilities: EngineCapabilities | None,
+    calls_tools: bool = False,
+) -> T | ToEngine:
     """Return the request as our pipeline takes it, or that it is the engine's.
 
     1. The engine has no server of its own: ours, or refused.
@@ -69,10 +76,13 @@ def route(intake: Intake[T], body: Body, *, served: str, capabilities: EngineCap
     4. Our parser says that it does not support a parameter or a value: the engine's. What is plainly wrong is refused.
     5. Else ours. What becomes the engine's must be of names that its server knows.
 
+    Args:
+        calls_tools: It is known how the model calls tools.
+
     Raises:
         ApiError: 400, with the parameter named.
     """
-    taken = taken_here(capabilities)
+    taken = taken_here(capabilities, calls_tools=calls_tools)
     own = None if capabilities is None else capabilities.own_server
     if own is None:
         return intake.parse(body, taken=taken)

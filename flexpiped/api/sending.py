@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineError
+from flexpiped.api.call_parser import CallDelta, joined
 from flexpiped.api.errors import ApiError, from_engine_error
 from flexpiped.api.generation import Piece
 from flexpiped.api.metrics import Observation, Outcome
@@ -23,9 +24,11 @@ class _Made:
     tokens: list[TokenReport] = field(default_factory=list)
     prompt: tuple[TokenReport, ...] = ()
     last: Piece | None = None
+    calls: list[CallDelta] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         self.texts.append(piece.text)
+        self.calls += piece.calls
         self.tokens += piece.tokens
         self.prompt = piece.prompt or self.prompt
         self.last = piece
@@ -42,6 +45,7 @@ class _Made:
             tokens=self.tokens,
             prompt=self.prompt,
             stop_reason=None if self.last is None else self.last.stop_reason,
+            calls=joined(self.calls),
         )
 
 

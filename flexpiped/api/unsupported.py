@@ -94,6 +94,11 @@ CHAT_NEUTRAL: NeutralValues = {
     "web_search_options": (),
 }
 
+_BECAUSE: Mapping[str, str] = {
+    "tools": " with this model and engine: its chat template shows no calls of a form that is known here (see "
+    "tool_format in the configuration), or its output cannot be kept to grammars"
+}
+
 
 def refuse_unsupported(body: Body, neutral: NeutralValues) -> None:
     """Return when every parameter of ``neutral`` is absent or has no effect.
@@ -105,7 +110,8 @@ def refuse_unsupported(body: Body, neutral: NeutralValues) -> None:
         if has_no_effect(body.get(name), values):
             continue
         hint = "; leave it out" if not values else f"; leave it out or give {_shown(values[0])}"
-        raise invalid(f"{name} is not supported{hint}", param=name, code="unsupported_parameter")
+        message = f"{name} is not supported{_BECAUSE.get(name, '')}{hint}"
+        raise invalid(message, param=name, code="unsupported_parameter")
 
 
 def has_no_effect(value: Any, neutral: tuple[Any, ...]) -> bool:

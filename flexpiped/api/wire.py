@@ -1,12 +1,13 @@
 """Answers as bytes. What is equal in all chunks of a stream is encoded once, so a token costs one small string."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
 
+from flexpiped.api.call_parser import CallDelta
 from flexpiped.api.errors import ApiError
 from flexpiped.api.generation import Piece
 from flexpiped.api.logprobs_wire import ChatLogprobs, CompletionLogprobs, prompt_to_wire
@@ -55,6 +56,7 @@ class Whole:
     tokens: Sequence[TokenReport] = ()
     prompt: Sequence[TokenReport] = ()
     stop_reason: str | int | None = None
+    calls: Sequence[CallDelta] = ()  # of tools, each as a whole
 
 
 class AnswerWire(Protocol):
@@ -155,10 +157,18 @@ class ChatWire:
         return event(self._chunk(index, {"role": "assistant", "content": ""}))
 
     def text(self, piece: Piece) -> bytes:
+        if piece.calls:
+            return self._calls(piece)
         if self._logprobs is None:
             before, after = self._around[piece.index]
             return before + _encode(piece.text) + after
         return event(self._chunk(piece.index, {"content": piece.text}, tokens=piece.tokens))
+
+    def _calls(self, piece: Piece) -> bytes:
+        """Events of content, if there is some, and of what is new of calls."""
+        content = self.text(replace(piece, calls=(), tokens=())) if piece.text else b""
+        delta = {"tool_calls": [_delta_to_wire(each) for each in piece.calls]}
+        return content + event(self._chunk(piece.index, delta, tokens=piece.tokens))
 
     def last(self, piece: Piece) -> bytes:
         text = self.text(piece) if piece.says_something else b""
@@ -171,7 +181,7 @@ class ChatWire:
         found = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": each.text, "refusal": None},
+                "message": _message(each),
                 "logprobs": None if self._logprobs is None else self._logprobs.to_wire(each.tokens),
                 "finish_reason": each.finish_reason,
             }
@@ -184,7 +194,7 @@ class ChatWire:
     def _chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         finish_reason: str | None = None,
         tokens: Sequence[TokenReport] = (),
         why: Mapping[str, Any] = MappingProxyType({}),
@@ -192,3 +202,19 @@ class ChatWire:
         logprobs = self._logprobs.to_wire(tokens) if tokens and self._logprobs is not None else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **why}
         return {**self._start, "choices": [choice], **self._rest}
+
+
+def _message(whole: Whole) -> dict[str, Any]:
+    content = None if whole.calls and not whole.text else whole.text
+    calls = {"tool_calls": [_call_to_wire(each) for each in whole.calls]} if whole.calls else {}
+    return {"role": "assistant", "content": content, "refusal": None, **calls}
+
+
+def _call_to_wire(call: CallDelta) -> dict[str, Any]:
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _delta_to_wire(delta: CallDelta) -> dict[str, Any]:
+    """Return a part of a call: the first one has all but the rest of the arguments."""
+    told = _call_to_wire(delta) if delta.name else {"function": {"arguments": delta.arguments}}
+    return {"index": delta.index, **told}

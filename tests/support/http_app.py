@@ -19,6 +19,7 @@ from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
+from flexpiped.api.tool_syntax import ToolCalls
 from flexpiped.keys import KeyRing
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.servers import listen_tcp, serving, url_of
@@ -136,6 +137,7 @@ async def http_app(
     spans: Spans | None = None,
     handovers: Handovers | None = None,
     sampling_defaults: Mapping[str, Any] = _NONE,
+    tool_calls: ToolCalls | None = None,
 ) -> AsyncIterator[HttpApp]:
     """Serve on 127.0.0.1 and any free port while the scope lasts. Seeds are 7, the time of creation is fixed."""
     engines = engines or FakeEngines(next_token=saying("Once upon a time"))
@@ -151,6 +153,7 @@ async def http_app(
         keys=keys,
         body_deadline_s=body_deadline_s,
         sampling_defaults=sampling_defaults,
+        tool_calls=tool_calls,
         new_seed=lambda: 7,
         wall_clock=lambda: float(CREATED_UNIX_S),
         created_unix_s=CREATED_UNIX_S,

@@ -6,9 +6,10 @@ Loaded by its command line (``SCHEMATHESIS_HOOKS``), in place of two of its own 
 import schemathesis
 from schemathesis import Case, CheckContext, Response
 
-# Between several parameters, or known to the tokenizer or the chat template only.
+# Between several parameters, within a string, or known to the tokenizer or the chat template only.
 NO_SCHEMA_SAYS = frozenset(
     {"context_length_exceeded", "contradiction", "invalid_grammar", "invalid_prompt", "unknown_token"}
+    | {"invalid_arguments"}
 )
 TOO_LATE = "deadline_exceeded"
 

@@ -62,14 +62,14 @@ def word_piece_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_model_directory(directory: Path) -> Path:
+def write_model_directory(directory: Path, *, chat_template: str = CHAT_TEMPLATE) -> Path:
     """Write what the text process needs of a model: tokenizer and chat template."""
     byte_level_tokenizer().save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory

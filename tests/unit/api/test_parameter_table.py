@@ -61,6 +61,7 @@ APIS = {
         of_vllm=own_server(()).chat_parameters,
     ),
 }
+TOOL = {"type": "function", "function": {"name": "paint"}}
 # One value that is not the default of each, so that honouring it shows.
 VALUES: dict[str, Any] = {
     "prompt": "other",
@@ -95,10 +96,19 @@ VALUES: dict[str, Any] = {
     "prompt_logprobs": 1,
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a+"},
+    "tools": [TOOL],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
 }
 WITHOUT_EFFECT = {"user"}  # names who asks, and is checked
-NEEDED_WITH: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
-ALL_TAKEN = taken_here(RICH_CAPABILITIES)
+NEEDED_WITH: dict[str, dict[str, Any]] = {
+    "stream_options": {"stream": True},
+    "top_logprobs": {"logprobs": True},
+    "tool_choice": {"tools": [TOOL]},
+    "parallel_tool_calls": {"tools": [TOOL]},
+}
+NOTHING_ALONE = {"parallel_tool_calls"}  # changes nothing where there are no tools
+ALL_TAKEN = taken_here(RICH_CAPABILITIES, calls_tools=True)
 
 
 @pytest.fixture(params=sorted(APIS))
@@ -141,10 +151,11 @@ def test_what_the_daemon_does_where_no_own_server_is_changes_the_request_or_is_r
         body = api.least | needed | {name: value_of(api, name)}
         before = api.parse(api.least | needed, taken=ALL_TAKEN)
         assert api.parse(body, taken=ALL_TAKEN) != before, name
-        with pytest.raises(ApiError) as caught:
-            api.parse(api.least | {name: value_of(api, name)})
-        assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
-        if name in api.of_vllm:
+        if name not in NOTHING_ALONE:
+            with pytest.raises(ApiError) as caught:
+                api.parse(api.least | {name: value_of(api, name)})
+            assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+        if name in api.of_vllm and name not in NOTHING_ALONE:
             assert route(api.intake, api.least | {name: value_of(api, name)}, served="tiny", capabilities=VLLM) == (
                 ToEngine(name)
             )
@@ -177,7 +188,7 @@ def refused_by_name(api: Api, body: dict[str, Any], name: str, capabilities: Eng
 @pytest.mark.parametrize("capabilities", [FAKE_CAPABILITIES, RICH_CAPABILITIES], ids=["plain", "rich"])
 def test_the_description_takes_what_the_parser_takes(api: Api, capabilities: EngineCapabilities) -> None:
     """Each parameter, with a value that is taken, neutral, or of another parameter."""
-    schema = request_schema(api.table, required=api.required, model="tiny", capabilities=capabilities)
+    schema = request_schema(api.table, required=api.required, model="tiny", capabilities=capabilities, calls_tools=True)
     described = jsonschema.Draft202012Validator(schema)
     for name, parameter in api.table.items():
         values = [None, *parameter.neutral, *VALUES.values(), 0, -1, 1.5, "", [], {}, True, False]
@@ -193,7 +204,7 @@ def value_of(api: Api, name: str) -> Any:
 
 def is_taken(api: Api, body: dict[str, Any], capabilities: EngineCapabilities) -> bool:
     try:
-        parsed = api.parse(body, taken=taken_here(capabilities))
+        parsed = api.parse(body, taken=taken_here(capabilities, calls_tools=True))
     except ApiError as refused:
         return refused.code == "contradiction"  # between parameters: no schema says so
     return parsed.parameters.model in (None, "tiny") and () not in getattr(parsed, "prompts", ())
