@@ -100,7 +100,7 @@ class Service:
         self._journal: Journal = journal_of(
             settings.journal, environment=os.environ, instance=str(admin_socket), on_failure=log_events.journal_failed
         )
-        self._decisions = EventLog(capacity=DECISIONS_KEPT)  # of the model that the dashboard shows
+        self._decisions = EventLog(capacity=DECISIONS_KEPT)  # of all models, for the dashboard
         self._handover_numbers, self._planning = count(1), asyncio.Lock()
         self._hardware: Hardware | None = None
         self._parameters = ParameterKeeper(
@@ -305,8 +305,8 @@ class Service:
         return first if first is not None and "model" not in request.query else picked(self._models, request)
 
     def _note_decision(self, name: str, decision: Event) -> None:
-        if self._models.first is not None and name == self._models.first.name:
-            self._decisions.publish(decision.kind, decision.message, **decision.fields)
+        named = {"model": name} if self._models.are_named else {}
+        self._decisions.publish(decision.kind, decision.message, **decision.fields, **named)
 
     def _serving(
         self, app: web.Application, listener: socket.socket, *, shutdown_s: float
@@ -333,12 +333,17 @@ class Service:
         self.events.publish(EventKind.DAEMON, f"starting flexpiped {flexpiped.__version__} with {self.source}")
 
     def _feed_dashboards(self, stack: AsyncExitStack, status: ModelsStatus, hardware: Hardware) -> Feed:
-        nothing = LoadSampler()
+        nothing, entries = LoadSampler(), self._models.entries
+
+        def service(name: str) -> ModelService | None:
+            return entries[name].service if name in entries else None
+
         feed = Feed(
             Sources(
                 status=status,
-                tokens_per_s=lambda: None if self._shown is None else self._shown.status.tokens_per_s,
-                load=lambda: (nothing if self._shown is None else self._shown.load).observe(),
+                models=lambda: tuple(self._models.entries),
+                tokens_per_s=lambda name: None if (of := service(name)) is None else of.status.tokens_per_s,
+                load=lambda name: (nothing if (of := service(name)) is None else of.load).observe(),
                 events=self.events,
                 decisions=self._decisions,
                 topology=hardware.look,

@@ -1,12 +1,14 @@
 """Feeds every open dashboard from one place: the daemon is read once a second, however many look on.
 
+Of several models a dashboard shows the one that it asks for, or the first.
+
 Points of the plots are kept whether or not anybody looks, so that a page that opens shows the last quarter of an hour.
 The rest is read only while somebody does: it asks engines and the memory of their processes.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -33,12 +35,14 @@ class NoStream(Exception):
 class Sources:
     """Where everything comes from that is shown: what ``flexctl`` is answered from, too.
 
-    ``load`` is what the policy sees; ``topology`` looks at the hardware, and blocks.
+    ``models`` are the names of all models, the first first. ``load`` is what the policy of one sees; ``topology`` looks
+    at the hardware, and blocks. Events and decisions bear the name of their model where there are several.
     """
 
     status: StatusSource
-    tokens_per_s: Callable[[], float | None]
-    load: Callable[[], Observation]
+    models: Callable[[], Sequence[str]]
+    tokens_per_s: Callable[[str], float | None]
+    load: Callable[[str], Observation]
     events: EventLog
     decisions: EventLog
     topology: Callable[[], Mapping[str, Any]]
@@ -46,8 +50,9 @@ class Sources:
 
 @dataclass(slots=True, kw_only=True)
 class _Seen:
-    """How far one watcher has come."""
+    """How far one watcher has come, and of which model; empty: of the first."""
 
+    model: str
     event: int
     decision: int
     status: int
@@ -70,8 +75,8 @@ class Feed:
         self._period_s = period_s
         self._wall_clock = wall_clock
         self._monotonic_clock = monotonic_clock
-        self._series = Series(kept=_POINTS_KEPT)
-        self._point: tuple[int, Point | None] = (0, None)  # each with the number of its reading
+        self._series: dict[str, Series] = {}  # by model
+        self._point: tuple[int, Mapping[str, Point]] = (0, {})  # each with the number of its reading
         self._status: tuple[int, Mapping[str, Any]] = (0, {})
         self._topology: tuple[int, Mapping[str, Any]] = (0, {})
         self._topology_read_s: float | None = None
@@ -101,9 +106,10 @@ class Feed:
         self._is_closed = True
         self.end_streams(reason)
 
-    async def watch(self) -> AsyncIterator[Message]:
+    async def watch(self, model: str = "") -> AsyncIterator[Message]:
         """Yield what was before, then what is new as it comes, until the feed ends the stream.
 
+        Of ``model``, or of the first where there is none of that name.
         A watcher that is slow gets the newest status and no older one; events it gets as far as the logs go back.
 
         Raises:
@@ -114,8 +120,8 @@ class Feed:
             await self._read()
             if not self._status[1]:
                 raise NoStream(f"the engine has not answered for {_STATUS_DEADLINE_S:g} s")
-            seen = self._now()
-            yield self._hello()
+            seen = self._now(model)
+            yield self._hello(model)
             while generation == self._generation:
                 changed = self._changed
                 for message in self._news(seen):
@@ -167,11 +173,15 @@ class Feed:
             self._tell()
 
     def _add_point(self) -> None:
-        point = point_of(
-            self._sources.load(), time_unix_s=self._wall_clock(), tokens_per_s=self._sources.tokens_per_s()
-        )
-        self._series.add(point)
-        self._point = (self._point[0] + 1, point)
+        sources, now_unix_s = self._sources, self._wall_clock()
+        points = {
+            name: point_of(sources.load(name), time_unix_s=now_unix_s, tokens_per_s=sources.tokens_per_s(name))
+            for name in sources.models()
+        }
+        self._series = {name: self._series.get(name) or Series(kept=_POINTS_KEPT) for name in points}
+        for name, point in points.items():
+            self._series[name].add(point)
+        self._point = (self._point[0] + 1, points)
 
     async def _read(self) -> None:
         """Read status and topology anew; two that want it at once share one reading after the other."""
@@ -190,8 +200,25 @@ class Feed:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _now(self) -> _Seen:
+    def _shown(self, model: str) -> str:
+        """Return the name of the model that is shown to who asks for ``model``; empty: there is none at all."""
+        models = self._sources.models()
+        return model if model in models else next(iter(models), "")
+
+    def _status_of(self, model: str) -> Mapping[str, Any]:
+        """Return the status as it is where that model is the first."""
+        status, shown = self._status[1], self._shown(model)
+        own = next((each for each in status.get("models", ()) if each["model"]["name"] == shown), None)
+        return status if own is None else {**own, "models": status["models"]}
+
+    def _decided(self, model: str, events: Sequence[Event]) -> Iterator[Event]:
+        """Yield the decisions about the model that is shown."""
+        shown = self._shown(model)
+        return (each for each in events if each.fields.get("model", shown) == shown)
+
+    def _now(self, model: str) -> _Seen:
         return _Seen(
+            model=model,
             event=self._sources.events.last_sequence,
             decision=self._sources.decisions.last_sequence,
             status=self._status[0],
@@ -199,16 +226,18 @@ class Feed:
             topology=self._topology[0],
         )
 
-    def _hello(self) -> Message:
+    def _hello(self, model: str) -> Message:
+        shown = self._shown(model)
+        series = self._series.get(shown) or Series(kept=_POINTS_KEPT)
         data = {
             "now_unix_s": self._wall_clock(),
             "period_s": self._period_s,
-            "cv_windows_s": [window.window_s for window in self._sources.load().windows],
-            "status": self._status[1],
+            "cv_windows_s": [window.window_s for window in self._sources.load(shown).windows],
+            "status": self._status_of(model),
             "topology": self._topology[1],
-            "points": self._series.to_wire(),
-            "events": _last(self._sources.events),
-            "decisions": _last(self._sources.decisions),
+            "points": series.to_wire(),
+            "events": _last(self._sources.events.since(0)),
+            "decisions": _last(tuple(self._decided(model, self._sources.decisions.since(0)))),
         }
         return Message(topic=Topic.HELLO, data=data)
 
@@ -217,24 +246,26 @@ class Feed:
         for event in self._sources.events.since(seen.event):
             seen.event = event.sequence
             yield Message(topic=Topic.EVENT, data=event.to_wire())
-        for decision in self._sources.decisions.since(seen.decision):
-            seen.decision = decision.sequence
+        new = self._sources.decisions.since(seen.decision)
+        seen.decision = new[-1].sequence if new else seen.decision
+        for decision in self._decided(seen.model, new):
             yield Message(topic=Topic.DECISION, data=decision.to_wire())
         if seen.topology != self._topology[0]:
             seen.topology = self._topology[0]
             yield Message(topic=Topic.TOPOLOGY, data=self._topology[1])
         if seen.status != self._status[0]:
             seen.status = self._status[0]
-            yield Message(topic=Topic.STATUS, data=self._status[1])
-        number, point = self._point
+            yield Message(topic=Topic.STATUS, data=self._status_of(seen.model))
+        number, points = self._point
+        point = points.get(self._shown(seen.model))
         if seen.point != number and point is not None:
             seen.point = number
             yield Message(topic=Topic.POINT, data=asdict(point))
 
 
-def _last(log: EventLog) -> list[dict[str, Any]]:
-    """Return the newest events of a log, of each handover without its progress but the last report."""
-    newest = [event for event in log.since(0) if event.kind is not EventKind.MISSED]
+def _last(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return the newest of these events, of each handover without its progress but the last report."""
+    newest = [event for event in events if event.kind is not EventKind.MISSED]
     last_report = {event.fields["handover"]: event for event in newest if event.fields.get("state") == "progress"}
     shown = [
         event

@@ -6,6 +6,7 @@ POST /dashboard/plan       as POST /plan of the admin API (scope admin, as the r
 POST /dashboard/preview    a body of POST /rebalance, as a dry run
 POST /dashboard/rebalance, /dashboard/rebalance/cancel  as there
 
+Of several models each is about that of ?model=NAME, else about the first.
 Keys are checked by the application's middleware (``flexpiped.api.access``), which knows these paths.
 """
 
@@ -85,7 +86,7 @@ class Dashboard:
         headers = {**SECURITY_HEADERS, **_STREAM_HEADERS}
         response = web.StreamResponse(headers=headers)
         try:
-            async with closing(self._feed.watch()) as messages:
+            async with closing(self._feed.watch(request.query.get("model", ""))) as messages:
                 async for message in messages:
                     if message.topic is Topic.HELLO:
                         await response.prepare(request)

@@ -111,7 +111,16 @@ class Page:
 
     async def press(self, key: str, *, text: str = "") -> None:
         """Press a key, as a user does who has no mouse."""
-        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Space": 32}
+        codes = {
+            "Tab": 9,
+            "Enter": 13,
+            "Escape": 27,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+            "Space": 32,
+        }
         name = " " if key == "Space" else key
         typed = {"Enter": "\r", "Space": " "}.get(key, text)
         more = {"text": typed} if typed else {}

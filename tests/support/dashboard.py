@@ -115,10 +115,12 @@ def _sources(
     hardware = Hardware(
         Settings(devices=DeviceSettings(cpu_count=8)), python=sys.executable, state=folder / "links.json"
     )
+    sampler = LoadSampler()
     return Sources(
         status=status,
-        tokens_per_s=lambda: status.tokens_per_s,
-        load=LoadSampler().observe,
+        models=lambda: ("demo",),
+        tokens_per_s=lambda _model: status.tokens_per_s,
+        load=lambda _model: sampler.observe(),
         events=events,
         decisions=decisions,
         topology=hardware.look,

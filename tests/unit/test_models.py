@@ -104,11 +104,12 @@ async def test_two_models_are_picked_by_name_and_one_stops_and_starts(tmp_path: 
         status, body = await stand.complete(None)
         assert (status, body["error"]["code"]) == (400, "missing_model")
 
-        async with stand.api.get("/dashboard/stream") as stream:  # it shows the first, and names both
-            while not (line := await stream.content.readline()).startswith(b'data: {"now_unix_s"'):
-                assert line
-            shown = json.loads(line.removeprefix(b"data: "))["status"]
-            assert [shown["model"]["name"], *(each["model"]["name"] for each in shown["models"])] == ["a", "a", "b"]
+        for query, name in (("", "a"), ("?model=b", "b"), ("?model=c", "a")):  # there is no c, so the first
+            async with stand.api.get(f"/dashboard/stream{query}") as stream:
+                while not (line := await stream.content.readline()).startswith(b'data: {"now_unix_s"'):
+                    assert line
+                shown = json.loads(line.removeprefix(b"data: "))["status"]
+            assert [shown["model"]["name"], *(each["model"]["name"] for each in shown["models"])] == [name, "a", "b"]
         status, body = await stand.ask("/rebalance", {"stages": 2})
         assert (status, body["error"]["code"]) == (400, "which_model")
         _, events = await stand.ask("/rebalance?model=a", {"stages": 3, "wait": True})
@@ -117,6 +118,9 @@ async def test_two_models_are_picked_by_name_and_one_stops_and_starts(tmp_path: 
 
         ended = await stand.change("stop", model="a")
         assert ended["fields"]["result"] == "done"
+        said = [(event.fields.get("model"), event.message) for event in stand.service.events.since(0)]
+        assert ("a", "model a is being stopped") in said
+        assert "the daemon is shutting down" not in [message for _, message in said]
         status, body = await stand.complete("a")
         assert (status, body["error"]["code"]) == (503, "stopped")
         assert (await stand.complete("b"))[0] == 200

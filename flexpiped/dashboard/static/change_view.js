@@ -20,6 +20,7 @@ export class ChangeView {
   #why = el("p", { class: "note said" });
   #rights = { may_preview: false, why_no_change: "" };
   #isTouched = false;
+  #model = ""; // the name of the one that is shown, where there are several
 
   /** `ask(path, body)` asks the daemon; `onPreview(proposal)` draws one, or none. */
   constructor(form, frame, ask, onPreview) {
@@ -41,6 +42,12 @@ export class ChangeView {
 
   update(status, rights) {
     this.#rights = rights;
+    const model = status.models ? status.model.name : "";
+    if (model !== this.#model) {
+      this.#model = model;
+      this.#isTouched = false;
+      this.discard(); // it was of another model
+    }
     const replicas = replicasOf(status);
     this.#button.disabled = !rights.may_preview || replicas.length === 0;
     this.#stages.max = Math.max(1, ...replicas.map((replica) => decodersOf(replica.stages)));
@@ -88,7 +95,7 @@ export class ChangeView {
 
   #choices(proposal, stages) {
     if (this.#rights.why_no_change) {
-      const command = `flexctl rebalance${stages === "auto" ? "" : ` --stages ${stages}`}${proposal.on === null ? "" : ` --on ${proposal.on}`}`;
+      const command = `flexctl rebalance${this.#model === "" ? "" : ` --model ${this.#model}`}${stages === "auto" ? "" : ` --stages ${stages}`}${proposal.on === null ? "" : ` --on ${proposal.on}`}`;
       return el("div", {},
         el("p", { class: "said" }, `From here ${this.#rights.why_no_change}. On the host:`),
         el("code", { class: "command" }, command),

@@ -16,14 +16,14 @@ export class Refused extends Error {
 
 /**
  * Read the stream until `signal` is aborted, again whenever it ends. A key is waited for where one is asked for.
- * `on.message(topic, data)`, `on.lost(reason)`; `on.keyWanted(reason)` resolves when another key may be tried.
+ * Of several models it is of `model`. `on.message(topic, data)`, `on.lost(reason)`; `on.keyWanted(reason)` resolves when another key may be tried.
  */
-export async function follow(key, on, signal) {
+export async function follow(key, on, signal, model = "") {
   let pause = FIRST_PAUSE_MS;
   while (!signal.aborted) {
     let reason = "the daemon ended the stream";
     try {
-      reason = await readOnce(key, on, signal, () => { pause = FIRST_PAUSE_MS; });
+      reason = await readOnce(key, on, signal, model, () => { pause = FIRST_PAUSE_MS; });
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Refused && (error.status === 401 || error.status === 403)) {
@@ -40,12 +40,12 @@ export async function follow(key, on, signal) {
   }
 }
 
-/** Ask for something in JSON; return the answer. Throws `Refused`. */
-export async function ask(path, body, key) {
+/** Ask for something in JSON, of that model; return the answer. Throws `Refused`. */
+export async function ask(path, body, key, model = "") {
   const headers = { "Content-Type": "application/json", ...authorization(key) };
   let answer;
   try {
-    answer = await fetch(`dashboard/${path}`, { method: "POST", headers, body: JSON.stringify(body), cache: "no-store" });
+    answer = await fetch(`dashboard/${path}${ofModel(model)}`, { method: "POST", headers, body: JSON.stringify(body), cache: "no-store" });
   } catch {
     throw new Refused("the daemon does not answer", 0);
   }
@@ -53,12 +53,12 @@ export async function ask(path, body, key) {
   return answer.json();
 }
 
-async function readOnce(key, on, signal, alive) {
+async function readOnce(key, on, signal, model, alive) {
   const silence = new AbortController();
   const either = AbortSignal.any([signal, silence.signal]);
   let timer = setTimeout(() => silence.abort(), SILENCE_MS);
   try {
-    const answer = await fetch("dashboard/stream", { headers: authorization(key), cache: "no-store", signal: either });
+    const answer = await fetch(`dashboard/stream${ofModel(model)}`, { headers: authorization(key), cache: "no-store", signal: either });
     if (!answer.ok) throw await refusal(answer);
     const events = new EventReader();
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -86,6 +86,11 @@ async function refusal(answer) {
     // something between here and the daemon answered in its own words
   }
   return new Refused(message, answer.status);
+}
+
+/** The only model of a daemon needs no name. */
+function ofModel(model) {
+  return model === "" ? "" : `?model=${encodeURIComponent(model)}`;
 }
 
 function authorization(key) {

@@ -53,7 +53,7 @@ function happened(event) {
   const tag = result === "done" ? "tag good" : result ? "tag bad" : "tag";
   const subject = event.fields.handover === undefined ? event.kind : `handover #${event.fields.handover}`;
   return el("li", {},
-    el("p", { class: "meta" }, el("span", { class: tag }, subject), el("time", {}, clock(event.time_unix_s))),
+    el("p", { class: "meta" }, el("span", { class: tag }, subject), event.fields.model ? el("span", {}, event.fields.model) : null, el("time", {}, clock(event.time_unix_s))),
     el("p", {}, arrows(event.message)),
   );
 }

@@ -10,6 +10,7 @@ import { drawingOf } from "./layers.js";
 import { LayoutView } from "./layout_view.js";
 import { drawLinks } from "./links_view.js";
 import { drawDecisions, drawEvents } from "./lists_view.js";
+import { ModelChoice } from "./model_choice.js";
 import { drawHead, drawTiles } from "./now_view.js";
 import { Plots } from "./plots.js";
 import { shownLayout } from "./shown_layout.js";
@@ -21,7 +22,8 @@ const store = new Store();
 const layout = new LayoutView(byId("layout-drawing"));
 const plots = new Plots(byId("plots"), byId("span"));
 let preview = null;
-const change = new ChangeView(byId("change"), byId("preview"), (path, body) => ask(path, body, key), (proposal) => {
+const choice = new ModelChoice(byId("models"), start);
+const change = new ChangeView(byId("change"), byId("preview"), (path, body) => ask(path, body, key, choice.of(store.status)), (proposal) => {
   preview = proposal;
   schedule("status");
 });
@@ -44,6 +46,7 @@ function draw() {
   if (topics.has("hello")) plots.forget();
   if (any("status")) {
     drawHead(store.status);
+    choice.draw(store.status);
     drawStages(byId("stages"), store.status, store.topology);
     say(byId("auto-mode"), store.status.auto ? `auto ${store.status.auto.mode}` : "");
   }
@@ -73,7 +76,7 @@ function mayChange() {
 
 async function rollBack() {
   try {
-    said = (await ask("rebalance/cancel", {}, key)).message;
+    said = (await ask("rebalance/cancel", {}, key, choice.of(store.status))).message;
   } catch (error) {
     said = error.message;
   }
@@ -106,7 +109,7 @@ function start() {
     lost: (reason) => connected(false, reason),
     keyWanted: (reason) => askForKey(reason),
   };
-  follow(key, on, stream.signal);
+  follow(key, on, stream.signal, choice.wanted);
 }
 
 store.listen((topic) => {

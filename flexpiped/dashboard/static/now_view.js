@@ -15,19 +15,12 @@ export function drawHead(status) {
     status.epoch === null ? null : `epoch ${status.epoch}`,
     status.auto ? `auto ${status.auto.mode}` : null,
     `up ${age(status.uptime_s)}`,
-    othersText(status),
   ].filter(Boolean);
   fill(byId("facts"), facts.map((fact) => el("span", {}, fact)));
   say(set(byId("state"), { "data-state": status.state }), status.state);
   const foot = [`flexpiped ${status.version}`, `model ${status.model.path}`, `API ${status.api_url}`];
   fill(byId("foot"), foot.map((fact) => el("span", {}, fact)));
   document.title = `${status.model.name}: ${status.state} - flexpiped`;
-}
-
-/** Which other models the daemon serves: the page shows the first. */
-function othersText(status) {
-  const others = (status.models ?? []).slice(1).map((each) => `${each.model.name} (${each.state})`);
-  return others.length === 0 ? null : `also here, shown by flexctl: ${others.join(", ")}`;
 }
 
 export function drawTiles(status, point) {
