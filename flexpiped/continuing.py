@@ -28,7 +28,7 @@ async def continued(request: GenerationRequest, *, flights: Flights, find: FindE
     Raises:
         InvalidRequest: Before the first chunk.
         EngineDied: There is no engine for good, or they keep dying over this request.
-        EngineClosed: The daemon is shutting down.
+        EngineClosed: The daemon or the model is being stopped.
     """
     generated = list(request.generated_token_ids)
     engine: Engine | None = None

@@ -39,6 +39,7 @@ class EngineStart:
         held: What other models hold of the devices.
         planning: Held while it plans: models that share devices plan one after the other.
         survivors: Engines that were there before the daemon.
+        why_closed: Asked when the engines are ended.
         parameters: Keeps some in the memory of the host.
     """
 
@@ -58,6 +59,7 @@ class EngineStart:
         held: Callable[[], Held],
         planning: asyncio.Lock,
         survivors: Survivors,
+        why_closed: Callable[[], str],
         parameters: ParameterKeeper | None = None,
     ) -> None:
         self._parameters = parameters
@@ -65,6 +67,7 @@ class EngineStart:
         self._held = held
         self._planning = planning
         self._survivors = survivors
+        self._why_closed = why_closed
         self._settings = settings
         self._source = source
         self._in_force = in_force
@@ -206,7 +209,7 @@ class EngineStart:
             wait_deadline_s=self._settings().admission.engine_wait_s,
             on_change=self._on_change,
         )
-        stack.push_async_callback(replicas.close)
+        stack.push_async_callback(lambda: replicas.close(self._why_closed()))
         stack.callback(self._survivors.leave)  # after what is under way has been rolled back
         stack.push_async_callback(self._refactorings.close)
         self._in_force.replicas = replicas

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TextIO
 
 import structlog
@@ -26,6 +27,11 @@ def configure_logging(settings: LogSettings, *, stream: TextIO | None = None) ->
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(stream=stream, level=max(level, logging.WARNING))
+
+
+def of_model(name: str) -> AbstractContextManager[None]:
+    """Return a scope whose log lines bear the model's name, and those of tasks that begin there; empty: they do not."""
+    return structlog.contextvars.bound_contextvars(model=name) if name else nullcontext()
 
 
 def _renderers(chosen: LogFormat, *, is_terminal: bool) -> list[structlog.typing.Processor]:

@@ -16,6 +16,7 @@ from typing import Protocol
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
 from flexpiped.device_sharing import Held, together
+from flexpiped.log import of_model
 from flexpiped.model_entry import NOT_STARTED, STOPPED, Entry
 from flexpiped.model_service import ModelService
 from flexpiped.model_settings import ModelSpec
@@ -127,7 +128,8 @@ class ModelLives:
             else:
                 entry.service, entry.has_given_up = service, False
             try:
-                await service.start()
+                with of_model(self._told_apart(entry)):
+                    await service.start()
             except BaseException as error:
                 if not beside:
                     entry.service = None
@@ -142,7 +144,8 @@ class ModelLives:
     def put(self, entry: Entry, service: ModelService) -> None:
         """Have a service that has started take the model's requests from now on."""
         entry.service, entry.has_given_up = service, False
-        entry.backend = self._serve(service)
+        with of_model(self._told_apart(entry)):
+            entry.backend = self._serve(service)
 
     async def retire(self, entry: Entry, deadline_s: float | None) -> str:
         """End what serves a model, which has no requests from now on. Return in words what came of those it had."""
@@ -155,7 +158,9 @@ class ModelLives:
         self._apart.append(service)
         late = 0
         try:
-            service.begin_drain("it stops: streams in flight are finishing")
+            service.begin_drain(
+                "streams in flight are finishing", closed_because=f"model {service.name} is being stopped"
+            )
             await service.end_control()
             if backend is not None:
                 with suppress(TimeoutError):
@@ -171,14 +176,15 @@ class ModelLives:
         self, entry: Entry, spec: ModelSpec, tell: Tell, *, instead_of: ModelService | None = None
     ) -> ModelService:
         made: list[ModelService] = []
-        service = self._make(
-            spec,
-            name=entry.name,
-            metrics=entry.metrics,
-            held=lambda: self.held_beside(next(iter(made), None), instead_of=instead_of),
-            on_progress=tell,
-            on_given_up=lambda reason: self._given_up(entry, made[0], reason),
-        )
+        with of_model(self._told_apart(entry)):
+            service = self._make(
+                spec,
+                name=entry.name,
+                metrics=entry.metrics,
+                held=lambda: self.held_beside(next(iter(made), None), instead_of=instead_of),
+                on_progress=tell,
+                on_given_up=lambda reason: self._given_up(entry, made[0], reason),
+            )
         made.append(service)
         return service
 
@@ -188,3 +194,7 @@ class ModelLives:
         entry.has_given_up = True
         if all(not each.is_to_serve or each.has_given_up or each.service is None for each in self._entries.values()):
             self._on_all_given_up(reason)
+
+    def _told_apart(self, entry: Entry) -> str:
+        """Return the model's name, where models are told apart by names; else nothing."""
+        return entry.name if any(each.configured.table for each in self._entries.values()) else ""

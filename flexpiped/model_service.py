@@ -40,7 +40,7 @@ from flexpiped.refactoring import Refactorings, Started
 from flexpiped.replicas import Replicas
 from flexpiped.settings import SamplingDefaults, Settings
 from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
-from flexpiped.supervision import Supervision, SupervisorState
+from flexpiped.supervision import SHUTTING_DOWN, Supervision, SupervisorState
 from flexpiped.survivors import Survivors
 from flexpiped.tracing import TracedLoad
 from flexpiped.watches import watch_text
@@ -110,6 +110,7 @@ class ModelService:
         self._parameters = parameters
         self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
         self._reason = "starting"
+        self._closed_because = SHUTTING_DOWN
         self.sampling_defaults: Mapping[str, Any] = {}
         self._further: tuple[Pipeline, ...] = ()  # replicas that are to come back beside the first
         self._text: TextService | None = None
@@ -277,6 +278,7 @@ class ModelService:
             held=self._held,
             planning=self._planning,
             survivors=self._survivors,
+            why_closed=lambda: self._closed_because,
             parameters=self._parameters,
         )
         await self._start_both(model, engine_start)
@@ -325,9 +327,9 @@ class ModelService:
         coming = self.refactorings.bring_back(self._further) if self._further else None
         self._run_beside(control, self._get_whole(coming), name="replicas-restored")
 
-    def begin_drain(self, reason: str) -> None:
-        """Take no request and no change any more."""
-        self._phase, self._reason = ServiceState.DRAINING, reason
+    def begin_drain(self, reason: str, *, closed_because: str = SHUTTING_DOWN) -> None:
+        """Take no request and no change any more. ``closed_because``: why its engines end then."""
+        self._phase, self._reason, self._closed_because = ServiceState.DRAINING, reason, closed_because
 
     async def end_control(self) -> None:
         """End what runs beside the service; requests go on. Idempotent."""
@@ -397,7 +399,8 @@ class ModelService:
 
     def _against_change(self) -> str:
         if self._phase is ServiceState.DRAINING:
-            return f"the daemon is draining: {self._reason}"
+            is_daemon = self._closed_because == SHUTTING_DOWN
+            return f"{'the daemon is draining' if is_daemon else self._closed_because}: {self._reason}"
         replicas = self._in_force.replicas
         if self._phase is ServiceState.STARTING and replicas is not None and replicas.engine is not None:
             return f"the daemon is starting: {self._reason}"  # those replicas come first that are to come back

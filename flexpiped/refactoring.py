@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Final, Protocol
@@ -155,6 +156,7 @@ class Refactorings:
         self._wall_clock = wall_clock
         self._deciding = False  # a request is between its acceptance and its start
         self._running: _Running | None = None
+        self._context = copy_context()  # log lines bear the model's name, whoever asks for a change
         self._task: asyncio.Task[None] | None = None
         self._history: deque[HandoverRecord] = deque(maxlen=HISTORY)
 
@@ -329,8 +331,9 @@ class Refactorings:
         self._running = running
         since = self._events.last_sequence
         self._publish(running, f"plan: {proposal.stages_text}", state="plan", **proposal_to_wire(proposal))
-        log_events.refactoring_started(number=running.number, stages=proposal.stages_text)
-        self._task = asyncio.create_task(self._run(running, reports), name=f"refactoring-{running.number}")
+        self._task = asyncio.create_task(
+            self._run(running, reports), name=f"refactoring-{running.number}", context=self._context.copy()
+        )
         return Started(number=running.number, proposal=proposal, since=since)
 
     def _ways(self, proposal: Proposal) -> tuple[AsyncIterator[RefactorProgress], Callable[[], Awaitable[bool]]]:
@@ -348,6 +351,7 @@ class Refactorings:
         return engine.refactor(proposal.target), engine.cancel_refactor
 
     async def _run(self, running: _Running, reports: AsyncIterator[RefactorProgress]) -> None:
+        log_events.refactoring_started(number=running.number, stages=running.proposal.stages_text)
         result, message = HandoverResult.FAILED, "it ended without a last report"
         try:
             async with closing(reports):

@@ -23,7 +23,7 @@ from flexpiped.replica import Replica, ReplicaState
 from flexpiped.replica_facts import ReplicaFacts
 from flexpiped.replica_routing import route
 from flexpiped.status import ReplicaStatus
-from flexpiped.supervision import Supervision, SupervisorState
+from flexpiped.supervision import SHUTTING_DOWN, Supervision, SupervisorState
 from flexpiped.supervisor import EngineFactory, Supervisor
 from planner.layout import Pipeline
 
@@ -174,7 +174,7 @@ class Replicas:
             await supervisor.start()
         except BaseException:
             self._all.remove(replica)
-            await supervisor.close()
+            await supervisor.close(f"replica {number} did not start")
             self._tell_change()
             raise
         replica.state = ReplicaState.SERVING
@@ -198,14 +198,14 @@ class Replicas:
                     await engine.drain()
         return await self._end(replica)
 
-    async def close(self) -> None:
-        """End all engines; requests in flight end with ``EngineClosed``. Idempotent."""
-        self._closing = "the daemon is shutting down"
+    async def close(self, reason: str = SHUTTING_DOWN) -> None:
+        """End all engines; requests in flight end with ``EngineClosed``, which says ``reason``. Idempotent."""
+        self._closing = reason
         for task in self._leaving:
             task.cancel()
         if self._leaving:
             await asyncio.wait(self._leaving)
-        await asyncio.gather(*(each.supervisor.close() for each in self._all))
+        await asyncio.gather(*(each.supervisor.close(reason) for each in self._all))
         for each in self._all:
             await each.facts.close()
         self._tell_change()
@@ -234,7 +234,7 @@ class Replicas:
         Raises:
             InvalidRequest: Before the first chunk.
             EngineDied: No engine serves any more, or they keep dying over this request.
-            EngineClosed: The daemon is shutting down.
+            EngineClosed: The daemon or the model is being stopped.
         """
         return continued(request, flights=self.flights, find=self._find)
 
@@ -243,7 +243,7 @@ class Replicas:
 
         Raises:
             EngineDied: All have failed for good, or none serves within the time that a request may wait.
-            EngineClosed: The daemon is shutting down.
+            EngineClosed: The daemon or the model is being stopped.
         """
         return min(await self._ready(other_than), key=lambda each: len(self.flights.at(each)))
 
@@ -286,7 +286,7 @@ class Replicas:
         left = self.flights.at(engine) if engine is not None else ()
         for flight in left:
             await flight.take_off()
-        await replica.supervisor.close()
+        await replica.supervisor.close(f"replica {replica.number} is not needed any more")
         await replica.facts.close()
         if replica in self._all:
             self._all.remove(replica)

@@ -7,6 +7,7 @@ from typing import assert_never
 from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, SamplingParams
 from engines.restarts import GiveUp, Restart, RestartPolicy, after_death
 
+SHUTTING_DOWN = "the daemon is shutting down"
 FRUITLESS_DEATHS = 3  # a request that was in flight at so many deaths in a row without a token between is not run again
 
 
@@ -73,7 +74,9 @@ class WakeAsked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseAsked:
-    """The owner wants it to end."""
+    """The owner wants it to end, for this reason."""
+
+    reason: str
 
 
 Event = Started | Succeeded | Died | SuccessorLost | SleepAsked | WakeAsked | CloseAsked
@@ -119,8 +122,8 @@ def step(
             return replace(old, state=SupervisorState.ASLEEP, reason=f"asleep, until a request comes: {why}"), None
         case WakeAsked():
             return replace(old, state=SupervisorState.STARTING, reason="the engine is waking up; requests wait"), None
-        case CloseAsked():
-            return replace(old, state=SupervisorState.CLOSING, reason="the daemon is shutting down"), None
+        case CloseAsked(reason=why):
+            return replace(old, state=SupervisorState.CLOSING, reason=why), None
         case _:
             assert_never(event)
 

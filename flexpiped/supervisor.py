@@ -17,6 +17,7 @@ from flexpiped.continuing import continued
 from flexpiped.flight import Flight, Flights
 from flexpiped.supervision import (
     INITIAL,
+    SHUTTING_DOWN,
     CloseAsked,
     Died,
     Event,
@@ -149,13 +150,13 @@ class Supervisor:
         self._adopt(engine)
         self._watching = asyncio.create_task(self._watch(engine), name="supervisor")
 
-    async def close(self) -> None:
+    async def close(self, reason: str = SHUTTING_DOWN) -> None:
         """End all engines; requests in flight end with ``EngineClosed``. Idempotent."""
-        self._apply(CloseAsked())
+        self._apply(CloseAsked(reason=reason))
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])  # one that ended by an error keeps nothing from being closed
-        await self.discard_second("the daemon is shutting down")
+        await self.discard_second(reason)
         engine, self._engine = self._engine, None
         for each in (engine, *self._ending):
             if each is not None:

@@ -1,5 +1,6 @@
 """Log lines: for people or for programs, and events with stable names and fields."""
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from flexpiped import log_events
-from flexpiped.log import configure_logging
+from flexpiped.log import configure_logging, of_model
 from flexpiped.settings import LogFormat, LogLevel, LogSettings
 
 
@@ -33,6 +34,22 @@ def test_a_pipe_gets_one_json_object_a_line() -> None:
     assert (first["event"], first["level"], first["file"]) == ("configuration unchanged", "info", "my.toml")
     assert (second["event"], second["reason"]) == ("engine failed for good", "out of memory")
     assert first["timestamp"].endswith("Z")
+
+
+async def test_tasks_that_begin_in_the_scope_of_a_model_bear_its_name() -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(), stream=out)
+
+    async def later() -> None:
+        await asyncio.sleep(1.0)
+        log_events.engine_failed(reason="out of memory")
+
+    with of_model("a"):
+        task = asyncio.create_task(later())
+    with of_model(""):
+        log_events.engine_failed(reason="out of date")
+    await task
+    assert [json.loads(line).get("model") for line in out.getvalue().splitlines()] == [None, "a"]
 
 
 def test_a_console_gets_lines_for_people() -> None:

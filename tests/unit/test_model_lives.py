@@ -21,7 +21,10 @@ class Told:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def begin_drain(self, _reason: str) -> None:
+    name = "a"
+
+    def begin_drain(self, _reason: str, *, closed_because: str) -> None:
+        assert closed_because == "model a is being stopped"
         self.told.append("drain")
 
     async def end_control(self) -> None:

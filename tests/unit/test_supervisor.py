@@ -136,7 +136,7 @@ def test_a_death_then_recovery_then_the_end() -> None:
     assert isinstance(decision, GiveUp)
     assert failed.reason == "the engine died 3 times within 60 s, at last: no device"
     assert (failed.state, failed.deaths_total) == (SupervisorState.FAILED, 3)
-    closing_state, _decision = step(failed, CloseAsked(), now_s=4.0, policy=POLICY)
+    closing_state, _decision = step(failed, CloseAsked(reason="the daemon is shutting down"), now_s=4.0, policy=POLICY)
     assert closing_state.state is SupervisorState.CLOSING
 
 
