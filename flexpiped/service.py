@@ -43,6 +43,7 @@ from flexpiped.hardware import Hardware, parameter_cache_bytes
 from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.keys import KeyRing
 from flexpiped.load_monitor import LoadSampler
+from flexpiped.loop_lag import LoopLag
 from flexpiped.model_entry import Entry
 from flexpiped.model_service import ModelService
 from flexpiped.model_set import ModelSet
@@ -103,6 +104,7 @@ class Service:
         self._decisions = EventLog(capacity=DECISIONS_KEPT)  # of all models, for the dashboard
         self._handover_numbers, self._planning = count(1), asyncio.Lock()
         self._hardware: Hardware | None = None
+        self._loop_lag = LoopLag()
         self._parameters = ParameterKeeper(
             parameter_cache_bytes(settings), on_refusal=lambda reason: log_events.parameters_not_kept(reason=reason)
         )
@@ -225,6 +227,7 @@ class Service:
                 keys=lambda: self._keys,
                 devices=hardware.devices,
                 parameters=lambda: self._parameters.figures,
+                loop_lag=self._loop_lag.families,
                 body_deadline_s=lambda: self._settings.http.body_deadline_s,
             ),
             max_body_bytes=self._settings.http.max_body_bytes,
@@ -370,6 +373,7 @@ class Service:
         stack.callback(self.events.close)
         stack.callback(self._decisions.close)
         self._run_beside(stack, watch_hardware(hardware, self.events), name="hardware-watch")
+        self._run_beside(stack, self._loop_lag.watch_forever(), name="loop-lag")
 
     def _tables(self) -> dict[str, str]:
         """Return the tables of models that are told apart, by their names."""

@@ -5,11 +5,12 @@
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from aiohttp import web
+from prometheus_client.core import Metric
 
 from engines.parameters.figures import CacheFigures
 from flexpiped.admission import Admission
@@ -55,6 +56,7 @@ class Backends:
     keys: Callable[[], KeyRing | None] = lambda: None
     devices: Callable[[], Sequence[Device]] = lambda: ()
     parameters: Callable[[], CacheFigures | None] = lambda: None  # that stay in host memory
+    loop_lag: Callable[[], Iterable[Metric]] = lambda: ()
     body_deadline_s: Callable[[], float] = lambda: 60.0
     unnamed: Metrics = field(default_factory=Metrics)  # of requests that are for none of them
     created_unix_s: int = field(default_factory=lambda: int(time.time()))

@@ -242,9 +242,10 @@ class Metrics:
         stages: Sequence[StageStatus] = (),
         devices: Sequence[Device] = (),
         parameters: CacheFigures | None = None,
+        loop_lag: Iterable[Metric] = (),
     ) -> bytes:
         """Return the exposition in Prometheus's text format, with the engine's counters where they can be had."""
-        of_daemon = daemon_families(levels, devices=devices, parameters=parameters)
+        of_daemon = daemon_families(levels, devices=devices, parameters=parameters, loop_lag=loop_lag)
         return exposition(self.families(counters, stages=stages), of_daemon)
 
     def families(
@@ -267,10 +268,15 @@ class Metrics:
 
 
 def daemon_families(
-    levels: Levels | None, *, devices: Sequence[Device] = (), parameters: CacheFigures | None = None
+    levels: Levels | None,
+    *,
+    devices: Sequence[Device] = (),
+    parameters: CacheFigures | None = None,
+    loop_lag: Iterable[Metric] = (),
 ) -> tuple[Iterable[Metric], ...]:
     """Return what is told of the daemon as a whole."""
-    found = [] if levels is None else [_LevelsCollector(levels).collect()]
+    found: list[Iterable[Metric]] = [loop_lag]
+    found += [] if levels is None else [_LevelsCollector(levels).collect()]
     found += [DevicesCollector(devices).collect()] if devices else []
     return (*found, *([] if parameters is None else [ParametersCollector(parameters).collect()]))
 

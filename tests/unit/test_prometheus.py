@@ -12,6 +12,7 @@ import pytest
 from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import EngineCounters, StageStatus
 from flexpiped.api.metrics import Endpoint, Levels, Metrics, Outcome
+from flexpiped.loop_lag import LoopLag
 from flexpiped.status import ServiceState
 from topology.device import cpu_devices
 
@@ -48,6 +49,7 @@ def exposition() -> str:
         stages=[stage, replace(stage, index=1, busy=None)],
         devices=devices,
         parameters=ParameterKeeper(1 << 20).figures,
+        loop_lag=LoopLag().families(),
     ).decode()
 
 
