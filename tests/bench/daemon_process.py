@@ -113,7 +113,7 @@ async def daemon(
     Its log is shown when it does not come up.
 
     Args:
-        more: Further tables of its configuration.
+        more: Further lines of its configuration, first those of the engine, then tables.
 
     Raises:
         DaemonFailed

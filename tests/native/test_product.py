@@ -14,6 +14,8 @@ import pytest_asyncio
 
 from tests.native.test_failures import alive
 from tests.support.daemon import Daemon, rebalanced_to_its_plan, started
+from tests.support.hanging_up import LEVELS, leave_at_random
+from tests.support.metrics import metrics_of
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
@@ -140,6 +142,34 @@ async def hang_up(daemon: Daemon, url: str, body: Json) -> float:
     counters = await until_counted(daemon, lambda counters: counters["running"] + counters["waiting"] == 0)
     assert counters["kv_blocks_used"] == 0
     return time.perf_counter() - left_s
+
+
+async def test_clients_that_hang_up_at_random_moments_leave_nothing_behind(daemon: Daemon) -> None:
+    await hang_up_at_random(daemon, clients=150)
+
+
+@pytest.mark.long
+async def test_10000_clients_that_hang_up_at_random_moments_leave_nothing_behind(daemon: Daemon) -> None:
+    await hang_up_at_random(daemon, clients=10_000)
+
+
+async def hang_up_at_random(daemon: Daemon, *, clients: int) -> None:
+    """More at once than the engine computes: some wait there."""
+    url = (await daemon.ask("/status"))["api_url"].removesuffix("/v1")
+    before, files = await metrics_of(url), open_files(daemon.process.pid)
+
+    await leave_at_random(url, clients=clients, at_once=100, max_tokens=60)
+
+    async with asyncio.timeout(30.0):
+        after = await metrics_of(url)
+        while any(after[level] for level in LEVELS):
+            after = await metrics_of(url)
+    assert after["flexpiped_requests_total"] - before["flexpiped_requests_total"] > 0.7 * clients
+    assert open_files(daemon.process.pid) <= files + 2  # of this test's own connections
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 async def test_flexctl_says_what_a_user_needs(daemon: Daemon) -> None:
