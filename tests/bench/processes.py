@@ -76,6 +76,20 @@ def pss_bytes(pids: Iterable[int]) -> int:
     return sum(memory_pss_bytes(pid) or 0 for pid in pids)
 
 
+def unshared_bytes(pids: Iterable[int]) -> int:
+    """Return the memory of these processes that no file backs. Unlike the PSS of programs and libraries, it does not
+    depend on who else runs the same ones."""
+    return sum(_unshared_bytes(pid) for pid in pids)
+
+
+def _unshared_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+
+
 def _stat(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat after the name: state, parent, ...; nothing when it is gone."""
     try:
