@@ -208,7 +208,7 @@ async def test_a_single_stage_has_no_more_threads_than_its_device(threads_per_de
     async with running(llama(), even(1), threads=2, threads_per_device=threads_per_device) as engine:
         await collect(engine, request((5, 6, 7), max_tokens=4))
         [busy], idle = (await engine.stages())[0].pids, engine.worker_pids[1]
-        assert num_threads(busy) - num_threads(idle) == helpers
+        await until(lambda: num_threads(busy) - num_threads(idle) == helpers)  # one that has read weights ends late
 
 
 def num_threads(pid: int) -> int:
