@@ -13,6 +13,7 @@ Pure: the daemon says what is at each replica, and the simulator what would be.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from math import inf
 from typing import Final, NamedTuple, Protocol
 
 NEWEST: Final = 0.1  # the weight of the last request in the mean length of outputs, which is what is expected of one
@@ -165,30 +166,35 @@ def choose_replica(job: Job, options: Sequence[Option]) -> Route:
         raise ValueError("no replica to choose from")
     are_known = all(option.pace is not None for option in options)
     equal = EqualPace()
-    best, least = options[0], _expected(job, options[0], (options[0].pace or equal) if are_known else equal)
+    best, least = options[0], expected(job, options[0], pace=options[0].pace if are_known else None)
     for option in options[1:]:
-        there = _expected(job, option, (option.pace or equal) if are_known else equal)
-        if there.order < least.order:
+        there = _expected(job, option, (option.pace or equal) if are_known else equal, at_most=least.order[0])
+        if there is not None and there.order < least.order:
             best, least = option, there
     return Route(replica=best.replica, finish_s=least.finish_s)
 
 
 def expected(job: Job, option: Option, *, pace: Pace | None) -> Expected:
     """Return what is expected of ``job`` at this replica."""
-    return _expected(job, option, pace or EqualPace())
+    found = _expected(job, option, pace or EqualPace(), at_most=inf)
+    assert found is not None, "nothing is beyond all bounds"
+    return found
 
 
-def _expected(job: Job, option: Option, pace: Pace) -> Expected:
+def _expected(job: Job, option: Option, pace: Pace, *, at_most: float) -> Expected | None:
+    """Return what is expected; None as soon as it is clear that the first part of ``order`` is beyond ``at_most``."""
     load = option.load
     requests = load.requests
     cycle_s, prompt_s = pace.cycle_s(requests + 1), pace.prefill_s_per_token()
     own_s = max(0, job.prefill_tokens - option.cached_tokens) * prompt_s
     first_s = load.prefill_tokens * prompt_s + own_s
+    rest_s, others_s = job.output_tokens * cycle_s, requests * own_s
+    if _FIRST * first_s + rest_s + others_s > at_most:  # and a wait for KV cache only adds to it
+        return None
     capacity = option.kv_capacity_tokens
     if capacity is not None:
         shared = min(option.cached_tokens, job.context_tokens)
         needed = job.context_tokens - shared + job.output_tokens
         if needed + load.kv_tokens > capacity:
             first_s += load.steps_until_room(needed, capacity=capacity) * cycle_s
-    rest_s, others_s = job.output_tokens * cycle_s, requests * own_s
     return Expected(first_s, rest_s, others_s, (_FIRST * first_s + rest_s + others_s, requests, option.replica))

@@ -10,7 +10,7 @@ from planner.prediction import Pipeline
 from planner.routing import NEWEST, Job, Option, Pace, choose_replica
 from planner.simulation.clock import Clock
 from planner.simulation.pool import DevicePool, Placed, Placing, PoolDevice
-from planner.simulation.replica import Replica, SimulatedRequest
+from planner.simulation.replica import Expectation, Replica, SimulatedRequest, Standing
 from planner.simulation.shape import Shape, Shapes
 from planner.simulation.step_times import StepTimes
 from planner.workload import Workload
@@ -79,8 +79,9 @@ class Fleet:
         self._steps: dict[tuple[int, int], StepTimes] = {}
         self._names = 0
         self._expected = expected
-        self._output_tokens = expected.output_tokens_mean
+        self._lengths = Expectation(expected.output_tokens_mean)
         self._paces: dict[StepTimes, Pace] = {}
+        self._open: tuple[list[Member], list[Option]] | None = None  # those that serve, as routing sees them
 
     # --- requests ---
 
@@ -89,7 +90,7 @@ class Fleet:
 
         Its output is expected to be as long as others were lately: nobody knows how long it will be.
         """
-        serving = [each for each in self.members if each.state is MemberState.SERVING]
+        serving, options = self._serving()
         if not serving:
             self.gateway.append(request)
             return
@@ -99,14 +100,20 @@ class Fleet:
         job = Job(
             context_tokens=request.context_tokens,
             prefill_tokens=request.context_tokens,
-            output_tokens=self._output_tokens,
+            output_tokens=self._lengths.output_tokens,
         )
-        route = choose_replica(job, [self._option(index, each) for index, each in enumerate(serving)])
-        serving[route.replica].replica.submit(request)
+        serving[choose_replica(job, options).replica].replica.submit(request)
+
+    def _serving(self) -> tuple[list[Member], list[Option]]:
+        """Return those that serve. Requests come by the hundred between two changes, so it is kept until the next."""
+        if self._open is None:
+            serving = [each for each in self.members if each.state is MemberState.SERVING]
+            self._open = serving, [self._option(index, each) for index, each in enumerate(serving)]
+        return self._open
 
     def _option(self, index: int, member: Member) -> Option:
         steps = member.replica.steps
-        load = member.replica.load(self._output_tokens)
+        load = Standing(member.replica, self._lengths)
         return Option(index, load, steps.times.kv_capacity_tokens, 0, self._pace_of(steps))
 
     def _pace_of(self, steps: StepTimes) -> Pace:
@@ -157,6 +164,7 @@ class Fleet:
             return False
         member = min(having, key=lambda each: each.replica.live)
         member.state = MemberState.DRAINING
+        self._open = None
         self._end_if_drained(member)
         if done is not None:
             done(True)
@@ -205,6 +213,7 @@ class Fleet:
                 self._count()
                 self.pool.resize(placed, member.shape, kv_tokens=kv_tokens)
                 member.replica.change(self._steps_of(member.shape, kv_tokens), pause_s=0.0)
+                self._open = None
 
     # --- how ---
 
@@ -214,6 +223,7 @@ class Fleet:
         self.pool.give_back(member.placed, now_s=self.clock.now_s)
         self.busy_s += member.replica.busy_s
         self.members.remove(member)
+        self._open = None
         self.evicted += 1
         for request in requests:
             self.submit(request)
@@ -246,10 +256,11 @@ class Fleet:
         return self._steps[key]
 
     def _ended(self, request: SimulatedRequest) -> None:
-        self._output_tokens += (request.output_tokens - self._output_tokens) * NEWEST
+        self._lengths.output_tokens += (request.output_tokens - self._lengths.output_tokens) * NEWEST
         self._events.on_end(request)
-        for member in [each for each in self.members if each.state is MemberState.DRAINING]:
-            self._end_if_drained(member)
+        if len(self._serving()[0]) < len(self.members):
+            for member in [each for each in self.members if each.state is MemberState.DRAINING]:
+                self._end_if_drained(member)
 
     def _serve(self, member: Member, done: Callable[[bool], None] | None) -> None:
         if member not in self.members:  # neighbours took its memory while it started
@@ -257,6 +268,7 @@ class Fleet:
                 done(False)
             return
         member.state = MemberState.SERVING
+        self._open = None
         while self.gateway:
             self.submit(self.gateway.popleft())
         if done is not None:
@@ -277,6 +289,7 @@ class Fleet:
         self.pool.take(placed)
         member.shape, member.placed = shape, placed
         member.replica.change(self._steps_of(shape, placed.kv_tokens), pause_s=pause_s)
+        self._open = None
         self._count()
         if done is not None:
             done(True)

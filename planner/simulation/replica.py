@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import ceil, inf
-from typing import NamedTuple
 
 from planner.simulation.clock import Clock
 from planner.simulation.step_times import NOTHING, StepTime, StepTimes
@@ -46,21 +45,42 @@ class SimulatedRequest:
         return self.prompt_tokens + self.done_tokens
 
 
-class Standing(NamedTuple):
-    """What is at a replica, as a ``planner.routing.Load``: all of its requests are expected to be of one length.
+@dataclass(slots=True)
+class Expectation:
+    """How many tokens more are expected of each request; one for all replicas, and it changes."""
+
+    output_tokens: float
+
+
+class Standing:
+    """What is at a replica whenever it is asked, as a ``planner.routing.Load``: all requests are taken to be alike.
 
     Which of them is how far is not looked at: they are taken to end evenly, a whole KV cache of them in as many
     steps as a request has.
     """
 
-    requests: int
-    prefill_tokens: float
-    kv_tokens: float
-    output_tokens: float
+    __slots__ = ("_expected", "_replica")
+
+    def __init__(self, replica: "Replica", expected: Expectation) -> None:
+        self._replica = replica
+        self._expected = expected
+
+    @property
+    def requests(self) -> int:
+        return self._replica.live
+
+    @property
+    def prefill_tokens(self) -> float:
+        return self._replica.ahead_tokens
+
+    @property
+    def kv_tokens(self) -> float:
+        replica = self._replica
+        return replica.kv_used_tokens + replica.waiting_tokens + replica.live * self._expected.output_tokens
 
     def steps_until_room(self, kv_tokens: float, *, capacity: float) -> float:
         missing = self.kv_tokens + kv_tokens - capacity
-        return self.output_tokens * missing / max(1.0, capacity) if self.requests and missing > 0 else 0.0
+        return self._expected.output_tokens * missing / max(1.0, capacity) if self.requests and missing > 0 else 0.0
 
 
 class Replica:
@@ -93,8 +113,8 @@ class Replica:
         self._progress = 0.0
         self._kv_base = 0.0  # with the progress of those who decode: tokens in the KV cache
         self._prompt_kv = 0  # reserved by prompts that are not through
-        self._waiting_tokens = 0  # of those who wait: what they will have in the KV cache before the next token
-        self._ahead = 0  # tokens of prompts that are still to be computed, of those who wait too
+        self.waiting_tokens = 0  # of those who wait: what they will have in the KV cache before the next token
+        self.ahead_tokens = 0  # tokens of prompts that are still to be computed, of those who wait too
         self._orders = 0
         self._bulk: tuple[float, float, float, float] | None = None  # began, seconds a round, rounds, tokens a round
         self._busy_each_s = 0.0
@@ -123,19 +143,13 @@ class Replica:
     def kv_use(self) -> float:
         return self.kv_used_tokens / max(1, self.steps.times.kv_capacity_tokens)
 
-    def load(self, output_tokens: float) -> "Standing":
-        """Return what is here, for routing; of each request so many tokens more are expected."""
-        live = self.live
-        context = self._kv_base + self._num_decoding * self._progress + self._prompt_kv + self._waiting_tokens
-        return Standing(live, self._ahead, context + live * output_tokens, output_tokens)
-
     # --- what happens to it ---
 
     def submit(self, request: SimulatedRequest) -> None:
         """Queue a request."""
         request.left_tokens = request.context_tokens
-        self._ahead += request.left_tokens
-        self._waiting_tokens += request.context_tokens
+        self.ahead_tokens += request.left_tokens
+        self.waiting_tokens += request.context_tokens
         self._waiting.append(request)
         self._wake()
 
@@ -153,7 +167,7 @@ class Replica:
             self._preempt_youngest()
         taken = list(self._waiting)
         self._waiting.clear()
-        self._ahead = self._waiting_tokens = 0
+        self.ahead_tokens = self.waiting_tokens = 0
         self._version += 1
         return taken
 
@@ -225,7 +239,7 @@ class Replica:
             if self.running and self.kv_used_tokens + needed + headroom > times.kv_capacity_tokens:
                 return
             request = waiting.popleft()
-            self._waiting_tokens -= needed
+            self.waiting_tokens -= needed
             self._orders += 1
             request.order, request.left_tokens = self._orders, needed
             self._prompts.append(request)
@@ -244,11 +258,11 @@ class Replica:
         else:
             self._prompts.remove(request)
             self._prompt_kv -= request.context_tokens
-            self._ahead -= request.left_tokens
+            self.ahead_tokens -= request.left_tokens
         request.preemptions += 1
         request.left_tokens = request.context_tokens
-        self._ahead += request.left_tokens
-        self._waiting_tokens += request.context_tokens
+        self.ahead_tokens += request.left_tokens
+        self.waiting_tokens += request.context_tokens
         self._waiting.appendleft(request)
 
     def _begin_rounds(self) -> None:
@@ -278,7 +292,7 @@ class Replica:
             request = self._prompts[0]
             part = min(request.left_tokens, budget - tokens)
             request.left_tokens -= part
-            self._ahead -= part
+            self.ahead_tokens -= part
             tokens += part
             count += 1
             context += request.context_tokens - request.left_tokens

@@ -28,6 +28,7 @@ _GPUS, _RATE_PER_S = 82, 20.0
 _LIMITS_S: Final = {82: 60.0, 1000: 600.0}
 _SLO: Final = Slo(ttft_s=5.0, tpot_s=0.4)
 _SHARES: Final = (0.1, 0.2, 0.3, 0.5)
+_TOLD_EVERY_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,19 @@ class Speed:
     cpu_s: float
     wall_s: float
     memory_bytes: int
+
+
+class _Telling:
+    """Says every twenty seconds how far a simulation is: one of 1,000 GPUs takes minutes."""
+
+    def __init__(self, gpus: int) -> None:
+        self._gpus = gpus
+        self._told_s = time.monotonic()
+
+    def hear(self, now_s: float, end_s: float) -> None:
+        if time.monotonic() - self._told_s > _TOLD_EVERY_S:
+            self._told_s = time.monotonic()
+            say(f"{self._gpus} GPUs: {now_s / 60:.0f} of {end_s / 60:.0f} minutes simulated")
 
 
 def timed(*, gpus: int, hours: float) -> Speed:
@@ -62,9 +76,13 @@ def timed(*, gpus: int, hours: float) -> Speed:
         outlooks=Outlooks(shapes, _SLO),
         expected=asked,
     )
+    telling = _Telling(gpus)
     began_s, cpu_s = time.monotonic(), time.thread_time()
     outcome = simulate(
-        Setting(trace=trace, shapes=shapes, slo=_SLO, expected=asked), DevicePool(devices=devices), system
+        Setting(trace=trace, shapes=shapes, slo=_SLO, expected=asked),
+        DevicePool(devices=devices),
+        system,
+        on_progress=telling.hear,
     )
     return Speed(
         outcome=outcome,

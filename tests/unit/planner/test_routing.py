@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner.prefixes import SeenPrefixes
 from planner.routing import Job, Jobs, Option, choose_replica, expected
@@ -153,3 +155,30 @@ def test_a_replica_without_a_prefix_cache_has_seen_nothing() -> None:
     seen = SeenPrefixes(capacity_tokens=0)
     seen.add(range(1000))
     assert seen.match(range(1000)) == 0
+
+
+@given(
+    there=st.lists(
+        st.tuples(st.integers(0, 12), st.integers(0, 400), st.sampled_from([None, 150, 1000, 3000])),
+        min_size=1,
+        max_size=8,
+    ),
+    step_s=st.sampled_from([0.005, 0.02]),
+)
+def test_none_that_is_passed_over_early_would_have_been_the_best(
+    there: list[tuple[int, int, int | None]], step_s: float
+) -> None:
+    """What cannot be better is not looked at to the end; the choice is that of looking at all."""
+    pace = Fixed(step_s=step_s, more_s=0.001)
+    options = [
+        Option(
+            replica=number,
+            load=Jobs((DECODING,) * count + (replace(JOB, prefill_tokens=prompt),)),
+            kv_capacity_tokens=capacity,
+            pace=pace,
+        )
+        for number, (count, prompt, capacity) in enumerate(there)
+    ]
+    best = min(options, key=lambda option: expected(JOB, option, pace=pace).order)
+    route = choose_replica(JOB, options)
+    assert (route.replica, route.finish_s) == (best.replica, expected(JOB, best, pace=pace).finish_s)
