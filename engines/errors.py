@@ -6,6 +6,7 @@ EngineError
 +-- EngineClosed            the caller closed the engine
 +-- UnsupportedByEngine     model, parameter or layout that this engine cannot do; the message names it
 +-- KvTransferFailed        a request's KV cache did not get to another engine; it can be computed again there
++-- AdapterRefused          a LoRA adapter that cannot be had, or is not there; nothing has changed
 +-- InvalidRequest          the request cannot be run as it is (names the parameter)
 +-- RefactoringError
     +-- RefactoringBusy     another refactoring is under way (the message says which and where it stands)
@@ -36,6 +37,10 @@ class UnsupportedByEngine(EngineError):
 
 class KvTransferFailed(EngineError):
     """A request's KV cache was not written, or cannot be loaded. Nothing is lost: it is computed again."""
+
+
+class AdapterRefused(EngineError):
+    """An adapter cannot be read, is there already, or is not there. Nothing has changed."""
 
 
 class InvalidRequest(EngineError):

@@ -1,10 +1,12 @@
 """A public fake engine: no model and no processes, the same contract, and knobs for what tests need to happen."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
+from pathlib import PurePath
 
 from engines.errors import (
+    AdapterRefused,
     EngineClosed,
     EngineDied,
     EngineError,
@@ -44,6 +46,7 @@ FAKE_CAPABILITIES = EngineCapabilities(
     max_stages=8,
     tensor_parallel=False,
     kv_range=KvRange(least_blocks=33, most_blocks=4096),
+    changes_adapters=True,
 )
 # The same with all that an engine may have; the fake takes further parameters, and its tokens do not depend on them.
 RICH_CAPABILITIES = replace(
@@ -94,6 +97,7 @@ class FakeEngine:
             bounds = KvRange(least_blocks=least, most_blocks=kv_blocks_capacity)
             capabilities = capabilities if capabilities.kv_range == bounds else replace(capabilities, kv_range=bounds)
         self._capabilities = capabilities
+        self._adapters = dict.fromkeys(capabilities.adapters, "")  # their directories, by name
         self._batch = Batch(
             capabilities=capabilities,
             next_token=next_token or hashed_tokens(capabilities.vocab_size),
@@ -269,6 +273,30 @@ class FakeEngine:
         fewer = self._batch.kv_blocks_capacity - blocks
         self._batch.resize_kv(blocks)
         return max(0, fewer) * _KV_BLOCK_BYTES
+
+    # AdapterChanges, for capabilities that say so. A directory whose name begins with "broken" has none.
+
+    @property
+    def adapter_directories(self) -> Mapping[str, str]:
+        return self._adapters
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        self._ensure_alive()
+        if name in self._adapters:
+            raise AdapterRefused(f"adapter {name!r} is loaded already")
+        if PurePath(directory).name.startswith("broken"):
+            raise AdapterRefused(f"adapter {name!r} in {directory}: there is none")
+        self._have_adapters(self._adapters | {name: directory})
+
+    async def unload_adapter(self, name: str) -> None:
+        self._ensure_alive()
+        if name not in self._adapters:
+            raise AdapterRefused(f"adapter {name!r} is not loaded")
+        self._have_adapters({known: where for known, where in self._adapters.items() if known != name})
+
+    def _have_adapters(self, adapters: dict[str, str]) -> None:
+        self._adapters = adapters
+        self._capabilities = replace(self._capabilities, adapters=tuple(adapters))
 
     # KvTransfers, for capabilities with a ``kv_form``.
 

@@ -172,6 +172,7 @@ class EngineCapabilities:
     grammars: bool = False  # ``SamplingParams.grammar``
     top_logprobs: bool = False  # ``SamplingParams.top_logprobs`` and ``prompt_logprobs`` are reported
     adapters: tuple[str, ...] = ()  # the names that ``SamplingParams.adapter`` may have
+    changes_adapters: bool = False  # then the engine is an ``AdapterChanges``
     caches_prefixes: bool = False  # the KV cache of a prompt's first tokens is kept for later prompts
     own_server: OwnServer | None = None  # then the engine is an ``OwnRoutes``
     kv_form: str = ""  # engines of equal forms can load each other's KV cache: then the engine is a ``KvTransfers``
@@ -361,5 +362,30 @@ class KvResizing(Protocol):
         Raises:
             RefactoringBusy: A refactoring, another change or a recovery is under way.
             RefactoringRefused: It is outside the ``kv_range``.
+            EngineDied, EngineClosed
+        """
+
+
+@runtime_checkable
+class AdapterChanges(Protocol):
+    """What an engine offers besides when its capabilities say ``changes_adapters``."""
+
+    @property
+    def adapter_directories(self) -> Mapping[str, str]:
+        """The directory of each LoRA adapter, by the name that requests give."""
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        """Have one more LoRA adapter, while serving: once it returns, ``capabilities.adapters`` has its name.
+
+        Raises:
+            AdapterRefused: There is one of that name, or it cannot be read, or is for another model.
+            EngineDied, EngineClosed
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take no request for a LoRA adapter any more. Those under way finish with it; then its memory is given back.
+
+        Raises:
+            AdapterRefused: There is none of that name.
             EngineDied, EngineClosed
         """

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 from aiohttp import ClientConnectionResetError, web
 
-from engines.errors import EngineError, RefactoringBusy, RefactoringRefused, UnsupportedByEngine
+from engines.errors import AdapterRefused, EngineError, RefactoringBusy, RefactoringRefused, UnsupportedByEngine
 from flexpiped.events import Event, EventLog
 from flexpiped.model_errors import ModelBusy, ModelError, UnknownModel, WhichModel
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlannerError, PlanTimeout
@@ -21,6 +21,7 @@ _CODES: Final[tuple[tuple[type[Exception], str, HTTPStatus], ...]] = (
     (RefactoringBusy, "busy", HTTPStatus.CONFLICT),
     (RefactoringRefused, "refused", HTTPStatus.CONFLICT),
     (UnsupportedByEngine, "unsupported", HTTPStatus.CONFLICT),
+    (AdapterRefused, "refused", HTTPStatus.CONFLICT),
     (NoFeasiblePlan, "infeasible", HTTPStatus.CONFLICT),
     (InvalidLayout, "invalid_layout", HTTPStatus.CONFLICT),
     (PlanTimeout, "plan_timeout", HTTPStatus.GATEWAY_TIMEOUT),

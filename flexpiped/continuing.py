@@ -34,6 +34,7 @@ async def continued(request: GenerationRequest, *, flights: Flights, find: FindE
     engine: Engine | None = None
     fruitless_deaths = 0
     with flights.begin(request.request_id) as flight:
+        flight.sampling = request.sampling
         while fruitless_deaths < FRUITLESS_DEATHS:
             onward = replace(request, generated_token_ids=tuple(generated))
             engine = await find(onward, flight, other_than=engine)

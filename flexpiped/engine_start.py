@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, nullcontext
 from engines.errors import EngineError
 from engines.parameters.keeper import ParameterKeeper
 from flexpiped import log_events
+from flexpiped.adapter_set import AdapterSet
 from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import Model, engine_purpose
 from flexpiped.engine_in_force import EngineInForce
@@ -41,6 +42,7 @@ class EngineStart:
         survivors: Engines that were there before the daemon.
         why_closed: Asked when the engines are ended.
         parameters: Keeps some in the memory of the host.
+        adapters: The LoRA adapters that engines are to serve.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class EngineStart:
         survivors: Survivors,
         why_closed: Callable[[], str],
         parameters: ParameterKeeper | None = None,
+        adapters: AdapterSet,
     ) -> None:
+        self._adapters = adapters
         self._parameters = parameters
         self._on_plan = on_plan
         self._held = held
@@ -208,8 +212,10 @@ class EngineStart:
             facts=lambda: ReplicaFacts(self._in_force.pace_of),
             wait_deadline_s=self._settings().admission.engine_wait_s,
             on_change=self._on_change,
+            leaving=lambda: self._adapters.leaving,
         )
         stack.push_async_callback(lambda: replicas.close(self._why_closed()))
+        stack.push_async_callback(self._adapters.close)
         stack.callback(self._survivors.leave)  # after what is under way has been rolled back
         stack.push_async_callback(self._refactorings.close)
         self._in_force.replicas = replicas
@@ -243,6 +249,7 @@ class EngineStart:
             on_progress=on_progress,
             flights=flights,
             meter=lambda engine: nullcontext(lambda: None) if was_there_before(engine) else measured(engine),
+            bring_into_line=self._adapters.bring_into_line,
         )
 
     def _offers(self) -> EngineOffers:

@@ -166,6 +166,7 @@ class Flights:
     def __init__(self) -> None:
         self._all: dict[Flight, None] = {}
         self.output_tokens_mean = _OUTPUT_TOKENS
+        self._ended = asyncio.Event()  # replaced whenever a request ends
 
     def __len__(self) -> int:
         return len(self._all)
@@ -181,6 +182,17 @@ class Flights:
             del self._all[flight]
             self.output_tokens_mean += NEWEST * (flight.generated_tokens - self.output_tokens_mean)
             flight.end()
+            ended, self._ended = self._ended, asyncio.Event()
+            ended.set()
+
+    def with_adapter(self, name: str) -> int:
+        """Return how many requests are for the LoRA adapter of that name."""
+        return sum(flight.sampling is not None and flight.sampling.adapter == name for flight in self._all)
+
+    async def without_adapter(self, name: str) -> None:
+        """Return once no request is for that adapter any more."""
+        while self.with_adapter(name):
+            await self._ended.wait()
 
     def at(self, engine: Engine) -> tuple[Flight, ...]:
         """Return the requests at ``engine``, oldest first."""

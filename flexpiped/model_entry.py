@@ -41,6 +41,12 @@ class Entry:
         return self.health_apart if self.service is None else self.service.health
 
     @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The LoRA adapters that requests may name; none while it does not serve."""
+        capabilities = None if self.backend is None else self.backend.serving.capabilities
+        return () if capabilities is None else capabilities.adapters
+
+    @property
     def is_to_serve(self) -> bool:
         """Whether it should serve: it was not stopped by hand."""
         return self.health.state is not ServiceState.STOPPED

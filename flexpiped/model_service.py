@@ -15,6 +15,7 @@ from typing import Any, Final
 from engines.parameters.keeper import ParameterKeeper
 from engines.text.client import TextService
 from flexpiped import log_events
+from flexpiped.adapter_set import AdapterSet
 from flexpiped.admin_changes import Changes
 from flexpiped.api.metrics import Metrics
 from flexpiped.api.sampling_defaults import sampling_defaults
@@ -74,6 +75,7 @@ class ModelService:
         on_progress: Told what the start is doing.
         on_given_up: Told that it will not serve again, with the reason.
         survivors: Its engines that were there before the daemon, and outlive it.
+        is_name_taken: Whether requests that give a name mean a model, or another model's adapter.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class ModelService:
         on_progress: Callable[[str], None],
         on_given_up: Callable[[str], None],
         survivors: Survivors,
+        is_name_taken: Callable[[str], bool],
     ) -> None:
         self._settings = settings
         self._survivors = survivors
@@ -130,6 +133,11 @@ class ModelService:
             planning=planning,
         )
         self.changes = Changes(refactorings=self.refactorings, events=events, plans=self, settled=journal.settled)
+        self.adapters = AdapterSet(
+            replicas=self._in_force.known_replicas,
+            is_taken=is_name_taken,
+            tell=lambda news: self._events.publish(EventKind.ENGINE, news),
+        )
         self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.intended, intent=None)
         self.load = LoadSampler(
             windows_s=settings.auto.windows_s,
@@ -280,6 +288,7 @@ class ModelService:
             survivors=self._survivors,
             why_closed=lambda: self._closed_because,
             parameters=self._parameters,
+            adapters=self.adapters,
         )
         await self._start_both(model, engine_start)
         self._further = engine_start.further

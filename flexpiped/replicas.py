@@ -13,6 +13,7 @@ instead of leaving.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from engines.errors import EngineClosed, EngineDied, EngineError
@@ -50,6 +51,7 @@ class Replicas:
         facts: Makes what is to be known of a replica for routing.
         wait_deadline_s: So long a request waits for an engine; None: for ever.
         on_change: Told each new state of a replica with its reason.
+        leaving: The LoRA adapters that no further request may name.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class Replicas:
         facts: Callable[[], ReplicaFacts] = ReplicaFacts,
         wait_deadline_s: float | None = None,
         on_change: Callable[[int, Supervision], None] = lambda _number, _supervision: None,
+        leaving: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._make = make
         self._new_facts = facts
         self.wait_deadline_s = wait_deadline_s
+        self._leaving_adapters = leaving
         self._on_change = on_change
         self.flights = Flights()
         self._all: list[Replica] = []
@@ -105,8 +109,11 @@ class Replicas:
 
     @property
     def capabilities(self) -> EngineCapabilities | None:
-        """Those of the last engine that served; None before the first. All replicas have alike ones."""
-        return self.main.supervisor.capabilities
+        """Those of the engine that serves, or of the last that did; None before the first. All have alike ones."""
+        capabilities, leaving = self.main.supervisor.capabilities, self._leaving_adapters()
+        if capabilities is None or not leaving:
+            return capabilities
+        return replace(capabilities, adapters=tuple(each for each in capabilities.adapters if each not in leaving))
 
     @property
     def pipeline(self) -> Pipeline:

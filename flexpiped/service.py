@@ -20,6 +20,7 @@ import flexpiped
 from engines.parameters.keeper import ParameterKeeper
 from flexpiped import log_events
 from flexpiped.admin import admin_app
+from flexpiped.admin_adapters import adapter_routes
 from flexpiped.admin_auto import auto_routes
 from flexpiped.admin_config import Configuration, config_routes
 from flexpiped.admin_history import history_routes
@@ -266,7 +267,14 @@ class Service:
             on_progress=on_progress,
             on_given_up=on_given_up,
             survivors=self._survivors_of(name, spec.settings),
+            is_name_taken=lambda wanted: self._is_taken(wanted, but=name),
         )
+
+    def _is_taken(self, wanted: str, *, but: str) -> bool:
+        """Whether requests that give a name mean a model, or an adapter of one that is not ``but``."""
+        entries = self._models.entries
+        others = (each for each in entries.values() if each.name != but)
+        return wanted in entries or any(wanted in each.adapter_names for each in others)
 
     def _survivors_of(self, name: str, settings: Settings) -> Survivors:
         return Survivors(
@@ -293,6 +301,7 @@ class Service:
             serving=model.serving,
             text=model.text,
             admission=self._admission,
+            adapters=model.adapters,
             keys=lambda: self._keys,
             sampling_defaults=model.sampling_defaults,
             tool_calls=model.tool_calls,
@@ -366,6 +375,7 @@ class Service:
                 *ModelRoutes(models, events=self.events).routes(),
                 *history_routes(self._journal, tables=self._tables),
                 *auto_routes(lambda request: running(picked(models, request)).auto, events=self.events),
+                *adapter_routes(lambda request: running(picked(models, request)).adapters),
                 *config_routes(self._configuration),
             ),
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
@@ -37,11 +38,26 @@ from planner.layout import Pipeline
 EngineFactory = Callable[[Pipeline, int], Engine]  # not started yet; called per start with pipeline and epoch
 
 
+class BringIntoLine(Protocol):
+    """Gives an engine that has just started what the others were given since they did."""
+
+    async def __call__(self, engine: Engine, /, *, must: bool) -> None:
+        """Return when it may serve; ``must``: it may not without all of it.
+
+        Raises:
+            EngineError: It cannot have it, or has ended.
+        """
+
+
 Meter = Callable[[Engine], AbstractAsyncContextManager[Callable[[], None]]]
 
 
 def _unmeasured(_engine: Engine) -> AbstractAsyncContextManager[Callable[[], None]]:
     return nullcontext(lambda: None)
+
+
+async def _as_it_is(_engine: Engine, *, must: bool) -> None:
+    pass
 
 
 def _ignore(_news: object) -> None:
@@ -69,6 +85,7 @@ class Supervisor:
         flights: The requests under way; those of several replicas are kept together.
         meter: Makes the scope in which an engine starts, to measure how long that takes; what the scope gives is called
             when it has started and is tried out.
+        bring_into_line: Awaited after each start; one that takes a dead one's place need not have all.
     """
 
     def __init__(
@@ -84,7 +101,9 @@ class Supervisor:
         on_progress: Callable[[str], None] = _ignore,
         flights: Flights | None = None,
         meter: Meter = _unmeasured,
+        bring_into_line: BringIntoLine = _as_it_is,
     ) -> None:
+        self._bring_into_line = bring_into_line
         self._meter = meter
         self._factory = factory
         self._pipeline = pipeline
@@ -121,8 +140,8 @@ class Supervisor:
 
     @property
     def capabilities(self) -> EngineCapabilities | None:
-        """Those of the last engine that served; None before the first."""
-        return self._capabilities
+        """Those of the engine that serves, or of the last that did; None before the first."""
+        return self._capabilities if self._engine is None else self._engine.capabilities
 
     @property
     def pipeline(self) -> Pipeline:
@@ -143,7 +162,7 @@ class Supervisor:
         """
         engine = self._factory(self._pipeline, self._epoch)
         try:
-            await self._start(engine, self._on_progress, tries_out=True)
+            await self._start(engine, self._on_progress, is_first=True)
         except BaseException:
             await engine.close()
             raise
@@ -207,6 +226,7 @@ class Supervisor:
         if engine is None or self._watching is None or self._succession is not None or len(self.flights):
             return False
         self._pipeline, self._epoch = engine.pipeline, engine.epoch
+        self._capabilities = engine.capabilities
         self._engine, self._wake = None, asyncio.Event()
         self._watching.cancel()  # it waits for the death of the engine, and does nothing else
         self._ending.append(engine)
@@ -247,6 +267,7 @@ class Supervisor:
         self._succession = _Succession(second, factory, asyncio.get_running_loop().create_future())
         async with self._meter(second) as started:
             await second.start(on_progress=on_progress)
+            await self._bring_into_line(second, must=True)
             loss = loss_of(self._capabilities, second.capabilities)
             if loss is not None:
                 raise EngineStartFailed(loss)
@@ -302,11 +323,12 @@ class Supervisor:
         self._on_change(self._supervision)
         return decision if isinstance(decision, Restart) else None
 
-    async def _start(self, engine: Engine, on_progress: Callable[[str], None], *, tries_out: bool = False) -> None:
-        """Start an engine. ``tries_out``, where it compiles at first use: at a first start nobody waits yet."""
+    async def _start(self, engine: Engine, on_progress: Callable[[str], None], *, is_first: bool) -> None:
+        """Start an engine. One that compiles at first use is tried out at a first start: nobody waits yet."""
         async with self._meter(engine) as started:
             await engine.start(on_progress=on_progress)
-            if tries_out and engine.capabilities.compiles_at_first_use:
+            await self._bring_into_line(engine, must=is_first)
+            if is_first and engine.capabilities.compiles_at_first_use:
                 started()
                 on_progress("trying the engine out: what first requests need is compiled")
                 await warm_up(engine)
@@ -321,6 +343,7 @@ class Supervisor:
         while True:
             reason = await engine.died()
             self._pipeline, self._epoch = engine.pipeline, engine.epoch
+            self._capabilities = engine.capabilities
             self._engine, succession = None, self._succession
             restart = self._apply(Died(reason=reason, has_successor=succession is not None))
             await engine.close()
@@ -349,7 +372,7 @@ class Supervisor:
             await self._sleep(restart.after_s)
             engine = self._factory(self._pipeline, self._epoch)
             try:
-                await self._start(engine, self._on_progress)
+                await self._start(engine, self._on_progress, is_first=False)
             except EngineError as failure:
                 await engine.close()
                 restart = self._apply(Died(reason=str(failure)))

@@ -1,8 +1,9 @@
 """The daemon's side of the native engine: starts the core process and speaks with it. No torch here."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar, assert_never
 
 from engines import errors
@@ -98,6 +99,7 @@ class NativeEngine:
         self._epoch = epoch
         self._adopted = outliving if isinstance(outliving, AdoptedCore) else None
         self._outliving = outliving.outliving if isinstance(outliving, AdoptedCore) else outliving
+        self._adapters = dict(options.adapters)  # name and directory of each
         self._capabilities: EngineCapabilities | None = None
         self._process: CoreProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -232,6 +234,27 @@ class NativeEngine:
             raise getattr(errors, reply.error)(reply.message)
         return reply.returned_bytes
 
+    @property
+    def adapter_directories(self) -> Mapping[str, str]:
+        return self._adapters
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        await self._change_adapters(lambda call: c.LoadAdapter(call=call, name=name, directory=directory))
+        self._have_adapters(self._adapters | {name: directory})
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._change_adapters(lambda call: c.UnloadAdapter(call=call, name=name))
+        self._have_adapters({known: where for known, where in self._adapters.items() if known != name})
+
+    async def _change_adapters(self, build: Callable[[int], c.ClientCommand]) -> None:
+        reply: c.AdapterChanged = await self._call(build)
+        if reply.error:
+            raise getattr(errors, reply.error)(reply.message)
+
+    def _have_adapters(self, adapters: dict[str, str]) -> None:
+        self._adapters = adapters
+        self._capabilities = replace(self.capabilities, adapters=tuple(adapters))
+
     async def drain(self) -> None:
         while True:
             counters = await self.counters()
@@ -319,6 +342,7 @@ class NativeEngine:
         """Begin where the daemon before this one has left: the layout in force is what the engine says."""
         self._process, self._writer, self._end = adopted.process, adopted.writer, None
         self._pipeline, self._epoch = adopted.report.pipeline, adopted.report.epoch
+        self._adapters = adopted.report.adapters
         self._reading = asyncio.create_task(self._read(adopted.process, adopted.reader), name="native-engine-reader")
         self._become_ready(adopted.report.ready)
         self._send(c.Outlive(adopt_within_s=adopted.outliving.adopt_within_s))
@@ -336,7 +360,8 @@ class NativeEngine:
             engine_params=ENGINE_PARAMS,
             grammars=ready.grammars,
             top_logprobs=True,
-            adapters=tuple(name for name, _ in self._options.adapters),
+            adapters=tuple(self.adapter_directories),
+            changes_adapters=True,
             caches_prefixes=self._options.prefix_caching,
         )
         self.attention = ready.attention
@@ -363,7 +388,16 @@ class NativeEngine:
                 self._on_progress(report.message)
             case c.Ready() | c.StartFailed():
                 self._settle(0, report)
-            case c.Checked() | c.KvResized() | c.Cancelled() | c.Counters() | c.Stages() | c.Trace() | c.StageSteps():
+            case (
+                c.Checked()
+                | c.KvResized()
+                | c.AdapterChanged()
+                | c.Cancelled()
+                | c.Counters()
+                | c.Stages()
+                | c.Trace()
+                | c.StageSteps()
+            ):
                 self._settle(report.call, report)
             case c.Fatal():
                 self._last_words = report.reason

@@ -91,7 +91,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
         kv_block_tokens=options.kv_block_tokens,
         nice=options.nice,
         visible=options.visible,
-        lora=LoraModules(adapters, family.model) if adapters else None,
+        lora=LoraModules(adapters, family.model),
         parameters=options.parameters,
     )
     return Boot(

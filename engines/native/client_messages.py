@@ -75,6 +75,21 @@ class ResizeKv(ToCore, frozen=True, kw_only=True, tag=True):
     blocks: int
 
 
+class LoadAdapter(ToCore, frozen=True, kw_only=True, tag=True):
+    """Have one more LoRA adapter; answered by ``AdapterChanged``."""
+
+    call: int
+    name: str
+    directory: str
+
+
+class UnloadAdapter(ToCore, frozen=True, kw_only=True, tag=True):
+    """Take a LoRA adapter away; answered by ``AdapterChanged``."""
+
+    call: int
+    name: str
+
+
 class ReadCounters(ToCore, frozen=True, kw_only=True, tag=True):
     """Answered by ``Counters``."""
 
@@ -149,12 +164,16 @@ class Ready(FromCore, frozen=True, kw_only=True, tag=True):
 
 
 class Adopted(FromCore, frozen=True, kw_only=True, tag=True):
-    """What the engine is: ``ready`` as at its start, the layout in force, and what it was started with."""
+    """What the engine is: ``ready`` as at its start, the layout in force, and what it was started with.
+
+    ``adapters``: the directory of each LoRA adapter, by its name, as they are now.
+    """
 
     ready: Ready
     pipeline: Pipeline
     epoch: int
     options: NativeOptions
+    adapters: dict[str, str] = {}
 
 
 class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
@@ -218,6 +237,14 @@ class KvResized(FromCore, frozen=True, kw_only=True, tag=True):
     returned_bytes: int
 
 
+class AdapterChanged(FromCore, frozen=True, kw_only=True, tag=True):
+    """The end of ``LoadAdapter`` or ``UnloadAdapter``: ``error`` is empty, or names the class of engines.errors."""
+
+    call: int
+    error: str
+    message: str
+
+
 class Checked(FromCore, frozen=True, kw_only=True, tag=True):
     call: int
     check: RefactorCheck
@@ -277,6 +304,8 @@ ClientCommand = (
     | CheckRefactor
     | CancelRefactor
     | ResizeKv
+    | LoadAdapter
+    | UnloadAdapter
     | ReadCounters
     | ReadStages
     | ReadTrace
@@ -296,6 +325,7 @@ CoreReport = (
     | Progress
     | Refactored
     | KvResized
+    | AdapterChanged
     | Checked
     | Cancelled
     | Counters

@@ -25,7 +25,7 @@ class WorkerContext:
     num_slots: int
     kv_block_tokens: int
     nice: int
-    lora: LoraModules | None = None  # what its adapters add
+    lora: LoraModules  # what its adapters add
     parameters: str = ""  # address of the keeper of parameters; empty: there is none
     visible: tuple[str, ...] = ()  # worker by worker what ``open_compute`` is told; none: all of them compute in place
 

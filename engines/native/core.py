@@ -153,6 +153,8 @@ class CoreServer:
                 self._spawn(self._refactor(command))
             case c.ResizeKv():
                 self._spawn(self._resize_kv(command))
+            case c.LoadAdapter() | c.UnloadAdapter():
+                self._spawn(self._change_adapters(command))
             case c.CheckRefactor():
                 self._emit(c.Checked(call=command.call, check=self._check(command)))
             case c.CancelRefactor():
@@ -174,7 +176,13 @@ class CoreServer:
             case c.AdoptCore():
                 core.pool.keep_at(command.parameters)
                 self._emit(
-                    c.Adopted(ready=self._ready(), pipeline=core.pipeline, epoch=core.epoch, options=self._boot.options)
+                    c.Adopted(
+                        ready=self._ready(),
+                        pipeline=core.pipeline,
+                        epoch=core.epoch,
+                        options=self._boot.options,
+                        adapters=dict(core.adapters.directories),
+                    )
                 )
             case c.StartCore() | c.Shutdown():
                 raise AssertionError("not expected here")
@@ -205,6 +213,17 @@ class CoreServer:
         except EngineError as refusal:
             error, message = type(refusal).__name__, str(refusal)
         self._emit(c.KvResized(call=command.call, error=error, message=message, returned_bytes=returned_bytes))
+
+    async def _change_adapters(self, command: c.LoadAdapter | c.UnloadAdapter) -> None:
+        adapters, error, message = self._core.adapters, "", ""
+        try:
+            if isinstance(command, c.LoadAdapter):
+                await adapters.load(command.name, command.directory)
+            else:
+                adapters.unload(command.name)
+        except EngineError as refusal:
+            error, message = type(refusal).__name__, str(refusal)
+        self._emit(c.AdapterChanged(call=command.call, error=error, message=message))
 
     async def _run_handover(self, command: c.Refactor) -> None:
         core = self._core

@@ -16,6 +16,7 @@ from engines.errors import InvalidRequest, RefactoringBusy
 from engines.failpoints import Failpoints
 from engines.native import client_messages as c
 from engines.native import messages as m
+from engines.native.adapters import Adapters
 from engines.native.asks import asks_of
 from engines.native.boot import Boot
 from engines.native.details import details_of
@@ -73,7 +74,7 @@ class EngineCore:
             block_tokens=boot.limits.kv_block_tokens,
             blocks_at_once=max(1, boot.options.slice_bytes // boot.kv_block_bytes),
         )
-        self._adapters = {name: number for number, (name, _) in enumerate(boot.options.adapters, 1)}
+        self.adapters = Adapters(boot.options.adapters, pool=pool, is_used=self._is_adapter_used, fail=self.fail)
         self._emit = emit
         self._generation = 0
         self._in_flight: dict[int, tuple[Batch, float]] = {}
@@ -93,6 +94,7 @@ class EngineCore:
     def submit(self, request: c.Submit) -> None:
         """Queue a request, or say that it cannot be run."""
         try:
+            adapter = self._adapter_of(request)
             matcher = self._matcher_of(request)
         except InvalidRequest as refusal:
             self._emit(c.Refused(key=request.key, message=str(refusal), parameter=refusal.parameter, code=refusal.code))
@@ -112,10 +114,21 @@ class EngineCore:
                 order=self.scheduler.take_order(),
                 shaping=request.shaping,
                 matcher=matcher,
-                adapter=self._adapters.get(request.sampling.adapter, 0),
+                adapter=adapter,
             )
         )
         self.pump()
+
+    def _adapter_of(self, request: c.Submit) -> int:
+        name = request.sampling.adapter
+        number = self.adapters.number_of(name)
+        if number is None:
+            raise InvalidRequest(f"adapter {name!r} is not loaded any more", parameter="model", code="model_not_found")
+        return number
+
+    def _is_adapter_used(self, number: int) -> bool:
+        in_flight = (entry.sequence for batch, _ in self._in_flight.values() for entry in batch.entries)
+        return any(each.adapter == number for each in (*self.scheduler.sequences, *in_flight))
 
     def _matcher_of(self, request: c.Submit) -> "Matcher | None":
         grammar = request.sampling.grammar
@@ -148,6 +161,7 @@ class EngineCore:
 
     def pump(self) -> None:
         """Dispatch micro-batches while the stages can take more."""
+        self.adapters.between_steps()
         if not self._holding:
             self.kv.between_steps(self._workers)
         while not self._holding and len(self._in_flight) < self.scheduler.micro_batches:
@@ -161,6 +175,7 @@ class EngineCore:
         sampled = [i for i, entry in enumerate(entries) if entry.samples]
         tokens = [t for e in entries for t in e.sequence.tokens[e.start : e.start + e.count]]
         asks = asks_of(batch, sampled, self.boot.context.shared)
+        adapters = [e.sequence.adapter for e in entries]
         raw = m.encode(
             m.RunStep(
                 step_id=batch.step_id,
@@ -175,7 +190,7 @@ class EngineCore:
                 shapes=asks.shapes,
                 tops=asks.tops,
                 scored=asks.scored,
-                adapters=_int32([e.sequence.adapter for e in entries]) if self._adapters else b"",
+                adapters=_int32(adapters) if any(adapters) else b"",
             )
         )
         now = time.monotonic()
@@ -298,6 +313,8 @@ class EngineCore:
                 self._step_done(report)
             case m.Stats() | m.Checksums() | m.Steps() | m.KvBounded():
                 self.inquiries.settle(report)
+            case m.AdapterLoaded():
+                self.adapters.on_report(report)
             case m.Crashed():
                 self._last_words[report.worker] = report.reason
             case m.Prepared() if report.handover == 0:
@@ -321,6 +338,7 @@ class EngineCore:
             self.fail(f"workers keep dying: {reason}")
             return
         self.pool.restart(index)
+        self.adapters.restarted(index)
         waiting = self._loading.pop(index, None)
         if waiting is not None and not waiting.done():
             waiting.set_exception(EngineFailed(reason))

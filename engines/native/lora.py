@@ -1,7 +1,8 @@
 """LoRA adapters: read from the directories that peft writes, and added to the outputs of the modules they are for.
 
-They are read before the first fork, so that every worker has them, those that take another's place too: a layer's part
-of them is there wherever the layer goes, and one copy is in memory for all.
+Those of the configuration are read before the first fork, so that every worker has them and one copy is in memory for
+all. Those that come later (`engines.native.adapters`) are read by each worker. A worker has all layers of an adapter,
+whichever it carries: a layer's part is there wherever the layer goes.
 """
 
 import json
@@ -125,28 +126,40 @@ class LoraModules:
     """What the adapters of one model add, within a step: number 1 is the first one, 0 stands for none."""
 
     def __init__(self, adapters: Sequence[Adapter], model: nn.Module) -> None:
-        self._adapters = tuple(adapters)
+        self._model = model
+        self._adapters: dict[int, Adapter] = {}
+        self._hooked: set[str] = set()
         self._tokens: list[tuple[Adapter, torch.Tensor]] = []  # of the step under way
         self._device = torch.device("cpu")
-        for path in sorted({path for adapter in adapters for path in adapter.pairs}):
-            model.get_submodule(path).register_forward_hook(partial(self._add, path))
+        for number, adapter in enumerate(adapters, 1):
+            self.add(number, adapter)
+
+    def add(self, number: int, adapter: Adapter) -> None:
+        """Have one more, between two steps."""
+        self._adapters[number] = _moved(adapter, self._device)
+        for path in sorted(adapter.pairs.keys() - self._hooked):
+            self._model.get_submodule(path).register_forward_hook(partial(self._add, path))
+            self._hooked.add(path)
+
+    def drop(self, number: int) -> None:
+        """Let go of one, between two steps. Idempotent."""
+        self._adapters.pop(number, None)
 
     def move_to(self, device: torch.device) -> None:
         """Have them where this process computes: a worker's own copy."""
         self._device = device
-        self._adapters = tuple(
-            Adapter(
-                name=each.name,
-                pairs={path: (down.to(device), up.to(device)) for path, (down, up) in each.pairs.items()},
-            )
-            for each in self._adapters
-        )
+        self._adapters = {number: _moved(each, device) for number, each in self._adapters.items()}
 
     def begin(self, adapters: bytes, counts: npt.NDArray[np.int32]) -> None:
-        """A step begins. ``adapters`` has the number of each sequence's (int32), ``counts`` how many tokens it has."""
+        """A step begins. ``adapters`` has the number of each sequence's (int32), ``counts`` how many tokens it has.
+
+        Empty ``adapters``: no sequence has one.
+        """
+        if not adapters:
+            return
         of_token = np.repeat(np.frombuffer(adapters, dtype=np.int32), counts)
         self._tokens = [
-            (self._adapters[number - 1], torch.from_numpy(np.flatnonzero(of_token == number)).to(self._device))
+            (self._adapters[number], torch.from_numpy(np.flatnonzero(of_token == number)).to(self._device))
             for number in np.unique(of_token).tolist()
             if number
         ]
@@ -167,3 +180,11 @@ class LoraModules:
                 down, up = pair
                 rows = given[0].flatten(0, -2)[tokens]
                 output.view(-1, output.shape[-1]).index_add_(0, tokens, rows @ down @ up)
+
+
+def _moved(adapter: Adapter, device: torch.device) -> Adapter:
+    """Return the adapter on ``device``, itself where it is there already."""
+    if device.type == "cpu":
+        return adapter
+    pairs = {path: (down.to(device), up.to(device)) for path, (down, up) in adapter.pairs.items()}
+    return Adapter(name=adapter.name, pairs=pairs)

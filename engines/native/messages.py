@@ -101,7 +101,7 @@ class RunStep(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
 
     ``rows[i]`` is the sequence's row in the shared block table, ``starts[i]`` the position of its first new token and
     ``counts[i]`` how many there are. ``sampled`` lists the sequences (by index) whose next token is wanted.
-    ``adapters[i]`` is the number of its adapter, 0 for none; empty where there are none in the engine.
+    ``adapters[i]`` is the number of its adapter, 0 for none; empty where no sequence has one.
     """
 
     step_id: int
@@ -208,6 +208,30 @@ class KeepAt(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     address: str
 
 
+class LoadAdapter(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Read a LoRA adapter and have it from the next step on; answered by ``AdapterLoaded``.
+
+    ``at_once``: before any further message, by a worker that has no stage yet. Else beside the steps.
+    """
+
+    number: int
+    name: str
+    directory: str
+    at_once: bool
+
+
+class AdapterRead(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """From a worker's reading thread to its own loop: the adapter is in memory, or is known not to get there."""
+
+    number: int
+
+
+class DropAdapter(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """No step has this adapter any more."""
+
+    number: int
+
+
 class ReadStats(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """Report counters."""
 
@@ -296,6 +320,13 @@ class KvBounded(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True
     returned_bytes: int
 
 
+class AdapterLoaded(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
+    """Answer to ``LoadAdapter``: ``refusal`` says why it cannot be had, empty: it is there."""
+
+    number: int
+    refusal: str
+
+
 class Stats(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """Answer to ``ReadStats``. ``busy_s`` and ``longest_slice_s`` (processor time) are since the process started."""
 
@@ -339,12 +370,17 @@ WorkerCommand = (
     | MoveKv
     | BoundKv
     | KeepAt
+    | LoadAdapter
+    | AdapterRead
+    | DropAdapter
     | ReadStats
     | ReadSteps
     | ArmFailpoint
     | Exit
 )
-WorkerReport = StepDone | Prepared | Failed | Copied | Checksums | Released | KvBounded | Stats | Steps | Crashed
+WorkerReport = (
+    StepDone | Prepared | Failed | Copied | Checksums | Released | KvBounded | AdapterLoaded | Stats | Steps | Crashed
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(WorkerCommand).decode

@@ -105,6 +105,11 @@ class Scheduler:
         return len(self._sequences)
 
     @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All that have not ended; one that was aborted in flight is not among them."""
+        return (*self._sequences.values(),)
+
+    @property
     def kv_blocks_used(self) -> int:
         return self._blocks.used
 

@@ -22,6 +22,7 @@ import torch
 
 from engines.failpoints import FailAction, FailpointHit, Failpoints
 from engines.native import messages as m
+from engines.native.adapter_loading import AdapterLoading
 from engines.native.compute import IN_PLACE, open_compute
 from engines.native.context import WorkerContext, kv_store_of
 from engines.native.kv_bound import KvBound
@@ -74,8 +75,7 @@ class Worker:
         self._compute = open_compute(context.visible[index] if context.visible else IN_PLACE)
         if self._compute.own_memory:
             family.move_to(self._compute.device)
-            if context.lora is not None:
-                context.lora.move_to(self._compute.device)
+            context.lora.move_to(self._compute.device)
         self._kv = kv_store_of(family, context.shared, self._compute, num_slots=context.num_slots)
         size = context.kv_block_tokens
         self._kv_bound = KvBound(self._kv, kv_block_tokens=size, end_slot=context.shared.kv_end_slot)
@@ -90,6 +90,13 @@ class Worker:
             kv_block_tokens=size,
             compute=self._compute,
             lora=context.lora,
+        )
+        self._adapters = AdapterLoading(
+            context.lora,
+            family,
+            worker=index,
+            tell_itself=lambda message: self._inbox.send(m.encode(message)),
+            report=self._send,
         )
         self._failpoints = Failpoints()
         self._spec: m.StageSpec | None = None
@@ -137,14 +144,19 @@ class Worker:
             case m.Loaded():
                 if self._load_job is not None and self._load_job.handover == message.handover:
                     self._plan_attaching(self._load_job)
-            case m.CopyOut():
-                self._try(message.handover, partial(self._copy_out, message))
-            case m.CopyIn():
-                self._try(message.handover, partial(self._copy_in, message))
+            case m.CopyOut() | m.CopyIn():
+                copy = (
+                    partial(self._copy_out, message)
+                    if isinstance(message, m.CopyOut)
+                    else partial(self._copy_in, message)
+                )
+                self._try(message.handover, copy)
             case m.Release():
                 self._try(message.handover, partial(self._plan_release, message.handover))
             case m.MoveKv() | m.BoundKv():
                 self._change_kv(message)
+            case m.LoadAdapter() | m.AdapterRead() | m.DropAdapter():
+                self._adapters.handle(message)
             case m.Adopt():
                 self._adopt(message)
             case m.ReadStats() | m.ReadSteps() | m.Checksum():

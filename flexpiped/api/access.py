@@ -29,6 +29,8 @@ def scopes_for(path: str) -> frozenset[Scope]:
         return frozenset({Scope.READ})
     if path.startswith("/dashboard/"):
         return frozenset({Scope.ADMIN})
+    if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):  # they read directories of the host
+        return frozenset({Scope.ADMIN})
     if path in ("/openapi.json", "/version", "/v1/models") or path.startswith("/v1/models/"):
         return frozenset({Scope.INFER, Scope.READ})
     return frozenset({Scope.INFER})

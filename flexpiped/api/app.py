@@ -13,6 +13,7 @@ import flexpiped
 from engines.errors import EngineError
 from engines.protocol import EngineCapabilities, EngineCounters, StageStatus
 from flexpiped.api.access import keys_asked_for
+from flexpiped.api.adapter_routes import load_lora_adapter, unload_lora_adapter
 from flexpiped.api.backend import Backend
 from flexpiped.api.backends import BACKENDS, Backends, Served, no_such_model, only
 from flexpiped.api.errors import ApiError, from_http_status
@@ -47,6 +48,8 @@ def create_app(
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
             *(web.post(path, engine_route) for path in OWN_PATHS),
+            web.post("/v1/load_lora_adapter", load_lora_adapter),
+            web.post("/v1/unload_lora_adapter", unload_lora_adapter),
             web.post("/tokenize", tokenize),
             web.post("/detokenize", detokenize),
             web.get("/version", version),

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from engines.text.protocol import Text
+from flexpiped.adapter_set import AdapterSet
 from flexpiped.admission import Admission
 from flexpiped.api.errors import unavailable
 from flexpiped.api.metrics import Metrics
@@ -86,6 +87,7 @@ class Backend:
     new_seed: Callable[[], int] = random_seed
     wall_clock: Callable[[], float] = time.time
     keys: Callable[[], KeyRing | None] = lambda: None  # None: no key is asked for
+    adapters: AdapterSet | None = None  # the LoRA adapters, where they may change
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # for requests that do not say it
     tool_calls: ToolCalls | None = None  # how the model calls tools; None: that is not known
     body_deadline_s: float = 60.0

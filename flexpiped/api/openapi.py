@@ -3,19 +3,27 @@
 The schemas of requests are those of the tables that validate them (``parameter_table``, ``text_routes``).
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final
 
 from engines.protocol import EngineCapabilities
 from flexpiped.api import openapi_answers as answers
+from flexpiped.api.adapter_routes import (
+    LOAD_NEUTRAL,
+    LOAD_READERS,
+    LOAD_REQUIRED,
+    UNLOAD_READERS,
+    UNLOAD_REQUIRED,
+)
 from flexpiped.api.deadline import HEADER, LONGEST_MS
-from flexpiped.api.fields import TOKEN_ID
+from flexpiped.api.fields import TOKEN_ID, Reader
 from flexpiped.api.forwarding import OWN_PATHS
 from flexpiped.api.inputs import MESSAGES_WITH_TOOLS
 from flexpiped.api.parameter_table import CHAT_PARAMETERS, COMPLETION_PARAMETERS, HonouredBy, Parameter
 from flexpiped.api.parameters import taken_here
 from flexpiped.api.text_routes import DETOKENIZE_READERS, TOKENIZE_NEUTRAL, TOKENIZE_READERS
 from flexpiped.api.tools import TOOLS
+from flexpiped.api.unsupported import NeutralValues
 
 Schema = Mapping[str, Any]
 _ANY: Final[Schema] = {}
@@ -65,6 +73,7 @@ def describe(
             **_generating(model, capabilities, calls_tools),
             **_of_text(model, capabilities),
             **_of_engine(),
+            **_of_adapters(),
         },
         "components": {"schemas": answers.SCHEMAS},
     }
@@ -94,7 +103,7 @@ def _of_text(model: str, capabilities: EngineCapabilities | None) -> dict[str, A
         decoding = encoding
     else:
         readers = {name: _or_null(reader.schema) for name, reader in TOKENIZE_READERS.items()} | {
-            "model": _or_null({"const": model})
+            "model": _model_name(model, capabilities)
         }
         neutral = {name: _only(values) for name, values in TOKENIZE_NEUTRAL.items()}
         shared = {name: each for name, each in readers.items() if name not in ("prompt", "messages")}
@@ -134,6 +143,39 @@ def _of_engine() -> dict[str, Any]:
     }
 
 
+def _of_adapters() -> dict[str, Any]:
+    def changing(
+        summary: str, readers: Mapping[str, Reader[Any]], neutral: NeutralValues, required: Sequence[str]
+    ) -> Any:
+        properties = {
+            name: reader.schema if name in required else _or_null(reader.schema) for name, reader in readers.items()
+        }
+        request = _object(
+            {**properties, **{name: _only(values) for name, values in neutral.items()}}, required=[*required]
+        )
+        told = {"description": "done", "content": {"text/plain": {"schema": {"type": "string"}}}}
+        return {
+            "post": {"summary": summary, "requestBody": _body(request), "responses": {"200": told, **answers.ERRORS}}
+        }
+
+    return {
+        "/v1/load_lora_adapter": changing(
+            "Serve one more LoRA adapter, for holders of a key with scope admin",
+            LOAD_READERS,
+            LOAD_NEUTRAL,
+            LOAD_REQUIRED,
+        ),
+        "/v1/unload_lora_adapter": changing(
+            "Serve a LoRA adapter no more, for holders of a key with scope admin", UNLOAD_READERS, {}, UNLOAD_REQUIRED
+        ),
+    }
+
+
+def _model_name(model: str, capabilities: EngineCapabilities | None) -> dict[str, Any]:
+    adapters = () if capabilities is None else capabilities.adapters
+    return _or_null({"enum": [model, *adapters]} if adapters else {"const": model})
+
+
 def _reading() -> dict[str, Any]:
     def get(summary: str, schema: str, **more: Any) -> dict[str, Any]:
         responses = {"200": _content("", _ref(schema)), **answers.READ_ERRORS}
@@ -167,7 +209,7 @@ def request_schema(
     properties = {name: _parameter(name, parameter, capabilities, taken) for name, parameter in table.items()}
     own = None if capabilities is None else capabilities.own_server
     if own is None:
-        properties["model"] = _or_null({"const": model})
+        properties["model"] = _model_name(model, capabilities)
         reader = MESSAGES_WITH_TOOLS if required == "messages" and taken >= TOOLS else table[required].reader
         properties[required] = {} if reader is None else _within(reader.schema, capabilities)
     required_names = [required] if own is None else []  # "prompt_embeds" may stand for a prompt there

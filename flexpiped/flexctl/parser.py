@@ -7,7 +7,15 @@ from importlib import import_module
 from typing import Protocol
 
 from flexpiped import __version__
-from flexpiped.flexctl import auto_commands, bench_command, commands, model_command, plan_command, simulate_command
+from flexpiped.flexctl import (
+    auto_commands,
+    bench_command,
+    commands,
+    lora_command,
+    model_command,
+    plan_command,
+    simulate_command,
+)
 from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
@@ -196,6 +204,27 @@ _MODEL = (
     ),
 )
 
+_LORA = (
+    Command(
+        name="list",
+        about="each LoRA adapter: how many requests are under way with it, and its directory",
+        run=lora_command.list_,
+        add_arguments=add_model_argument,
+    ),
+    Command(
+        name="load",
+        about="have one more while serving, until the daemon ends",
+        run=lora_command.load,
+        add_arguments=lora_command.add_load_arguments,
+    ),
+    Command(
+        name="unload",
+        about="take one away while serving: streams under way with it finish",
+        run=lora_command.unload,
+        add_arguments=lora_command.add_unload_arguments,
+    ),
+)
+
 COMMANDS = (
     Command(
         name="status",
@@ -231,6 +260,11 @@ COMMANDS = (
         name="model",
         about="which models are served; start, stop and swap one while the others serve",
         parts=_MODEL,
+    ),
+    Command(
+        name="lora",
+        about="which LoRA adapters a model serves; load and unload them while it serves",
+        parts=_LORA,
     ),
     Command(
         name="topology",

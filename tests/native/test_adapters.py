@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from engines.errors import InvalidRequest
+from engines.errors import AdapterRefused, InvalidRequest
 from engines.native.adapter import NativeEngine
 from engines.protocol import GenerationRequest
 from tests.support.adapters import generated, make_adapter, merged
@@ -108,3 +108,91 @@ async def test_linear_modules_the_other_way_round(tmp_path: Path) -> None:
     expected = generated(merged(gpt2(), adapter), PROMPT, max_tokens=NEW_TOKENS)
     async with running(gpt2(), even(2, 6), adapters=(("a", str(adapter)),)) as engine:
         assert (await collect(engine, wanted("a")))[0] == expected
+
+
+# --- while serving ---
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return two more, which are not configured."""
+    folder = tmp_path_factory.mktemp("late")
+    first = make_adapter(folder / "first", of=llama(), seed=11, targets=("o_proj", "up_proj"))
+    return first, make_adapter(folder / "second", of=llama(), seed=12, targets=("o_proj", "up_proj"))
+
+
+@pytest.fixture(scope="module")
+def expected_late(late: tuple[Path, Path]) -> list[list[int]]:
+    """Return what transformers says with each of them merged."""
+    return [generated(merged(llama(), each), PROMPT, max_tokens=NEW_TOKENS) for each in late]
+
+
+async def test_one_comes_and_goes_while_streams_run_and_another_gets_its_name(
+    engine: NativeEngine, expected: Expected, late: tuple[Path, Path], expected_late: list[list[int]]
+) -> None:
+    """The prompt stays the same: what the first has left in the prefix cache is not found for the second."""
+    first, second = late
+    streams = asyncio.create_task(said_by_all(engine))
+    await engine.load_adapter("late", str(first))
+    assert engine.capabilities.adapters == (*TARGETS, "late")
+    assert (await collect(engine, wanted("late")))[0] == expected_late[0]
+    assert await streams == expected
+
+    await engine.unload_adapter("late")
+    assert engine.capabilities.adapters == tuple(TARGETS)
+    with pytest.raises(InvalidRequest, match="model"):
+        await collect(engine, wanted("late"))
+    await engine.load_adapter("late", str(second))
+    assert (await collect(engine, wanted("late")))[0] == expected_late[1]
+    await engine.unload_adapter("late")
+
+
+async def test_one_that_came_goes_along_with_layers_and_into_a_worker_that_is_started_again(
+    engine: NativeEngine, late: tuple[Path, Path], expected_late: list[list[int]]
+) -> None:
+    await engine.load_adapter("late", str(late[0]))
+    for stages in (4, 1, 2):
+        if engine.pipeline != even(stages):
+            await move(engine, even(stages))
+        assert (await collect(engine, wanted("late")))[0] == expected_late[0]
+    restarts = (await engine.counters()).worker_restarts_total
+    for stage in await engine.stages():
+        os.kill(stage.pids[0], signal.SIGKILL)
+
+    async def are_back() -> bool:
+        return (await engine.counters()).worker_restarts_total == restarts + 2
+
+    await until(are_back, timeout_s=60.0)
+    assert (await collect(engine, wanted("late")))[0] == expected_late[0]
+    await move(engine, even(8))
+    assert (await collect(engine, wanted("late")))[0] == expected_late[0]
+    await engine.unload_adapter("late")
+
+
+async def test_a_stream_finishes_with_one_that_is_taken_away(
+    engine: NativeEngine, late: tuple[Path, Path], expected_late: list[list[int]]
+) -> None:
+    await engine.load_adapter("late", str(late[0]))
+    tokens: list[int] = []
+    async for chunk in engine.generate(wanted("late")):
+        if not tokens:
+            await engine.unload_adapter("late")
+        tokens += chunk.token_ids
+    assert tokens == expected_late[0]
+
+
+async def test_what_cannot_be_read_is_refused_and_changes_nothing(
+    engine: NativeEngine, expected: Expected, tmp_path: Path
+) -> None:
+    of_another = make_adapter(tmp_path / "a", of=gpt2(), seed=3, targets=("c_attn",))
+    for name, directory, words in (
+        ("late", tmp_path / "nothing", "No such file"),
+        ("late", of_another, "not supported"),
+        ("attention", of_another, "loaded already"),
+    ):
+        with pytest.raises(AdapterRefused, match=words):
+            await engine.load_adapter(name, str(directory))
+    with pytest.raises(AdapterRefused, match="not loaded"):
+        await engine.unload_adapter("late")
+    assert engine.capabilities.adapters == tuple(TARGETS)
+    assert (await collect(engine, wanted("attention")))[0] == expected["attention"]

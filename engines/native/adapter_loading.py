@@ -1,0 +1,71 @@
+"""A worker's part when a LoRA adapter comes or goes: it is read beside the steps, and put in between two of them."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from engines.errors import UnsupportedByEngine
+from engines.native import messages as m
+from engines.native.family import Family
+from engines.native.lora import Adapter, LoraModules, read_adapter
+
+_NICE: Final = 19  # steps come first
+
+
+class AdapterLoading:
+    """Used on the worker's main thread.
+
+    Args:
+        tell_itself: Puts a message into the worker's own inbox.
+        report: Tells the core.
+    """
+
+    def __init__(
+        self,
+        lora: LoraModules,
+        family: Family,
+        *,
+        worker: int,
+        tell_itself: Callable[[m.AdapterRead], None],
+        report: Callable[[m.AdapterLoaded], None],
+    ) -> None:
+        self._lora = lora
+        self._family = family
+        self._worker = worker
+        self._tell_itself = tell_itself
+        self._report = report
+        self._read: dict[int, Adapter | str] = {}  # by number, what a thread has read, or why it could not
+
+    def handle(self, message: m.LoadAdapter | m.AdapterRead | m.DropAdapter) -> None:
+        """Do what the message says; a bounded piece of work, but for one that is read at once."""
+        match message:
+            case m.LoadAdapter(at_once=True):
+                self._put_in(message.number, self._read_now(message))
+            case m.LoadAdapter():
+                threading.Thread(target=self._read_beside, args=(message,), daemon=True).start()
+            case m.AdapterRead():
+                self._put_in(message.number, self._read.pop(message.number))
+            case m.DropAdapter():
+                self._lora.drop(message.number)
+
+    def _read_beside(self, message: m.LoadAdapter) -> None:
+        """In a thread."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone
+        self._read[message.number] = self._read_now(message)
+        self._tell_itself(m.AdapterRead(number=message.number))
+
+    def _read_now(self, message: m.LoadAdapter) -> Adapter | str:
+        try:
+            return read_adapter(message.name, Path(message.directory), self._family)
+        except UnsupportedByEngine as refusal:
+            return str(refusal)
+        except (RuntimeError, MemoryError) as error:
+            return f"adapter {message.name!r} in {message.directory}: {type(error).__name__}: {error}"
+
+    def _put_in(self, number: int, read: Adapter | str) -> None:
+        if isinstance(read, Adapter):
+            self._lora.add(number, read)
+        refusal = "" if isinstance(read, Adapter) else read
+        self._report(m.AdapterLoaded(worker=self._worker, number=number, refusal=refusal))

@@ -1,0 +1,113 @@
+"""The LoRA adapters of the engine core: which there are, and how they come and go while steps run.
+
+An adapter has a number that is never given again, so that nothing of one is taken for another's of the same name: KV
+blocks that are kept for prompts to come, or steps under way. It comes once every worker has read it, and one that is
+taken away goes when no sequence uses it any more.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from itertools import count
+
+from engines.errors import AdapterRefused
+from engines.native import messages as m
+from engines.native.workers import WorkerPool
+
+
+class Adapters:
+    """Used on the core's event loop.
+
+    Args:
+        configured: Name and directory of those that every worker has from its fork on, by the numbers from 1 on.
+        is_used: Whether a sequence, or a step in flight, has the adapter of that number.
+        fail: Ends the engine, with the reason.
+    """
+
+    def __init__(
+        self,
+        configured: tuple[tuple[str, str], ...],
+        *,
+        pool: WorkerPool,
+        is_used: Callable[[int], bool],
+        fail: Callable[[str], None],
+    ) -> None:
+        self._pool = pool
+        self._is_used = is_used
+        self._fail = fail
+        self._directories = dict(configured)
+        self._numbers = {name: number for number, (name, _) in enumerate(configured, 1)}
+        self._next = count(len(configured) + 1)
+        self._read: dict[int, tuple[str, str]] = {}  # by number: those that the workers have not from their fork
+        self._leaving: set[int] = set()
+        self._waiting: dict[tuple[int, int], asyncio.Future[str]] = {}  # by worker and number
+
+    @property
+    def directories(self) -> Mapping[str, str]:
+        """The directory of each that requests may name."""
+        return {name: self._directories[name] for name in self._numbers}
+
+    def number_of(self, name: str) -> int | None:
+        """Return the number of an adapter, 0 for no name; None: there is no such adapter."""
+        return self._numbers.get(name) if name else 0
+
+    async def load(self, name: str, directory: str) -> None:
+        """Have every worker read one more; return when requests may name it.
+
+        Raises:
+            AdapterRefused: There is one of that name, or it cannot be read.
+        """
+        if name in self._directories:
+            raise AdapterRefused(f"adapter {name!r} is loaded already")
+        number = next(self._next)
+        self._directories[name], self._read[number] = directory, (name, directory)
+        workers = range(self._pool.size)
+        loop = asyncio.get_running_loop()
+        for worker in workers:
+            self._waiting[worker, number] = loop.create_future()
+            self._pool.send(worker, _message(number, name, directory, at_once=False))
+        refusals = await asyncio.gather(*(self._waiting[worker, number] for worker in workers))
+        if refusal := next(filter(None, refusals), ""):
+            del self._directories[name]
+            self._drop(number)
+            raise AdapterRefused(refusal)
+        self._numbers[name] = number
+
+    def unload(self, name: str) -> None:
+        """Take no request for it any more; it goes once no sequence uses it.
+
+        Raises:
+            AdapterRefused: There is none of that name.
+        """
+        number = self._numbers.pop(name, None)
+        if number is None:
+            raise AdapterRefused(f"adapter {name!r} is not loaded")
+        del self._directories[name]
+        self._leaving.add(number)
+        self.between_steps()
+
+    def between_steps(self) -> None:
+        """Let go of those that were taken away and are not used any more."""
+        for number in [each for each in self._leaving if not self._is_used(each)]:
+            self._leaving.remove(number)
+            self._drop(number)
+
+    def on_report(self, report: m.AdapterLoaded) -> None:
+        """Take in a worker's answer. One that took another's place must have what that had."""
+        waiting = self._waiting.pop((report.worker, report.number), None)
+        if waiting is not None:
+            waiting.set_result(report.refusal)
+        elif report.refusal and report.number in self._read:
+            self._fail(f"worker {report.worker} was started again: {report.refusal}")
+
+    def restarted(self, worker: int) -> None:
+        """A worker's process is a new one: it reads what came after the fork of the core's workers, before all else."""
+        for number, (name, directory) in self._read.items():
+            self._pool.send(worker, _message(number, name, directory, at_once=True))
+
+    def _drop(self, number: int) -> None:
+        self._read.pop(number, None)
+        self._pool.send_all(m.DropAdapter(number=number))
+
+
+def _message(number: int, name: str, directory: str, *, at_once: bool) -> m.LoadAdapter:
+    return m.LoadAdapter(number=number, name=name, directory=directory, at_once=at_once)
