@@ -41,7 +41,7 @@ async def undisturbed(engine: NativeEngine) -> Result:
 async def fresh(engine: NativeEngine) -> AsyncIterator[None]:
     """Each test begins with two stages and no failpoint armed, and leaves nothing running.
 
-    Streams may end before a worker does that a test kills at the end of a move: then its recovery goes on into the next.
+    Streams may end before a worker does that a test kills at the end of a move: its recovery goes on into the next.
     """
     async with asyncio.timeout(BACK_S):
         while engine.pipeline != even(2):
