@@ -80,7 +80,7 @@ async def adopt(
             reader, writer = await asyncio.open_connection(sock=await reach(record, process))
             try:
                 kept, memo = await _first_word(reader)
-                settled = await settle(Path(kept.directory), memo)
+                settled = await settle(Path(kept.directory), memo, parameters=outliving.parameters)
             except BaseException:
                 writer.close()
                 raise
@@ -94,8 +94,11 @@ async def adopt(
     return AdoptedServer(process=process, hosted=hosted, memo=memo, settled=settled, outliving=outliving)
 
 
-async def settle(run_directory: Path, memo: k.Memo) -> Settled:
-    """Roll back or finish what was under way, and compare what the ranks hold. Raises: NotAdopted, as calls do."""
+async def settle(run_directory: Path, memo: k.Memo, *, parameters: str = "") -> Settled:
+    """Roll back or finish what was under way, and compare what the ranks hold. Raises: NotAdopted, as calls do.
+
+    Layers that ranks load from here on are kept by the keeper of parameters at the address ``parameters``.
+    """
     channel, info = await first_contact(run_directory, on_message=lambda _news: None, closed_by="the engine")
     try:
         if info["refactor_refusal"]:  # nothing can have moved
@@ -109,7 +112,7 @@ async def settle(run_directory: Path, memo: k.Memo) -> Settled:
     sides = await await_ranks(run_directory, count=len(memo.device_ids))
     try:
         for rank, side in sides.items():
-            await side.call("settle")
+            await side.call("settle", parameters=parameters)
             ensure_agreed(rank // ranks.tensor_parallel, await side.call("status"), layout=core["layout"])
     finally:
         for side in sides.values():

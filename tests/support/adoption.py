@@ -85,7 +85,7 @@ async def through_several_daemons(folder: Path, *, engine: str, workers: str, mo
     """
 
     def daemon_of(*, adopt_within_s: float = 120.0) -> Any:
-        lines = survive(adopt_within_s=adopt_within_s) + more
+        lines = survive(adopt_within_s=adopt_within_s) + 'devices.parameter_cache = "64 MiB"\n' + more
         return started(folder, ready=True, engine=engine, stages=3, more=lines)
 
     async with daemon_of() as daemon:  # killed while a stream runs, in another layout than the configured one
@@ -110,7 +110,9 @@ async def through_several_daemons(folder: Path, *, engine: str, workers: str, mo
         await assert_adopted(daemon, epoch=2, stages=3)
         history = [event["message"] for event in (await daemon.ask("/history"))["events"]]
         assert any("a change to 2 stages was broken off" in message for message in history)
+        assert (await daemon.ask("/status"))["parameter_cache"]["layers"] == 0
         await moved(daemon, stages=2)
+        assert (await daemon.ask("/status"))["parameter_cache"]["layers"] > 0  # this daemon keeps them now
         assert await text_of(daemon) == undisturbed
         await end(daemon, signal.SIGTERM)
 

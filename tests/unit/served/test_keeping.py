@@ -99,6 +99,21 @@ async def test_a_load_that_is_repeated_counts_once(keeper: ParameterKeeper, rank
     assert [each.users for each in keeper.kept.layers] == [1]
 
 
+async def test_layers_that_come_later_are_kept_by_the_keeper_of_the_next_daemon(
+    keeper: ParameterKeeper, rank_of: RankOf
+) -> None:
+    gone = ParameterKeeper(MIB)
+    rank = rank_of(gone.address)
+    async with gone.serving():
+        await rank.load(0)
+        assert gone.figures.layers == 1
+    await rank.load(1)  # nobody keeps it
+    rank.layers.keep_at(keeper.address)
+    rank.layers.left(0)
+    await rank.load(2)
+    assert [(each.name, each.users) for each in keeper.kept.layers] == [("2", 1)]
+
+
 async def test_what_is_still_written_to_is_not_kept_and_said(
     keeper: ParameterKeeper, rank_of: RankOf, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ class RankAnswers:
                 case "prepare":
                     threading.Thread(target=self._prepare, args=(message, reply), daemon=True).start()
                 case "settle":
-                    self._moving().settle()
+                    self._moving().settle(parameters=message["parameters"])
                     trim_heap()
                     reply({"op": "reply", "call": call, "result": {}})
                 case "release":

@@ -66,6 +66,12 @@ class KeptLayers:
             with suppress(OSError):  # a keeper that is gone has no use for it
                 self._socket.send(json.dumps({"type": "Left", "key": key}).encode(), socket.MSG_DONTWAIT)
 
+    def keep_at(self, address: str) -> None:
+        """Ask another keeper from now on; what was kept by the one before is the rank's own, and goes with it."""
+        self.close()
+        self._address = address
+        self._used.clear()
+
     def _take(self, key: str) -> int | None:
         answer, fds = self._ask({"type": "Take", "key": key})
         return fds[0] if answer.get("is_here") and fds else None

@@ -150,10 +150,14 @@ class Moving:
         self._handover = None
         return {"weights_bytes": weights_bytes, "kv_bytes": kv_bytes}
 
-    def settle(self) -> None:
-        """Finish or roll back whatever was under way when the daemon went: what ``release`` of its number would do."""
+    def settle(self, *, parameters: str) -> None:
+        """Finish or roll back whatever was under way when the daemon went: what ``release`` of its number would do.
+
+        ``parameters``: address of the next one's keeper of parameters; empty: it has none.
+        """
         if self._handover is not None:
             self.release(self._handover.number)
+        self._helper.keep_at(parameters)
 
     def status(self) -> dict[str, Any]:
         """Return what this rank holds now."""

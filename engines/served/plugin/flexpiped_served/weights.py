@@ -32,6 +32,7 @@ _ALIGNMENT = 64
 _NICE = 19
 _HEADER = struct.Struct("<I")
 _REQUEST = struct.Struct("<i")  # a layer that is wanted; its complement: one that the worker has let go of
+_KEEPER = -(1 << 31)  # in place of a layer; the address of a keeper follows, after its length
 _LENGTH = struct.Struct("<Q")
 _TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -54,6 +55,9 @@ class Loader(Protocol):
 
     def left(self, index: int) -> None:
         """The worker has let go of a layer."""
+
+    def keep_at(self, address: str) -> None:
+        """Another keeper keeps what is loaded from here on; empty: none does."""
 
 
 class WeightHelper:
@@ -93,6 +97,12 @@ class WeightHelper:
         """Say that this worker has let go of a layer. Never waits, and may come while a layer is loaded."""
         with suppress(OSError):  # a helper that has ended has none
             self._socket.sendall(_REQUEST.pack(~index))
+
+    def keep_at(self, address: str) -> None:
+        """Have another keeper keep layers. Never waits, and may come while a layer is loaded."""
+        body = address.encode()
+        with suppress(OSError):
+            self._socket.sendall(_REQUEST.pack(_KEEPER) + _HEADER.pack(len(body)) + body)
 
 
 def mapped(fd: int, tensors: Manifest) -> dict[str, torch.Tensor]:
@@ -148,6 +158,9 @@ def _serve(
             (index,) = _REQUEST.unpack(raw)
             if index >= 0:
                 _answer(connection, loader, index)
+            elif index == _KEEPER:
+                length = _HEADER.unpack(_receive(connection, _HEADER.size))[0]
+                loader.keep_at(_receive(connection, length).decode())
             else:
                 loader.left(~index)
         status = 0
