@@ -35,6 +35,9 @@ class Candidates(Protocol):
     async def of(self, engine: Engine, seen: Observation) -> tuple[Candidate, ...]:
         """Return them for ``engine`` under such a load. Raises ``PlannerError``, ``EngineError``."""
 
+    async def starting_now(self, found: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Return candidates with what a start of each would take now."""
+
 
 class Rest(Protocol):
     """What can end the engine while nobody uses it."""
@@ -129,8 +132,9 @@ class AutoControl:
         return None if self.mode is AutoMode.OFF else self._decide(self._load.observe())
 
     async def _look(self) -> None:
-        """Ask the engine, if there is one; while it sleeps, what was known of the granularities still counts."""
+        """Ask the engine, if there is one; while it sleeps, what was known still counts, but for how long it starts."""
         if self._is_asleep:
+            self._found = await self._candidates.starting_now(self._found)
             return
         engine = self._engine()
         await self._load.sample(*(self._engines() if self._engines is not None else (engine,)))

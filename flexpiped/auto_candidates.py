@@ -88,6 +88,14 @@ class PlannedCandidates:
             self._known[workload] = await asyncio.to_thread(candidates_for, granularities, workload, self._slo)
         return self._known[workload]
 
+    async def starting_now(self, found: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Return candidates with what a start would take now: parameters may have left the memory of the host."""
+        starts = await asyncio.to_thread(lambda: [self._start(each.num_stages) for each in found])
+        return tuple(
+            each if start is None else replace(each, start_s=start.took_s, start_in_words=start.in_words)
+            for each, start in zip(found, starts, strict=True)
+        )
+
     async def _granularities(self, engine: Engine) -> tuple[Granularity, ...]:
         asked, now_s = (engine.capabilities.name, engine.pipeline, tuple(self._serving())), self._clock()
         if self._planned is None or self._planned[0] != asked or now_s - self._planned[1] > PLAN_AGE_S:

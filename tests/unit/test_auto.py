@@ -1,6 +1,6 @@
 """The control loop with the fake engine: it decides, acts as an operator would, and says why."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -39,11 +39,15 @@ class Given:
     def __init__(self) -> None:
         self.candidates: tuple[Candidate, ...] = (TWO, FOUR)
         self.error: NoFeasiblePlan | None = None
+        self.start_in_words = ""
 
     async def of(self, _engine: Engine, _seen: Observation) -> tuple[Candidate, ...]:
         if self.error is not None:
             raise self.error
         return self.candidates
+
+    async def starting_now(self, found: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        return tuple(replace(each, start_in_words=self.start_in_words) for each in found)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -227,7 +231,10 @@ async def test_nobody_for_long_makes_it_sleep_and_a_request_wakes_it(stand: Stan
     assert decision is not None
     assert decision.reason == "keep: asleep: no request waits"
     stand.load.arrived("first")
-    await stand.control.cycle()
+    stand.given.start_in_words = "ready in 4 s, as its parameters come from storage"  # they have gone since
+    decision = await stand.control.cycle()
+    assert decision is not None
+    assert decision.reason.endswith(f"a request waits; {stand.given.start_in_words}")
     await stand.settled()
     assert not stand.bed.is_asleep
 

@@ -79,15 +79,21 @@ async def test_what_is_alike_is_planned_and_predicted_once(engine: FakeEngine) -
 
 async def test_a_replica_takes_as_long_to_start_as_was_measured(engine: FakeEngine) -> None:
     planner, start = Planner(), ExpectedStart(took_s=4.0, origin=Origin.KEPT, cold_s=None)
+    known = {1: start, 2: replace(start, took_s=6.0)}
     source = PlannedCandidates(
         resolver=lambda: planner,
         expected=EXPECTED,
         slo=Slo(),
-        start={1: start, 2: replace(start, took_s=6.0)}.get,
+        start=known.get,
     )
     found = await source.of(engine, LoadMonitor(began_s=0.0).observe(1.0))
     assert [each.start_s for each in found] == [4.0, 6.0, 0.0, 0.0]
     assert [bool(each.start_in_words) for each in found] == [True, True, False, False]
+    known[1] = replace(start, took_s=40.0, origin=Origin.STORAGE)  # it had to leave the memory of the host
+    now = await source.starting_now(found)
+    assert [each.start_s for each in now] == [40.0, 6.0, 0.0, 0.0]
+    assert now[0].start_in_words.endswith("its parameters come from storage")
+    assert planner.plans == 1
 
 
 async def test_other_lengths_are_predicted_anew_without_a_plan(engine: FakeEngine) -> None:
