@@ -41,7 +41,7 @@ async def plain_server(
         command = [str(python), *words, "--host", "127.0.0.1", "--port", str(port)]
         url = f"http://127.0.0.1:{port}"
         async with leashed(command, environment={**inherited, **environment}, folder=folder, log=log) as process:
-            if not await _is_up(f"{url}{health}", process):
+            if not await is_up(f"{url}{health}", process):
                 raise ServerFailed(log.read_text(errors="replace")[-4000:])
             yield url
 
@@ -54,7 +54,8 @@ def free_port() -> int:
     return port
 
 
-async def _is_up(url: str, process: asyncio.subprocess.Process) -> bool:
+async def is_up(url: str, process: asyncio.subprocess.Process) -> bool:
+    """Return whether ``url`` answers 200 before the process ends."""
     deadline_s = time.monotonic() + _START_DEADLINE_S
     while time.monotonic() < deadline_s and process.returncode is None:
         if await asyncio.to_thread(_answers, url):

@@ -138,8 +138,12 @@ async def http_app(
     handovers: Handovers | None = None,
     sampling_defaults: Mapping[str, Any] = _NONE,
     tool_calls: ToolCalls | None = None,
+    port: int = 0,
 ) -> AsyncIterator[HttpApp]:
-    """Serve on 127.0.0.1 and any free port while the scope lasts. Seeds are 7, the time of creation is fixed."""
+    """Serve on 127.0.0.1 while the scope lasts, at any free port if none is given.
+
+    Seeds are 7, the time of creation is fixed.
+    """
     engines = engines or FakeEngines(next_token=saying("Once upon a time"))
     supervisor = Supervisor(factory=engines.make, pipeline=ONE, policy=policy)
     await supervisor.start()
@@ -159,7 +163,7 @@ async def http_app(
         created_unix_s=CREATED_UNIX_S,
         death_noticed_s=0.1,
     )
-    listener = listen_tcp("127.0.0.1", 0)
+    listener = listen_tcp("127.0.0.1", port)
     url = url_of(listener)
     outermost = () if spans is None else (traced(spans, handovers=handovers or Handovers(), paths=TRACED),)
     app: web.Application = create_app(backend, max_body_bytes=max_body_bytes, outermost=outermost)
