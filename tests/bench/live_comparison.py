@@ -4,7 +4,8 @@ A CPU device is one core here: its stage computes with one thread, whether it is
 twice the compute of one. The KV cache is small enough to bind; it is of one size, whatever the layout. One stage says
 what it can do (requests at once: capacity; lone ones: what the targets are a multiple of), then every system serves the
 same trace: gamma arrivals of CV 1, of a higher one, and of CV 1 again, at the same rate. Durations of ``[auto]`` are
-the defaults over ``--pace``, as the trace is minutes long, not hours. Deeper layouts, on as many cores, are simulated.
+the defaults over ``--pace``, as the trace is minutes long, not hours. Deeper layouts, on as many cores, are simulated,
+with the same KV cache and with that of as many devices.
 
 python -m tests.bench.live_comparison
 """
@@ -156,15 +157,27 @@ latency_window_s = {60 / pace:g}
 
 
 def _simulated(
-    options: NativeOptions, graph: ModelGraph, profile: Profile, trace: Trace, *, stages: int, alone: OneStage
+    options: NativeOptions,
+    graph: ModelGraph,
+    profile: Profile,
+    trace: Trace,
+    *,
+    stages: int,
+    caches: int,
+    alone: OneStage,
 ) -> Served:
-    """Simulate the trace on a fixed layout of as many cores; what a step takes beside its stages is as with one."""
+    """Simulate the trace on a fixed layout of as many cores, with so many times the KV cache of one device.
+
+    What a step takes beside its stages is as with one stage.
+    """
     single = times_of(msgspec.structs.replace(options, threads=1), graph, profile, even(1))
     context = LENGTHS.prompt_tokens_mean + LENGTHS.output_tokens_mean / 2
     overhead_s = max(0.0, alone.tpot_s - StepTimes(single).decode(1, context, beside=False).passing_s)
-    times = times_of(msgspec.structs.replace(options, threads=stages), graph, profile, even(stages))
+    larger = msgspec.structs.replace(options, threads=stages, kv_cache_bytes=caches * options.kv_cache_bytes)
+    times = times_of(larger, graph, profile, even(stages))
     found = simulated(replace(times, step_overhead_s=overhead_s), trace)
-    return Served(name=f"{fixed_name(stages)}, simulated", times=found, device_s=stages * length_s(found))
+    name = f"{fixed_name(stages)}{f', KV cache x {caches}' if caches > 1 else ''}, simulated"
+    return Served(name=name, times=found, device_s=stages * length_s(found))
 
 
 def _options() -> argparse.Namespace:
@@ -207,7 +220,11 @@ async def main() -> int:
         )
         found = [await stand.fixed(trace, stages=stages) for stages in LIVE]
         found.append(await stand.adapting(trace, slo=alone.slo, pace=options.pace))
-    found += [_simulated(engine, graph, profile, trace, stages=each, alone=alone) for each in options.simulate]
+    found += [
+        _simulated(engine, graph, profile, trace, stages=stages, caches=caches, alone=alone)
+        for stages in options.simulate
+        for caches in sorted({1, stages})  # the engine's is of one size; devices could have one each
+    ]
     tell(found, phases, alone.slo)
     bounds = bounds_of(found, alone.slo)
     verdicts(bounds)
