@@ -20,6 +20,7 @@ from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
 from engines.served.connecting import before_death
 from engines.served.handovers import AfterMoves, Handovers, HandoverSetup
 from engines.served.keeper_messages import Memo
+from engines.served.leaving import Leaving
 from engines.served.life import Life
 from engines.served.link import EngineLink
 from engines.served.logs import LogDialect, LogLine
@@ -73,8 +74,8 @@ class ServedEngine(ABC):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._setup = setup
-        self._adopted = outliving if isinstance(outliving, AdoptedServer) else None
-        self._outliving = outliving.outliving if isinstance(outliving, AdoptedServer) else outliving
+        self._leaving = Leaving(outliving)
+        self._adopted = self._leaving.adopted
         self._ranks = setup.handover.ranks
         self._pipeline = pipeline
         self._epoch = epoch
@@ -99,7 +100,6 @@ class ServedEngine(ABC):
             clock=clock,
         )
         self._last_progress = ""
-        self._is_noted = False  # for the next daemon
         self.info: Message = {}  # what the engine said of itself when it was ready
 
     # --- what an engine adds ---
@@ -198,7 +198,7 @@ class ServedEngine(ABC):
         return await self._life.died()
 
     async def close(self) -> None:
-        stays = self._life.end is None and self._is_noted and self._outliving is not None and self._outliving.is_leaving
+        stays = self._life.end is None and self._leaving.is_due
         self._life.close()
         await self._watch.stop()
         if self._link is not None:
@@ -210,8 +210,7 @@ class ServedEngine(ABC):
             return
         await self._server.close()
         note_departure(self._ranks.device_ids, self._server.processes)
-        if self._outliving is not None:
-            self._outliving.forget()
+        self._leaving.forget()
 
     @property
     def is_adopted(self) -> bool:
@@ -254,41 +253,52 @@ class ServedEngine(ABC):
     # --- starting ---
 
     async def _start(self) -> None:
-        name = self._setup.name
-        version = await self._version()
-        if self._adopted is not None:
-            await self._go_on(self._adopted, version)
+        if self._adopted is None:
+            await self._start_afresh()
         else:
-            self._on_progress(f"{name} {version}: waiting for its turn to start")
-            counts = self._boot_layout()
-            async with turn_to_start(self._ranks.device_ids):
-                self._server = server = self._serve()
-                self._life.begin()
-                self._on_progress(f"starting {name} {version}")
-                await self._launch(server, counts)
-                await self._in_time(server)
-            await self._leave_record(server, self._memo(version, counts))
+            await self._go_on(self._adopted)
         self._watch.begin()
 
-    async def _go_on(self, adopted: AdoptedServer, version: str) -> None:
+    async def _start_afresh(self) -> None:
+        name, version = self._setup.name, await self._version()
+        self._on_progress(f"{name} {version}: waiting for its turn to start")
+        counts = self._boot_layout()
+        async with turn_to_start(self._ranks.device_ids):
+            self._server = server = self._new_server()
+            self._life.begin()
+            self._on_progress(f"starting {name} {version}")
+            await self._launch(server, counts)
+            await self._in_time(server)
+        memo = Memo(
+            version=version,
+            device_ids=self._ranks.device_ids,
+            tensor_parallel=self._ranks.tensor_parallel,
+            counts=counts,
+            epoch=self._epoch,
+            secrets=self._secrets(),
+        )
+        await self._leaving.note(server, memo)
+
+    async def _go_on(self, adopted: AdoptedServer) -> None:
         """Begin where the daemon before this one has left: the layout in force is what the engine says."""
-        self._server = server = self._serve(adopted)  # first: what is not gone on with is ended
-        if adopted.memo.version != version:
-            was = adopted.memo.version
+        self._server = server = self._new_server()  # first: what is not gone on with is ended
+        was, version = adopted.memo.version, await self._version()
+        if was != version:
             raise EngineStartFailed(f"{self._setup.name} {was} runs, and its environment has {version} now")
         self._pipeline, self._epoch = adopted.pipeline, adopted.epoch
         self._life.begin()
         await self._in_time(server)
-        await self._leave_record(server, adopted.memo)
+        await self._leaving.note(server, adopted.memo)
 
-    def _serve(self, adopted: AdoptedServer | None = None) -> EngineServer:
+    def _new_server(self) -> EngineServer:
+        outliving = self._leaving.outliving
         return EngineServer(
             name=self._setup.name,
             dialect=self._setup.dialect,
             on_log=self._note_log,
             on_death=self._note_death,
-            place=None if self._outliving is None else self._outliving.place,
-            kept=None if adopted is None else adopted.hosted,
+            place=None if outliving is None else outliving.place,
+            kept=None if self._adopted is None else self._adopted.hosted,
         )
 
     async def _in_time(self, server: EngineServer) -> None:
@@ -299,25 +309,6 @@ class ServedEngine(ABC):
         except TimeoutError:
             words = server.with_last_words(f"{self._setup.name} was not ready within {deadline_s:g} s")
             raise EngineStartFailed(words) from None
-
-    def _memo(self, version: str, counts: Sequence[int]) -> Memo:
-        return Memo(
-            version=version,
-            device_ids=self._ranks.device_ids,
-            tensor_parallel=self._ranks.tensor_parallel,
-            counts=tuple(counts),
-            epoch=self._epoch,
-            secrets=self._secrets(),
-        )
-
-    async def _leave_record(self, server: EngineServer, memo: Memo) -> None:
-        """Note the engine for the next daemon; only now may it outlive this one."""
-        outliving = self._outliving
-        if outliving is None:
-            return
-        await asyncio.to_thread(outliving.note, server.keeper_pid)
-        server.outlive(adopt_within_s=outliving.adopt_within_s, memo=memo)
-        self._is_noted = True
 
     def _boot_layout(self) -> tuple[int, ...]:
         if (refusal := self._ranks.refusal_of(self._pipeline)) is not None:

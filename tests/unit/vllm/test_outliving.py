@@ -11,12 +11,13 @@ import pytest_asyncio
 
 from engines.errors import EngineStartFailed
 from engines.found_process import FoundProcess, start_of
-from engines.launching import OwnPlace
+from engines.launching import CoreProcess, OwnPlace
 from engines.outliving import NotAdopted, Outliving, at
 from engines.protocol import GenerationRequest, SamplingParams
 from engines.records import EngineRecord, read_record
 from engines.served.adopting import AdoptedServer, adopt, ensure_agreed
 from engines.served.group import members_of
+from engines.served.hosting import InKeeping
 from engines.vllm.adapter import VllmEngine
 from tests.support.fake_vllm import ONE, fake_engine, fake_interpreter
 from tests.support.until import until
@@ -27,6 +28,9 @@ pytestmark = pytest.mark.real_loop
 REQUEST = GenerationRequest(
     request_id="x", prompt_token_ids=(10, 11), sampling=SamplingParams(max_tokens=3, logprobs=True)
 )
+
+
+BEGUN: list[CoreProcess] = []  # keepers of a test, which are children of this process
 
 
 def outliving_in(folder: Path, *, adopt_within_s: float = 60.0, is_leaving: bool = True) -> Outliving:
@@ -44,6 +48,9 @@ def outliving_in(folder: Path, *, adopt_within_s: float = 60.0, is_leaving: bool
 async def begun(folder: Path, *, adopt_within_s: float = 60.0) -> VllmEngine:
     engine = fake_engine(folder, outliving=outliving_in(folder, adopt_within_s=adopt_within_s))
     await engine.start(on_progress=lambda _message: None)
+    assert engine._server is not None
+    assert isinstance(engine._server._hosted, InKeeping)
+    BEGUN.append(engine._server._hosted.keeper)
     return engine
 
 
@@ -56,6 +63,9 @@ async def folder(tmp_path: Path) -> AsyncIterator[Path]:
         with suppress(ProcessLookupError):
             os.kill(keeper, signal.SIGTERM)
         await until(lambda: start_of(keeper) == "")
+    for child in BEGUN:
+        await child.ended()  # or asyncio does not know
+    BEGUN.clear()
 
 
 @pytest_asyncio.fixture
@@ -140,6 +150,15 @@ async def test_an_engine_whose_environment_was_upgraded_is_not_gone_on_with(left
     second = fake_engine(folder, outliving=await adopted_in(folder))
     fake_interpreter(folder, version="0.33.0")
     with pytest.raises(EngineStartFailed, match=r"vLLM 0\.32\.0 runs, and its environment has 0\.33\.0 now"):
+        await second.start(on_progress=lambda _message: None)
+    await until(lambda: members_of(left.pids["api"]) == [])
+
+
+async def test_an_engine_without_its_environment_is_ended(left: VllmEngine, folder: Path) -> None:
+    (folder / "python").rename(folder / "elsewhere")
+    second = fake_engine(folder, outliving=await adopted_in(folder), python=str(folder / "python"))
+    (folder / "python").unlink()
+    with pytest.raises(EngineStartFailed, match="there is no"):
         await second.start(on_progress=lambda _message: None)
     await until(lambda: members_of(left.pids["api"]) == [])
 
