@@ -78,8 +78,10 @@ def purpose_of(settings: Settings, *, directory: Path, options: str, protocol: s
 
 def refuse_what_cannot_survive(settings: Settings) -> None:
     """Raise ``UnsupportedByEngine`` where the engine that is configured cannot outlive the daemon."""
-    if settings.engines.survive_restart and settings.engine in (EngineKind.FAKE, EngineKind.SGLANG):
-        raise UnsupportedByEngine(f"engines.survive_restart is not for engine {settings.engine.value!r} yet")
+    if settings.engines.survive_restart and settings.engine is EngineKind.FAKE:
+        raise UnsupportedByEngine(
+            f"engines.survive_restart is not for engine {settings.engine.value!r}, which has no processes of its own"
+        )
 
 
 @dataclass(frozen=True, slots=True)
