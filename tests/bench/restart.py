@@ -40,6 +40,8 @@ def _options() -> argparse.Namespace:
     made = parser("Measure how long a client waits after the daemon was killed.")
     made.add_argument("--rounds", type=int, default=5, help="restarts of each kind")
     made.add_argument("--stages", type=int, default=2, help="stages of the pipeline")
+    made.add_argument("--engine", choices=("native", "vllm", "sglang"), default="native", help="which engine")
+    made.add_argument("--python", metavar="PATH", default="", help="interpreter that has vLLM or SGLang")
     options = made.parse_args()
     if options.short:
         options.rounds = 1
@@ -55,6 +57,7 @@ def _free_port() -> int:
 
 def _configuration(model: Path, options: argparse.Namespace, *, folder: Path, port: int, survives: bool) -> str:
     return f"""
+engine = "{options.engine}"
 model = "{model}"
 served_model_name = "bench"
 stages = {options.stages}
@@ -64,7 +67,8 @@ admin.socket = "{folder / "admin.sock"}"
 [engines]
 survive_restart = {str(survives).lower()}
 adopt_within_s = 60.0
-[engines.native]
+[engines.{options.engine}]
+python = "{options.python}"
 threads = {options.threads}
 nice = {options.nice}
 """
