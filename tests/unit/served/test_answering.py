@@ -25,6 +25,9 @@ class FakeMoving:
             raise ValueError("no such tensor")
         yield 20
 
+    def settle(self, *, parameters: str) -> None:
+        raise RuntimeError(f"it was settled for {parameters}")
+
     def release(self, number: int) -> dict[str, int]:
         return {"weights_bytes": 20, "kv_bytes": number}
 
@@ -47,6 +50,7 @@ def asked(message: dict[str, Any], *, moving: object = FakeMoving(), failpoints:
     return seen
 
 
+SETTLE = {"op": "settle", "parameters": "a socket"}
 PREPARE = {"op": "prepare", "handover": 1, "layout": [0, 1], "new_layout": [0, 0]}
 
 
@@ -70,7 +74,11 @@ def test_what_was_freed_is_told() -> None:
     assert asked({"op": "release", "handover": 5})[-1]["result"] == {"weights_bytes": 20, "kv_bytes": 5}
 
 
-@pytest.mark.parametrize("message", [PREPARE, {"op": "release", "handover": 1}])
+def test_what_a_daemon_that_is_gone_has_left_is_settled() -> None:
+    assert asked(SETTLE)[-1]["error"] == "RuntimeError: it was settled for a socket"
+
+
+@pytest.mark.parametrize("message", [PREPARE, {"op": "release", "handover": 1}, SETTLE])
 def test_a_rank_whose_layers_stay_says_why(message: dict[str, Any]) -> None:
     assert asked(message, moving=RuntimeError("one pipeline rank"))[-1]["error"] == "RuntimeError: one pipeline rank"
 

@@ -239,6 +239,34 @@ def test_who_loses_a_layer_is_waited_for_in_a_slot_that_would_begin_a_batch(row:
     assert row.conductor._pause()["pause_s"] > 0.0
 
 
+def test_a_daemon_that_comes_rolls_back_what_the_one_before_has_begun(row: Row) -> None:
+    begun(row).ask("settle")
+    ran = row.run(3)
+    in_force = {"epoch": 0, "layout": LAYOUT, "last_number": 1, "crash": ""}
+    assert row.replies[-1]["result"] == in_force
+    assert [name for _, (name, *_) in row.seen[-1]] == ["begin", "release", "abandon", "release"]
+    assert ran[-1] == ["a batch"] * RANKS
+
+
+def test_a_daemon_that_comes_waits_for_the_commit_that_the_one_before_has_begun(row: Row) -> None:
+    begun(row).ask("commit", 1, 1.0, True)
+    row.run(1)
+    row.ask("settle")
+    row.run(40)
+    committed, settled = row.replies
+    assert committed["result"]["epoch"] == 1
+    assert settled["result"] == {"epoch": 1, "layout": NEW_LAYOUT, "last_number": 1, "crash": ""}
+
+
+def test_a_daemon_that_comes_learns_of_a_commit_that_went_wrong(row: Row) -> None:
+    row.answer_of["switch"] = [{}, {"error": "no memory"}, {}]
+    begun(row).ask("commit", 1, 1.0, False)
+    row.run(10)
+    row.ask("settle")
+    row.run(10)
+    assert row.replies[-1]["result"]["crash"] == "a rank failed while it switched: no memory"
+
+
 def test_batches_are_held_where_the_next_is_far(row: Row) -> None:
     """A slot without a batch after one with a batch: the results of that are on their way for the longest time."""
     begun(row)
