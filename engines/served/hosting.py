@@ -144,6 +144,7 @@ class InKeeping:
         answer = k.NotStarted(reason="its keeper has ended") if raw is None else k.decode_report(raw)
         if not isinstance(answer, k.Kept):
             writer.close()
+            await _end_of(keeper)
             raise EngineStartFailed(answer.reason if isinstance(answer, k.NotStarted) else f"it answers {answer}")
         return cls(keeper, reader, writer, answer)
 
@@ -171,11 +172,7 @@ class InKeeping:
             os.kill(self.pid, signal.SIGTERM)
 
     async def gone(self) -> None:
-        try:
-            await asyncio.wait_for(self.keeper.ended(), _KEEPER_GRACE_S)
-        except TimeoutError:
-            self.keeper.kill()
-            await self.keeper.ended()
+        await _end_of(self.keeper)
         await self._let_go()
 
     async def leave(self) -> None:
@@ -205,6 +202,15 @@ class InKeeping:
             self._lines.put_nowait(None)
             if not self._end.done():
                 self._end.set_result(how)
+
+
+async def _end_of(keeper: CoreProcess) -> None:
+    """Wait for the end of a keeper that has nothing to keep any more; one that takes too long is killed."""
+    try:
+        await asyncio.wait_for(keeper.ended(), _KEEPER_GRACE_S)
+    except TimeoutError:
+        keeper.kill()
+        await keeper.ended()
 
 
 def _words(status: int) -> str:

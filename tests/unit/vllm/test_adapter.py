@@ -112,7 +112,9 @@ async def test_progress_and_log_reach_the_daemon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["api", "core", "worker"])
-async def test_the_death_of_any_process_ends_all_of_them(engine: VllmEngine, victim: str) -> None:
+async def test_the_death_of_any_process_ends_all_of_them(tmp_path: Path, victim: str) -> None:
+    engine = fake_engine(tmp_path, behaviour="stuck")  # so that the stream is under way, however slow the machine is
+    await engine.start(on_progress=silent)
     stream = asyncio.create_task(tokens_of(engine, request(max_tokens=50)))
     died = asyncio.create_task(engine.died())
     pids, directory = engine.pids, engine.run_directory

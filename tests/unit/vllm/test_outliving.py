@@ -172,6 +172,14 @@ async def test_one_that_does_not_start_leaves_nothing(folder: Path) -> None:
     assert not (folder / "one.json").exists()
 
 
+async def test_an_interpreter_that_cannot_be_run_is_told_by_the_keeper(folder: Path) -> None:
+    engine = fake_engine(folder, outliving=outliving_in(folder))
+    (folder / "python").write_text('#!/bin/sh\nrm "$0"\necho vllm 0.32.0\n')  # it is there once
+    with pytest.raises(EngineStartFailed, match="cannot run .*: No such file"):
+        await engine.start(on_progress=lambda _message: None)
+    assert list((folder / "e").glob("one.*")) == []
+
+
 def test_ranks_that_hold_other_layers_than_the_engine_says_are_not_adopted() -> None:
     ensure_agreed(1, {"layers": [3, 2]}, layout=(0, 0, 1, 1))
     with pytest.raises(NotAdopted, match=r"one of stage 0 holds layers \[0\], not \[0, 1\]"):
