@@ -19,6 +19,9 @@
 #define TOGETHER 4   /* queries whose sums are in registers at a time */
 #define PARTS 4      /* vectors of keys per softmax update */
 #define TILE (PARTS * LANES)
+#define LINE 16      /* elements of a line of the cache */
+#define PAGE 1024    /* elements of a page, beyond which the processor sees nothing coming by itself */
+#define FEW_ROWS 8   /* so few compute less than it takes to wait for their keys */
 #define PIECE_WORK 65536 /* multiplications that one thread does at a time, at least */
 #define MASKED (-1e30f)
 
@@ -46,6 +49,7 @@ typedef struct {
     int32_t base;
     int begin, end, parts;
     const float *keys[PARTS], *values[PARTS];
+    const float *next; /* the first keys of the tile that follows, NULL after the last one */
 } Tile;
 
 static inline int64_t slot_of(const Step *step, int32_t token, int32_t position) {
@@ -106,6 +110,19 @@ INLINE void transpose(Vec rows[LANES]) {
             if (!(i & far)) exchange(&rows[i], &rows[i | far], far);
 }
 #endif
+
+/* Announce rows that are read soon: they lie too far apart for the processor to see by itself which come next. */
+INLINE void announce(const float *rows, int64_t stride, int64_t dim) {
+    for (int j = 0; j < LANES; j++)
+        for (int64_t d = 0; d < dim; d += LINE) __builtin_prefetch(rows + j * stride + d, 0, 1);
+}
+
+/* The keys that come after those of a part, and its values. */
+INLINE void announce_after(const Work *work, const Tile *tile, int part, int64_t stride) {
+    const float *next = part + 1 < tile->parts ? tile->keys[part + 1] : tile->next;
+    if (next != NULL) announce(next, stride, work->dim);
+    announce(tile->values[part], stride, work->dim);
+}
 
 /* Fetch the keys of one part of a tile, each as it lies: their rows are far apart, often by a power of two, and would
  * drive each other out of the cache if they were read across. Those out of the tile's bounds are zero and are not read. */
@@ -194,14 +211,21 @@ INLINE void score_rows(Work *work, const Tile *tile, int row, const int rows) {
     }
 }
 
-/* The same for one query alone, whose keys nobody else needs: they stay in registers. */
+/* The same for one query alone, whose keys nobody else needs: they stay in registers, and are used up as they are read,
+ * so that it does not matter which of them drive each other out of the cache. */
 static void score_one(Work *work, const Tile *tile, int64_t stride) {
+    static const float nothing[MAX_HEAD_DIM];
     for (int part = 0; part < tile->parts; part++) {
+        const int begin = tile->begin - part * LANES, end = tile->end - part * LANES;
+        const float *from[LANES];
+        for (int j = 0; j < LANES; j++) from[j] = j >= begin && j < end ? tile->keys[part] + j * stride : nothing;
+        announce_after(work, tile, part, stride);
         Vec sum[4] = {{0}, {0}, {0}, {0}};
-        fetch_keys(work, tile, part, stride);
         for (int64_t d = 0; d < work->padded; d += LANES) {
+            const int64_t left = work->dim - d;
             Vec keys[LANES];
-            turned(work, d, keys);
+            for (int j = 0; j < LANES; j++) keys[j] = left < LANES ? load_part(from[j] + d, left) : load(from[j] + d);
+            transpose(keys);
             for (int j = 0; j < LANES; j++) sum[j % 4] += keys[j] * work->query[d + j];
         }
         store(work->weights + part * LANES, (sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -284,24 +308,25 @@ static void end_work(const Work *work, const Item *item, int32_t kv_head, float 
     }
 }
 
+/* Where the keys or values from ``position`` on begin. */
+INLINE int64_t offset_at(const Work *work, const Item *item, int32_t kv_head, int32_t position) {
+    return (slot_of(work->step, item->token, position) * work->step->num_kv_heads + kv_head) * work->dim;
+}
+
 /* Find the keys from position ``base`` on that any query of the item attends to. */
 static Tile tile_at(const Work *work, const Item *item, const float *keys, const float *values, int32_t kv_head,
                     int32_t base) {
-    const Step *step = work->step;
-    const int32_t *blocks = step->table + (int64_t)step->rows[step->sequence_of[item->token]] * step->max_blocks;
     const int32_t oldest = work->oldest[0], context = work->context[work->rows - 1];
     Tile tile = {.base = base};
     tile.begin = oldest > base ? oldest - base : 0;
     tile.end = context - base < TILE ? context - base : TILE;
     tile.parts = (tile.end + LANES - 1) / LANES;
     for (int part = 0; part < tile.parts; part++) {
-        const int32_t position = base + part * LANES;
-        const int64_t slot =
-            (int64_t)blocks[position / step->block_tokens] * step->block_tokens + position % step->block_tokens;
-        const int64_t offset = (slot * step->num_kv_heads + kv_head) * work->dim;
+        const int64_t offset = offset_at(work, item, kv_head, base + part * LANES);
         tile.keys[part] = keys + offset;
         tile.values[part] = values + offset;
     }
+    if (context - base > TILE) tile.next = keys + offset_at(work, item, kv_head, base + TILE);
     return tile;
 }
 
@@ -318,7 +343,10 @@ static void attend(const Step *step, const float *keys, const float *values, con
             add_rows(&work, &tile, stride, 0, 1);
             continue;
         }
-        for (int part = 0; part < tile.parts; part++) turn_keys(&work, &tile, part, stride);
+        for (int part = 0; part < tile.parts; part++) {
+            if (work.rows <= FEW_ROWS || stride >= PAGE) announce_after(&work, &tile, part, stride);
+            turn_keys(&work, &tile, part, stride);
+        }
         int row = 0;
         for (; row + TOGETHER <= work.rows; row += TOGETHER) attend_rows(&work, &tile, stride, row, TOGETHER);
         for (; row < work.rows; row++) attend_rows(&work, &tile, stride, row, 1);
