@@ -1,9 +1,14 @@
 """An engine with a server of its own outlives its daemon and is taken by the next: a fake vLLM of real processes."""
 
+import asyncio
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +27,7 @@ from engines.vllm.adapter import VllmEngine
 from tests.support.fake_vllm import ONE, fake_engine, fake_interpreter
 from tests.support.until import until
 from tests.unit.engines.test_records import PURPOSE
+from tests.unit.engines.test_unit_launcher import AS_SYSTEMD, ROOT
 
 pytestmark = pytest.mark.real_loop
 
@@ -172,10 +178,47 @@ async def test_one_that_does_not_start_leaves_nothing(folder: Path) -> None:
     assert not (folder / "one.json").exists()
 
 
+def begin_as_systemd(listening: socket.socket, started: list[subprocess.Popen[bytes]]) -> None:
+    """Begin a unit for one connection, as ``flexpiped-engine.socket`` has systemd do."""
+    connection, _ = listening.accept()
+    with connection:
+        process = subprocess.Popen(
+            [sys.executable, "-c", AS_SYSTEMD, str(connection.fileno())],
+            pass_fds=[connection.fileno()],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+    started.append(process)
+
+
+async def test_in_a_unit_of_its_own_its_run_directory_is_where_daemons_see_it(folder: Path) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(str(folder / "launcher.sock"))
+        listening.listen()
+        starting = asyncio.to_thread(begin_as_systemd, listening, started)
+        outliving = outliving_in(folder)
+        place = replace(outliving.place, launcher=folder / "launcher.sock", runs=folder / "run")
+        engine = fake_engine(folder, outliving=replace(outliving, place=place))
+        await asyncio.gather(starting, engine.start(on_progress=lambda _message: None))
+    [unit] = started
+    assert engine.run_directory.parent == folder / "run"
+    assert read_record(folder / "one.json").pid == unit.pid
+    await engine.close()
+
+    second = fake_engine(folder, outliving=await adopted_in(folder, is_leaving=False))
+    await second.start(on_progress=lambda _message: None)
+    assert await tokens_of(second) == [2, 3, 4]
+    await second.close()
+    assert await asyncio.to_thread(unit.wait) == 0
+    assert list((folder / "run").iterdir()) == []
+
+
 async def test_an_interpreter_that_cannot_be_run_is_told_by_the_keeper(folder: Path) -> None:
     engine = fake_engine(folder, outliving=outliving_in(folder))
     (folder / "python").write_text('#!/bin/sh\nrm "$0"\necho vllm 0.32.0\n')  # it is there once
-    with pytest.raises(EngineStartFailed, match="cannot run .*: No such file"):
+    with pytest.raises(EngineStartFailed, match=r"cannot run .*: No such file"):
         await engine.start(on_progress=lambda _message: None)
     assert list((folder / "e").glob("one.*")) == []
 
