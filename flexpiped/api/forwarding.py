@@ -6,13 +6,11 @@ asked again. After that, a stream ends with an error event.
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Final
 
-import aiohttp
 import msgspec
-from aiohttp import web
-from yarl import URL
+from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineDied, EngineError
 from engines.protocol import Engine, OwnRoutes
@@ -22,6 +20,7 @@ from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.fields import Body
 from flexpiped.api.metrics import Observation, Outcome, outcome_of
+from flexpiped.api.own_answer import Answer, asked
 from flexpiped.api.own_bodies import refuse_unfit
 from flexpiped.api.wire import error_event
 from flexpiped.supervision import FRUITLESS_DEATHS
@@ -127,7 +126,7 @@ async def _answer_of(engine: Engine, http: web.Request, observation: Observation
                 return await _pass_on(http, answer, events, observation)
         try:
             whole = await answer.read()
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             raise _Unanswered(str(error)) from error
         if answer.status in (500, 503) and await _is_gone(engine, backend_of(http)):
             raise _Unanswered(whole.decode(errors="replace"))
@@ -137,37 +136,29 @@ async def _answer_of(engine: Engine, http: web.Request, observation: Observation
 
 
 @asynccontextmanager
-async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGenerator[Answer, None]:
     """Yield the answer once its head has come.
 
     Raises:
         _Unanswered
     """
-    async with aiohttp.ClientSession(
-        connector=aiohttp.UnixConnector(str(engine.own_routes_socket)),
-        timeout=aiohttp.ClientTimeout(total=None),
-        auto_decompress=False,
-        skip_auto_headers=("Accept-Encoding", "User-Agent"),
-    ) as session:
-        url = URL(f"http://localhost{http.path_qs}", encoded=True)
-        key = engine.own_routes_key
-        ours = {"authorization"} if key or backend_of(http).keys() is not None else set()
-        context = headers_to_pass_on()
-        passed_on = _without(_NOT_ASKED | ours | set(context), http.headers)
-        headers = [*passed_on, *context.items(), ("Content-Type", "application/json")]
-        if key:
-            headers.append(("Authorization", f"Bearer {key}"))
+    key = engine.own_routes_key
+    ours = {"authorization"} if key or backend_of(http).keys() is not None else set()
+    context = headers_to_pass_on()
+    passed_on = _without(_NOT_ASKED | ours | set(context), http.headers)
+    headers = [("Host", "localhost"), *passed_on, *context.items(), ("Content-Type", "application/json")]
+    if key:
+        headers.append(("Authorization", f"Bearer {key}"))
+    async with AsyncExitStack() as stack:
+        asking = asked(engine.own_routes_socket, method=http.method, target=http.path_qs, headers=headers, body=raw)
         try:
-            answer = await session.request(http.method, url, data=raw, headers=headers, allow_redirects=False)
-        except (aiohttp.ClientError, OSError) as error:
+            answer = await stack.enter_async_context(asking)
+        except OSError as error:
             raise _Unanswered(str(error)) from error
-        try:
-            yield answer
-        finally:
-            answer.close()
+        yield answer
 
 
-async def _events(answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
     """Yield what comes, cut between events, so that one of ours can follow anywhere.
 
     Raises:
@@ -175,11 +166,12 @@ async def _events(answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]
     """
     rest = b""
     try:
-        async for data in answer.content.iter_any():
-            events, end, rest = (rest + data).rpartition(b"\n\n")
-            if end:
-                yield events + end
-    except (aiohttp.ClientError, OSError) as error:
+        async with aclosing(answer.parts()) as parts:
+            async for data in parts:
+                events, end, rest = (rest + data).rpartition(b"\n\n")
+                if end:
+                    yield events + end
+    except OSError as error:
         raise _Unanswered(str(error)) from error
     if rest:
         yield rest
@@ -187,7 +179,7 @@ async def _events(answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]
 
 async def _pass_on(
     http: web.Request,
-    answer: aiohttp.ClientResponse,
+    answer: Answer,
     events: AsyncGenerator[bytes, None],
     observation: Observation,
 ) -> web.StreamResponse:
@@ -213,7 +205,7 @@ async def _pass_on(
             observation.outcome = Outcome.FAILED
             return response
         observation.outcome = Outcome.DONE
-    except aiohttp.ClientConnectionResetError:
+    except ClientConnectionResetError:
         observation.outcome = Outcome.DISCONNECTED
     return response
 

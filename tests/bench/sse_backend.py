@@ -17,6 +17,7 @@ import uvloop
 _HEAD: Final = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
+_BACKLOG: Final = 1024
 _HEALTHY: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 _EVENT: Final = (
     b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1700000000,'
@@ -118,8 +119,8 @@ class Connection(asyncio.Protocol):
 
 async def _serve(options: argparse.Namespace) -> None:
     loop, paces = asyncio.get_running_loop(), dict[float, Steps]()
-    await loop.create_unix_server(lambda: Connection(paces), options.socket)
-    server = await loop.create_server(lambda: Connection(paces), options.host, options.port)
+    await loop.create_unix_server(lambda: Connection(paces), options.socket, backlog=_BACKLOG)
+    server = await loop.create_server(lambda: Connection(paces), options.host, options.port, backlog=_BACKLOG)
     await server.serve_forever()
 
 

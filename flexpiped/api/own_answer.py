@@ -1,0 +1,233 @@
+"""One request to an engine's own server, over its Unix socket, and the answer as it comes.
+
+HTTP/1.1 as far as such servers speak it: answers that are chunked, have a length, or end with the connection. What has
+come meanwhile is taken at once, however many chunks it is in: a client that handles each by itself (aiohttp's does)
+costs as much again for every token of a stream.
+
+AnswerBroken    the server is not there, is gone before its answer is whole, or says what is no HTTP; an ``OSError``
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, Protocol, cast
+
+from multidict import CIMultiDict
+
+_MOST_WAITING_BYTES: Final = 1 << 20  # then the server waits, too
+_MOST_HEAD_BYTES: Final = 1 << 16
+_EMPTY: Final = (204, 304)  # statuses whose answers have no body
+
+
+class AnswerBroken(ConnectionError):
+    """There is no answer, or not the whole of it."""
+
+
+class Answer:
+    """An answer of which the head has come."""
+
+    def __init__(self, connection: "_Connection", *, status: int, headers: CIMultiDict[str], body: "_Body") -> None:
+        self._connection = connection
+        self._body = body
+        self.status = status
+        self.headers = headers
+
+    @property
+    def content_type(self) -> str:
+        """The type without its parameters."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+    async def parts(self) -> AsyncGenerator[bytes, None]:
+        """Yield the body as it comes: all that is there each time. Raises: AnswerBroken."""
+        connection, body = self._connection, self._body
+        while True:
+            data = body.take(connection.waiting)
+            if data:
+                yield data
+            if body.is_whole:
+                return
+            if not await connection.has_more():
+                body.end()
+                return
+
+    async def read(self) -> bytes:
+        """Return the whole body. Raises: AnswerBroken."""
+        return b"".join([part async for part in self.parts()])
+
+
+@asynccontextmanager
+async def asked(
+    socket: Path, *, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes
+) -> AsyncGenerator[Answer, None]:
+    """Ask, and yield the answer once its head has come. Leaving closes the connection, so the server ends the request.
+
+    Raises:
+        AnswerBroken, OSError: Before there is an answer.
+    """
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode("utf-8", "surrogateescape")
+    transport, connection = await asyncio.get_running_loop().create_unix_connection(_Connection, str(socket))
+    try:
+        transport.write(head + body)
+        yield await _answer(connection)
+    finally:
+        transport.abort()
+
+
+class _Connection(asyncio.Protocol):
+    """What came and has not been taken is ``waiting``."""
+
+    def __init__(self) -> None:
+        self.waiting = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._news: asyncio.Future[None] | None = None
+        self._is_paused = self._is_over = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.waiting += data
+        if len(self.waiting) > _MOST_WAITING_BYTES and self._transport is not None and not self._is_paused:
+            self._transport.pause_reading()
+            self._is_paused = True
+        self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._is_over = True
+        self._tell()
+
+    async def has_more(self) -> bool:
+        """Wait until more has come; False: nothing will."""
+        before = len(self.waiting)
+        if self._is_paused and self._transport is not None and not self._is_over:
+            self._transport.resume_reading()
+            self._is_paused = False
+        while len(self.waiting) == before and not self._is_over:
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
+        return len(self.waiting) > before
+
+    def _tell(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+
+async def _answer(connection: _Connection) -> Answer:
+    while True:
+        while (end := connection.waiting.find(b"\r\n\r\n")) < 0:
+            if len(connection.waiting) > _MOST_HEAD_BYTES:
+                raise AnswerBroken("the answer's head has no end")
+            if not await connection.has_more():
+                raise AnswerBroken("the server closed the connection without an answer")
+        first, *lines = bytes(connection.waiting[:end]).decode("utf-8", "surrogateescape").split("\r\n")
+        del connection.waiting[: end + 4]
+        status = _status(first)
+        if status >= 200:  # else it is about to answer
+            headers = CIMultiDict((name, value.strip()) for name, _, value in (line.partition(":") for line in lines))
+            return Answer(connection, status=status, headers=headers, body=_body(status, headers))
+
+
+def _status(line: str) -> int:
+    version, _, rest = line.partition(" ")
+    if not version.startswith("HTTP/1.") or not rest[:3].isdecimal():
+        raise AnswerBroken("the answer is no HTTP")
+    return int(rest[:3])
+
+
+def _body(status: int, headers: CIMultiDict[str]) -> "_Body":
+    if status in _EMPTY:
+        return _Sized(0)
+    if "chunked" in headers.get("Transfer-Encoding", "").lower():
+        return _Chunked()
+    length = headers.get("Content-Length")
+    if length is None:
+        return _ToTheEnd()
+    if not length.isdecimal():
+        raise AnswerBroken("the answer's length is no number")
+    return _Sized(int(length))
+
+
+class _Body(Protocol):
+    """Where a body ends."""
+
+    is_whole: bool
+
+    def take(self, waiting: bytearray) -> bytes:
+        """Remove from ``waiting`` what belongs to the body, and return it. Raises: AnswerBroken."""
+
+    def end(self) -> None:
+        """The connection has ended. Raises: AnswerBroken, if the body should go on."""
+
+
+class _Sized:
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.is_whole = length == 0
+
+    def take(self, waiting: bytearray) -> bytes:
+        data = bytes(waiting[: self._left])
+        del waiting[: len(data)]
+        self._left -= len(data)
+        self.is_whole = self._left == 0
+        return data
+
+    def end(self) -> None:
+        raise AnswerBroken("the server closed the connection within its answer")
+
+
+class _ToTheEnd:
+    is_whole = False
+
+    def take(self, waiting: bytearray) -> bytes:
+        data = bytes(waiting)
+        waiting.clear()
+        return data
+
+    def end(self) -> None:
+        """It is where the body ends."""
+
+
+class _Chunked:
+    """A size in hex, perhaps with extensions, on a line, so many bytes, a line's end, and so on to the size 0."""
+
+    def __init__(self) -> None:
+        self._left = 0  # of the chunk that is being read
+        self._is_behind = False  # a chunk, before the end of its line
+        self.is_whole = False
+
+    def take(self, waiting: bytearray) -> bytes:
+        parts, at = [], 0
+        while not self.is_whole:
+            if self._left:
+                part = waiting[at : at + self._left]
+                parts.append(part)
+                at += len(part)
+                self._left -= len(part)
+                if self._left:
+                    break
+                self._is_behind = True
+            begin = at + 2 * self._is_behind
+            line = waiting.find(b"\r\n", begin)
+            if line < 0:
+                break
+            size = _size(waiting[begin:line])
+            if size == 0:
+                end = waiting.find(b"\r\n\r\n", line)  # behind trailers
+                if end < 0:
+                    break
+                line, self.is_whole = end + 2, True
+            at, self._left, self._is_behind = line + 2, size, False
+        del waiting[:at]
+        return b"".join(parts)
+
+    def end(self) -> None:
+        raise AnswerBroken("the server closed the connection within its answer")
+
+
+def _size(line: bytearray) -> int:
+    try:
+        return int(line.partition(b";")[0], 16)
+    except ValueError:
+        raise AnswerBroken("the size of a chunk is no number") from None
