@@ -289,6 +289,7 @@ class ServedEngine(ABC):
         self._life.begin()
         await self._in_time(server)
         await self._leaving.note(server, adopted.memo)
+        await self._ready_handovers().resume()
 
     def _new_server(self) -> EngineServer:
         outliving = self._leaving.outliving

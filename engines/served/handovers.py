@@ -40,6 +40,9 @@ class AfterMoves(Protocol):
     def begin(self, counts: Sequence[int]) -> None:
         """Begin, for a layout with ``counts`` layers on each pipeline rank, which is in force."""
 
+    async def resume(self, counts: Sequence[int]) -> None:
+        """Begin where a daemon before this one may have left it."""
+
     async def stop(self) -> None:
         """Return when none is under way."""
 
@@ -138,6 +141,11 @@ class Handovers:
             yield item
         if item is not None:
             raise item
+
+    async def resume(self) -> None:
+        """Begin what follows a move that a daemon before this one may have made."""
+        if self._after is not None:
+            await self._after.resume(self._ranks.counts_of(self.pipeline))
 
     async def cancel(self) -> bool:
         """Roll back what has not been committed; False when there is nothing."""

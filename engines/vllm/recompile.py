@@ -101,6 +101,11 @@ class Recompiler:
         assert not self.under_way, "stop the last one first"
         self._task = asyncio.create_task(self._run(list(counts)), name="vllm-recompile")
 
+    async def resume(self, counts: Sequence[int]) -> None:
+        """Begin in an engine whose ranks may have been left in eager mode, or with helpers at work."""
+        await self._stop_helpers()
+        self.begin(counts)
+
     async def stop(self) -> None:
         """Return when none is under way. Helpers are ended; a load that has begun is not called back."""
         if self._task is None:

@@ -72,6 +72,14 @@ class Rig:
         return self.ended[-1]
 
 
+async def test_it_goes_on_in_an_engine_that_was_there_before_the_daemon() -> None:
+    rig = Rig(runs="compiled")
+    await rig.recompiler.resume(COUNTS)
+    await rig.recompiler.wait()
+    assert rig.seen == ["stop_compiling 0", "stop_compiling 1", "compile 0", "load_compiled"]
+    assert rig.ended[-1].compiled
+
+
 async def test_ranks_compile_one_after_the_other_and_load_together() -> None:
     rig = Rig()
     ended = await rig.run()
