@@ -6,7 +6,7 @@ from math import inf, isfinite
 from statistics import fmean, median
 
 from planner.arrivals import Absence, Reading
-from planner.load import EngineSample, LoadMonitor
+from planner.load import WINDOWS_S, EngineSample, LoadMonitor
 from planner.request_figures import Figures, RequestTimes, figures
 from planner.simulation.clock import Clock
 from planner.simulation.fleet import Fleet, FleetEvents, MemberState
@@ -95,7 +95,8 @@ class Outcome:
 class Setting:
     """Everything but the system. ``drain_s``: how long after the last arrival requests may still end.
 
-    ``expected``: Requests as they are expected before any has come, which routing goes by.
+    ``expected``: Requests as they are expected before any has come, which routing goes by. ``windows_s``: over which
+    arrivals are watched.
     """
 
     trace: Sequence[TraceRequest]
@@ -106,6 +107,7 @@ class Setting:
     memory_changes: Sequence[MemoryChange] = ()
     interval_s: float = 5.0
     drain_s: float = 600.0
+    windows_s: Sequence[float] = WINDOWS_S
 
 
 def simulate(
@@ -131,7 +133,7 @@ class _Run:
         self._system = system
         self._on_progress = on_progress
         self._clock = Clock()
-        self._monitor = LoadMonitor(began_s=0.0, slo=setting.slo)
+        self._monitor = LoadMonitor(began_s=0.0, windows_s=setting.windows_s, slo=setting.slo)
         self._fleet = Fleet(
             self._clock,
             pool,

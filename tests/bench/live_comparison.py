@@ -4,8 +4,8 @@ A CPU device is one core here: its stage computes with one thread, whether it is
 twice the compute of one. The KV cache is small enough to bind; it is of one size, whatever the layout. One stage says
 what it can do (requests at once: capacity; lone ones: what the targets are a multiple of), then every system serves the
 same trace: gamma arrivals of CV 1, of a higher one, and of CV 1 again, at the same rate. Durations of ``[auto]`` are
-the defaults over ``--pace``, as the trace is minutes long, not hours. Deeper layouts, on as many cores, are simulated,
-with the same KV cache and with that of as many devices.
+the defaults over ``--pace``, as the trace lasts minutes, not hours. Simulated beside: deeper layouts on as many cores
+with the same KV cache and with that of as many devices, and auto with two and with all of these layouts.
 
 python -m tests.bench.live_comparison
 """
@@ -13,23 +13,17 @@ python -m tests.bench.live_comparison
 import argparse
 import asyncio
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import msgspec
-
-from engines.native.options import NativeOptions
 from flexpiped.load.replay import Progress, replay
 from flexpiped.load.target import Target
 from flexpiped.profiles import ProfileStore, profile_folder
-from planner.model_graph import ModelGraph
-from planner.policy_state import PolicyConstants
 from planner.profile import Profile
 from planner.request_figures import RequestTimes, figures
-from planner.simulation.step_times import StepTimes
 from planner.traces import Trace, TraceRequest
 from planner.workload import Slo
 from tests.bench import direct
@@ -47,9 +41,9 @@ from tests.bench.live_figures import (
     phased,
     tell,
 )
+from tests.bench.live_simulation import DURATIONS, LiveSimulation, paced
 from tests.bench.profile_accuracy import graph_of, take_profile
-from tests.bench.program import EngineSetup, checkpoint, even, parser, run, whole_numbers
-from tests.bench.simulator_fidelity import simulated, times_of
+from tests.bench.program import EngineSetup, checkpoint, parser, run, whole_numbers
 from tests.bench.tables import say, verdicts, write_json
 
 _KV_CACHE_BYTES: Final = 32 << 20  # 2,048 tokens of the benchmarks' Llama, some 14 of these requests
@@ -129,16 +123,9 @@ def _spaced(count: int, *, gap_s: float) -> Trace:
 
 
 def _auto(pace: float, *, slo: Slo, rate_per_s: float) -> str:
-    """Return the configuration of auto: the defaults, ``pace`` times as fast."""
-    usual = PolicyConstants()
-    durations = {
-        name: getattr(usual, name) / pace
-        for name in (
-            *("cv_window_s", "confirm_s", "dwell_s", "cool_down_s"),
-            *("expected_dwell_s", "guard_s", "bar_s", "reclaim_s"),
-        )
-    }
-    keys = "\n".join(f"{name} = {value:g}" for name, value in durations.items())
+    """Return the configuration of auto."""
+    durations = asdict(paced(pace))
+    keys = "\n".join(f"{name} = {durations[name]:g}" for name in DURATIONS)
     return f"""
 [slo]
 ttft_s = {slo.ttft_s}
@@ -150,34 +137,10 @@ output_tokens = {LENGTHS.output_tokens_mean}
 [auto]
 mode = "on"
 interval_s = {5 / pace:g}
-windows_s = [{30 / pace:g}, {usual.cv_window_s / pace:g}]
+windows_s = [{30 / pace:g}, {durations["cv_window_s"]:g}]
 latency_window_s = {60 / pace:g}
 {keys}
 """
-
-
-def _simulated(
-    options: NativeOptions,
-    graph: ModelGraph,
-    profile: Profile,
-    trace: Trace,
-    *,
-    stages: int,
-    caches: int,
-    alone: OneStage,
-) -> Served:
-    """Simulate the trace on a fixed layout of as many cores, with so many times the KV cache of one device.
-
-    What a step takes beside its stages is as with one stage.
-    """
-    single = times_of(msgspec.structs.replace(options, threads=1), graph, profile, even(1))
-    context = LENGTHS.prompt_tokens_mean + LENGTHS.output_tokens_mean / 2
-    overhead_s = max(0.0, alone.tpot_s - StepTimes(single).decode(1, context, beside=False).passing_s)
-    larger = msgspec.structs.replace(options, threads=stages, kv_cache_bytes=caches * options.kv_cache_bytes)
-    times = times_of(larger, graph, profile, even(stages))
-    found = simulated(replace(times, step_overhead_s=overhead_s), trace)
-    name = f"{fixed_name(stages)}{f', KV cache x {caches}' if caches > 1 else ''}, simulated"
-    return Served(name=name, times=found, device_s=stages * length_s(found))
 
 
 def _options() -> argparse.Namespace:
@@ -220,10 +183,14 @@ async def main() -> int:
         )
         found = [await stand.fixed(trace, stages=stages) for stages in LIVE]
         found.append(await stand.adapting(trace, slo=alone.slo, pace=options.pace))
+    simulation = LiveSimulation(engine, graph, profile, alone)
     found += [
-        _simulated(engine, graph, profile, trace, stages=stages, caches=caches, alone=alone)
+        simulation.fixed(trace, stages=stages, caches=caches)
         for stages in options.simulate
         for caches in sorted({1, stages})  # the engine's is of one size; devices could have one each
+    ]
+    found += [
+        simulation.adapting(trace, most=most, pace=options.pace) for most in sorted({max(LIVE), max(options.simulate)})
     ]
     tell(found, phases, alone.slo)
     bounds = bounds_of(found, alone.slo)

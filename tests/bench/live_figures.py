@@ -1,5 +1,6 @@
 """What the live comparison measures and says: its trace, what became of it by system, tables and bounds. Pure."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -16,6 +17,8 @@ LENGTHS: Final = Workload(
 )
 _TTFT_TIMES, _TPOT_TIMES = 10.0, 5.0  # of a lone request: the targets
 _MOST_CHANGES_PER_MIN: Final = 2
+_AUTO: Final = "auto"
+_CHANGE: Final = re.compile(r"(?:\d+ -> |back from \d+ to )(\d+) stage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +69,11 @@ def length_s(times: Sequence[RequestTimes]) -> float:
 
 
 def devices_over_time(marks: Sequence[Mapping[str, Any]], *, begins_with: int, until_s: float) -> float:
-    """Return the devices that stages had, over time: from the changes, such as ``1 -> 2 stages: why``."""
-    counts = [begins_with, *(int(str(each["message"]).split(" -> ")[1].split()[0]) for each in marks)]
+    """Return the devices that stages had, over time, from changes as they are told (``planner.policy_words``)."""
+    counts = [begins_with]
+    for mark in marks:
+        found = _CHANGE.match(str(mark["message"]))
+        counts.append(int(found[1]) if found else counts[-1])
     ats = [0.0, *(float(each["after_s"]) for each in marks), until_s]
     return sum(count * max(0.0, after - before) for count, (before, after) in zip(counts, pairwise(ats), strict=True))
 
@@ -108,7 +114,7 @@ def tell(found: Sequence[Served], phases: Sequence[Phase], slo: Slo) -> None:
     )
     for each in found:
         for mark in each.decisions:
-            print(f"  after {mark['after_s']:5.1f} s  {mark['message']}")
+            print(f"  {each.name}, after {mark['after_s']:5.1f} s  {mark['message']}")
 
 
 def _in_phase(served: Served, bound: tuple[float, float], slo: Slo) -> str:
@@ -126,17 +132,18 @@ def bounds_of(found: Sequence[Served], slo: Slo) -> list[Bound]:
     seen: dict[str, Figures] = {each.name: figures(each.times, slo) for each in found}
     fixed = [seen[fixed_name(stages)] for stages in LIVE]
     best = max(fixed, key=lambda each: each.goodput_per_s)
-    changes = most_in_a_minute([float(mark["after_s"]) for each in found for mark in each.decisions])
-    p99 = [each.ttft_s.percentiles["p99"] or 0.0 for each in (seen["auto"], *fixed)]
+    marks = [mark for each in found if each.name == _AUTO for mark in each.decisions]
+    changes = most_in_a_minute([float(mark["after_s"]) for mark in marks])
+    p99 = [each.ttft_s.percentiles["p99"] or 0.0 for each in (seen[_AUTO], *fixed)]
     return [
         Bound(
-            what="requests that failed", value=sum(e.failed for e in (*fixed, seen["auto"])), limit=0, at_most=True,
+            what="requests that failed", value=sum(e.failed for e in (*fixed, seen[_AUTO])), limit=0, at_most=True,
             unit="",
         ),
         Bound(
             what="changes by auto in any minute", value=changes, limit=_MOST_CHANGES_PER_MIN, at_most=True, unit=""
         ),
-        Bound(what="goodput, auto / best fixed", value=seen["auto"].goodput_per_s / best.goodput_per_s, limit=None),
+        Bound(what="goodput, auto / best fixed", value=seen[_AUTO].goodput_per_s / best.goodput_per_s, limit=None),
         Bound(what="TTFT p99, auto / best fixed", value=p99[0] / min(p99[1:]), limit=None),
         Bound(what="TTFT p99, auto / worst fixed", value=p99[0] / max(p99[1:]), limit=None),
     ]  # fmt: skip

@@ -19,7 +19,7 @@ def test_the_cv_jumps_and_comes_back_at_the_same_rate() -> None:
 def test_devices_count_over_time_from_change_to_change() -> None:
     marks = [
         {"after_s": 10.0, "message": "1 -> 2 stages: load 95%"},
-        {"after_s": 30.0, "message": "2 -> 1 stage: CV 1.00"},
+        {"after_s": 30.0, "message": "back from 2 to 1 stage: 80 ms a request with 2 stages"},
     ]
     assert devices_over_time(marks, begins_with=1, until_s=100.0) == 10 + 2 * 20 + 70
     assert devices_over_time([], begins_with=1, until_s=100.0) == 100
