@@ -35,7 +35,11 @@ def run(*command: object) -> str:
 
 
 def make(target: str, place: Path) -> str:
-    return run("make", "--no-print-directory", "-C", ROOT, target, f"DESTDIR={place}", "prefix=/usr")
+    return make_in(target, place, prefix="/usr")
+
+
+def make_in(target: str, place: Path, *, prefix: str) -> str:
+    return run("make", "--no-print-directory", "-C", ROOT, target, f"DESTDIR={place}", f"prefix={prefix}")
 
 
 @pytest.fixture(scope="module")

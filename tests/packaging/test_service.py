@@ -24,6 +24,22 @@ ask = urllib.request.Request("http://127.0.0.1:8100/v1/completions", body, {"con
 print(json.load(urllib.request.urlopen(ask))["choices"][0]["text"])
 """
 
+STREAM = """
+import openai
+client = openai.OpenAI(base_url="http://127.0.0.1:8100/v1", api_key="none")
+for chunk in client.completions.create(model="demo-model", prompt="Once", max_tokens=20, temperature=0, stream=True):
+    print(chunk.choices[0].text, end="", flush=True)
+"""
+LOOK = """
+import sys, urllib.request
+path, wanted = sys.argv[1:]
+for line in urllib.request.urlopen("http://127.0.0.1:8100" + path, timeout=20):
+    if wanted in line.decode():
+        break
+else:
+    sys.exit(f"{path} does not say {wanted}")
+"""
+
 pytestmark = [
     pytest.mark.long,
     pytest.mark.engine,
@@ -32,7 +48,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
     built = subprocess.run([ROOT / "packaging" / "build_deb.sh", out], capture_output=True, text=True, check=False)
@@ -86,6 +102,7 @@ def test_without_an_engine_it_says_what_to_do(machine: Machine) -> None:
 
 def test_it_starts_and_serves(machine: Machine) -> None:
     machine.write(CONFIG, f'engine = "native"\nstages = 2\n[engines.native]\npython = "{ENGINE_PYTHON}"\n')
+    assert machine.do("flexctl", "config", "check", CONFIG) == f"{CONFIG}: ok\n"
 
     machine.do("systemctl", "start", "flexpiped")
 
@@ -96,9 +113,35 @@ def test_it_starts_and_serves(machine: Machine) -> None:
     assert "daemon ready" in events(machine)
 
 
+def test_systemd_knows_every_key_of_the_units_and_leaves_little_open(machine: Machine) -> None:
+    machine.do("systemctl", "daemon-reload")
+    for unit in ("flexpiped.service", "flexpiped-engine.socket", "flexpiped-engine@one.service"):
+        assert machine.run("systemd-analyze", "verify", unit).stderr == ""
+    said = machine.do("journalctl", "--boot", "_PID=1", "--output", "cat", "--no-pager")
+    assert [line for line in said.splitlines() if "flexpiped" in line and re.search("nknown|ignoring", line)] == []
+    for unit in ("flexpiped.service", "flexpiped-engine@one.service"):
+        told = machine.do("systemd-analyze", "security", "--no-pager", unit)
+        exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", told)
+        assert exposure is not None
+        assert float(exposure[1]) <= 3.0
+
+
+def test_an_operator_sees_it_at_work(machine: Machine) -> None:
+    """An openai client that streams, the dashboard and ``flexctl top``, as the README says."""
+    assert machine.do(ENGINE_PYTHON, "-c", STREAM).strip() == completion(machine).strip()
+
+    machine.do("python3", "-c", LOOK, "/", "<title>flexpiped")
+    machine.do("python3", "-c", LOOK, "/dashboard/stream", "event: status")
+    top = "TERM=xterm timeout --foreground -s INT -k 2 5 flexctl top"
+    screen = machine.run("script", "--quiet", "--command", top, "/dev/null").stdout
+    assert "demo-model" in screen
+    assert "cpu:1" in screen
+
+
 def test_a_reload_applies_what_it_can_and_a_wrong_one_changes_nothing(machine: Machine) -> None:
     before = machine.do("cat", CONFIG)
     machine.write(CONFIG, before + "[admission]\nmax_requests_queued = 7\n")
+    assert "admission.max_requests_queued  256 -> 7" in machine.do("flexctl", "config", "diff")
     machine.do("systemctl", "reload", "flexpiped")
     until(lambda: "configuration changed and applied" in events(machine), deadline_s=START_DEADLINE_S)
     assert "admission.max_requests_queued = 7" in machine.do("flexctl", "config", "show")
@@ -125,7 +168,8 @@ def test_killed_it_comes_back_with_the_layout_last_asked_for_and_nothing_is_left
 
 
 def processes(machine: Machine) -> set[str]:
-    return set(machine.do("cat", "/sys/fs/cgroup/system.slice/flexpiped.service/cgroup.procs").split())
+    """Return all that run as the daemon's user."""
+    return set(machine.do("ps", "-u", "flexpiped", "-o", "pid=").split())
 
 
 def came_back(machine: Machine, *, instead_of: str) -> bool:

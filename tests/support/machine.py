@@ -47,7 +47,7 @@ class Machine:
     """A machine that is off. What it writes while it runs is in ``folder``, over reboots."""
 
     def __init__(self, folder: Path, *, bind: Sequence[str] = ()) -> None:
-        self._root = folder / "root"
+        self.root = folder / "root"  # its files, seen from outside
         self._log = folder / "console.log"
         self._bind = [f"--bind-ro={sys.prefix}:/srv/engine", f"--bind-ro={sys.base_prefix}", *bind]
         self._nspawn: subprocess.Popen[bytes] | None = None
@@ -58,8 +58,8 @@ class Machine:
         with self._log.open("ab") as log:
             self._nspawn = subprocess.Popen(
                 [
-                    *("systemd-nspawn", "--boot", "--quiet", "--directory", str(self._root)),
-                    *("--machine", f"flexpiped-{self._root.parent.name}"[:60], "--register=no", "--keep-unit"),
+                    *("systemd-nspawn", "--boot", "--quiet", "--directory", str(self.root)),
+                    *("--machine", f"flexpiped-{self.root.parent.name}"[:60], "--register=no", "--keep-unit"),
                     *("--console=pipe", "--private-network", *self._bind),
                 ],
                 stdin=subprocess.DEVNULL,
