@@ -148,7 +148,8 @@ def _of_adapters() -> dict[str, Any]:
         summary: str, readers: Mapping[str, Reader[Any]], neutral: NeutralValues, required: Sequence[str]
     ) -> Any:
         properties = {
-            name: reader.schema if name in required else _or_null(reader.schema) for name, reader in readers.items()
+            name: {**reader.schema, "minLength": 1} if name in required else _or_null(reader.schema)
+            for name, reader in readers.items()
         }
         request = _object(
             {**properties, **{name: _only(values) for name, values in neutral.items()}}, required=[*required]
