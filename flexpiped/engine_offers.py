@@ -78,7 +78,8 @@ class EngineOffers:
         if self._parameters is None or kind is not EngineKind.NATIVE:
             return 0.0
         kept = self._parameters.kept.bytes_of(str(model.directory))
-        return kept / sum(layer.weight_bytes for layer in model.graph.layers)
+        # What describes kept layers counts, too; and a head that is tied to the embedding is kept twice.
+        return min(1.0, kept / sum(layer.weight_bytes for layer in model.graph.layers))
 
     def _planned_for(self, settings: Settings) -> Settings:
         now = self._settings
