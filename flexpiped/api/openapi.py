@@ -21,7 +21,12 @@ from flexpiped.api.forwarding import OWN_PATHS
 from flexpiped.api.inputs import MESSAGES_WITH_TOOLS
 from flexpiped.api.parameter_table import CHAT_PARAMETERS, COMPLETION_PARAMETERS, HonouredBy, Parameter
 from flexpiped.api.parameters import taken_here
-from flexpiped.api.text_routes import DETOKENIZE_READERS, TOKENIZE_NEUTRAL, TOKENIZE_READERS
+from flexpiped.api.text_routes import (
+    DETOKENIZE_READERS,
+    TOKENIZE_NEUTRAL,
+    TOKENIZE_READERS,
+    TOKENIZE_READERS_WITH_TOOLS,
+)
 from flexpiped.api.tools import TOOLS
 from flexpiped.api.unsupported import NeutralValues
 
@@ -71,7 +76,7 @@ def describe(
         "paths": {
             **_reading(),
             **_generating(model, capabilities, calls_tools),
-            **_of_text(model, capabilities),
+            **_of_text(model, capabilities, calls_tools),
             **_of_engine(),
             **_of_adapters(),
         },
@@ -97,11 +102,14 @@ def _generating(model: str, capabilities: EngineCapabilities | None, calls_tools
     }
 
 
-def _of_text(model: str, capabilities: EngineCapabilities | None) -> dict[str, Any]:
+def _of_text(model: str, capabilities: EngineCapabilities | None, calls_tools: bool) -> dict[str, Any]:
     if capabilities is not None and capabilities.own_server is not None:
         encoding: Schema = {"type": "object"}
         decoding = encoding
     else:
+        with_tools = taken_here(capabilities, calls_tools=calls_tools) >= TOOLS
+        ours = TOKENIZE_READERS_WITH_TOOLS if with_tools else TOKENIZE_READERS
+        tools = {"tools": _or_null(ours["tools"].schema)} if with_tools else {}
         readers = {name: _or_null(reader.schema) for name, reader in TOKENIZE_READERS.items()} | {
             "model": _model_name(model, capabilities)
         }
@@ -112,10 +120,11 @@ def _of_text(model: str, capabilities: EngineCapabilities | None) -> dict[str, A
                 _object({"prompt": {"type": "string"}, **shared, **neutral}, required=["prompt"]),
                 _object(
                     {
-                        "messages": TOKENIZE_READERS["messages"].schema,
+                        "messages": ours["messages"].schema,
                         **shared,
                         "add_special_tokens": _only((False,)),
                         **neutral,
+                        **tools,
                     },
                     required=["messages"],
                 ),

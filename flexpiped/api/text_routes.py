@@ -14,9 +14,11 @@ from flexpiped.api.errors import invalid
 from flexpiped.api.fields import Body, Reader, boolean, parse_object, refuse_unknown, text, token_ids
 from flexpiped.api.forwarding import forward
 from flexpiped.api.handlers import observed, read_body
-from flexpiped.api.inputs import MESSAGES
+from flexpiped.api.inputs import MESSAGES, MESSAGES_WITH_TOOLS
 from flexpiped.api.metrics import Endpoint, Outcome
-from flexpiped.api.parameters import ensure_in_vocabulary, ensure_model
+from flexpiped.api.parameters import ensure_in_vocabulary, ensure_model, taken_here
+from flexpiped.api.tools import READERS as TOOL_READERS
+from flexpiped.api.tools import TOOLS
 from flexpiped.api.unsupported import NeutralValues, refuse_unsupported
 
 TOKENIZE_READERS: Final[Mapping[str, Reader[Any]]] = {
@@ -34,6 +36,12 @@ TOKENIZE_NEUTRAL: Final[NeutralValues] = {
     "mm_processor_kwargs": ({},),
     "return_token_strs": (False,),
     "tools": ([],),
+}
+# Where the model is known to call tools, which are part of the prompt that its chat template makes.
+TOKENIZE_READERS_WITH_TOOLS: Final[Mapping[str, Reader[Any]]] = {
+    **TOKENIZE_READERS,
+    "messages": MESSAGES_WITH_TOOLS,
+    "tools": TOOL_READERS["tools"],
 }
 DETOKENIZE_READERS: Final[Mapping[str, Reader[Any]]] = {"model": text, "tokens": token_ids}
 
@@ -65,9 +73,11 @@ async def _answer(http: web.Request, *, is_decoding: bool) -> web.StreamResponse
 
 
 async def _encoded(backend: Backend, body: Body, *, capabilities: EngineCapabilities) -> dict[str, Any]:
+    calls_tools = taken_here(capabilities, calls_tools=backend.tool_calls is not None) >= TOOLS
+    readers = TOKENIZE_READERS_WITH_TOOLS if calls_tools else TOKENIZE_READERS
     refuse_unknown(body, TOKENIZE_READERS.keys() | TOKENIZE_NEUTRAL.keys())
-    refuse_unsupported(body, TOKENIZE_NEUTRAL)
-    given = {name: read(body, name) for name, read in TOKENIZE_READERS.items()}
+    refuse_unsupported(body, {name: values for name, values in TOKENIZE_NEUTRAL.items() if name not in readers})
+    given = {name: read(body, name) for name, read in readers.items()}
     ensure_model(given["model"], served=backend.model, adapters=capabilities.adapters)
     prompt, messages, special = given["prompt"], given["messages"], given["add_special_tokens"]
     if (prompt is None) == (messages is None):
@@ -75,10 +85,13 @@ async def _encoded(backend: Backend, body: Body, *, capabilities: EngineCapabili
     if messages is not None and special:
         message = "add_special_tokens is not supported with messages; leave it out or give false"
         raise invalid(message, param="add_special_tokens", code="unsupported_parameter")
+    offered, _functions = given.get("tools") or ((), ())
+    if prompt is not None and offered:
+        raise invalid("tools go with messages only", param="tools", code="contradiction")
     if prompt is not None:
         tokens = await backend.text.encode(prompt, add_special_tokens=special is not False)
     else:
-        tokens = await backend.text.chat(messages or ())
+        tokens = await backend.text.chat(messages or (), tools=offered)
     return {"count": len(tokens), "max_model_len": capabilities.max_model_len, "tokens": tokens, "token_strs": None}
 
 

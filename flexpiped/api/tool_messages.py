@@ -6,8 +6,9 @@ from typing import Any, Final
 import msgspec
 
 from flexpiped.api.errors import invalid
-from flexpiped.api.fields import refuse_unknown, wrong_type
+from flexpiped.api.fields import integer, refuse_unknown, wrong_type
 
+_INDEX: Final = integer(0, 2**31 - 1)
 _CALL: Final = {
     "type": "object",
     "properties": {
@@ -19,7 +20,7 @@ _CALL: Final = {
             "required": ["name", "arguments"],
             "additionalProperties": False,
         },
-        "index": {"type": "integer"},
+        "index": {"anyOf": [_INDEX.schema, {"type": "null"}]},
     },
     "required": ["id", "type", "function"],
     "additionalProperties": False,
@@ -45,6 +46,7 @@ def _call(name: str, value: Any) -> dict[str, Any]:
     refuse_unknown(
         {f"{name}.{key}": 0 for key in value}, {f"{name}.{key}" for key in ("id", "type", "function", "index")}
     )
+    _INDEX({f"{name}.index": value.get("index")}, f"{name}.index")
     if value.get("type") != "function":
         message = f"{name}.type must be function: no other calls are supported"
         raise invalid(message, param=f"{name}.type", code="unsupported_value")

@@ -2,9 +2,7 @@
 
 import asyncio
 import hashlib
-import os
 import ssl
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ import pytest
 import pytest_asyncio
 
 from tests.support.certificates import make_certificate
-from tests.support.daemon import ROOT, Daemon, started
+from tests.support.daemon import Daemon, started
+from tests.support.schemathesis import cases_in, run_schemathesis
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 KEY, WRONG_KEY = "sk-flexpiped-Zu4ohqu3", "sk-flexpiped-Aen7iegh"
@@ -59,25 +58,8 @@ async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Api]:
 
 async def schemathesis(api: Api, *arguments: str) -> tuple[int, str]:
     """Run it against the daemon with every check; return its exit code and output."""
-    process = await asyncio.create_subprocess_exec(
-        *(Path(sys.executable).with_name("schemathesis"), "run", f"{api.url}/openapi.json"),
-        *("--checks", "all", "--exclude-checks", "not_a_server_error,positive_data_acceptance"),
-        *("--header", f"Authorization: Bearer {KEY}", "--tls-verify", str(api.certificate)),
-        *("--seed", "1", "--continue-on-failure", "--no-color", "--suppress-health-check", "all", *arguments),
-        cwd=api.daemon.config.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.support.schemathesis_hooks"},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    out, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode()
-
-
-def cases_in(output: str) -> int:
-    """Return how many it generated."""
-    (line,) = (line for line in output.splitlines() if line.strip().endswith("generated") or " generated," in line)
-    return int(line.split()[0].replace(",", ""))
+    header = ("--header", f"Authorization: Bearer {KEY}", "--tls-verify", str(api.certificate))
+    return await run_schemathesis(api.url, *header, *arguments, folder=api.daemon.config.parent)
 
 
 async def test_schemathesis_finds_no_violation(api: Api) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,6 +16,7 @@ from engines.protocol import GenerationRequest, Grammar, GrammarKind
 from engines.text.local import LocalText, PlainTokenizer
 from flexpiped.api.tool_syntax import HERMES, MISTRAL, ToolCalls
 from tests.support.http_app import MODEL, RICH, FakeEngines, http_app, ids_of, saying
+from tests.support.schemathesis import cases_in, run_schemathesis
 from tests.support.tiny_tokenizer import BOS, byte_level_tokenizer
 from tests.unit.api.test_tools import CALLED, NOW, PAINT, RESULT, USER, named
 
@@ -152,6 +154,20 @@ async def test_the_template_gets_tools_calls_and_results() -> None:
     assert without.usage.prompt_tokens < len(expected)
 
 
+async def test_the_tokens_of_a_conversation_with_tools() -> None:
+    text = LocalText(PlainTokenizer(byte_level_tokenizer()))
+    body = {"messages": [USER], "tools": [PAINT]}
+    async with serving("") as (_grammars, client):
+        answer: Any = await client.post("../tokenize", body=body, cast_to=object)
+        assert answer["tokens"] == list(await text.chat([USER], tools=[PAINT]))
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.post("../tokenize", body={"prompt": "x", "tools": [PAINT]}, cast_to=object)
+        assert (caught.value.param, caught.value.code) == ("tools", "contradiction")
+    async with serving("", calls=None) as (_grammars, client):
+        with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+            await client.post("../tokenize", body=body, cast_to=object)
+
+
 async def test_the_engine_gets_a_grammar_where_something_is_to_be_kept_to() -> None:
     async with serving(ONE) as (grammars, client):
         for body, has_one in (
@@ -170,3 +186,15 @@ async def test_a_model_that_calls_no_tools_says_so() -> None:
         with pytest.raises(openai.BadRequestError, match="chat template shows no calls") as caught:
             await ask(client)
     assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
+
+
+@pytest.mark.long
+async def test_schemathesis_finds_no_violation_where_tools_are_taken(tmp_path: Path) -> None:
+    capabilities = replace(RICH, grammars=True, max_model_len=64)
+    engines = FakeEngines(next_token=saying(ONE), capabilities=capabilities)
+    async with http_app(engines=engines, tool_calls=ToolCalls(syntax=HERMES)) as app:
+        paths = ("--include-path-regex", "/tokenize|/v1/chat.*")
+        phases = ("--phases", "coverage,fuzzing", "--max-examples", "100")
+        code, output = await run_schemathesis(app.url, *paths, *phases, folder=tmp_path)
+    assert code == 0, output[-8000:]
+    assert cases_in(output) > 1000, output[-2000:]

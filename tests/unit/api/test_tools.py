@@ -111,6 +111,7 @@ def test_without_tools_there_are_none(body: dict[str, Any]) -> None:
         ({"messages": [CALLED | {"tool_calls": [CALL | {"id": None}]}]}, "messages[0].tool_calls[0].id"),
         ({"messages": [CALLED | {"tool_calls": [CALL | {"function": 1}]}]}, "messages[0].tool_calls[0].function"),
         ({"messages": [CALLED | {"tool_calls": [CALL | {"more": 1}]}]}, "messages[0].tool_calls[0].more"),
+        ({"messages": [CALLED | {"tool_calls": [CALL | {"index": "0"}]}]}, "messages[0].tool_calls[0].index"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [RESULT | {"content": None}]}, "messages[0].content"),
         ({"messages": [RESULT | {"name": 5}]}, "messages[0].name"),
@@ -145,6 +146,7 @@ def test_what_no_schema_says_is_refused_by_name(body: dict[str, Any], param: str
 
 
 def test_calls_and_results_go_to_the_template_with_arguments_as_objects() -> None:
+    assert chat(messages=[CALLED | {"tool_calls": [CALL | {"index": 0}]}]).messages == chat(messages=[CALLED]).messages
     messages = chat(
         messages=[USER, CALLED, RESULT | {"name": "paint"}, {"role": "assistant", "tool_calls": []}]
     ).messages
