@@ -44,6 +44,20 @@ const flows = {
     return { whole, deltas, final, listed, one: (await client.models.retrieve(model)).id };
   },
 
+  async tools() {
+    const painted = [];
+    const paint = {
+      name: "paint", parse: JSON.parse, function: (given) => { painted.push(given); return "painted"; },
+      parameters: { type: "object", properties: { colour: { type: "string" } }, required: ["colour"] },
+    };
+    const contents = [];
+    for (const stream of [false, true]) {
+      const asked = { model, messages, stream, max_tokens: 150, tools: [{ type: "function", function: paint }] };
+      contents.push(await client.chat.completions.runTools(asked).finalContent());
+    }
+    return { painted, contents };
+  },
+
   async errors() {
     return {
       unknown: await errorOf(client.completions.create({ model, prompt: "x", suffix: "y" })),

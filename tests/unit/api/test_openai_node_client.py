@@ -2,13 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
+from engines.protocol import GenerationRequest
 from engines.restarts import RestartPolicy
 from flexpiped.admission import AdmissionLimits
-from tests.support.http_app import MODEL, FakeEngines, HttpApp, http_app, ids_of, saying
+from flexpiped.api.tool_syntax import HERMES, ToolCalls
+from tests.support.http_app import MODEL, RICH, FakeEngines, HttpApp, http_app, ids_of, saying
 from tests.support.openai_node import packages, run_flow
+from tests.support.tiny_tokenizer import byte_level_tokenizer
 from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
@@ -39,6 +43,21 @@ async def test_chats_and_models(app: HttpApp) -> None:
     assert "".join(delta.get("content") or "" for delta in found["deltas"]) == TEXT
     assert found["final"]["choices"][0]["message"]["content"] == TEXT
     assert (found["listed"], found["one"]) == ([MODEL], MODEL)
+
+
+async def test_tools_are_called_and_their_results_come_back() -> None:
+    """By the client's own loop, whole and streamed: it calls what the model calls, and asks again with the results."""
+    called, said = '<tool_call>\n{"name": "paint", "arguments": {"colour": "red"}}\n</tool_call>', "It is red."
+
+    def next_token(request: GenerationRequest, position: int) -> int:
+        has_result = "painted" in byte_level_tokenizer().decode(list(request.prompt_token_ids))
+        return saying(said if has_result else called)(request, position)
+
+    engines = FakeEngines(next_token=next_token, capabilities=replace(RICH, grammars=True, max_model_len=1024))
+    async with http_app(engines=engines, tool_calls=ToolCalls(syntax=HERMES)) as app:
+        found = await run_flow("tools", app.url)
+        assert found == {"painted": [{"colour": "red"}] * 2, "contents": [said] * 2}
+        await app.becomes_idle()
 
 
 async def test_errors_are_the_clients_own(app: HttpApp) -> None:
