@@ -140,9 +140,11 @@ class Process:
         threading.Thread(target=self._encode, args=(Calls(tokenizer),), daemon=True, name="encode").start()
         self.send([Ready(vocab_size=tokenizer.vocab_size, about=tokenizer.about)])
         streams, reader = Streams(tokenizer), FrameReader()
-        while data := self._channel.recv(_RECEIVE_BYTES):
+        # One buffer for all reads: one of that size for each, cut to what came, leaves a heap that grows with requests.
+        received = memoryview(bytearray(_RECEIVE_BYTES))
+        while size := self._channel.recv_into(received):
             replies: list[Reply] = []
-            for body in reader.feed(data):
+            for body in reader.feed(received[:size]):
                 for request in unpack_requests(body):
                     if isinstance(request, Call):
                         self._pending.put(request)
