@@ -83,12 +83,14 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._news: asyncio.Future[None] | None = None
         self._is_paused = self._is_over = False
+        self._is_fresh = False  # something has come since somebody asked for more
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self.waiting += data
+        self._is_fresh = True
         if len(self.waiting) > _MOST_WAITING_BYTES and self._transport is not None and not self._is_paused:
             self._transport.pause_reading()
             self._is_paused = True
@@ -99,15 +101,15 @@ class _Connection(asyncio.Protocol):
         self._tell()
 
     async def has_more(self) -> bool:
-        """Wait until more has come; False: nothing will."""
-        before = len(self.waiting)
+        """Wait until more has come than at the last time; False: nothing will."""
         if self._is_paused and self._transport is not None and not self._is_over:
             self._transport.resume_reading()
             self._is_paused = False
-        while len(self.waiting) == before and not self._is_over:
+        while not self._is_fresh and not self._is_over:
             self._news = asyncio.get_running_loop().create_future()
             await self._news
-        return len(self.waiting) > before
+        has_come, self._is_fresh = self._is_fresh, False
+        return has_come
 
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():

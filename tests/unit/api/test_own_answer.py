@@ -134,6 +134,34 @@ async def test_what_has_come_is_there_before_the_rest(tmp_path: Path) -> None:
         await left.wait()  # who leaves hangs up
 
 
+async def test_what_comes_while_the_last_part_is_used_is_not_waited_for_again(tmp_path: Path) -> None:
+    """The server keeps the connection, as it may."""
+    going_on, sent, kept = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def send(writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        await going_on.wait()
+        writer.write(b"1\r\n.\r\n0\r\n\r\n")
+        await writer.drain()
+        sent.set()
+        await kept.wait()
+
+    async with (
+        server(tmp_path, send) as (path, _),
+        asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer,
+    ):
+        found = b""
+        async for part in answer.parts():
+            found += part
+            if found == b"hello":
+                going_on.set()
+                await sent.wait()
+                for _ in range(10):  # it arrives
+                    await asyncio.sleep(0)
+        kept.set()
+    assert found == b"hello."
+
+
 async def test_who_does_not_take_it_makes_the_server_wait(tmp_path: Path) -> None:
     """And a chunk that is larger than what may wait comes nevertheless."""
     size, sent = 24 << 20, 0
