@@ -1,6 +1,5 @@
 """Engines that outlive the daemon: a restarted one adopts them, and no model is loaded again."""
 
-import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ import pytest
 
 from flexpiped.models import demo_model_places
 from tests.native.test_failures import alive
+from tests.support.adoption import end, records
 from tests.support.daemon import Daemon, completed, started
 from tests.support.native import llama
 from tests.support.until import until
@@ -23,11 +23,6 @@ SURVIVE = "engines.survive_restart = true\nengines.adopt_within_s = 60.0\n"
 KEPT = 'dtype = "bfloat16"\ndevices.parameter_cache = "64 MiB"\n'
 HELD = ("layers", "held_bytes", "idle_layers")
 BODY = {"prompt": "Once", "max_tokens": 60, "temperature": 0.8, "seed": 7}
-Json = dict[str, Any]
-
-
-def records(folder: Path) -> list[Json]:
-    return [json.loads(file.read_text()) for file in folder.glob("state/engines/*/*.json")]
 
 
 def modes(folder: Path) -> list[int]:
@@ -59,11 +54,6 @@ async def text_of(daemon: Daemon) -> str:
     url = (await daemon.ask("/status"))["api_url"]
     async with aiohttp.ClientSession() as http:
         return await completed(http, url, BODY)
-
-
-async def end(daemon: Daemon, number: signal.Signals) -> None:
-    daemon.process.send_signal(number)
-    await daemon.process.wait()
 
 
 async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
