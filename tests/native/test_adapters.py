@@ -13,7 +13,7 @@ from engines.errors import AdapterRefused, InvalidRequest
 from engines.native.adapter import NativeEngine
 from engines.protocol import GenerationRequest
 from tests.support.adapters import generated, make_adapter, merged
-from tests.support.native import collect, even, gpt2, llama, move, request, running
+from tests.support.native import collect, even, gpt2, llama, move, moved_under, request, running
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
@@ -76,11 +76,9 @@ async def test_each_says_what_the_merged_model_says_alone_and_together(
 
 
 async def test_they_go_along_with_their_layers_under_running_streams(engine: NativeEngine, expected: Expected) -> None:
-    streams = asyncio.create_task(said_by_all(engine))
-    for stages in (4, 1, 8, 2):
-        if engine.pipeline != even(stages):
-            await move(engine, even(stages))
-    assert await streams == expected
+    targets = [even(stages) for stages in (4, 1, 8, 2)]
+    for said in await moved_under(engine, targets, lambda: said_by_all(engine)):
+        assert said == expected
 
 
 async def test_a_stage_worker_that_takes_anothers_place_has_them(engine: NativeEngine, expected: Expected) -> None:
@@ -151,10 +149,9 @@ async def test_one_that_came_goes_along_with_layers_and_into_a_worker_that_is_st
     engine: NativeEngine, late: tuple[Path, Path], expected_late: list[list[int]]
 ) -> None:
     await engine.load_adapter("late", str(late[0]))
-    for stages in (4, 1, 2):
-        if engine.pipeline != even(stages):
-            await move(engine, even(stages))
-        assert (await collect(engine, wanted("late")))[0] == expected_late[0]
+    targets = [even(stages) for stages in (4, 1, 2)]
+    for tokens, _ in await moved_under(engine, targets, lambda: collect(engine, wanted("late"))):
+        assert tokens == expected_late[0]
     restarts = (await engine.counters()).worker_restarts_total
     for stage in await engine.stages():
         os.kill(stage.pids[0], signal.SIGKILL)

@@ -12,6 +12,7 @@ import pytest
 
 from flexpiped.models import demo_model_places
 from tests.native.test_failures import alive
+from tests.support.adapters import make_adapter
 from tests.support.adoption import end, records
 from tests.support.daemon import Daemon, completed, started
 from tests.support.native import llama
@@ -50,10 +51,10 @@ def family(pid: int) -> list[int]:
     return [pid, *(int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
-async def text_of(daemon: Daemon) -> str:
+async def text_of(daemon: Daemon, **more: str) -> str:
     url = (await daemon.ask("/status"))["api_url"]
     async with aiohttp.ClientSession() as http:
-        return await completed(http, url, BODY)
+        return await completed(http, url, BODY | more)
 
 
 async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
@@ -65,10 +66,15 @@ async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.C
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, number: signal.Signals) -> None:
+    """An adapter that was loaded while it served is there, too, also after the engine has died."""
+    adapter = make_adapter(folder / "adapter", of=demo_model_places()[0], seed=1, targets=("v_proj",), lora_alpha=80)
     async with lasting(folder, more=KEPT) as daemon:
         code, _, said = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
         assert code == 0, said
-        undisturbed = await text_of(daemon)
+        code, _, said = await daemon.flexctl("lora", "load", "late", str(adapter))
+        assert code == 0, said
+        undisturbed, adapted = await text_of(daemon), await text_of(daemon, model="late")
+        assert adapted != undisturbed
         kept = (await daemon.ask("/status"))["parameter_cache"]
         assert kept["layers"] > 0
         [record] = records(folder)
@@ -91,6 +97,7 @@ async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, num
         counters = status["engine_counters"]
         assert (counters["running"], counters["waiting"], counters["kv_blocks_used"]) == (0, 0, 0)
         assert await text_of(daemon) == undisturbed
+        assert await text_of(daemon, model="late") == adapted
         again = (await daemon.ask("/status"))["parameter_cache"]  # of this daemon, from engines that it has not started
         assert [again[name] for name in HELD] == [kept[name] for name in HELD]
         code, out, _ = await daemon.flexctl("rebalance", "--stages", "2", "--wait")
@@ -98,6 +105,8 @@ async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, num
         assert await text_of(daemon) == undisturbed
         history = [event["message"] for event in (await daemon.ask("/history"))["events"]]
         assert any(message.startswith("went on with the engines of before: 4 stages") for message in history)
+        os.kill(record["pid"], signal.SIGKILL)
+        assert await text_of(daemon, model="late") == adapted  # by the engine that takes its place
         await end(daemon, signal.SIGINT)
 
     assert records(folder) == []

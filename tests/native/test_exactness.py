@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engines.errors import RefactoringAborted
 from engines.native.adapter import NativeEngine
 from planner.layout import Pipeline, pipeline_of
-from tests.support.native import DEVICES, collect, even, llama, move, request, running
+from tests.support.native import DEVICES, collect, even, llama, move, moved_under, request, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 
@@ -67,11 +67,8 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
 
 
 async def check_sequence(engine: NativeEngine, undisturbed: Result, targets: list[Pipeline]) -> None:
-    streams = asyncio.create_task(run_streams(engine))
-    for target in targets:
-        if target != engine.pipeline:
-            await move(engine, target)
-    assert_same(await streams, undisturbed)
+    for result in await moved_under(engine, targets, lambda: run_streams(engine)):
+        assert_same(result, undisturbed)
     counters = await engine.counters()
     assert (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
 
@@ -125,10 +122,9 @@ async def test_one_stream_alone_is_bit_identical(engine: NativeEngine) -> None:
     await move_to(engine, even(2))
     await collect(engine, stream(1))  # from here on its prompt is found: equal steps compute what is left of it
     expected = await collect(engine, stream(1))
-    running_stream = asyncio.create_task(collect(engine, stream(1)))
-    for stages in (4, 1, 8, 2):
-        await move_to(engine, even(stages))
-    assert await running_stream == expected
+    targets = [even(stages) for stages in (4, 1, 8, 2)]
+    for found in await moved_under(engine, targets, lambda: collect(engine, stream(1))):
+        assert found == expected
 
 
 async def move_to(engine: NativeEngine, target: Pipeline) -> None:

@@ -18,7 +18,7 @@ from tests.support.family_checkpoints import (
     make_gemma3_that_sees_images,
 )
 from tests.support.generated import generated_by_transformers
-from tests.support.native import CACHE, collect, even, gpt2, layout, llama, move, request, running
+from tests.support.native import CACHE, collect, even, gpt2, layout, llama, move, moved_under, request, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop]
 
@@ -82,17 +82,10 @@ async def test_an_uneven_start_layout_on_other_devices_gives_the_same() -> None:
 async def test_kv_blocks_are_equal_at_commit_in_every_dtype(dtype: str) -> None:
     """Commit compares the checksum of every live KV block on source and destination, and fails if one differs."""
     async with running(llama(), even(2), dtype=dtype) as engine:
-        stream = collect_in_background(engine)
-        for stages in (4, 1, 2):
-            report = await move(engine, even(stages))
-            assert report.epoch is not None
-        assert len((await stream)[0]) == 200
-
-
-def collect_in_background(engine):  # type: ignore[no-untyped-def]
-    import asyncio
-
-    return asyncio.create_task(collect(engine, request(PROMPT, max_tokens=200)))
+        targets = [even(stages) for stages in (4, 1, 2)]
+        for tokens, _ in await moved_under(engine, targets, lambda: collect(engine, request(PROMPT, max_tokens=200))):
+            assert len(tokens) == 200
+        assert engine.epoch == len(targets)
 
 
 async def test_rotary_positions_that_no_table_holds_are_refused_at_start() -> None:

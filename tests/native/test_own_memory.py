@@ -59,7 +59,7 @@ async def test_the_kv_cache_shrinks_and_grows_under_streams(engine: NativeEngine
     assert bounds is not None
     expected = tokens(await streams(engine, max_tokens=120))
     running_streams = asyncio.create_task(streams(engine, max_tokens=120))
-    await asyncio.sleep(0)
+    await until(lambda: generating(engine), timeout_s=30.0)
     returned = await engine.resize_kv(bounds.least_blocks)
     small = [stage.kv_mapped_bytes for stage in await engine.stages()]
     await move(engine, even(4))

@@ -20,7 +20,7 @@ from engines.native.adapter import NativeEngine
 from engines.native.sampling import gumbel_noise
 from engines.protocol import GenerationRequest, ScoredToken, TopLogprobs
 from tests.native.test_exactness import CROWDED
-from tests.support.native import even, llama, move, request, running
+from tests.support.native import even, llama, moved_under, request, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 
@@ -186,10 +186,9 @@ async def test_in_a_crowd_and_preempted_it_is_the_same(engine: NativeEngine, und
 
 
 async def test_across_refactorings_it_is_the_same(engine: NativeEngine, undisturbed: list[Result]) -> None:
-    streams = asyncio.create_task(run_all(engine))
-    for stages in (4, 1, 8, 2):
-        await move(engine, even(stages))
-    assert_same(await streams, undisturbed)
+    targets = [even(stages) for stages in (4, 1, 8, 2)]
+    for found in await moved_under(engine, targets, lambda: run_all(engine)):
+        assert_same(found, undisturbed)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

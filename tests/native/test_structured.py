@@ -16,7 +16,7 @@ from engines.errors import InvalidRequest
 from engines.native.adapter import NativeEngine
 from engines.protocol import FinishReason, GenerationRequest, Grammar, GrammarKind
 from tests.native.test_exactness import CROWDED
-from tests.support.native import even, llama, move, request, running
+from tests.support.native import even, llama, moved_under, request, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 
@@ -86,10 +86,8 @@ async def test_in_a_crowd_moved_and_over_a_lost_worker_it_is_the_same(
     engine: NativeEngine, undisturbed: Result
 ) -> None:
     assert await run_all(engine) == undisturbed
-    streams = asyncio.create_task(run_all(engine))
-    for stages in (4, 1, 2):
-        await move(engine, even(stages))
-    assert await streams == undisturbed
+    for found in await moved_under(engine, [even(stages) for stages in (4, 1, 2)], lambda: run_all(engine)):
+        assert found == undisturbed
     before = await engine.counters()
     streams = asyncio.create_task(run_all(engine))
     while (await engine.counters()).steps_total < before.steps_total + 20:

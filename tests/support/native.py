@@ -1,16 +1,20 @@
 """Starting the native engine for tests: small checkpoints, made once per machine user and kept in a cache."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from engines.native.adapter import NativeEngine
 from engines.native.options import NativeOptions
 from engines.protocol import GenerationRequest, RefactorProgress, SamplingParams
+from planner.handover import HandoverPhase
 from planner.layout import Pipeline, pipeline_of
 from tests.support import checkpoints
 
+T = TypeVar("T")
 DEVICES = tuple(f"cpu:{index}" for index in range(8))
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flexpiped" / "test-models"
 
@@ -95,3 +99,27 @@ async def move(engine: NativeEngine, target: Pipeline) -> RefactorProgress:
         last = report
     assert last is not None
     return last
+
+
+async def moved_under(engine: NativeEngine, targets: Sequence[Pipeline], run: Callable[[], Awaitable[T]]) -> list[T]:
+    """Move from target to target while ``run`` runs streams again and again; return what each of its runs gave.
+
+    So there are streams when moves commit, however fast the engine is: at one commit at least, which is asserted.
+    """
+    live: list[int] = []
+
+    async def move_on() -> None:
+        for target in targets:
+            if target != engine.pipeline:
+                reports = engine.refactor(target)
+                live.extend([r.requests_live async for r in reports if r.phase is HandoverPhase.COMMITTING])
+
+    moving = asyncio.create_task(move_on())
+    try:
+        results = [await run()]
+        while not moving.done():
+            results.append(await run())
+    finally:
+        await moving
+    assert any(live) or not live, "no stream was there at any commit"
+    return results
