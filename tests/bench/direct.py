@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -115,13 +115,62 @@ class HeldStreams:
                 raise error
 
 
+class RenewedStreams:
+    """As many streams at any time, each of which another follows: the contexts are of the same lengths all the time.
+
+    Whatever takes longer would else be compared with a time when contexts were shorter, and steps faster.
+    """
+
+    def __init__(self, *, count: int, prompts: Iterator[Sequence[int]], max_tokens: int) -> None:
+        self._count = count
+        self._prompts = prompts
+        self._max_tokens = max_tokens
+        self._times_s: list[float] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, engine: Generator) -> None:
+        """Begin; return when contexts are of all lengths: the first streams end at different times."""
+        self._tasks = [asyncio.create_task(self._follow(engine, number)) for number in range(self._count)]
+        async with asyncio.timeout(_WARM_DEADLINE_S):
+            while len(self._times_s) < self._count * self._max_tokens // 2:
+                await asyncio.sleep(0.005)
+                self._raise_failures()
+
+    async def stop(self) -> None:
+        """Abort whatever still runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def take(self) -> list[float]:
+        """Return when tokens came since the last call, of all streams, in order."""
+        self._raise_failures()
+        times_s = self._times_s.copy()
+        self._times_s.clear()  # streams go on with this list
+        return times_s
+
+    async def _follow(self, engine: Generator, number: int) -> None:
+        wanted = self._max_tokens * (number + 1) // self._count
+        while True:
+            stream = _Stream(next(self._prompts), wanted, number, times_s=self._times_s)
+            await stream.follow(engine)
+            wanted = self._max_tokens
+
+    def _raise_failures(self) -> None:
+        for task in self._tasks:
+            if task.done() and (error := task.exception()) is not None:
+                raise error
+
+
 class _Stream:
-    def __init__(self, prompt: Sequence[int], max_tokens: int, number: int) -> None:
+    def __init__(
+        self, prompt: Sequence[int], max_tokens: int, number: int, *, times_s: list[float] | None = None
+    ) -> None:
         self._name = f"bench-{number}"
         self._prompt = tuple(prompt)
         self._max_tokens = max_tokens
         self.tokens: list[int] = []
-        self.times_s: list[float] = []
+        self.times_s: list[float] = [] if times_s is None else times_s
 
     async def follow(self, engine: Generator) -> None:
         request = GenerationRequest(

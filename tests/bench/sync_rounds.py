@@ -3,14 +3,21 @@
 The KV cache is filled first, with prompts that are kept for others to come: they go along with the layers, so that
 rounds take time however short the streams are. Then moves; for each, tokens/s from the first round to the commit over
 tokens/s in the window before the move, on the same layout. The median over all moves counts.
+
+Streams end and others begin all the time, so that contexts are as long in the rounds as before them: with streams that
+only grow, a step slows down by its longer contexts, whether anything is copied or not.
+
+Beside it stands what the engine's processes took of the processor for a token. Where that rises as much as the rate
+falls, the round's own work has taken the cores from the steps; the rest is steps that wait.
 """
 
 import argparse
 import asyncio
 import time
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 
 import msgspec
 
@@ -18,29 +25,36 @@ from engines.native.adapter import NativeEngine
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
 from tests.bench import direct
+from tests.bench.processes import cpu_s
 from tests.bench.program import checkpoint, even, parser, prompts, run, setup_of
 from tests.bench.stats import median
 from tests.bench.tables import Bound, mib, say, table, verdicts, write_json
 
 _LAPS = (2, 1, 4, 2, 8, 4, 1)  # stages, from one to the next
 _LIMIT_PERCENT = 10.0
-_PROMPT_TOKENS, _FILL_TOKENS, _MOST_TOKENS, _WARM_TOKENS = 32, 2000, 3900, 8
+_PROMPT_TOKENS, _FILL_TOKENS, _STREAM_TOKENS = 32, 2000, 400
 _UNPACED_BYTES_PER_S = 1 << 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One move. ``undisturbed`` and ``in_rounds`` are tokens/s."""
+    """One move. ``undisturbed`` and ``in_rounds`` are tokens/s; ``*_cpu_s`` what a token took of the processor."""
 
     name: str
     undisturbed: float
     in_rounds: float
+    undisturbed_cpu_s: float
+    in_rounds_cpu_s: float
     rounds_s: float
     sent_bytes: int
 
     @property
     def slowdown_percent(self) -> float:
         return 100 * (1 - self.in_rounds / self.undisturbed)
+
+    @property
+    def more_cpu_percent(self) -> float:
+        return 100 * (self.in_rounds_cpu_s / self.undisturbed_cpu_s - 1)
 
 
 def _options() -> argparse.Namespace:
@@ -59,36 +73,56 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _rate(times_s: list[float], start_s: float, end_s: float) -> float:
-    return (bisect_left(times_s, end_s) - bisect_left(times_s, start_s)) / (end_s - start_s)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """A moment, and what the engine's processes had taken of the processor by then."""
+
+    at_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls, pids: Sequence[int]) -> "_Reading":
+        return cls(at_s=time.monotonic(), cpu_s=cpu_s(pids))
 
 
-async def _measured(engine: NativeEngine, target: Pipeline, options: argparse.Namespace, *, seed: int) -> Seen:
-    """Start streams anew, so that contexts are of like length; wait, move, and count."""
-    streams = direct.HeldStreams(
-        prompts(count=options.streams, length=_PROMPT_TOKENS, seed=seed), max_tokens=_MOST_TOKENS
+def _tokens(times_s: Sequence[float], start: _Reading, end: _Reading) -> int:
+    return bisect_left(times_s, end.at_s) - bisect_left(times_s, start.at_s)
+
+
+async def _measured(
+    engine: NativeEngine, target: Pipeline, options: argparse.Namespace, *, seeds: Iterator[int]
+) -> Seen:
+    """Wait until contexts are of all lengths; move, and count before it and in its rounds."""
+    streams = direct.RenewedStreams(
+        count=options.streams,
+        prompts=(prompts(count=1, length=_PROMPT_TOKENS, seed=seed)[0] for seed in seeds),
+        max_tokens=_STREAM_TOKENS,
     )
-    await streams.start(engine, warm_tokens=_WARM_TOKENS)
+    await streams.start(engine)
+    pids = (engine.core_pid, *engine.worker_pids)
     try:
-        began_s = time.monotonic()
+        began = _Reading.now(pids)
         await asyncio.sleep(options.window_s)
-        moved_s = time.monotonic()
+        moved = _Reading.now(pids)
         name = f"{engine.pipeline.granularity} -> {target.granularity}"
-        syncing_s = committing_s = 0.0
+        syncing = committing = moved
         sent_bytes = 0
         async for report in engine.refactor(target):
-            if report.phase is HandoverPhase.SYNCING and not syncing_s:
-                syncing_s = time.monotonic()
-            elif report.phase is HandoverPhase.COMMITTING and not committing_s:
-                committing_s, sent_bytes = time.monotonic(), report.kv_bytes
-        times_s = sorted(time_s for stream in streams.take() for time_s in stream)
+            if report.phase is HandoverPhase.SYNCING and syncing is moved:
+                syncing = _Reading.now(pids)
+            elif report.phase is HandoverPhase.COMMITTING and committing is moved:
+                committing, sent_bytes = _Reading.now(pids), report.kv_bytes
+        times_s = streams.take()
     finally:
         await streams.stop()
+    undisturbed, in_rounds = _tokens(times_s, began, moved), _tokens(times_s, syncing, committing)
     return Seen(
         name=name,
-        undisturbed=_rate(times_s, began_s, moved_s),
-        in_rounds=_rate(times_s, syncing_s, committing_s),
-        rounds_s=committing_s - syncing_s,
+        undisturbed=undisturbed / (moved.at_s - began.at_s),
+        in_rounds=in_rounds / (committing.at_s - syncing.at_s),
+        undisturbed_cpu_s=(moved.cpu_s - began.cpu_s) / undisturbed,
+        in_rounds_cpu_s=(committing.cpu_s - syncing.cpu_s) / in_rounds,
+        rounds_s=committing.at_s - syncing.at_s,
         sent_bytes=sent_bytes,
     )
 
@@ -113,12 +147,13 @@ def _print(seen: list[Seen]) -> None:
                 f"{median(each.undisturbed for each in of):.0f}",
                 f"{median(each.in_rounds for each in of):.0f}",
                 f"{median(each.slowdown_percent for each in of):.1f} %",
+                f"{median(each.more_cpu_percent for each in of):+.1f} %",
                 f"{median(each.rounds_s for each in of):.2f}",
                 mib(median(each.sent_bytes for each in of)),
                 mib(median(each.sent_bytes / each.rounds_s for each in of)),
             ]
         )
-    head = ["stages", "moves", "tok/s undisturbed", "in rounds", "slower by", "rounds s", "MiB", "MiB/s"]
+    head = ["stages", "moves", "tok/s undisturbed", "in rounds", "slower by", "CPU a token", "rounds s", "MiB", "MiB/s"]
     table("decoding during the rounds of KV copy", head, rows)
 
 
@@ -131,9 +166,12 @@ async def main() -> int:
     seen: list[Seen] = []
     async with direct.running(engine_options, even(1)) as engine:
         await _fill(engine, options.fill_tokens)
-        for number, stages in enumerate(islice(cycle(_LAPS), options.moves)):
-            seen.append(await _measured(engine, even(stages), options, seed=number))
-            say(f"{seen[-1].name}: {seen[-1].rounds_s:.2f} s of rounds, slower by {seen[-1].slowdown_percent:.1f} %")
+        seeds = count()
+        for stages in islice(cycle(_LAPS), options.moves):
+            seen.append(await _measured(engine, even(stages), options, seeds=seeds))
+            last = seen[-1]
+            what = f"slower by {last.slowdown_percent:.1f} %, processor time a token {last.more_cpu_percent:+.1f} %"
+            say(f"{last.name}: {last.rounds_s:.2f} s of rounds, {what}")
     _print(seen)
     bounds = [
         Bound(
@@ -152,6 +190,7 @@ async def main() -> int:
 def _wire(each: Seen) -> dict[str, object]:
     return {
         "stages": each.name, "undisturbed_tokens_per_s": each.undisturbed, "in_rounds_tokens_per_s": each.in_rounds,
+        "undisturbed_cpu_s_per_token": each.undisturbed_cpu_s, "in_rounds_cpu_s_per_token": each.in_rounds_cpu_s,
         "rounds_s": each.rounds_s, "sent_bytes": each.sent_bytes,
     }  # fmt: skip
 
