@@ -103,6 +103,7 @@ async def test_left_to_the_model_it_is_text(client: openai.AsyncOpenAI) -> None:
         assert answer.choices[0].message.content
 
 
+@pytest.mark.long
 async def test_a_streamed_call_goes_on_exactly_while_layers_move(daemon: Daemon, client: openai.AsyncOpenAI) -> None:
     body = {"tool_choice": {"type": "function", "function": {"name": "paint"}}, "seed": 5, "n": 2}
     undisturbed = [valid(choice.message.tool_calls) for choice in (await ask(client, **body)).choices]
@@ -114,6 +115,7 @@ async def test_a_streamed_call_goes_on_exactly_while_layers_move(daemon: Daemon,
         for choice in chunk.choices:
             found[choice.index] += "".join(part.function.arguments for part in choice.delta.tool_calls or ())
     assert moving is not None
+    assert moving.done(), "the layers have moved while the calls were written"
     code, _, err = await moving
     assert code == 0, err
     assert [[("paint", arguments)] for arguments in found] == undisturbed
