@@ -17,6 +17,8 @@ RELEASE = "bookworm"
 BASE = Path.home() / ".cache" / "flexpiped" / f"debian-{RELEASE}"
 PACKAGES = "systemd,systemd-sysv,dbus,python3,procps"
 TOOLS = ("systemd-nspawn", "debootstrap", "nsenter", "dpkg-deb")
+# What vLLM's build for the CPU needs of the host besides its environment (Debian's libnuma1); the base is without it.
+NUMA = "/usr/lib/x86_64-linux-gnu/libnuma.so.1"
 ENGINE_PYTHON = "/srv/engine/bin/python"  # of the environment of these tests, inside
 _BOOT_DEADLINE_S = 60.0
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
