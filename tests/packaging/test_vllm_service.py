@@ -16,6 +16,7 @@ from tests.packaging import test_service
 from tests.packaging.test_service import (  # fixtures are found by their names
     CONFIG,
     START_DEADLINE_S,
+    came_back,
     completion,
     events,
     journal,
@@ -84,3 +85,52 @@ def layout(machine: Machine, *, cut: int) -> str:
         f'{{"devices": ["cpu:1"], "decoders": [{cut}, 8]}}]}}',
     )
     return "/tmp/layout.json"
+
+
+def test_killed_it_comes_back_and_nothing_is_left_behind(machine: Machine) -> None:
+    text, killed, group = completion(machine), shown(machine, "MainPID"), processes(machine)
+    shared = shared_memory(machine)
+    machine.do("kill", "-9", killed)
+
+    until(lambda: came_back(machine, instead_of=killed), deadline_s=START_DEADLINE_S)
+
+    assert not group & processes(machine)
+    assert completion(machine) == text
+    assert not shared & shared_memory(machine)
+
+
+def shared_memory(machine: Machine) -> set[str]:
+    return set(machine.do("ls", "/dev/shm").split())
+
+
+def test_the_watchdog_ends_one_that_hangs(machine: Machine) -> None:
+    machine.write("/run/systemd/system/flexpiped.service.d/watchdog.conf", "[Service]\nWatchdogSec=4\n")
+    machine.do("systemctl", "daemon-reload")
+    machine.do("systemctl", "restart", "flexpiped")
+    hung = shown(machine, "MainPID")
+
+    machine.do("kill", "-STOP", hung)
+    until(lambda: came_back(machine, instead_of=hung), deadline_s=START_DEADLINE_S)
+
+    assert "Watchdog timeout (limit 4s)!" in machine.do("journalctl", "--unit", "flexpiped", "--output", "cat")
+    assert completion(machine).strip()
+
+
+def test_what_vllm_says_is_in_the_journal(machine: Machine) -> None:
+    said = machine.do("journalctl", "--unit", "flexpiped", "--output", "cat", "--no-pager")
+
+    assert '"daemon ready"' in said
+    assert "vllm" in said.lower()
+
+
+def test_enabled_it_is_there_after_a_reboot_and_stops_in_good_order(machine: Machine) -> None:
+    machine.do("systemctl", "enable", "flexpiped")
+    machine.power_off()
+    machine.boot()
+    until(lambda: shown(machine, "ActiveState") == "active", deadline_s=START_DEADLINE_S)
+    assert completion(machine).strip()
+
+    machine.do("systemctl", "stop", "flexpiped")
+
+    assert (shown(machine, "Result"), shown(machine, "ExecMainStatus")) == ("success", "0")
+    assert machine.run("pgrep", "-u", "flexpiped").stdout == ""
