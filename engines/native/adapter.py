@@ -287,9 +287,8 @@ class NativeEngine:
         process.let_go()
 
     async def _end_process(self, process: CoreProcess) -> None:
-        if self._writer is not None:
-            with suppress(ConnectionError):
-                write_frame(self._writer, c.encode(c.Shutdown()))
+        with suppress(ConnectionError):
+            self._send(c.Shutdown())
         try:
             await asyncio.wait_for(process.ended(), _EXIT_GRACE_S)
         except TimeoutError:
@@ -477,5 +476,5 @@ class NativeEngine:
             raise type(self._end)(str(self._end))
 
     def _send(self, command: c.ClientCommand) -> None:
-        if self._writer is not None:
+        if self._writer is not None and not self._writer.is_closing():  # a core that was killed is noticed later
             write_frame(self._writer, c.encode(command))

@@ -66,7 +66,7 @@ async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.C
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, number: signal.Signals) -> None:
-    """An adapter that was loaded while it served is there, too."""
+    """An adapter that was loaded while it served is there, too, also after the engine has died."""
     adapter = make_adapter(folder / "adapter", of=demo_model_places()[0], seed=1, targets=("v_proj",), lora_alpha=80)
     async with lasting(folder, more=KEPT) as daemon:
         code, _, said = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
@@ -105,6 +105,8 @@ async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, num
         assert await text_of(daemon) == undisturbed
         history = [event["message"] for event in (await daemon.ask("/history"))["events"]]
         assert any(message.startswith("went on with the engines of before: 4 stages") for message in history)
+        os.kill(record["pid"], signal.SIGKILL)
+        assert await text_of(daemon, model="late") == adapted  # by the engine that takes its place
         await end(daemon, signal.SIGINT)
 
     assert records(folder) == []
