@@ -76,7 +76,7 @@ def layer_amounts(kind: LayerKind, batch: Batch, *, window_tokens: int | None = 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One stage, one batch: the median time of its steps. ``beside_others``: other stages computed meanwhile."""
+    """One stage, one batch: the mean time of its steps. ``beside_others``: other stages computed meanwhile."""
 
     threads: int
     beside_others: bool

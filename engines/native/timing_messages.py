@@ -23,7 +23,7 @@ class TimingStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StageObserved(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage under one batch; ``busy_s`` is the median of its steps, the smaller of two passes."""
+    """One stage under one batch; ``busy_s`` is the mean of its steps, the smaller of two passes."""
 
     threads: int
     beside_others: bool
