@@ -49,7 +49,7 @@ class LiveSimulation:
 
     def fixed(self, trace: Trace, *, stages: int, caches: int) -> Served:
         """Simulate a fixed layout on as many cores, with so many times the KV cache of one device."""
-        found = simulated(self._times(stages, caches=caches, overhead_s=self._overhead_s), trace)
+        found, _ = simulated(self._times(stages, caches=caches, overhead_s=self._overhead_s), trace)
         name = f"{fixed_name(stages)}{f', KV cache x {caches}' if caches > 1 else ''}, simulated"
         return Served(name=name, times=found, device_s=stages * length_s(found))
 
