@@ -45,6 +45,27 @@ def cgroup(machine: Machine, pid: int) -> str:
     return machine.do("cat", f"/proc/{pid}/cgroup").strip()
 
 
+def assert_adopted_after(machine: Machine, package: Path, how: str, *, stages: int, others: int) -> None:
+    """The daemon goes and comes back; its engine is the same, says the same, and goes to other stages and back."""
+    text, pid, daemon = completion(machine), engine(machine), shown(machine, "MainPID")
+    match how:
+        case "restart":
+            machine.do("systemctl", "restart", "flexpiped")
+        case "kill":
+            machine.do("kill", "-9", daemon)
+        case _:
+            machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
+
+    until(lambda: came_back(machine, instead_of=daemon), deadline_s=START_DEADLINE_S)
+
+    adopted = [entry["pid"] for entry in journal(machine) if entry["event"] == "engine adopted"]
+    assert (engine(machine), adopted[-1]) == (pid, pid)
+    assert completion(machine) == text
+    machine.do("flexctl", "rebalance", "--stages", str(others), "--wait")
+    assert completion(machine) == text
+    machine.do("flexctl", "rebalance", "--stages", str(stages), "--wait")
+
+
 def test_an_engine_is_in_a_unit_of_its_own(machine: Machine) -> None:
     machine.write(
         CONFIG,
@@ -60,23 +81,7 @@ def test_an_engine_is_in_a_unit_of_its_own(machine: Machine) -> None:
 
 @pytest.mark.parametrize("how", ["restart", "kill", "upgrade"])
 def test_it_stays_and_is_adopted(machine: Machine, package: Path, how: str) -> None:
-    text, pid, daemon = completion(machine), engine(machine), shown(machine, "MainPID")
-    match how:
-        case "restart":
-            machine.do("systemctl", "restart", "flexpiped")
-        case "kill":
-            machine.do("kill", "-9", daemon)
-        case _:
-            machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
-
-    until(lambda: came_back(machine, instead_of=daemon), deadline_s=START_DEADLINE_S)
-
-    adopted = [entry["pid"] for entry in journal(machine) if entry["event"] == "engine adopted"]
-    assert (engine(machine), adopted[-1]) == (pid, pid)
-    assert completion(machine) == text
-    machine.do("flexctl", "rebalance", "--stages", "4", "--wait")
-    assert completion(machine) == text
-    machine.do("flexctl", "rebalance", "--stages", "2", "--wait")
+    assert_adopted_after(machine, package, how, stages=2, others=4)
 
 
 def test_stopping_the_service_ends_it(machine: Machine) -> None:
