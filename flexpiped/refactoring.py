@@ -82,8 +82,8 @@ class ReplicaFleet(Protocol):
     def devices_beside(self, number: int | None) -> frozenset[str]:
         """Return the devices of all other replicas than this one; None: than the main one."""
 
-    def plan(self, wanted: Wanted, *, resolver: TargetResolver) -> ScalePlan:
-        """Return which come or leave. Raises ``RefactoringRefused``, ``PlannerError``; may block."""
+    async def plan(self, wanted: Wanted, *, resolver: TargetResolver) -> ScalePlan:
+        """Return which come or leave, of those that serve now. Raises ``RefactoringRefused``, ``PlannerError``."""
 
     def plan_restart(self, pipelines: Sequence[Pipeline]) -> ScalePlan:
         """Return how replicas come back that were there before."""
@@ -215,7 +215,7 @@ class Refactorings:
         current = self._engine().pipeline
         if self._fleet is None:
             raise RefactoringRefused(_ONLY_ONE)
-        plan = await asyncio.to_thread(self._fleet.plan, wanted, resolver=self._resolver())
+        plan = await self._fleet.plan(wanted, resolver=self._resolver())
         if plan.before == plan.after:
             check = RefactorCheck(feasible=True, sentences=(f"{plan.after} replicas serve already",))
             return Proposal(current=current, target=current, check=check)

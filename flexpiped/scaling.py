@@ -73,8 +73,10 @@ class Fleet:
         replicas = self._replicas()
         return replicas.device_ids(but=replicas.main if number is None else self.replica(number))
 
-    def plan(self, wanted: Wanted, *, resolver: TargetResolver) -> ScalePlan:
-        """Return which replicas come or leave. May take a while, and is called in a thread.
+    async def plan(self, wanted: Wanted, *, resolver: TargetResolver) -> ScalePlan:
+        """Return which replicas come or leave.
+
+        What there is, is read at once; only the search for places, which may take a while, runs in a thread.
 
         1. More: each gets devices that nobody has, with as many stages as are asked for, else as the main one has.
         2. Fewer: the one that is named first, then of the granularity that is named, those with the fewest requests.
@@ -88,7 +90,11 @@ class Fleet:
         if not 1 <= want <= _MOST:
             raise RefactoringRefused(f"there can be 1 to {_MOST} replicas, not {want}")
         if want >= have:
-            return ScalePlan(before=have, after=want, add=self._additions(wanted, want - have, resolver))  # 1
+            if wanted.stages is None and wanted.layout is None:
+                wanted = replace(wanted, stages=replicas.pipeline.granularity)
+            taken = replicas.device_ids()
+            add = await asyncio.to_thread(_places, wanted, have=have, want=want, taken=taken, resolver=resolver)
+            return ScalePlan(before=have, after=want, add=add)  # 1
         leaving = self._leaving(wanted, replicas, have - want)  # 2
         return ScalePlan(before=have, after=want, remove=leaving)
 
@@ -100,21 +106,6 @@ class Fleet:
     def carry_out(self, plan: ScalePlan) -> "ScaleRunner":
         """Return what carries a plan out."""
         return ScaleRunner(self._replicas(), plan, factory=self._factory(), drain_deadline_s=self._drain_deadline_s)
-
-    def _additions(self, wanted: Wanted, count: int, resolver: TargetResolver) -> tuple[Pipeline, ...]:
-        replicas = self._replicas()
-        if wanted.stages is None and wanted.layout is None:
-            wanted = replace(wanted, stages=replicas.pipeline.granularity)
-        taken, found = replicas.device_ids(), []
-        for index in range(count):
-            try:
-                pipeline = resolver.beside(wanted, taken=taken)
-            except NoFeasiblePlan as error:
-                held = f"{', '.join(sorted(taken))} are taken"
-                raise NoFeasiblePlan(f"no room for replica {len(self.serving) + index + 1}: {error} ({held})") from None
-            found.append(pipeline)
-            taken |= set(pipeline.device_ids)
-        return tuple(found)
 
     def _leaving(self, wanted: Wanted, replicas: Replicas, count: int) -> tuple[int, ...]:
         if wanted.on is not None:
@@ -242,3 +233,19 @@ class ScaleRunner:
             elapsed_s=self._clock() - self._began_s,
             requests_live=len(self._replicas.flights),
         )
+
+
+def _places(
+    wanted: Wanted, *, have: int, want: int, taken: frozenset[str], resolver: TargetResolver
+) -> tuple[Pipeline, ...]:
+    """Return where replicas come, on devices that nobody has. Raises ``NoFeasiblePlan`` with the numbers."""
+    found = []
+    for number in range(have + 1, want + 1):
+        try:
+            pipeline = resolver.beside(wanted, taken=taken)
+        except NoFeasiblePlan as error:
+            held = f"{', '.join(sorted(taken))} are taken"
+            raise NoFeasiblePlan(f"no room for replica {number}: {error} ({held})") from None
+        found.append(pipeline)
+        taken |= set(pipeline.device_ids)
+    return tuple(found)
