@@ -4,8 +4,9 @@
           |                    |                                    +--> aborted (rolled back, nothing lost)
           +--> NoFeasiblePlan  +--> RefactoringRefused              +--> failed  (the engine died)
 
-It is carried out by the engine in place, or where that cannot be by a second instance: a replica handover.
-Replicas that come or leave enter here, too. Progress is published as events; whoever waits follows those.
+What is asked for is resolved and checked by ``proposals``. It is carried out by the engine in place, or where that
+cannot be by a second instance: a replica handover. Replicas that come or leave enter here, too. Progress is published
+as events; whoever waits follows those.
 """
 
 import asyncio
@@ -14,9 +15,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, Protocol
+from typing import Any
 
 from engines.closing import closing
 from engines.errors import (
@@ -24,16 +25,14 @@ from engines.errors import (
     RefactoringAborted,
     RefactoringBusy,
     RefactoringRefused,
-    UnsupportedByEngine,
 )
-from engines.protocol import Engine, RefactorCheck, RefactorProgress
+from engines.protocol import Engine, RefactorProgress
 from flexpiped import log_events
 from flexpiped.events import EventKind, EventLog
 from flexpiped.handover_records import (
     HandoverRecord,
     HandoverResult,
     Proposal,
-    ScalePlan,
     TargetResolver,
     Wanted,
     Way,
@@ -41,55 +40,15 @@ from flexpiped.handover_records import (
     proposal_to_wire,
     record_to_wire,
 )
-from flexpiped.replica_check import OF_ANOTHER_ENGINE, check_replica, why_replica
+from flexpiped.proposals import ONLY_ONE, OtherEngine, Proposals, ReplicaFleet, ReplicaHandover, scaled
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
 
 HISTORY = 50
-_ONLY_ONE: Final = "there is only one replica here, and never more"
-UNCHANGED: Final = RefactorCheck(feasible=True, sentences=("this layout is in force already",))
 
 
 async def nothing_to_settle() -> None:
     """For whom nothing is kept on disk."""
-
-
-class ReplicaHandover(Protocol):
-    """A replica handover that has not begun; it reports and fails as ``Engine.refactor`` does."""
-
-    def run(self) -> AsyncIterator[RefactorProgress]: ...
-
-    async def cancel(self) -> bool: ...
-
-
-class OtherEngine(Protocol):
-    """An engine of another kind that could take the place of the one in force."""
-
-    @property
-    def resolver(self) -> TargetResolver:
-        """Plans for it."""
-
-    def replica(self, target: Pipeline) -> ReplicaHandover:
-        """Return a handover to an instance of it."""
-
-
-class ReplicaFleet(Protocol):
-    """The replicas that there are, and how they become more or fewer."""
-
-    def engine_of(self, number: int) -> Engine:
-        """Return the engine of a replica. Raises ``RefactoringRefused``."""
-
-    def devices_beside(self, number: int | None) -> frozenset[str]:
-        """Return the devices of all other replicas than this one; None: than the main one."""
-
-    async def plan(self, wanted: Wanted, *, resolver: TargetResolver) -> ScalePlan:
-        """Return which come or leave, of those that serve now. Raises ``RefactoringRefused``, ``PlannerError``."""
-
-    def plan_restart(self, pipelines: Sequence[Pipeline]) -> ScalePlan:
-        """Return how replicas come back that were there before."""
-
-    def carry_out(self, plan: ScalePlan) -> ReplicaHandover:
-        """Return what does that."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,14 +103,15 @@ class Refactorings:
         planning: asyncio.Lock | None = None,
     ) -> None:
         self._engine = engine
+        self._proposals = Proposals(
+            engine=engine, resolver=resolver, has_replica=replica is not None, fleet=fleet, other_engine=other_engine
+        )
         self._numbers = count(1) if numbers is None else numbers
         self._planning = planning or asyncio.Lock()
         self._settled = settled
-        self._resolver = resolver
         self._events = events
         self._replica = replica
         self._fleet = fleet
-        self._other_engine = other_engine
         self._monotonic_clock = monotonic_clock
         self._wall_clock = wall_clock
         self._deciding = False  # a request is between its acceptance and its start
@@ -176,81 +136,7 @@ class Refactorings:
         Raises:
             PlannerError, EngineError
         """
-        if wanted.replicas is not None:
-            return await self._propose_scale(wanted)
-        engine, taken = self._engine_on(wanted.on), self._devices_beside(wanted.on)
-        current = engine.pipeline
-        if wanted.engine not in (None, engine.capabilities.name):
-            return await self._propose_other(engine, wanted)
-        if not wanted.names_a_layout:
-            return Proposal(current=current, target=current, check=UNCHANGED)
-        resolver = self._resolver()
-        resident = engine.capabilities.resident
-        target = await asyncio.to_thread(resolver.resolve, wanted, current=current, resident=resident, taken=taken)
-        if target == current:
-            return Proposal(current=current, target=target, check=UNCHANGED, on=wanted.on)
-        if held := sorted(taken & set(target.device_ids)):
-            return Proposal(current=current, target=target, check=_held_by_others(held), on=wanted.on)
-        check = await engine.check_refactor(target)
-        why = why_replica(wanted, capabilities=engine.capabilities, check=check)
-        if why is None or self._replica is None:
-            proposal = Proposal(current=current, target=target, check=check, on=wanted.on)
-            return await _by_the_rules(proposal, resolver)
-        check = await check_replica(engine, target, resolver=resolver, check=check, why=why)
-        proposal = Proposal(current=current, target=target, check=check, way=Way.REPLICA, on=wanted.on)
-        return await _by_the_rules(proposal, resolver)
-
-    def _engine_on(self, number: int | None) -> Engine:
-        if number is None:
-            return self._engine()
-        if self._fleet is None:
-            raise RefactoringRefused(f"there is no replica {number}; there is only one, which needs no number")
-        return self._fleet.engine_of(number)
-
-    def _devices_beside(self, number: int | None) -> frozenset[str]:
-        return frozenset() if self._fleet is None else self._fleet.devices_beside(number)
-
-    async def _propose_scale(self, wanted: Wanted) -> Proposal:
-        """Say which replicas would come or leave."""
-        current = self._engine().pipeline
-        if self._fleet is None:
-            raise RefactoringRefused(_ONLY_ONE)
-        plan = await self._fleet.plan(wanted, resolver=self._resolver())
-        if plan.before == plan.after:
-            check = RefactorCheck(feasible=True, sentences=(f"{plan.after} replicas serve already",))
-            return Proposal(current=current, target=current, check=check)
-        return _scaled(current, plan)
-
-    async def _propose_other(self, engine: Engine, wanted: Wanted) -> Proposal:
-        """Say what it would mean to put another engine in the place of this one."""
-        if self._devices_beside(None):
-            raise RefactoringRefused("the engine is changed with one replica: flexctl scale --replicas 1 comes first")
-        current, before, after = engine.pipeline, engine.capabilities.name, wanted.engine or ""
-        if not wanted.names_a_layout:
-            wanted = replace(wanted, stages=current.granularity)
-
-        def find() -> tuple[TargetResolver, Pipeline]:
-            resolver = self._find_other(after).resolver
-            return resolver, resolver.resolve(wanted, current=current)
-
-        resolver, target = await asyncio.to_thread(find)
-        check = await check_replica(
-            engine,
-            target,
-            resolver=resolver,
-            check=OF_ANOTHER_ENGINE,
-            why=f"{after} takes the place of {before}",
-            is_another_engine=True,
-        )
-        proposal = Proposal(
-            current=current, target=target, check=check, way=Way.REPLICA, engine_before=before, engine_after=after
-        )
-        return await _by_the_rules(proposal, resolver)
-
-    def _find_other(self, name: str) -> OtherEngine:
-        if self._other_engine is None:
-            raise UnsupportedByEngine(f"no engine {name!r} can take the place of the one in force")
-        return self._other_engine(name)
+        return await self._proposals.propose(wanted)
 
     async def start(self, wanted: Wanted) -> Started | Proposal:
         """Begin a refactoring, or return the proposal if the wanted layout is already in force.
@@ -301,9 +187,9 @@ class Refactorings:
         if self._running is not None or self._deciding:
             raise RefactoringBusy("busy: another refactoring is under way")
         if self._fleet is None:
-            raise RefactoringRefused(_ONLY_ONE)
+            raise RefactoringRefused(ONLY_ONE)
         current = self._engine().pipeline
-        return self._begin(_scaled(current, self._fleet.plan_restart(pipelines)))
+        return self._begin(scaled(current, self._fleet.plan_restart(pipelines)))
 
     async def ended(self, started: Started) -> HandoverRecord:
         """Return how a refactoring went, once it has ended."""
@@ -339,7 +225,7 @@ class Refactorings:
     def _ways(self, proposal: Proposal) -> tuple[AsyncIterator[RefactorProgress], Callable[[], Awaitable[bool]]]:
         """Return what carries the proposal out, and what cancels that."""
         if proposal.engine_after:
-            replica = self._find_other(proposal.engine_after).replica(proposal.target)
+            replica = self._proposals.find_other(proposal.engine_after).replica(proposal.target)
             return replica.run(), replica.cancel
         if proposal.scale is not None and self._fleet is not None:
             scaling = self._fleet.carry_out(proposal.scale)
@@ -347,7 +233,7 @@ class Refactorings:
         if proposal.way is Way.REPLICA and self._replica is not None:
             replica = self._replica(proposal.target, proposal.on)
             return replica.run(), replica.cancel
-        engine = self._engine_on(proposal.on)
+        engine = self._proposals.engine_on(proposal.on)
         return engine.refactor(proposal.target), engine.cancel_refactor
 
     async def _run(self, running: _Running, reports: AsyncIterator[RefactorProgress]) -> None:
@@ -392,24 +278,3 @@ class Refactorings:
 
     def _publish(self, running: _Running, message: str, **fields: Any) -> None:
         self._events.publish(EventKind.REFACTORING, message, handover=running.number, **fields)
-
-
-def _scaled(current: Pipeline, plan: ScalePlan) -> Proposal:
-    check = RefactorCheck(feasible=True, sentences=(), moves=plan.sentences)
-    return Proposal(current=current, target=current, check=check, way=Way.SCALE, scale=plan)
-
-
-def _held_by_others(device_ids: Sequence[str]) -> RefactorCheck:
-    verb = "has a stage" if len(device_ids) == 1 else "have stages"
-    return RefactorCheck(feasible=False, sentences=(f"{', '.join(device_ids)} {verb} of another replica",))
-
-
-async def _by_the_rules(proposal: Proposal, resolver: TargetResolver) -> Proposal:
-    """Hold what is feasible to the engine against the planner's rules too, whoever made the layout."""
-    if not proposal.check.feasible:
-        return proposal
-    second = proposal.way is Way.REPLICA
-    broken = await asyncio.to_thread(
-        resolver.broken_rules, proposal.target, current=proposal.current, second_instance=second
-    )
-    return replace(proposal, check=RefactorCheck(feasible=False, sentences=broken)) if broken else proposal

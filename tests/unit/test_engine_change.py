@@ -22,7 +22,8 @@ from engines.protocol import (
 from engines.vllm.sampling import ENGINE_PARAMS as VLLM_PARAMS
 from flexpiped.events import EventLog
 from flexpiped.handover_records import HandoverRecord, HandoverResult, Proposal, TargetResolver, Wanted, Way
-from flexpiped.refactoring import Refactorings, ReplicaHandover, Started
+from flexpiped.proposals import ReplicaHandover
+from flexpiped.refactoring import Refactorings, Started
 from flexpiped.replica_handover import ReplicaRunner
 from flexpiped.supervisor import EngineFactory, Supervisor
 from planner.layout import Pipeline
