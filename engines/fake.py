@@ -1,10 +1,11 @@
 """A public fake engine: no model and no processes, the same contract, and knobs for what tests need to happen."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import PurePath
 
+from engines.closing import closing
 from engines.errors import (
     AdapterRefused,
     EngineClosed,
@@ -12,11 +13,10 @@ from engines.errors import (
     EngineError,
     EngineStartFailed,
     KvTransferFailed,
-    RefactoringAborted,
-    RefactoringBusy,
     RefactoringRefused,
 )
 from engines.fake_batch import Batch, NextToken, Sequence, hashed_tokens
+from engines.fake_handover import FakeHandovers, Sleep, check_target
 from engines.fake_kv import FakeKv
 from engines.protocol import (
     EngineCapabilities,
@@ -29,12 +29,10 @@ from engines.protocol import (
     StageStatus,
     TokenChunk,
 )
-from engines.validation import check_request, refusal_of
+from engines.validation import check_request
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, Stage
 
-Sleep = Callable[[float], Awaitable[object]]
-_Reports = asyncio.Queue[RefactorProgress | EngineError]
 _Outbox = asyncio.Queue[TokenChunk | EngineError]
 
 FAKE_CAPABILITIES = EngineCapabilities(
@@ -58,8 +56,6 @@ RICH_CAPABILITIES = replace(
         | {"presence_penalty", "repetition_penalty"}
     ),
 )
-_FORWARD = (HandoverPhase.PREPARING, HandoverPhase.SYNCING, HandoverPhase.COMMITTING, HandoverPhase.RETIRING)
-_CANCELLABLE = (HandoverPhase.PREPARING, HandoverPhase.SYNCING)
 _DECODER_BYTES = 1 << 20
 _KV_BLOCK_BYTES = 1 << 10
 
@@ -108,25 +104,22 @@ class FakeEngine:
         self.kv = FakeKv()
         self._outboxes: dict[Sequence, _Outbox] = {}
         self._step_s = step_s
-        self._refactor_phase_s = refactor_phase_s
         self._sleep = sleep
         self._start_failure = start_failure
         self._resident_ranks = resident_ranks
+        self._handovers = FakeHandovers(
+            phase_s=refactor_phase_s, sleep=sleep, report=self._report, commit=self._commit, ended=lambda: self._end
+        )
         self._epoch = epoch
         self._held = False
         self._may_step = asyncio.Event()
-        self._may_refactor = asyncio.Event()
-        self._may_refactor.set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._killed = asyncio.Event()
         self._death = ""
         self._end: EngineError | None = EngineClosed("the engine has not been started")
         self._stepping: asyncio.Task[None] | None = None
-        self._refactoring: asyncio.Task[None] | None = None
-        self._phase: HandoverPhase | None = None
-        self._cancel_refactor = False
-        self._prompt_tokens_total = self._refactorings_total = 0
+        self._prompt_tokens_total = 0
 
     # What tests turn.
 
@@ -148,10 +141,10 @@ class FakeEngine:
 
     def hold_refactoring(self) -> None:
         """Keep a refactoring in the phase it is in (or starts with), until ``release_refactoring``."""
-        self._may_refactor.clear()
+        self._handovers.hold()
 
     def release_refactoring(self) -> None:
-        self._may_refactor.set()
+        self._handovers.release()
 
     # The protocol.
 
@@ -208,7 +201,7 @@ class FakeEngine:
             preemptions_total=batch.preemptions_total,
             steps_total=batch.steps_total,
             worker_restarts_total=0,
-            refactorings_total=self._refactorings_total,
+            refactorings_total=self._handovers.total,
         )
 
     async def stages(self) -> tuple[StageStatus, ...]:
@@ -221,28 +214,12 @@ class FakeEngine:
 
     async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
         self._ensure_alive()
-        if self._phase is not None:
-            raise RefactoringBusy(f"a refactoring is under way, in phase {self._phase.value}")
-        check = self._check(target)
-        if not check.feasible:
-            raise RefactoringRefused("; ".join(check.sentences))
-        reports = _Reports()
-        self._phase = HandoverPhase.PREPARING
-        self._refactoring = asyncio.create_task(self._carry_out(target, reports), name="fake-refactoring")
-        while True:
-            report = await reports.get()
-            if isinstance(report, EngineError):
-                raise report
-            yield report
-            if report.phase is HandoverPhase.DONE:
-                return
+        async with closing(self._handovers.run(target, self._check(target))) as reports:
+            async for report in reports:
+                yield report
 
     async def cancel_refactor(self) -> bool:
-        if self._phase not in _CANCELLABLE:
-            return False
-        self._cancel_refactor = True
-        self._may_refactor.set()
-        return True
+        return self._handovers.cancel()
 
     async def drain(self) -> None:
         self._ensure_alive()
@@ -255,10 +232,10 @@ class FakeEngine:
     async def close(self) -> None:
         if not isinstance(self._end, EngineClosed):
             self._finish(EngineClosed("the engine was closed"))
-        tasks = [task for task in (self._stepping, self._refactoring) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait([self._stepping])
+        await self._handovers.close()
         self.kv.close()
 
     # KvResizing, for capabilities with a ``kv_range``.
@@ -268,8 +245,7 @@ class FakeEngine:
         bounds = self._capabilities.kv_range
         if bounds is None or not bounds.least_blocks <= blocks <= bounds.most_blocks:
             raise RefactoringRefused(f"there cannot be {blocks} KV blocks")
-        if self._phase is not None:
-            raise RefactoringBusy(f"a refactoring is under way, in phase {self._phase.value}")
+        self._handovers.ensure_none()
         fewer = self._batch.kv_blocks_capacity - blocks
         self._batch.resize_kv(blocks)
         return max(0, fewer) * _KV_BLOCK_BYTES
@@ -317,15 +293,22 @@ class FakeEngine:
     # How it goes about it.
 
     def _check(self, target: Pipeline) -> RefactorCheck:
-        refusal = refusal_of(target, current=self._pipeline, capabilities=self._capabilities)
-        if refusal is None and not self._capabilities.refactors_in_place:
-            refusal = "this engine does not change its layout in place"
-        if refusal is not None:
-            return RefactorCheck(feasible=False, sentences=(refusal,))
-        if self._resident_ranks is not None and target.granularity > self._resident_ranks:
-            refusal = f"{target.granularity} stages need as many ranks, {self._resident_ranks} are resident"
-            return RefactorCheck(feasible=False, sentences=(refusal,), needs_replica=True)
-        return RefactorCheck(feasible=True, sentences=("everything fits",), moves=moves(self._pipeline, target))
+        return check_target(
+            target, current=self._pipeline, capabilities=self._capabilities, resident_ranks=self._resident_ranks
+        )
+
+    def _commit(self, target: Pipeline) -> None:
+        self._pipeline = target
+        self._epoch += 1
+
+    def _report(self, phase: HandoverPhase) -> RefactorProgress:
+        return RefactorProgress(
+            phase=phase,
+            message=f"fake {phase.value}",
+            elapsed_s=0.0,
+            epoch=self._epoch,
+            requests_live=self._batch.num_live,
+        )
 
     def _ensure_alive(self) -> None:
         if self._end is not None:
@@ -336,7 +319,7 @@ class FakeEngine:
         for sequence, outbox in self._outboxes.items():
             self._batch.remove(sequence)
             outbox.put_nowait(type(end)(str(end)))
-        self._may_refactor.set()
+        self._handovers.release()
         self._wake()
 
     def _wake(self) -> None:
@@ -353,41 +336,6 @@ class FakeEngine:
                     self._outboxes[sequence].put_nowait(chunk)
                 self._wake()
 
-    async def _carry_out(self, target: Pipeline, reports: _Reports) -> None:
-        for phase in _FORWARD:
-            self._phase = phase
-            reports.put_nowait(self._report(phase))
-            await self._sleep(self._refactor_phase_s)
-            await self._may_refactor.wait()
-            if self._end is not None:
-                self._phase = None
-                reports.put_nowait(type(self._end)(str(self._end)))
-                return
-            if self._cancel_refactor:
-                self._roll_back(reports)
-                return
-            if phase is HandoverPhase.COMMITTING:
-                self._pipeline = target
-                self._epoch += 1
-        self._phase = None
-        self._refactorings_total += 1
-        reports.put_nowait(self._report(HandoverPhase.DONE))
-
-    def _roll_back(self, reports: _Reports) -> None:
-        self._phase, self._cancel_refactor = None, False
-        reports.put_nowait(self._report(HandoverPhase.ROLLING_BACK))
-        reports.put_nowait(self._report(HandoverPhase.ABORTED))
-        reports.put_nowait(RefactoringAborted("cancelled before commit; rolled back, no request disturbed"))
-
-    def _report(self, phase: HandoverPhase) -> RefactorProgress:
-        return RefactorProgress(
-            phase=phase,
-            message=f"fake {phase.value}",
-            elapsed_s=0.0,
-            epoch=self._epoch,
-            requests_live=self._batch.num_live,
-        )
-
 
 def status_of(index: int, stage: Stage) -> StageStatus:
     return StageStatus(
@@ -400,9 +348,3 @@ def status_of(index: int, stage: Stage) -> StageStatus:
         kv_mapped_bytes=0,
         busy=None,
     )
-
-
-def moves(current: Pipeline, target: Pipeline) -> tuple[str, ...]:
-    """Name every decoder that changes its devices."""
-    devices = ((i, current.stage_of(i).device_ids, target.stage_of(i).device_ids) for i in range(target.num_decoders))
-    return tuple(f"decoder {i} {'+'.join(old)} -> {'+'.join(new)}" for i, old, new in devices if old != new)
