@@ -11,40 +11,23 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flexpiped_served.failpoints import Failpoints
-from flexpiped_served.moving import BUFFERS
-from flexpiped_served.pieces import Piece, pieces_of
+from flexpiped_served.pieces import pieces_of
 from flexpiped_served.staging import bind_datagram
 
 from flexpiped_vllm import internals
+from flexpiped_vllm.copy_round import CopyRound
 from flexpiped_vllm.kv_tracker import KVTracker
 from flexpiped_vllm.kv_transfers import KvTransfers
 from flexpiped_vllm.settings import Settings
+from flexpiped_vllm.steps import StepWatch
 
 _NO_REPLY = -1000  # no rank has this number, so none answers
-_TRACE_LENGTH = 200_000
 _PATIENCE = 2.0  # times the deadline that ranks keep themselves
 _RECEIVE_BYTES = 1 << 16
-
-
-@dataclass(slots=True)
-class _Source:
-    """One pipeline rank that sends in this round."""
-
-    pieces: deque[Piece]
-    next_ticket: int = 0
-    outstanding: dict[int, int] = field(default_factory=dict)  # acknowledgements still to come, by ticket
-
-
-@dataclass(slots=True)
-class _Round:
-    sources: dict[int, _Source]
-    sent_blocks: int
-    done: "Future[dict[str, Any]]"
-    sent_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -53,7 +36,7 @@ class _Handover:
     layout: list[int]
     new_layout: list[int]
     tracker: KVTracker
-    round: _Round | None = None
+    round: CopyRound | None = None
 
     @property
     def participants(self) -> list[int]:
@@ -72,16 +55,11 @@ class Conductor:
         self._handover: _Handover | None = None
         self._last_number = 0  # of all handovers
         self._crash = ""  # what a commit has answered that leaves the ranks in doubt
-        self._committed_s = 0.0
-        self._first_dispatch_s = 0.0
-        self._ends: deque[tuple[float, int]] = deque(maxlen=_TRACE_LENGTH)
-        self._dispatches: deque[float] = deque(maxlen=_TRACE_LENGTH)
-        self.steps = self.prompt_tokens = self.generated_tokens = self.preemptions = 0
         self._answers: deque[tuple[int, int, int, str]] = deque()  # appended by the thread, taken by the main one
         self._ranks: list[dict[str, Any]] = core.model_executor.collective_rpc("flexpiped_describe")
         self._tp = core.vllm_config.parallel_config.tensor_parallel_size
         self._block_tokens = int(core.vllm_config.cache_config.block_size)
-        self._watch_scheduler()
+        self._steps = StepWatch(core.scheduler, epoch=lambda: self._epoch, before_dispatch=self._mark)
         settings = Settings.of_environment()
         self.kv = KvTransfers(core, ranks=self._ranks, directory=settings.directory, slice_bytes=settings.slice_bytes)
         self._socket = bind_datagram(settings.directory / "core.dgram")
@@ -117,17 +95,11 @@ class Conductor:
             "kv_blocks_used": capacity - free,
             "kv_blocks_capacity": capacity,
             "kv_block_tokens": self._block_tokens,
-            "prompt_tokens_total": self.prompt_tokens,
-            "generated_tokens_total": self.generated_tokens,
-            "preemptions_total": self.preemptions,
-            "steps_total": self.steps,
+            **self._steps.totals,
         }
 
     def trace(self) -> dict[str, Any]:
-        ends, dispatches = list(self._ends), list(self._dispatches)
-        self._ends.clear()
-        self._dispatches.clear()
-        return {"ends_s": [t for t, _ in ends], "epochs": [e for _, e in ends], "dispatches_s": dispatches}
+        return self._steps.take_trace()
 
     # --- the handover ---
 
@@ -143,13 +115,19 @@ class Conductor:
         handover = self._of(number)
         self._failpoints.hit("core.round")
         blocks = handover.tracker.take(self._live())
-        sources: dict[int, _Source] = {}
-        for stage in sorted(set(handover.layout)):
-            cut = deque(pieces_of(self._targets(handover, stage), blocks, **self._sizes()))
-            if cut:
-                sources[stage] = _Source(pieces=cut)
-        handover.round = _Round(sources=sources, sent_blocks=len(blocks), done=Future())
-        self._feed(handover)
+        cuts = {
+            stage: list(pieces_of(self._targets(handover, stage), blocks, **self._sizes()))
+            for stage in sorted(set(handover.layout))
+        }
+        handover.round = CopyRound(
+            {stage: cut for stage, cut in cuts.items() if cut},
+            sent_blocks=len(blocks),
+            degree=self._tp,
+            block_bytes=self._sizes()["block_bytes"],
+            send=lambda *piece: self._send_piece(number, *piece),
+            remainder=lambda: handover.tracker.count,
+        )
+        handover.round.feed()
         return handover.round.done
 
     def commit(self, number: int, deadline_s: float, verify: bool) -> dict[str, Any]:
@@ -192,7 +170,7 @@ class Conductor:
             stage = rank["pp_rank"]
             rank["layers"] = [i for i, holder in enumerate(handover.new_layout) if holder == stage]
         self._handover = None
-        self._committed_s, self._first_dispatch_s = drained_s, 0.0
+        self._steps.committed(drained_s)
         return {
             "epoch": self._epoch,
             "drain_s": drained_s - held_s,
@@ -225,9 +203,7 @@ class Conductor:
 
     def pause(self) -> dict[str, Any]:
         """Return the commit pause: from the last result of the old epoch to the first dispatch of the new one."""
-        if not self._first_dispatch_s:
-            return {"pause_s": None}
-        return {"pause_s": self._first_dispatch_s - self._committed_s}
+        return {"pause_s": self._steps.pause_s}
 
     def abandon(self, number: int) -> dict[str, Any]:
         """Forget a handover that was not committed."""
@@ -257,45 +233,15 @@ class Conductor:
             number, source, ticket, reason = self._answers.popleft()
             if handover is None or handover.round is None or number != handover.number:
                 continue  # of one that was rolled back
-            self._acknowledge(handover.round, source, ticket, reason)
+            handover.round.acknowledge(source, ticket, reason)
         if handover is not None and handover.round is not None:
-            self._feed(handover)
+            handover.round.feed()
 
     # --- inside ---
 
-    def _acknowledge(self, running: _Round, source: int, ticket: int, reason: str) -> None:
-        if reason:
-            if not running.done.done():
-                running.done.set_exception(RuntimeError(reason))
-            return
-        outstanding = running.sources[source // self._tp].outstanding
-        outstanding[ticket] -= 1
-        if outstanding[ticket] == 0:
-            del outstanding[ticket]
-
-    def _feed(self, handover: _Handover) -> None:
-        """Queue pieces while their source has buffers; settle the round when everything has arrived."""
-        running = handover.round
-        assert running is not None
-        for source in running.sources.values():
-            while source.pieces and len(source.outstanding) < BUFFERS and self._buffer_free(source):
-                layers, blocks = source.pieces.popleft()
-                source.outstanding[source.next_ticket] = self._tp
-                args = (handover.number, source.next_ticket, layers, blocks)
-                self._core.model_executor.rpc_broadcast_mq.enqueue(("flexpiped_copy_out", args, {}, _NO_REPLY))
-                source.next_ticket += 1
-                running.sent_bytes += len(layers) * len(blocks) * self._sizes()["block_bytes"] * self._tp
-        if not running.done.done() and not any(s.pieces or s.outstanding for s in running.sources.values()):
-            running.done.set_result(
-                {
-                    "sent_blocks": running.sent_blocks,
-                    "sent_bytes": running.sent_bytes,
-                    "remainder_blocks": handover.tracker.count,
-                }
-            )
-
-    def _buffer_free(self, source: _Source) -> bool:
-        return all(ticket % BUFFERS != source.next_ticket % BUFFERS for ticket in source.outstanding)
+    def _send_piece(self, number: int, ticket: int, layers: list[int], blocks: list[int]) -> None:
+        args = (number, ticket, layers, blocks)
+        self._core.model_executor.rpc_broadcast_mq.enqueue(("flexpiped_copy_out", args, {}, _NO_REPLY))
 
     def _drain(self) -> None:
         """Wait for the steps in flight; their results are kept for the step that takes them in."""
@@ -348,40 +294,8 @@ class Conductor:
             raise RuntimeError(f"handover {number} has not begun in the engine core")
         return self._handover
 
-    def _watch_scheduler(self) -> None:
-        """Be told of each step: when it is scheduled, just before it is dispatched, and when its results are in."""
-        scheduler = self._core.scheduler
-        schedule, update = scheduler.schedule, scheduler.update_from_output
-
-        def scheduled(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            self._scheduled(output)
-            return output
-
-        def updated(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = update(scheduler_output, *args, **kwargs)
-            self._ended(scheduler_output, outputs)
-            return outputs
-
-        scheduler.schedule, scheduler.update_from_output = scheduled, updated
-
-    def _ended(self, scheduler_output: Any, outputs: Any) -> None:
-        if scheduler_output.total_num_scheduled_tokens == 0:
-            return
-        self._ends.append((time.monotonic(), self._epoch))
-        self.steps += 1
-        self.generated_tokens += sum(len(one.new_token_ids) for group in outputs.values() for one in group.outputs)
-
-    def _scheduled(self, output: Any) -> None:
-        """A step is about to be dispatched: time it, count it, and mark what it will write."""
-        if output.total_num_scheduled_tokens == 0:
-            return
-        now_s = time.monotonic()
-        self._dispatches.append(now_s)
-        if self._first_dispatch_s == 0.0:
-            self._first_dispatch_s = now_s
-        self.preemptions += len(output.preempted_req_ids or ())
-        self.prompt_tokens += sum(len(new.prompt_token_ids or ()) for new in output.scheduled_new_reqs)
+    def _mark(self, output: Any) -> None:
+        """Mark what a step that is about to go out will write."""
         if self._handover is None:
             return
         scheduler = self._core.scheduler
