@@ -219,8 +219,7 @@ async def test_the_daemon_has_no_torch_and_its_end_leaves_no_process(daemon: Dae
     assert len(family) == 10  # text process, core, eight workers
     daemon.process.kill()
     await daemon.process.wait()
-    async with asyncio.timeout(5.0):
-        await until(lambda: all_ended(family))
+    await until(lambda: all_ended(family), timeout_s=60.0)
 
 
 async def all_ended(pids: list[int]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 BEHAVIOUR = os.environ.get("FAKE_VLLM", "")
 DIRECTORY = Path(os.environ.get("FLEXPIPED_VLLM_DIR", "."))
-COMPILING_S = 1.5
+COMPILING_S = 2.0
 WORKER = "import time; time.sleep(600)"
 CORE = f"""
 import subprocess, sys

@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),
 ]
 
+NOTICED_S = 10.0  # a death is noticed at once; a hang would take a minute
+
 
 @pytest.fixture
 def doomed(engine: VllmEngine) -> VllmEngine:
@@ -35,7 +37,7 @@ async def test_the_death_of_a_worker_is_noticed_and_nothing_is_left(doomed: Vllm
     started_s = time.monotonic()
     os.kill(doomed.pids["workers"][1], signal.SIGKILL)
     reason = await doomed.died()
-    assert time.monotonic() - started_s < 2.0
+    assert time.monotonic() - started_s < NOTICED_S
     assert "worker of rank 1" in reason
     with pytest.raises(EngineDied):
         [chunk async for chunk in stream]

@@ -106,7 +106,7 @@ async def assert_a_killed_daemon_leaves_nothing(daemon: Daemon) -> None:
     shared = shared_memory(directory)
     daemon.process.kill()
     await daemon.process.wait()
-    await until(lambda: not any(runs(pid) for pid in pids), timeout_s=5.0)
+    await until(lambda: not any(runs(pid) for pid in pids), timeout_s=60.0)
     sweep(directory.parent)
     assert not directory.exists()
     assert [path for path in shared if path.exists()] == []

@@ -25,6 +25,8 @@ from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
 
+NOTICED_S = 10.0  # a death is noticed at once; a hang would take a minute
+
 
 def request(*, max_tokens: int = 5, generated: tuple[int, ...] = (), **params: object) -> GenerationRequest:
     sampling = SamplingParams(max_tokens=max_tokens, engine_params=params, logprobs=True)
@@ -122,7 +124,7 @@ async def test_the_death_of_any_process_ends_all_of_them(tmp_path: Path, victim:
     started_s = time.monotonic()
     os.kill(pids["workers"][0] if victim == "worker" else pids[victim], signal.SIGKILL)
     reason = await died
-    assert time.monotonic() - started_s < 2.0
+    assert time.monotonic() - started_s < NOTICED_S
     assert {"api": "vLLM's API server", "core": "vLLM's engine core", "worker": "vLLM's worker of rank 0"}[
         victim
     ] in reason
@@ -148,7 +150,7 @@ async def test_a_hang_is_a_death(tmp_path: Path, behaviour: str) -> None:
 
 
 async def test_a_step_that_compiles_may_take_longer(tmp_path: Path) -> None:
-    engine = fake_engine(tmp_path, behaviour="compiles", hang_deadline_s=0.5)
+    engine = fake_engine(tmp_path, behaviour="compiles", hang_deadline_s=1.0)
     await engine.start(on_progress=silent)
     assert await tokens_of(engine, request()) == [2, 3, 4, 5, 6]
     await engine.close()
@@ -186,15 +188,16 @@ async def test_a_token_file_that_cannot_be_read(tmp_path: Path) -> None:
 async def test_two_never_start_at_once(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    slow, second = fake_engine(tmp_path / "a", behaviour="silent", start_deadline_s=1.0), fake_engine(tmp_path / "b")
+    slow, second = fake_engine(tmp_path / "a", behaviour="silent"), fake_engine(tmp_path / "b")
     said: list[str] = []
-    failing = asyncio.create_task(slow.start(on_progress=silent))
+    never_ready = asyncio.create_task(slow.start(on_progress=silent))
     await until(lambda: slow._server is not None)
     starting = asyncio.create_task(second.start(on_progress=said.append))
     await until(lambda: bool(said))
     assert second._server is None
-    with pytest.raises(EngineStartFailed):
-        await failing
+    never_ready.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await never_ready
     await starting
     await second.close()
 
@@ -217,7 +220,7 @@ def test_a_killed_daemon_leaves_no_process(tmp_path: Path) -> None:
         assert child.stdout is not None
         api, directory = child.stdout.readline().split()
         child.kill()
-    give_up_s = time.monotonic() + 5.0
+    give_up_s = time.monotonic() + 60.0
     while Path(f"/proc/{api}").exists() and "Z" not in Path(f"/proc/{api}/stat").read_text().rpartition(")")[2][:3]:
         assert time.monotonic() < give_up_s
         time.sleep(0.02)
