@@ -63,7 +63,11 @@ def _join(whole: dict[str, Any], part: dict[str, Any]) -> None:
     """Add texts and lists, and let other values that are something take the place of what was before."""
     for name, value in part.items():
         before = whole.get(name)
-        if isinstance(value, dict):
+        if name == "tool_calls" and isinstance(value, list):
+            calls = whole[name] = before if isinstance(before, dict) else {}
+            for call in value:
+                _join(calls.setdefault(str(call["index"]), {}), call)
+        elif isinstance(value, dict):
             whole[name] = before if isinstance(before, dict) else {}
             _join(whole[name], value)
         elif (isinstance(value, str) and isinstance(before, str) and name in ("text", "content", "arguments")) or (

@@ -18,6 +18,7 @@ from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
+from flexpiped.api.tool_syntax import ToolCalls
 from flexpiped.servers import listen_tcp, serving, url_of
 from flexpiped.supervisor import Supervisor
 from tests.support.http_app import health_of
@@ -140,7 +141,9 @@ async def own_server_of(engine: VllmEngine | SglangEngine) -> AsyncIterator[aioh
 
 
 @asynccontextmanager
-async def api_before(engine: VllmEngine | SglangEngine | NativeEngine, *, model: Path) -> AsyncIterator[Api]:
+async def api_before(
+    engine: VllmEngine | SglangEngine | NativeEngine, *, model: Path, tool_calls: ToolCalls | None = None
+) -> AsyncIterator[Api]:
     """Serve ``engine``, which has been started, under the name that it has or that of the directory ``model``."""
     text = TextService(model=model)
     await text.start()
@@ -153,6 +156,7 @@ async def api_before(engine: VllmEngine | SglangEngine | NativeEngine, *, model:
         admission=Admission(limits=AdmissionLimits()),
         metrics=Metrics(),
         health=health_of(supervisor),
+        tool_calls=tool_calls,
     )
     listener = listen_tcp("127.0.0.1", 0)
     url = url_of(listener)

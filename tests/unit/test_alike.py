@@ -39,3 +39,17 @@ def test_a_stream_is_put_together() -> None:
         "rest": "",
         "chunks_without_choices": 1,
     }
+
+
+def test_calls_of_a_stream_are_put_together() -> None:
+    deltas = [
+        '[{"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": ""}}]',
+        '[{"index": 0, "function": {"arguments": "{"}}, {"index": 1, "id": "b", "function": {"name": "g"}}]',
+        '[{"index": 0, "function": {"arguments": "}"}}]',
+    ]
+    chunks = [f'{{"choices": [{{"index": 0, "delta": {{"tool_calls": {each}}}}}]}}' for each in deltas]
+    found = joined("".join(f"data: {chunk}\n\n" for chunk in [*chunks, "[DONE]"]))
+    assert found["choices"]["0"]["delta"]["tool_calls"] == {
+        "0": {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+        "1": {"index": 1, "id": "b", "function": {"name": "g"}},
+    }

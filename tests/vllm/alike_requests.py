@@ -8,6 +8,25 @@ from tests.support.vllm import llama
 
 _MODEL: Final = llama().name
 _USER: Final = {"role": "user", "content": "Hi"}
+# One string is all that its arguments can be, so that random weights finish a call.
+_PAINT: Final = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "description": "Paints.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"colour": {"enum": ["red"]}},
+            "required": ["colour"],
+            "additionalProperties": False,
+        },
+    },
+}
+_LOOSE: Final = {"type": "function", "function": {"name": "look"}}
+_CALL: Final = {"id": "call_1", "type": "function", "function": {"name": "paint", "arguments": '{"colour": "red"}'}}
+_CALLED: Final = {"role": "assistant", "content": None, "tool_calls": [_CALL]}
+_PAINTED: Final = {"role": "tool", "tool_call_id": "call_1", "content": "It is painted."}
 _NUMBER: Final = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
 
@@ -21,6 +40,26 @@ def _chat(**changes: Any) -> Asked:
     drawn = changes.get("temperature", 0) != 0
     body = {"model": _MODEL, "messages": [_USER], "max_tokens": 3, "temperature": 0, **changes}
     return Asked(path="/v1/chat/completions", body=body, drawn=drawn)
+
+
+def _named(name: Any = "paint") -> Any:
+    return {"type": "function", "function": {"name": name}}
+
+
+def _tools(**changes: Any) -> Asked:
+    """A chat with tools. Each engine has calls written in a form of its own, so what is drawn in them differs."""
+    body = {"model": _MODEL, "messages": [_USER], "tools": [_PAINT], "max_tokens": 60, "temperature": 0, **changes}
+    return Asked(path="/v1/chat/completions", body=body, drawn=True)
+
+
+def _without(tool: dict[str, Any], *path: str) -> dict[str, Any]:
+    """Return a tool without the member at the end of ``path``."""
+    name, *rest = path
+    return {key: _without(tool[key], *rest) if key == name else tool[key] for key in tool if rest or key != name}
+
+
+def _function(**changes: Any) -> dict[str, Any]:
+    return {**_PAINT, "function": {**_PAINT["function"], **changes}}
 
 
 def _get(path: str) -> Asked:
@@ -154,6 +193,54 @@ _CHATS: Final = {
     "tools empty": _chat(tools=[]),
     "tool_choice without tools": _chat(tool_choice="auto"),
 }
+_WITH_TOOLS: Final = {
+    "tools, named": _tools(tool_choice=_named()),
+    "tools, named of two": _tools(tools=[_LOOSE, _PAINT], tool_choice=_named()),
+    "tools, named, two choices": _tools(tool_choice=_named(), n=2, temperature=1, seed=1),
+    "tools, named, cut off": _tools(tool_choice=_named(), max_tokens=3),
+    "tools, named, stream": _tools(tool_choice=_named(), stream=True),
+    "tools, named, stream with usage": _tools(
+        tool_choice=_named(), stream=True, stream_options={"include_usage": True}
+    ),
+    "tools, required": _tools(tool_choice="required", parallel_tool_calls=False),
+    "tools, required, stream": _tools(tool_choice="required", parallel_tool_calls=False, stream=True),
+    "tools, none": _tools(tool_choice="none", max_tokens=3),
+    "tools, auto": _tools(tools=[_LOOSE], tool_choice="auto", max_tokens=3),
+    "tools, left open": _tools(tools=[_LOOSE], max_tokens=3),
+    "tools, auto, stream": _tools(tools=[_LOOSE], max_tokens=3, stream=True),
+    "tools, choice null": _tools(tools=[_LOOSE], tool_choice=None, max_tokens=3),
+    "tools, no parameters": _tools(tools=[_without(_PAINT, "function", "parameters")], max_tokens=3),
+    "tools, conversation": _tools(messages=[_USER, _CALLED, _PAINTED], tool_choice="none", max_tokens=3),
+    "tools, conversation without tools": _chat(messages=[_USER, _CALLED, _PAINTED]),
+    "tools null": _chat(tools=None),
+    "tools are text": _tools(tools="paint"),
+    "tool is text": _tools(tools=["paint"]),
+    "tool without function": _tools(tools=[{"type": "function"}]),
+    "tool without name": _tools(tools=[_without(_PAINT, "function", "name")]),
+    "tool without type": _tools(tools=[_without(_PAINT, "type")], max_tokens=3),
+    "tool of another kind": _tools(tools=[{"type": "custom", "custom": {"name": "x"}}]),
+    "tool's name is a number": _tools(tools=[_function(name=5)]),
+    "tool's parameters are text": _tools(tools=[_function(parameters="x")]),
+    "tool's strict is text": _tools(tools=[_function(strict="x")]),
+    "tool_choice unknown": _tools(tool_choice="any"),
+    "tool_choice is a number": _tools(tool_choice=5),
+    "tool_choice names no tool": _tools(tool_choice=_named("sing")),
+    "tool_choice without function": _tools(tool_choice={"type": "function"}),
+    "tool_choice without name": _tools(tool_choice={"type": "function", "function": {}}),
+    "tool_choice names a number": _tools(tool_choice=_named(5)),
+    "tool_choice of allowed tools": _tools(
+        tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [_named()]}}
+    ),
+    "tool_choice of a custom tool": _tools(tool_choice={"type": "custom", "custom": {"name": "x"}}),
+    "tool_choice named without tools": _chat(tool_choice=_named()),
+    "tool_choice required without tools": _chat(tool_choice="required"),
+    "parallel_tool_calls is text": _tools(parallel_tool_calls="x"),
+    "call without id": _tools(messages=[_USER, {**_CALLED, "tool_calls": [_without(_CALL, "id")]}, _PAINTED]),
+    "call's arguments are no JSON": _tools(
+        messages=[_USER, {**_CALLED, "tool_calls": [{**_CALL, "function": {"name": "paint", "arguments": "{"}}]}]
+    ),
+    "result without id": _tools(messages=[_USER, _CALLED, {"role": "tool", "content": "x"}]),
+}
 _FURTHER: Final = {
     "models": _get("/v1/models"),
     "model": _get(f"/v1/models/{_MODEL}"),
@@ -176,11 +263,12 @@ _FURTHER: Final = {
     "detokenize nothing": _text("/detokenize"),
     "detokenize, other model": _text("/detokenize", tokens=[5], model="x"),
 }
-REQUESTS: Final[Mapping[str, Asked]] = {**_COMPLETIONS, **_CHATS, **_FURTHER}
+REQUESTS: Final[Mapping[str, Asked]] = {**_COMPLETIONS, **_CHATS, **_WITH_TOOLS, **_FURTHER}
 
 # Of each kind one.
 IN_THE_GATE: Final = (
     *("completion", "completion, stop string", "completion, two prompts of tokens", "completion, stream with usage"),
     *("chat, parts of text", "chat, stream that stops", "models", "tokenize messages", "detokenize"),
+    *("tools, named", "tools, named, stream", "tool_choice of allowed tools"),
     *("no prompt", "other model", "max_tokens 0", "stop is a number", "broken JSON"),
 )

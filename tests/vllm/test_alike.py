@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from engines.vllm.adapter import VllmEngine
+from flexpiped.api.tool_syntax import HERMES, ToolCalls
 from tests.support import native
 from tests.support.alike import Answered, answer_of, differences
 from tests.support.own_routes import api_before, own_server_of
@@ -66,7 +67,7 @@ async def test_each_answer_is_that_of_vllm_but_for_what_is_explained(
     limit = engine.capabilities.max_model_len
     async with (
         native.running(llama(), native.layout(4), max_model_len=limit) as other,
-        api_before(other, model=llama()) as api,
+        api_before(other, model=llama(), tool_calls=ToolCalls(syntax=HERMES)) as api,
         aiohttp.ClientSession(api.url) as session,
     ):
         found += found_between("native", expected, await answers_of(session, REQUESTS))
