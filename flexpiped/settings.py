@@ -59,6 +59,7 @@ class ToolFormat(Enum):
     HERMES = "hermes"
     LLAMA3_JSON = "llama3_json"
     MISTRAL = "mistral"
+    MISTRAL_ARGS = "mistral_args"
     OFF = "off"  # tools are refused
 
 

@@ -13,13 +13,10 @@ from enum import Enum
 from typing import Any, Final, assert_never
 
 from engines.text.stops import longest_beginning
+from flexpiped.api.call_object import ObjectOfCall
 from flexpiped.api.tool_syntax import ToolSyntax
 
-_HEAD: Final = re.compile(
-    r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)', re.DOTALL
-)
-_FIRST_KEY: Final = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
-_KEYS: Final = frozenset({"name", "arguments", "parameters", "id", "type"})  # that an object of a call begins with
+_NAME: Final = re.compile(r"[a-zA-Z0-9_.:/-]{0,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +54,8 @@ class _State(Enum):
 class CallParser:
     """Reads one output.
 
-    TEXT --opening--> BETWEEN --{--> CALL --}--> AFTER --closing--> TEXT    (or BETWEEN, where there is no closing)
+    TEXT --opening--> BETWEEN --{--> CALL --}--> AFTER --closing--> TEXT    (where calls have no closing: TEXT, or
+      |                  |                                                   BETWEEN where one opening is of all)
       |                  +--anything else--> TEXT
       +--text where a bare call could have been--> PLAIN
     """
@@ -69,7 +67,7 @@ class CallParser:
         self._rest = ""  # not read yet
         self._spaces = ""  # after content; they are none of it when a call follows
         self._owed = ""  # the opening, content again if no call comes of it
-        self._call: _Call | None = None
+        self._call: ObjectOfCall | None = None
         self._has_said = False
         self._said: list[str] = []
         self._deltas: list[CallDelta] = []
@@ -136,6 +134,8 @@ class CallParser:
         self._state = _State.BETWEEN
 
     def _read_between(self) -> bool:
+        if self._syntax.separator:
+            return self._read_name()
         begun = self._rest.lstrip(" \t\r\n" + self._syntax.between)
         skipped = self._rest[: len(self._rest) - len(begun)]
         self._owed += skipped if self._owed else ""
@@ -143,11 +143,26 @@ class CallParser:
         if not begun:
             return False
         if begun[0] == "{":
-            self._call, self._state = _Call(), _State.CALL
+            self._call, self._state = ObjectOfCall(), _State.CALL
         elif self._syntax.end and begun[0] == self._syntax.end and not self._owed:
             self._rest, self._state = begun[1:], _State.TEXT
         else:
             self._no_call()
+        return True
+
+    def _read_name(self) -> bool:
+        """Read a name, what separates it from the arguments, and to where they begin."""
+        begun, separator = self._rest.lstrip(), self._syntax.separator
+        found = _NAME.match(begun)
+        name = "" if found is None else found.group()
+        behind = begun[len(name) :]
+        arguments = behind.removeprefix(separator).lstrip() if behind.startswith(separator) else None
+        if not arguments and (arguments is not None or separator.startswith(behind)):
+            return False
+        if not name or not arguments or arguments[0] != "{":
+            self._no_call()
+            return True
+        self._call, self._rest, self._state = ObjectOfCall(name=name), arguments, _State.CALL
         return True
 
     def _read_call(self) -> bool:
@@ -166,7 +181,10 @@ class CallParser:
             self._no_call()
             return True
         self._call = None
-        self._state = _State.AFTER if self._syntax.closing else _State.BETWEEN
+        if self._syntax.closing:
+            self._state = _State.AFTER
+        else:
+            self._state = _State.TEXT if self._syntax.is_repeated else _State.BETWEEN
         return True
 
     def _read_after(self, *, final: bool) -> bool:
@@ -180,13 +198,13 @@ class CallParser:
         self._state = _State.TEXT
         return True
 
-    def _tell(self, call: "_Call") -> None:
+    def _tell(self, call: ObjectOfCall) -> None:
         if call.index is None:
             self._begin_call(call, name=call.name or "", arguments=call.new_arguments())
         elif arguments := call.new_arguments():
             self._deltas.append(CallDelta(index=call.index, arguments=arguments))
 
-    def _tell_whole(self, call: "_Call") -> bool:
+    def _tell_whole(self, call: ObjectOfCall) -> bool:
         """Tell of a call whose members come in another order; False: it is none."""
         try:
             found = json.loads(call.text)
@@ -198,7 +216,7 @@ class CallParser:
         self._begin_call(call, name=found["name"], arguments=_as_text(found[key] if key else {}))
         return True
 
-    def _begin_call(self, call: "_Call", *, name: str, arguments: str) -> None:
+    def _begin_call(self, call: ObjectOfCall, *, name: str, arguments: str) -> None:
         call.index = self.count
         self.count += 1
         self._owed = self._spaces = ""
@@ -214,6 +232,8 @@ class CallParser:
     def _finish(self) -> None:
         if self._state in (_State.BETWEEN, _State.CALL) and (self._call is None or self._call.index is None):
             self._no_call()
+            self._say(self._rest)
+            self._rest = ""
         if not self.count and self._spaces:
             self._said.append(self._spaces)
         self._spaces = ""
@@ -225,69 +245,6 @@ class CallParser:
         self._has_said = self._has_said or bool(content)
         if content:
             self._said.append(content)
-
-
-class _Call:
-    """One JSON object as it comes: where it ends, and as early as that is known what it calls."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.name: str | None = None  # once it is known that the arguments come next
-        self.index: int | None = None
-        self.is_whole = False
-        self._depth = 0
-        self._is_string = self._is_escaped = False
-        self._arguments_at = -1
-        self._arguments_end = -1
-        self._given = 0
-
-    @property
-    def is_of_others(self) -> bool:
-        """Whether it begins as no call does."""
-        first = _FIRST_KEY.match(self.text)
-        return self.name is None and first is not None and first.group(1) not in _KEYS
-
-    def take(self, text: str) -> int:
-        """Take what of ``text`` belongs to the object; return how much that is."""
-        start = len(self.text)
-        closings = []
-        for at, character in enumerate(text, start=start):
-            if self._passes(character):
-                closings.append(at)
-            if self.is_whole:
-                break
-        self.text += text[: at + 1 - start] if text else ""
-        if self.name is None and (head := _HEAD.match(self.text)) is not None:
-            self.name = json.loads(head.group(1), strict=False)
-            self._arguments_at = self._given = head.end()
-        if self.name is not None and self._arguments_end < 0:
-            self._arguments_end = next((each + 1 for each in closings if each >= self._arguments_at), -1)
-        return len(self.text) - start
-
-    def new_arguments(self) -> str:
-        """Return what has come of the arguments since the last time."""
-        end = len(self.text) if self._arguments_end < 0 else self._arguments_end
-        new, self._given = self.text[self._given : end], max(end, self._given)
-        return new
-
-    def _passes(self, character: str) -> bool:
-        """Go over one character; True: it closes what is directly within the object."""
-        if self._is_string:
-            if self._is_escaped:
-                self._is_escaped = False
-            elif character == "\\":
-                self._is_escaped = True
-            elif character == '"':
-                self._is_string = False
-        elif character == '"':
-            self._is_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            self.is_whole = self._depth == 0
-            return self._depth == 1
-        return False
 
 
 def _as_text(arguments: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from engines.protocol import Grammar, GrammarKind
-from flexpiped.api.tool_syntax import ToolCalls, ToolSyntax
+from flexpiped.api.tool_syntax import ToolCalls
 from flexpiped.api.tools import Tool, ToolChoice, Tools
 
 _NEWLINE: Final = r'"\n"'
@@ -38,7 +38,7 @@ def grammar_with_calls(tools: Tools, calls: ToolCalls, *, content: Grammar | Non
         lines = rules.text_and_calls()
     else:
         lines = rules.content_or_calls(content)
-    lines += _functions(functions, calls.syntax, leaves_free=is_left)
+    lines += _functions(functions, calls, leaves_free=is_left)
     return Grammar(kind=GrammarKind.LARK, source="\n".join(lines) + "\n", parameter="tools")
 
 
@@ -58,7 +58,8 @@ class _Rules:
     def only_calls(self) -> list[str]:
         if self._syntax.is_bare:
             return ["start: call"]
-        more = f" ({_NEWLINE} {self._opening} body)*" if self._several and self._syntax.closing else ""
+        apart = f"{_NEWLINE} " if self._syntax.closing else ""
+        more = f" ({apart}{self._opening} body)*" if self._several and self._syntax.is_repeated else ""
         return [f"start: {self._opening} body{more}", *self._body()]
 
     def content_or_calls(self, content: Grammar) -> list[str]:
@@ -72,7 +73,7 @@ class _Rules:
         if self._syntax.is_bare:
             before = f"{self._opening}? " if self._is_token else ""
             return ["start: TEXT? | " + before + "call", r"TEXT: /[^{](.|\n)*/"]
-        often = self._several and self._syntax.closing
+        often = self._several and self._syntax.is_repeated
         start = "start: (lead body)* rest" if often else "start: rest | lead body"
         lead = ["lead: spelt", f"spelt[lazy]: TEXT {_text(self._syntax.opening)}"]
         if self._is_token:
@@ -83,11 +84,13 @@ class _Rules:
         """Return the rule of what follows the opening."""
         if self._syntax.closing:
             return [f"body: {_NEWLINE} call {_NEWLINE} {self._closing}"]
+        if self._syntax.separator:
+            return ["body: call"]
         more = ' (", " call)*' if self._several else ""
         return [f'body: " "? "[" call{more} "]"']
 
 
-def _functions(functions: Sequence[Tool], syntax: ToolSyntax, *, leaves_free: bool) -> list[str]:
+def _functions(functions: Sequence[Tool], calls: ToolCalls, *, leaves_free: bool) -> list[str]:
     """Return the rules of one call of any of ``functions``.
 
     Args:
@@ -95,12 +98,19 @@ def _functions(functions: Sequence[Tool], syntax: ToolSyntax, *, leaves_free: bo
     """
     lines = ["call: " + " | ".join(f"call_{index}" for index in range(len(functions)))]
     for index, tool in enumerate(functions):
-        head = f'{{"name": {json.dumps(tool.name)}, "{syntax.arguments}": '
-        lines.append(f"call_{index}: {_text(head)} arguments_{index} {_text('}')}")
+        before, behind = _around_arguments(tool.name, calls)
+        lines.append(f"call_{index}: {before} arguments_{index} {behind}".rstrip())
         schema = {"type": "object"} if leaves_free and not tool.is_strict else json.loads(tool.schema)
         options = _SPACING if tool.is_strict else {**_SPACING, "lenient": True}
         lines.append(f"arguments_{index}: %json {json.dumps(_with_options(schema, options))}")
     return lines
+
+
+def _around_arguments(name: str, calls: ToolCalls) -> tuple[str, str]:
+    syntax = calls.syntax
+    if syntax.separator:
+        return f"{_text(name)} {_token(calls.separator_id) or _text(syntax.separator)}", ""
+    return _text(f'{{"name": {json.dumps(name)}, "{syntax.arguments}": '), _text("}")
 
 
 def _with_options(schema: Any, options: dict[str, Any]) -> Any:

@@ -3,8 +3,9 @@
 hermes        <tool_call>{"name": ..., "arguments": {...}}</tool_call>, as often as there are calls (Hermes, Qwen)
 llama3_json   {"name": ..., "parameters": {...}} as the whole output, perhaps behind <|python_tag|> (Llama 3.1 to 3.3)
 mistral       [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] (Mistral, up to version 7 of its tokenizer)
+mistral_args  [TOOL_CALLS]name[ARGS]{...}, as often as there are calls (Mistral, from version 13 of its tokenizer)
 
-The names are those that vLLM has for its parsers.
+The names are those that vLLM has for its parsers, but for the last, which it tells from the tokenizer.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ class ToolSyntax:
     """One way to write calls.
 
     ``opening`` comes before them and ``closing`` behind each; ``between`` are characters that may stand around calls,
-    ``end`` is the one after the last. ``is_bare``: the opening may be missing, and the output is either calls or text.
-    ``call_id_length``: of ids that the chat template takes, 0: any.
+    ``end`` is the one after the last. ``separator``: each call has an opening, then its name, this, and the arguments
+    alone. ``is_bare``: the opening may be missing, and the output is either calls or text. ``call_id_length``: of ids
+    that the chat template takes, 0: any.
     """
 
     name: str
@@ -26,9 +28,15 @@ class ToolSyntax:
     closing: str = ""
     between: str = ""
     end: str = ""
+    separator: str = ""
     arguments: str = "arguments"
     is_bare: bool = False
     call_id_length: int = 0
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether each call has an opening of its own."""
+        return bool(self.closing or self.separator)
 
 
 HERMES: Final = ToolSyntax(name="hermes", opening="<tool_call>", closing="</tool_call>")
@@ -36,23 +44,29 @@ LLAMA3_JSON: Final = ToolSyntax(
     name="llama3_json", opening="<|python_tag|>", between=";", arguments="parameters", is_bare=True
 )
 MISTRAL: Final = ToolSyntax(name="mistral", opening="[TOOL_CALLS]", between="[,", end="]", call_id_length=9)
-SYNTAXES: Final[Mapping[str, ToolSyntax]] = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL)}
-# Marks of templates that have one of our openings, too, and something else than JSON behind it.
-_FOREIGN: Final = ("<function=", "<arg_key>", "[ARGS]", "[CALL_ID]")
+MISTRAL_ARGS: Final = ToolSyntax(name="mistral_args", opening="[TOOL_CALLS]", separator="[ARGS]", call_id_length=9)
+SYNTAXES: Final[Mapping[str, ToolSyntax]] = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS)}
+# Marks of templates that have one of our openings, too, and something else behind it.
+_FOREIGN: Final = ("<function=", "<arg_key>", "[CALL_ID]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCalls:
-    """How the served model writes calls. ``opening_id``, ``closing_id``: the tokens that these are, None: mere text."""
+    """How the served model writes calls. The ids: of the tokens that these are, None: mere text."""
 
     syntax: ToolSyntax
     opening_id: int | None = None
     closing_id: int | None = None
+    separator_id: int | None = None
 
     @property
     def marks(self) -> tuple[str, ...]:
         """Tokens that must be seen in the output, also where they are special ones."""
-        marks = ((self.syntax.opening, self.opening_id), (self.syntax.closing, self.closing_id))
+        marks = (
+            (self.syntax.opening, self.opening_id),
+            (self.syntax.closing, self.closing_id),
+            (self.syntax.separator, self.separator_id),
+        )
         return tuple(text for text, token_id in marks if token_id is not None)
 
 
@@ -69,20 +83,26 @@ def tool_calls_of(configured: str, *, chat_template: str | None, added_tokens: M
     syntax = syntax_of(chat_template) if configured == "auto" else SYNTAXES[configured]
     if syntax is None:
         return None
-    opening_id, closing_id = added_tokens.get(syntax.opening), added_tokens.get(syntax.closing)
-    return ToolCalls(syntax=syntax, opening_id=opening_id, closing_id=closing_id)
+    return ToolCalls(
+        syntax=syntax,
+        opening_id=added_tokens.get(syntax.opening),
+        closing_id=added_tokens.get(syntax.closing),
+        separator_id=added_tokens.get(syntax.separator),
+    )
 
 
 def syntax_of(chat_template: str) -> ToolSyntax | None:
     """Return the way to write calls that a chat template shows the model.
 
-    1. It knows no tools, or writes calls otherwise: none. 2. It has an opening of ours. 3. Llama 3's has none, and is
-    told by its headers and the key of the arguments.
+    1. It knows no tools, or writes calls otherwise: none. 2. It separates names from arguments. 3. It has an opening of
+    ours. 4. Llama 3's has none, and is told by its headers and the key of the arguments.
     """
     if "tools" not in chat_template or any(mark in chat_template for mark in _FOREIGN):  # 1
         return None
-    for syntax in (MISTRAL, HERMES):  # 2
+    if MISTRAL_ARGS.separator in chat_template:  # 2
+        return MISTRAL_ARGS if MISTRAL_ARGS.opening in chat_template else None
+    for syntax in (MISTRAL, HERMES):  # 3
         if syntax.opening in chat_template and syntax.arguments in chat_template:
             return syntax
-    is_llama3 = "<|start_header_id|>" in chat_template and "ipython" in chat_template  # 3
+    is_llama3 = "<|start_header_id|>" in chat_template and "ipython" in chat_template  # 4
     return LLAMA3_JSON if is_llama3 and LLAMA3_JSON.arguments in chat_template else None

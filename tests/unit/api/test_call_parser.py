@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from flexpiped.api.call_parser import CallDelta, CallParser, joined, new_call_id
-from flexpiped.api.tool_syntax import HERMES, LLAMA3_JSON, MISTRAL, SYNTAXES, ToolSyntax
+from flexpiped.api.tool_syntax import HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, SYNTAXES, ToolSyntax
 
 Call = tuple[str, str]
 A, B = '{"colour": "red"}', '{"deep": {"list": [1, "}]\\"", {}]}}'
@@ -38,6 +38,19 @@ CASES: list[tuple[ToolSyntax, str, str, list[Call]]] = [
     ),
     (MISTRAL, "An [INST] and [TOOL", "An [INST] and [TOOL", []),
     (MISTRAL, "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+    (MISTRAL_ARGS, f"[TOOL_CALLS]paint[ARGS]{A}", "", [("paint", A)]),
+    (
+        MISTRAL_ARGS,
+        f"Let me see. [TOOL_CALLS]paint[ARGS]{A}[TOOL_CALLS] sing[ARGS] {B}",
+        "Let me see.",
+        [("paint", A), ("sing", B)],
+    ),
+    (MISTRAL_ARGS, f"[TOOL_CALLS]paint[ARGS]{A} Done.", " Done.", [("paint", A)]),
+    (MISTRAL_ARGS, '[TOOL_CALLS]paint[ARGS]{"colour": "r', "", [("paint", '{"colour": "r')]),
+    (MISTRAL_ARGS, "[TOOL_CALLS]paint[ARGS] red", "[TOOL_CALLS]paint[ARGS] red", []),
+    (MISTRAL_ARGS, "[TOOL_CALLS]paint[AR", "[TOOL_CALLS]paint[AR", []),
+    (MISTRAL_ARGS, f"[TOOL_CALLS]two words[ARGS]{A}", f"[TOOL_CALLS]two words[ARGS]{A}", []),
+    (MISTRAL_ARGS, f"[TOOL_CALLS][ARGS]{A}", f"[TOOL_CALLS][ARGS]{A}", []),
     (LLAMA3_JSON, f'{{"name": "paint", "parameters": {A}}}', "", [("paint", A)]),
     (LLAMA3_JSON, f'\n<|python_tag|>{{"type": "function", "name": "paint", "parameters": {A}}}', "", [("paint", A)]),
     (

@@ -11,7 +11,16 @@ from flexpiped.api.errors import ApiError
 from flexpiped.api.openapi import request_schema
 from flexpiped.api.parameter_table import CHAT_PARAMETERS
 from flexpiped.api.parameters import ChatRequest, parse_chat, taken_here
-from flexpiped.api.tool_syntax import HERMES, LLAMA3_JSON, MISTRAL, SYNTAXES, ToolCalls, ToolSyntax, tool_calls_of
+from flexpiped.api.tool_syntax import (
+    HERMES,
+    LLAMA3_JSON,
+    MISTRAL,
+    MISTRAL_ARGS,
+    SYNTAXES,
+    ToolCalls,
+    ToolSyntax,
+    tool_calls_of,
+)
 from flexpiped.api.tools import ToolChoice
 from flexpiped.settings import ToolFormat
 from tests.support.chat_templates import LLAMA3, MISTRAL_V3, QWEN
@@ -177,17 +186,23 @@ def test_of_a_model_that_calls_no_tools_they_are_refused_with_the_reason() -> No
         (MISTRAL_V3, MISTRAL),
         ("{% for message in messages %}{{ message.content }}{% endfor %}", None),
         (QWEN.replace("<tool_call>\\n{", "<tool_call>\\n<function={"), None),  # Qwen3-Coder's
-        (MISTRAL_V3.replace('"[TOOL_CALLS] ["', '"[TOOL_CALLS]" + name + "[ARGS]"'), None),  # of later tokenizers
+        (MISTRAL_V3.replace('"[TOOL_CALLS] ["', '"[TOOL_CALLS]" + name + "[ARGS]"'), MISTRAL_ARGS),  # later ones
+        (MISTRAL_V3.replace('"[TOOL_CALLS] ["', '"[TOOL_CALLS]" + name + "[CALL_ID]x[ARGS]"'), None),  # between them
         ("{% if tools %}<｜tool▁calls▁begin｜>{% endif %}", None),
     ],
 )
 def test_the_syntax_is_what_the_template_shows(template: str, syntax: ToolSyntax | None) -> None:
-    added = {"[TOOL_CALLS]": 5, "<|python_tag|>": 128010, "</tool_call>": 7}
+    added = {"[TOOL_CALLS]": 5, "[ARGS]": 6, "<|python_tag|>": 128010, "</tool_call>": 7}
     found = tool_calls_of("auto", chat_template=template, added_tokens=added)
     assert found == (
         None
         if syntax is None
-        else ToolCalls(syntax=syntax, opening_id=added.get(syntax.opening), closing_id=7 * (syntax is HERMES) or None)
+        else ToolCalls(
+            syntax=syntax,
+            opening_id=added.get(syntax.opening),
+            closing_id=7 * (syntax is HERMES) or None,
+            separator_id=6 * (syntax is MISTRAL_ARGS) or None,
+        )
     )
 
 

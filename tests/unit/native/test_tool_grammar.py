@@ -50,14 +50,19 @@ class Model:
 def make_model(syntax: ToolSyntax, folder: Path, *, has_tokens: bool) -> Model:
     """As published models have them, Hermes' marks are text where they are tokens, and the others special."""
     tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
-    marks = [each for each in (syntax.opening, syntax.closing) if each]
+    marks = [each for each in (syntax.opening, syntax.closing, syntax.separator) if each]
     if has_tokens:
         tokenizer.add_tokens([AddedToken(each, special=syntax is not HERMES, normalized=False) for each in marks])
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {each: tokenizer.token_to_id(each) for each in marks}
     return Model(
         tokenizer=tokenizer,
-        calls=ToolCalls(syntax=syntax, opening_id=ids.get(syntax.opening), closing_id=ids.get(syntax.closing)),
+        calls=ToolCalls(
+            syntax=syntax,
+            opening_id=ids.get(syntax.opening),
+            closing_id=ids.get(syntax.closing),
+            separator_id=ids.get(syntax.separator),
+        ),
         grammars=Grammars(folder / "tokenizer.json", vocab_size=tokenizer.get_vocab_size(), eos_token_ids=(EOS_ID,)),
     )
 
@@ -143,8 +148,19 @@ def test_left_to_the_model_nothing_is_kept_to_but_what_is_strict() -> None:
     assert grammar_with_calls(tools(choice=ToolChoice.NONE), calls, content=CONTENT) == CONTENT
 
 
-BEGINNINGS = {"hermes": '<tool_call>\n{"name": "', "mistral": '[TOOL_CALLS][{"name": "', "llama3_json": '{"name": "'}
-ENDS = {"hermes": "7}}\n</tool_call>", "mistral": "7}}]", "llama3_json": "7}}"}
+BEGINNINGS = {
+    "hermes": '<tool_call>\n{"name": "',
+    "mistral": '[TOOL_CALLS][{"name": "',
+    "mistral_args": "[TOOL_CALLS]",
+    "llama3_json": '{"name": "',
+}
+BETWEEN = {
+    "hermes": '", "arguments": ',
+    "mistral": '", "arguments": ',
+    "mistral_args": "[ARGS]",
+    "llama3_json": '", "parameters": ',
+}
+ENDS = {"hermes": "7}}\n</tool_call>", "mistral": "7}}]", "mistral_args": "7}", "llama3_json": "7}}"}
 
 
 def test_left_to_the_model_text_goes_on_as_it_likes_and_calls_are_valid(model: Model) -> None:
@@ -154,7 +170,7 @@ def test_left_to_the_model_text_goes_on_as_it_likes_and_calls_are_valid(model: M
     matcher = written(model, model.grammars.matcher(grammar, []), BEGINNINGS[syntax.name])
     for wrong in ("x", '"'):
         assert model.tokenizer.token_to_id(wrong) not in allowed_by(model, matcher)
-    matcher = written(model, matcher, f'paint", "{syntax.arguments}": {{"colour": "grün", "layers": ')
+    matcher = written(model, matcher, f'paint{BETWEEN[syntax.name]}{{"colour": "grün", "layers": ')
     assert model.tokenizer.token_to_id('"') not in allowed_by(model, matcher)
     matcher = written(model, matcher, ENDS[syntax.name])
     assert matcher.is_done or EOS_ID in allowed_by(model, matcher)
