@@ -90,6 +90,11 @@ class Machine:
                 self._nspawn.wait()
         self._nspawn = None
 
+    @property
+    def leader(self) -> int:
+        """Its first process, by the pid that it has here."""
+        return self._leader
+
     def state(self) -> str:
         return self.run("systemctl", "is-system-running").stdout.strip()
 
