@@ -27,13 +27,14 @@ from flexpiped.models import NoDemoModel, for_people
 from flexpiped.notify import Notifier
 from flexpiped.reload import ReloadReport, compare
 from flexpiped.servers import PortTaken
-from flexpiped.service import DRAIN_DEADLINE_S, Service
+from flexpiped.service import Service
 from flexpiped.settings import Settings
 from flexpiped.signals import Signals
 from flexpiped.spans import TracingUnavailable
 from flexpiped.tls import TlsError
 from planner.errors import PlannerError
 
+_END_S = 30.0  # that engines and files take besides
 _START_ERRORS = (
     PortTaken,
     AdminSocketError,
@@ -229,11 +230,12 @@ class Daemon:
     def _announce_stop(self, service: Service) -> None:
         reason = service.health.reason if service.failed.is_set() else f"stopping on {self._signals.stopped_by}"
         service.engines_may_stay = self._signals.stopped_by != "SIGINT"
-        self._banner.say(f"{reason}; streams in flight have {DRAIN_DEADLINE_S:.0f} s to finish (again: stop at once)")
+        deadline_s = self._settings.http.drain_deadline_s
+        self._banner.say(f"{reason}; streams in flight have {deadline_s:g} s to finish (again: stop at once)")
         self._is_announced = False
-        self._notifier.stopping(reason)
+        self._notifier.stopping(reason, within_s=deadline_s + _END_S)
         if not self._banner.is_read_live:
-            log_events.daemon_draining(reason=reason, deadline_s=DRAIN_DEADLINE_S)
+            log_events.daemon_draining(reason=reason, deadline_s=deadline_s)
 
     def _report_failure(self, reason: str) -> None:
         self._notifier.stopping(f"start failed: {reason}")

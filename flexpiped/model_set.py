@@ -112,6 +112,12 @@ class ModelSet:
             else:
                 entry.health_apart = Health(state=ServiceState.DRAINING, reason=reason)
 
+    async def idle(self) -> None:
+        """Return once no model answers a request."""
+        for entry in tuple(self._entries.values()):
+            if entry.backend is not None:
+                await entry.backend.uses.idle()
+
     async def end_control(self) -> None:
         """End changes that are under way, and what runs beside the models."""
         await self.changes.close()

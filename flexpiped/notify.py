@@ -25,8 +25,10 @@ class Notifier:
         """The configuration is being read again; ``ready`` ends it."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={monotonic_us}")
 
-    def stopping(self, status: str) -> None:
-        self._send(f"STOPPING=1\nSTATUS={status}")
+    def stopping(self, status: str, *, within_s: float = 0.0) -> None:
+        """It ends; the manager waits ``within_s``, or as long as it would anyway where that is longer."""
+        longer = f"\nEXTEND_TIMEOUT_USEC={round(within_s * 1e6)}" if within_s else ""
+        self._send(f"STOPPING=1\nSTATUS={status}{longer}")
 
     async def feed_watchdog(self) -> None:
         """Tell twice as often as is asked for that the event loop turns; returns at once where nobody watches it."""

@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -65,7 +65,7 @@ from flexpiped.watches import watch_hardware
 from planner.layout import Pipeline
 from topology.measured import state_file
 
-DRAIN_DEADLINE_S: Final = 30.0
+_LAST_WORDS_S: Final = 1.0  # of handlers, once the time to finish is over
 TRACED: Final = frozenset({"/v1/completions", "/v1/chat/completions", *OWN_PATHS})
 
 
@@ -207,6 +207,7 @@ class Service:
             await self._open_api(stack, listener, hardware, pages)
             feed.end_streams("it serves now")
             await gate.aclose()
+            stack.push_async_callback(self._finish_requests)
             stack.push_async_callback(self._models.end_control)
             stack.callback(feed.close, "the daemon ends")
             stack.callback(self._begin_drain)
@@ -237,7 +238,7 @@ class Service:
         )
         if self._spans is not None:
             stack.push_async_callback(asyncio.to_thread, self._spans.close)
-        await stack.enter_async_context(self._serving(app, listener, shutdown_s=DRAIN_DEADLINE_S))
+        await stack.enter_async_context(self._serving(app, listener, shutdown_s=_LAST_WORDS_S))
 
     def _made(
         self,
@@ -402,6 +403,12 @@ class Service:
 
     def _run_beside(self, stack: AsyncExitStack, work: Coroutine[None, None, None], *, name: str) -> None:
         run_beside(stack, work, name=name, on_failure=lambda said: self.events.publish(EventKind.DAEMON, said))
+
+    async def _finish_requests(self) -> None:
+        """Let those under way finish, as long as that may take. The port stays open: it says why it takes no others."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.http.drain_deadline_s):
+                await self._models.idle()
 
     def _begin_drain(self) -> None:
         reason = "streams in flight are finishing"

@@ -134,7 +134,7 @@ def test_a_wrong_file_makes_the_reload_fail_and_changes_nothing(machine: Machine
     assert mistake in told(machine, "journalctl -u flexpiped")
     assert "admission.max_requests_queued = 7" in told(machine, "flexctl config show")
     assert shown(machine, "ActiveState") == "active"
-    assert mistake in told(machine, "flexctl reload", code=2)
+    assert mistake in told(machine, "flexctl reload", code=4)
     assert mistake in json.dumps([*events(machine), told(machine, "flexctl config diff", code=2)], ensure_ascii=False)
 
 

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
@@ -88,6 +89,45 @@ async def test_while_it_starts_a_rebalance_is_refused_and_a_reload_does_not_make
         await reload_tells_no_manager(daemon)
         daemon.process.send_signal(signal.SIGTERM)  # killed, it would leave the fake's processes
         await daemon.process.wait()
+
+
+async def test_asked_to_stop_it_says_so_lets_streams_finish_and_takes_no_others(tmp_path: Path) -> None:
+    async with started(tmp_path, ready=True) as daemon, aiohttp.ClientSession() as session:
+        url = (await daemon.ask("/status"))["api_url"]
+        body = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        async with session.post(f"{url}/completions", json=body) as answer:
+            await answer.content.readline()
+            daemon.process.send_signal(signal.SIGTERM)
+            assert "EXTEND_TIMEOUT_USEC=60000000" in await daemon.notification("STOPPING=1")
+            async with session.get(url.replace("/v1", "/readyz")) as probe:
+                assert (probe.status, (await probe.json())["status"]) == (503, "draining")
+            async with session.post(f"{url}/completions", json=body) as refused:
+                assert (refused.status, (await refused.json())["error"]["code"]) == (503, "draining")
+                assert int(refused.headers["Retry-After"]) >= 1
+            rest = (await answer.content.read()).decode()
+        assert rest.endswith("data: [DONE]\n\n")
+        await daemon.ended()
+        assert daemon.process.returncode == 0
+
+
+async def test_streams_are_cut_off_when_their_time_to_finish_is_over(tmp_path: Path) -> None:
+    async with (
+        started(tmp_path, ready=True, more="http.drain_deadline_s = 0.05\n") as daemon,
+        aiohttp.ClientSession() as session,
+    ):
+        url = (await daemon.ask("/status"))["api_url"]
+        body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        async with session.post(f"{url}/completions", json=body) as answer:
+            await answer.content.readline()
+            assert answer.status == 200
+            daemon.process.send_signal(signal.SIGTERM)
+            rest = b""
+            with suppress(aiohttp.ClientPayloadError):
+                async for line in answer.content:
+                    rest += line
+            assert b"[DONE]" not in rest
+        await daemon.ended()
+        assert daemon.process.returncode == 0
 
 
 async def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:

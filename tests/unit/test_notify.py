@@ -18,7 +18,8 @@ def receive(address: str, environment_name: str) -> list[str]:
         notifier.ready("serving")
         notifier.reloading(monotonic_us=7)
         notifier.stopping("draining")
-        return [manager.recv(4096).decode() for _ in range(4)]
+        notifier.stopping("draining", within_s=90.5)
+        return [manager.recv(4096).decode() for _ in range(5)]
 
 
 EXPECTED = [
@@ -26,6 +27,7 @@ EXPECTED = [
     "READY=1\nSTATUS=serving",
     "RELOADING=1\nMONOTONIC_USEC=7",
     "STOPPING=1\nSTATUS=draining",
+    "STOPPING=1\nSTATUS=draining\nEXTEND_TIMEOUT_USEC=90500000",
 ]
 
 
