@@ -60,6 +60,7 @@ class ToolFormat(Enum):
     LLAMA3_JSON = "llama3_json"
     MISTRAL = "mistral"
     MISTRAL_ARGS = "mistral_args"
+    QWEN3_CODER = "qwen3_coder"
     OFF = "off"  # tools are refused
 
 

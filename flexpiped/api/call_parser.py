@@ -7,13 +7,14 @@ looks like a call and turns out to be none is content.
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final, assert_never
 
 from engines.text.stops import longest_beginning
 from flexpiped.api.call_object import ObjectOfCall
+from flexpiped.api.tagged_call import FUNCTION, FUNCTION_BEGUN, TaggedCall
 from flexpiped.api.tool_syntax import ToolSyntax
 
 _NAME: Final = re.compile(r"[a-zA-Z0-9_.:/-]{0,64}")
@@ -54,20 +55,30 @@ class _State(Enum):
 class CallParser:
     """Reads one output.
 
+    Args:
+        schemas: Of the arguments of each tool, for a syntax that does not say what is a string.
+
     TEXT --opening--> BETWEEN --{--> CALL --}--> AFTER --closing--> TEXT    (where calls have no closing: TEXT, or
       |                  |                                                   BETWEEN where one opening is of all)
       |                  +--anything else--> TEXT
       +--text where a bare call could have been--> PLAIN
     """
 
-    def __init__(self, syntax: ToolSyntax, *, new_id: Callable[[ToolSyntax], str] = new_call_id) -> None:
+    def __init__(
+        self,
+        syntax: ToolSyntax,
+        *,
+        schemas: Mapping[str, Mapping[str, Any]] | None = None,
+        new_id: Callable[[ToolSyntax], str] = new_call_id,
+    ) -> None:
         self._syntax = syntax
+        self._schemas = schemas or {}
         self._new_id = new_id
         self._state = _State.TEXT
         self._rest = ""  # not read yet
         self._spaces = ""  # after content; they are none of it when a call follows
         self._owed = ""  # the opening, content again if no call comes of it
-        self._call: ObjectOfCall | None = None
+        self._call: ObjectOfCall | TaggedCall | None = None
         self._has_said = False
         self._said: list[str] = []
         self._deltas: list[CallDelta] = []
@@ -136,6 +147,8 @@ class CallParser:
     def _read_between(self) -> bool:
         if self._syntax.separator:
             return self._read_name()
+        if self._syntax.is_tagged:
+            return self._read_tag()
         begun = self._rest.lstrip(" \t\r\n" + self._syntax.between)
         skipped = self._rest[: len(self._rest) - len(begun)]
         self._owed += skipped if self._owed else ""
@@ -165,6 +178,18 @@ class CallParser:
         self._call, self._rest, self._state = ObjectOfCall(name=name), arguments, _State.CALL
         return True
 
+    def _read_tag(self) -> bool:
+        """Read the tag of a function."""
+        begun = self._rest.lstrip()
+        if (tag := FUNCTION.match(begun)) is not None:
+            self._rest, self._state = begun[tag.end() :], _State.CALL
+            self._call = TaggedCall(name=tag[1], schema=self._schemas.get(tag[1], {}))
+            return True
+        if FUNCTION_BEGUN.fullmatch(begun) or "<function=".startswith(begun):
+            return False
+        self._no_call()
+        return True
+
     def _read_call(self) -> bool:
         call = self._call
         assert call is not None
@@ -177,7 +202,7 @@ class CallParser:
             return True
         if not call.is_whole:
             return False
-        if call.name is None and not self._tell_whole(call):
+        if isinstance(call, ObjectOfCall) and call.name is None and not self._tell_whole(call):
             self._no_call()
             return True
         self._call = None
@@ -198,7 +223,7 @@ class CallParser:
         self._state = _State.TEXT
         return True
 
-    def _tell(self, call: ObjectOfCall) -> None:
+    def _tell(self, call: ObjectOfCall | TaggedCall) -> None:
         if call.index is None:
             self._begin_call(call, name=call.name or "", arguments=call.new_arguments())
         elif arguments := call.new_arguments():
@@ -216,7 +241,7 @@ class CallParser:
         self._begin_call(call, name=found["name"], arguments=_as_text(found[key] if key else {}))
         return True
 
-    def _begin_call(self, call: ObjectOfCall, *, name: str, arguments: str) -> None:
+    def _begin_call(self, call: ObjectOfCall | TaggedCall, *, name: str, arguments: str) -> None:
         call.index = self.count
         self.count += 1
         self._owed = self._spaces = ""

@@ -2,9 +2,12 @@
 
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
+
+import msgspec
 
 from engines.closing import closing
 from engines.protocol import FinishReason, GenerationRequest, Grammar, TokenChunk
@@ -19,17 +22,26 @@ from flexpiped.api.tools import ToolChoice, Tools
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadsCalls:
-    """How calls of tools are read from an output. ``finish``: the word for an output that ends with calls."""
+    """How calls of tools are read from an output. ``finish``: the word for an output that ends with calls.
+
+    ``schemas``: of the arguments of each tool, where they are needed.
+    """
 
     calls: ToolCalls
     finish: str
+    schemas: Mapping[str, Any] = field(default_factory=dict)
 
 
 def reads_calls(tools: Tools, calls: ToolCalls) -> ReadsCalls | None:
     """Return how calls are read, None where there are to be none. A call that was named ends with OpenAI's "stop"."""
     if tools.choice is ToolChoice.NONE:
         return None
-    return ReadsCalls(calls=calls, finish="stop" if tools.only else "tool_calls")
+    needed = tools.functions if calls.syntax.is_tagged else ()
+    return ReadsCalls(
+        calls=calls,
+        finish="stop" if tools.only else "tool_calls",
+        schemas={each.name: msgspec.json.decode(each.schema) for each in needed},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +128,7 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
     completion_tokens = 0
     told = _Told(backend, job) if job.tells_prompt or job.request.sampling.logprobs else None
     lead = job.lead
-    parser = None if job.reads is None else CallParser(job.reads.calls.syntax)
+    parser = None if job.reads is None else CallParser(job.reads.calls.syntax, schemas=job.reads.schemas)
     feed = backend.text.open(
         prompt_token_ids=job.request.prompt_token_ids,
         stop=job.stop,

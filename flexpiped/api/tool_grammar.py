@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from engines.protocol import Grammar, GrammarKind
+from flexpiped.api.tagged_grammar import SHARED, rules_of_call
 from flexpiped.api.tool_syntax import ToolCalls
 from flexpiped.api.tools import Tool, ToolChoice, Tools
 
@@ -38,7 +39,8 @@ def grammar_with_calls(tools: Tools, calls: ToolCalls, *, content: Grammar | Non
         lines = rules.text_and_calls()
     else:
         lines = rules.content_or_calls(content)
-    lines += _functions(functions, calls, leaves_free=is_left)
+    functions_of = _tagged_functions if calls.syntax.is_tagged else _functions
+    lines += functions_of(functions, calls, leaves_free=is_left)
     return Grammar(kind=GrammarKind.LARK, source="\n".join(lines) + "\n", parameter="tools")
 
 
@@ -103,6 +105,14 @@ def _functions(functions: Sequence[Tool], calls: ToolCalls, *, leaves_free: bool
         schema = {"type": "object"} if leaves_free and not tool.is_strict else json.loads(tool.schema)
         options = _SPACING if tool.is_strict else {**_SPACING, "lenient": True}
         lines.append(f"arguments_{index}: %json {json.dumps(_with_options(schema, options))}")
+    return lines
+
+
+def _tagged_functions(functions: Sequence[Tool], _calls: ToolCalls, *, leaves_free: bool) -> list[str]:
+    lines = ["call: " + " | ".join(f"call_{index}" for index in range(len(functions))), *SHARED]
+    for index, tool in enumerate(functions):
+        is_open = leaves_free and not tool.is_strict
+        lines += rules_of_call(f"call_{index}", tool.name, json.loads(tool.schema), is_open=is_open)
     return lines
 
 

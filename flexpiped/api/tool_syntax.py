@@ -3,6 +3,7 @@
 hermes        <tool_call>{"name": ..., "arguments": {...}}</tool_call>, as often as there are calls (Hermes, Qwen)
 llama3_json   {"name": ..., "parameters": {...}} as the whole output, perhaps behind <|python_tag|> (Llama 3.1 to 3.3)
 mistral       [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] (Mistral, up to version 7 of its tokenizer)
+qwen3_coder   <tool_call><function=name><parameter=key>value</parameter>...</function></tool_call>, on lines each
 mistral_args  [TOOL_CALLS]name[ARGS]{...}, as often as there are calls (Mistral, from version 13 of its tokenizer)
 
 The names are those that vLLM has for its parsers, but for the last, which it tells from the tokenizer.
@@ -19,8 +20,8 @@ class ToolSyntax:
 
     ``opening`` comes before them and ``closing`` behind each; ``between`` are characters that may stand around calls,
     ``end`` is the one after the last. ``separator``: each call has an opening, then its name, this, and the arguments
-    alone. ``is_bare``: the opening may be missing, and the output is either calls or text. ``call_id_length``: of ids
-    that the chat template takes, 0: any.
+    alone. ``is_tagged``: arguments stand in tags and not as JSON. ``is_bare``: the opening may be missing, and the
+    output is either calls or text. ``call_id_length``: of ids that the chat template takes, 0: any.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ToolSyntax:
     end: str = ""
     separator: str = ""
     arguments: str = "arguments"
+    is_tagged: bool = False
     is_bare: bool = False
     call_id_length: int = 0
 
@@ -45,9 +47,12 @@ LLAMA3_JSON: Final = ToolSyntax(
 )
 MISTRAL: Final = ToolSyntax(name="mistral", opening="[TOOL_CALLS]", between="[,", end="]", call_id_length=9)
 MISTRAL_ARGS: Final = ToolSyntax(name="mistral_args", opening="[TOOL_CALLS]", separator="[ARGS]", call_id_length=9)
-SYNTAXES: Final[Mapping[str, ToolSyntax]] = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS)}
+QWEN3_CODER: Final = ToolSyntax(name="qwen3_coder", opening="<tool_call>", closing="</tool_call>", is_tagged=True)
+SYNTAXES: Final[Mapping[str, ToolSyntax]] = {
+    each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, QWEN3_CODER)
+}
 # Marks of templates that have one of our openings, too, and something else behind it.
-_FOREIGN: Final = ("<function=", "<arg_key>", "[CALL_ID]")
+_FOREIGN: Final = ("<arg_key>", "[CALL_ID]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +99,14 @@ def tool_calls_of(configured: str, *, chat_template: str | None, added_tokens: M
 def syntax_of(chat_template: str) -> ToolSyntax | None:
     """Return the way to write calls that a chat template shows the model.
 
-    1. It knows no tools, or writes calls otherwise: none. 2. It separates names from arguments. 3. It has an opening of
-    ours. 4. Llama 3's has none, and is told by its headers and the key of the arguments.
+    1. It knows no tools, or writes calls otherwise: none. 2. It has tags, or separates names from arguments. 3. It has
+    an opening of ours. 4. Llama 3's has none, and is told by its headers and the key of the arguments.
     """
     if "tools" not in chat_template or any(mark in chat_template for mark in _FOREIGN):  # 1
         return None
-    if MISTRAL_ARGS.separator in chat_template:  # 2
+    if "<function=" in chat_template:  # 2
+        return QWEN3_CODER if QWEN3_CODER.opening in chat_template and "<parameter=" in chat_template else None
+    if MISTRAL_ARGS.separator in chat_template:
         return MISTRAL_ARGS if MISTRAL_ARGS.opening in chat_template else None
     for syntax in (MISTRAL, HERMES):  # 3
         if syntax.opening in chat_template and syntax.arguments in chat_template:

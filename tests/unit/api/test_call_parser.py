@@ -6,9 +6,10 @@ from itertools import count
 import pytest
 
 from flexpiped.api.call_parser import CallDelta, CallParser, joined, new_call_id
-from flexpiped.api.tool_syntax import HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, SYNTAXES, ToolSyntax
+from flexpiped.api.tool_syntax import HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, QWEN3_CODER, SYNTAXES, ToolSyntax
 
 Call = tuple[str, str]
+SCHEMAS = {"paint": {"properties": {"colour": {"type": "string"}, "layers": {"anyOf": [{"type": "integer"}]}}}}
 A, B = '{"colour": "red"}', '{"deep": {"list": [1, "}]\\"", {}]}}'
 CASES: list[tuple[ToolSyntax, str, str, list[Call]]] = [
     (HERMES, "Just text, with < and <tool and {braces}. \n", "Just text, with < and <tool and {braces}. \n", []),
@@ -38,6 +39,30 @@ CASES: list[tuple[ToolSyntax, str, str, list[Call]]] = [
     ),
     (MISTRAL, "An [INST] and [TOOL", "An [INST] and [TOOL", []),
     (MISTRAL, "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+    (
+        QWEN3_CODER,
+        "I see.\n<tool_call>\n<function=paint>\n<parameter=colour>\nred\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=sing>\n</function>\n</tool_call>",
+        "I see.",
+        [("paint", A), ("sing", "{}")],
+    ),
+    (
+        QWEN3_CODER,
+        "<tool_call><function=paint><parameter=colour>5</parameter><parameter=layers> 7 </parameter>"
+        '<parameter=wet>True</parameter><parameter=more>{"a": [1]}</parameter>'
+        '<parameter=text>\n</function>\n\n"x"\n</parameter><parameter=layers>8</parameter></function></tool_call>.',
+        ".",
+        [
+            (
+                "paint",
+                '{"colour": "5", "layers": 7, "wet": true, "more": {"a": [1]}, "text": "</function>\\n\\n\\"x\\""}',
+            )
+        ],
+    ),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=a>NaN</parameter></tool_call>", "", [("f", '{"a": "NaN"}')]),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=a>1</parameter><parameter=b>", "", [("f", '{"a": 1')]),
+    (QWEN3_CODER, "<tool_call><func", "<tool_call><func", []),
+    (QWEN3_CODER, '<tool_call>{"name": "f"}', '<tool_call>{"name": "f"}', []),
     (MISTRAL_ARGS, f"[TOOL_CALLS]paint[ARGS]{A}", "", [("paint", A)]),
     (
         MISTRAL_ARGS,
@@ -70,7 +95,7 @@ CASES: list[tuple[ToolSyntax, str, str, list[Call]]] = [
 def read(syntax: ToolSyntax, pieces: list[str]) -> tuple[str, list[Call]]:
     """Return the content and the calls; what each delta says is checked on the way."""
     numbers = count()
-    parser = CallParser(syntax, new_id=lambda _syntax: f"call-{next(numbers)}")
+    parser = CallParser(syntax, schemas=SCHEMAS, new_id=lambda _syntax: f"call-{next(numbers)}")
     said, deltas = "", list[CallDelta]()
     for index, piece in enumerate(pieces):
         content, new = parser.feed(piece, final=index == len(pieces) - 1)

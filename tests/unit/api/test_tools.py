@@ -16,6 +16,7 @@ from flexpiped.api.tool_syntax import (
     LLAMA3_JSON,
     MISTRAL,
     MISTRAL_ARGS,
+    QWEN3_CODER,
     SYNTAXES,
     ToolCalls,
     ToolSyntax,
@@ -185,7 +186,8 @@ def test_of_a_model_that_calls_no_tools_they_are_refused_with_the_reason() -> No
         (LLAMA3, LLAMA3_JSON),
         (MISTRAL_V3, MISTRAL),
         ("{% for message in messages %}{{ message.content }}{% endfor %}", None),
-        (QWEN.replace("<tool_call>\\n{", "<tool_call>\\n<function={"), None),  # Qwen3-Coder's
+        (QWEN.replace("<tool_call>\\n{", "<tool_call>\\n<function=f>\\n<parameter=k>"), QWEN3_CODER),
+        (QWEN.replace("<tool_call>\\n{", "<tool_call>\\n<function={"), None),  # of others
         (MISTRAL_V3.replace('"[TOOL_CALLS] ["', '"[TOOL_CALLS]" + name + "[ARGS]"'), MISTRAL_ARGS),  # later ones
         (MISTRAL_V3.replace('"[TOOL_CALLS] ["', '"[TOOL_CALLS]" + name + "[CALL_ID]x[ARGS]"'), None),  # between them
         ("{% if tools %}<｜tool▁calls▁begin｜>{% endif %}", None),
@@ -200,7 +202,7 @@ def test_the_syntax_is_what_the_template_shows(template: str, syntax: ToolSyntax
         else ToolCalls(
             syntax=syntax,
             opening_id=added.get(syntax.opening),
-            closing_id=7 * (syntax is HERMES) or None,
+            closing_id=7 * (syntax in (HERMES, QWEN3_CODER)) or None,
             separator_id=6 * (syntax is MISTRAL_ARGS) or None,
         )
     )

@@ -93,7 +93,7 @@ def draw(model: Model, grammar: Grammar | None, seed: int, *, most: int = 400) -
         assert not matcher.has_failed
     assert matcher.is_done
     text = model.tokenizer.decode([token for token in output if token != EOS_ID], skip_special_tokens=False)
-    content, deltas = CallParser(model.calls.syntax).feed(text, final=True)
+    content, deltas = CallParser(model.calls.syntax, schemas=SCHEMAS).feed(text, final=True)
     return content, joined(deltas)
 
 
@@ -153,6 +153,7 @@ BEGINNINGS = {
     "mistral": '[TOOL_CALLS][{"name": "',
     "mistral_args": "[TOOL_CALLS]",
     "llama3_json": '{"name": "',
+    "qwen3_coder": "<tool_call>\n<function=",
 }
 BETWEEN = {
     "hermes": '", "arguments": ',
@@ -160,7 +161,9 @@ BETWEEN = {
     "mistral_args": "[ARGS]",
     "llama3_json": '", "parameters": ',
 }
+COLOUR = {"qwen3_coder": ">\n<parameter=colour>\ngrün\n</parameter>\n<parameter=layers>\n"}
 ENDS = {"hermes": "7}}\n</tool_call>", "mistral": "7}}]", "mistral_args": "7}", "llama3_json": "7}}"}
+ENDS["qwen3_coder"] = "7\n</parameter>\n</function>\n</tool_call>"
 
 
 def test_left_to_the_model_text_goes_on_as_it_likes_and_calls_are_valid(model: Model) -> None:
@@ -170,7 +173,8 @@ def test_left_to_the_model_text_goes_on_as_it_likes_and_calls_are_valid(model: M
     matcher = written(model, model.grammars.matcher(grammar, []), BEGINNINGS[syntax.name])
     for wrong in ("x", '"'):
         assert model.tokenizer.token_to_id(wrong) not in allowed_by(model, matcher)
-    matcher = written(model, matcher, f'paint{BETWEEN[syntax.name]}{{"colour": "grün", "layers": ')
+    colour = COLOUR.get(syntax.name) or f'{BETWEEN[syntax.name]}{{"colour": "grün", "layers": '
+    matcher = written(model, matcher, f"paint{colour}")
     assert model.tokenizer.token_to_id('"') not in allowed_by(model, matcher)
     matcher = written(model, matcher, ENDS[syntax.name])
     assert matcher.is_done or EOS_ID in allowed_by(model, matcher)
