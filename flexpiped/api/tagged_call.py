@@ -108,7 +108,7 @@ def types_of(schema: object) -> set[str]:
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if values is not None:
         return {"null" if each is None else _TYPES[type(each)] for each in values}
-    several = [types_of(each) for each in schema.get("anyOf", schema.get("oneOf", ()))]
+    several = [types_of(each) for each in schema.get("anyOf") or schema.get("oneOf") or ()]
     return set().union(*several) if all(several) else set()
 
 

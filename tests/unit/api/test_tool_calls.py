@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion
 
 from engines.protocol import GenerationRequest, Grammar, GrammarKind
 from engines.text.local import LocalText, PlainTokenizer
-from flexpiped.api.tool_syntax import HERMES, MISTRAL, ToolCalls
+from flexpiped.api.tool_syntax import HERMES, MISTRAL, QWEN3_CODER, ToolCalls
 from tests.support.http_app import MODEL, RICH, FakeEngines, http_app, ids_of, saying
 from tests.support.schemathesis import cases_in, run_schemathesis
 from tests.support.tiny_tokenizer import BOS, byte_level_tokenizer
@@ -139,6 +139,20 @@ async def test_an_opening_that_is_a_special_token_is_seen() -> None:
         assert (call.function.name, call.function.arguments, len(call.id)) == ("paint", ARGUMENTS, 9)
         plain = await ask(client, tool_choice="none")
         assert plain.choices[0].message.content == text.removeprefix(BOS)
+
+
+async def test_arguments_in_tags_become_json_of_the_types_that_their_tool_has() -> None:
+    schema = {"type": "object", "properties": {"colour": {"type": "string"}, "layers": {"type": "integer"}}}
+    tool = {"type": "function", "function": {"name": "paint", "parameters": schema}}
+    inside = "<parameter=colour>\n5\n</parameter>\n<parameter=layers>\n2\n</parameter>\n"
+    text = f"<tool_call>\n<function=paint>\n{inside}</function>\n</tool_call>"
+    async with serving(text, ToolCalls(syntax=QWEN3_CODER)) as (_grammars, client):
+        answer = await ask(client, tools=[tool])
+        chunks = [chunk async for chunk in await ask(client, tools=[tool], stream=True)]
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("paint", '{"colour": "5", "layers": 2}')
+    parts = [part.function.arguments for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+    assert ("".join(parts), len(parts)) == (call.function.arguments, 4)
 
 
 async def test_the_template_gets_tools_calls_and_results() -> None:
