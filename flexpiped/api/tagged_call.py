@@ -68,7 +68,7 @@ class TaggedCall:
             return
         value = value.removeprefix("\n").removesuffix("\n")
         comma = ", " if self._given else ""
-        schema = resolved(self._schema.get("properties", {}).get(name), self._schema)
+        schema = resolved(properties_of(self._schema).get(name), self._schema)
         self._new += f"{comma}{json.dumps(name, ensure_ascii=False)}: {_as_json(value, schema)}"
         self._given.add(name)
 
@@ -104,12 +104,24 @@ def types_of(schema: object) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     if (said := schema.get("type")) is not None:
-        return {said} if isinstance(said, str) else set(said)
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if values is not None:
+        return {each for each in (said if isinstance(said, list) else [said]) if isinstance(each, str)}
+    if (values := choices_of(schema)) is not None:
         return {"null" if each is None else _TYPES[type(each)] for each in values}
-    several = [types_of(each) for each in schema.get("anyOf") or schema.get("oneOf") or ()]
+    ways = schema.get("anyOf") or schema.get("oneOf")
+    several = [types_of(each) for each in ways] if isinstance(ways, list) else []
     return set().union(*several) if all(several) else set()
+
+
+def choices_of(schema: Mapping[str, Any]) -> list[Any] | None:
+    """Return the values that there are, None where the schema does not list them."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return values if isinstance(values, list) else None
+
+
+def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schemas of the parameters by name. What clients send need not be a schema."""
+    found = schema.get("properties")
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse(constant: str) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from flexpiped.api.tagged_call import resolved, types_of
+from flexpiped.api.tagged_call import choices_of, properties_of, resolved, types_of
 
 _END: Final = json.dumps("\n</parameter>\n")
 # Of all such calls; what is free ends with the parameter.
@@ -26,10 +26,11 @@ def rules_of_call(rule: str, name: str, schema: Mapping[str, Any], *, is_open: b
         is_open: The arguments may be any.
     """
     head, end = json.dumps(f"<function={name}>\n"), json.dumps("</function>")
-    properties = schema.get("properties", {})
+    properties, needed = properties_of(schema), schema.get("required")
     if is_open or (not properties and schema.get("additionalProperties") is not False):
         return [f"{rule}: {head} any_parameter* {end}"]
-    required, parts, rules = set(schema.get("required", ())), list[str](), list[str]()
+    required = needed if isinstance(needed, list) else []
+    parts, rules = list[str](), list[str]()
     for index, (key, value) in enumerate(properties.items()):
         part = f"{rule}_{index}"
         parts.append(part if key in required else f"{part}?")
@@ -40,8 +41,8 @@ def rules_of_call(rule: str, name: str, schema: Mapping[str, Any], *, is_open: b
 def _value(schema: Any, whole: Mapping[str, Any]) -> str:
     """Return what a value is, with the end of its parameter."""
     found = resolved(schema, whole)
-    choices = found.get("enum", [found["const"]] if "const" in found else None)
-    if choices is not None and all(isinstance(each, str) for each in choices):
+    choices = choices_of(found)
+    if choices and all(isinstance(each, str) for each in choices):
         return f"({' | '.join(json.dumps(each, ensure_ascii=False) for each in choices)}) {_END}"
     types = types_of(found)
     if not types or "string" in types:

@@ -155,6 +155,20 @@ async def test_arguments_in_tags_become_json_of_the_types_that_their_tool_has() 
     assert ("".join(parts), len(parts)) == (call.function.arguments, 4)
 
 
+@pytest.mark.parametrize("more", [{"properties": [1]}, {"properties": {"colour": 5}, "required": 5}, {"$defs": []}])
+async def test_what_is_no_schema_fails_no_request(more: dict[str, Any]) -> None:
+    kinds = [{"type": 5}, {"type": [5]}, {"enum": 5}, {"anyOf": 5}, {"$ref": "#/$defs/x"}, {"$ref": "x"}]
+    schema = {"properties": {f"p{index}": kind for index, kind in enumerate(kinds)}, **more}
+    tool = {"type": "function", "function": {"name": "paint", "parameters": schema, "strict": True}}
+    inside = "".join(f"<parameter=p{index}>5</parameter>" for index in range(len(kinds)))
+    text = f"<tool_call><function=paint>{inside}</function></tool_call>"
+    async with serving(text, ToolCalls(syntax=QWEN3_CODER)) as (_grammars, client):
+        (call,) = (
+            (await ask(client, tools=[tool], tool_choice="required", max_tokens=500)).choices[0].message.tool_calls
+        )
+    assert len(json.loads(call.function.arguments)) == len(kinds)
+
+
 async def test_the_template_gets_tools_calls_and_results() -> None:
     text = LocalText(PlainTokenizer(byte_level_tokenizer()))
     called = {**CALLED, "content": "", "tool_calls": [{**CALLED["tool_calls"][0]}]}
