@@ -10,8 +10,9 @@ from pathlib import Path
 # Without -ffast-math: sums keep their order, on which it rests that a token's bits do not depend on the batch.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-fPIC", "-shared")
 _SOURCES = (
-    *("vectors.h", "pool.h", "linear.h", "paged_attention.h", "llama_ops.h"),
-    *("pool.c", "linear.c", "paged_attention.c", "llama_ops.c", "decoder.c"),
+    *("vectors.h", "transpose.h", "pool.h", "linear.h", "widening.h", "panels.h", "llama_ops.h"),
+    *("paged_attention.h", "attention_work.h", "attention_spans.h"),
+    *("pool.c", "linear.c", "panels.c", "paged_attention.c", "attention_spans.c", "llama_ops.c", "decoder.c"),
 )
 
 

@@ -9,7 +9,7 @@
 #include "llama_ops.h"
 #include "paged_attention.h"
 
-#define MLP_ROWS 96 /* tokens that go through the MLP together: what is between its matrices stays in the cache */
+#define MLP_ROWS 128 /* tokens that go through the MLP together: what is between its matrices stays in the cache */
 
 typedef struct {
     Linear query, key, value, output, gate, up, down;

@@ -6,42 +6,17 @@
  */
 #include "linear.h"
 
+#include "panels.h"
 #include "pool.h"
+#include "widening.h"
 
 #define W_ROWS 4 /* weight rows and inputs of one tile: their products stay in registers */
+#define K_PIECE 1024 /* inputs: a tile's weights fit the first cache */
 #define X_ROWS (LANES == 16 ? 6 : 3)
 #define X_MOST 6
-#define K_PIECE 1024 /* inputs: a tile's weights fit the first cache */
 #define X_PIECE 96   /* rows: so many, K_PIECE wide, fit the second */
 #define PIECE_WORK 262144 /* multiplications of a piece, at least: some microseconds */
 #define MOST_PIECES 16
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-INLINE Vec widened(const uint16_t *from, int kind) {
-#if defined(__AVX512F__)
-    const __m256i raw = _mm256_loadu_si256((const __m256i *)from);
-    if (kind == KIND_FLOAT16) return (Vec)_mm512_cvtph_ps(raw);
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
-#else
-    typedef uint16_t Shorts __attribute__((vector_size(LANES * 2)));
-    Shorts raw;
-    memcpy(&raw, from, sizeof raw);
-    (void)kind; /* float16 is converted before it comes here */
-    return (Vec)(__builtin_convertvector(raw, Ints) << 16);
-#endif
-}
-
-INLINE Vec weights_at(const char *row, int64_t k, int64_t count, int kind) {
-    if (kind == KIND_FLOAT32) return load_part((const float *)row + k, count);
-    const uint16_t *from = (const uint16_t *)row + k;
-    uint16_t part[LANES] = {0};
-    if (count >= LANES) return widened(from, kind);
-    memcpy(part, from, (size_t)count * 2);
-    return widened(part, kind);
-}
 
 /* A tile of ``rows`` by ``columns`` outputs over one piece of the inputs. */
 INLINE void tile(const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride,
@@ -147,6 +122,8 @@ static void tiles(const Linear *linear, const float *x, int64_t x_stride, float 
 /* Outputs ``first`` to ``last`` - 1 of all rows of x. */
 static void part(const Linear *linear, const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t count,
                  int64_t first, int64_t last, int adds) {
+    if (flexpiped_panels_pay(linear->inputs, count))
+        first = flexpiped_panels(linear, x, x_stride, y, y_stride, count, first, last, adds);
     for (int64_t top = 0; top < count; top += X_PIECE) {
         const int64_t columns = count - top < X_PIECE ? count - top : X_PIECE;
         for (int64_t begin = 0; begin < linear->inputs; begin += K_PIECE) {
@@ -199,6 +176,8 @@ void flexpiped_linears(const Linear *linears, int32_t num_linears, const float *
     const int64_t worth = shared.rows * W_ROWS * linears[0].inputs * (count + 10) / PIECE_WORK;
     const int64_t pieces = worth < 1 ? 1 : worth > MOST_PIECES ? MOST_PIECES : worth;
     shared.rows_of_piece = (shared.rows + pieces - 1) / pieces;
+    if (flexpiped_panels_pay(linears[0].inputs, count)) /* whole panels, save where one linear follows another */
+        shared.rows_of_piece = (shared.rows_of_piece + PANEL / W_ROWS - 1) / (PANEL / W_ROWS) * (PANEL / W_ROWS);
     flexpiped_share(outputs_of_piece, &shared, (shared.rows + shared.rows_of_piece - 1) / shared.rows_of_piece);
 }
 

@@ -7,109 +7,31 @@
  */
 #include "paged_attention.h"
 
+#include "attention_spans.h"
 #include "pool.h"
+#include "transpose.h"
 
 #include <stdlib.h>
 
 #define BLOCK_MULTIPLE 16 /* of block_tokens; LANES divides it */
-#define MAX_HEAD_DIM 256
-#define MAX_GROUP 16 /* query heads per KV head */
-#define MAX_ROWS 32  /* queries that attend together: tokens times query heads of a KV head */
 #define MAX_FLOATS 2048 /* of these queries, where a group is not larger by itself */
-#define TOGETHER 4   /* queries whose sums are in registers at a time */
-#define PARTS 4      /* vectors of keys per softmax update */
-#define TILE (PARTS * LANES)
 #define LINE 16      /* elements of a line of the cache */
 #define PAGE 1024    /* elements of a page, beyond which the processor sees nothing coming by itself */
+#define ENOUGH_ITEMS 8 /* so many that no thread waits long for another */
 #define FEW_ROWS 8   /* so few compute less than it takes to wait for their keys */
 #define PIECE_WORK 65536 /* multiplications that one thread does at a time, at least */
-#define MASKED (-1e30f)
+#define NOWHERE (-1)
+#define LEVELS (LANES == 16 ? 4 : LANES == 8 ? 3 : 2)
 
+/* Where the keys and values of a tile's parts begin for KV head 0; NOWHERE behind the last one. */
 typedef struct {
-    int32_t token, count; /* of one sequence */
-} Item;
-
-/* What the queries of an item share with the loops. */
-typedef struct {
-    const Step *step;
-    int rows;
-    int64_t dim, padded; /* head_dim, and that rounded up to whole vectors */
-    float query[MAX_GROUP * MAX_HEAD_DIM] __attribute__((aligned(64)));
-    float sum[MAX_GROUP * MAX_HEAD_DIM] __attribute__((aligned(64)));
-    float keys[PARTS * LANES * MAX_HEAD_DIM] __attribute__((aligned(64))); /* of a tile, (parts, padded, LANES) */
-    float fetched[LANES * MAX_HEAD_DIM] __attribute__((aligned(64)));      /* of a part, (LANES, padded) */
-    float weights[MAX_ROWS * TILE] __attribute__((aligned(64)));
-    Vec total[MAX_ROWS];
-    float peak[MAX_ROWS];
-    int32_t oldest[MAX_ROWS], context[MAX_ROWS]; /* the keys that a query attends to */
-} Work;
-
-/* Keys ``begin`` to ``end`` - 1 from position ``base`` on, in parts of LANES that lie in one KV block each. */
-typedef struct {
-    int32_t base;
-    int begin, end, parts;
-    const float *keys[PARTS], *values[PARTS];
-    const float *next; /* the first keys of the tile that follows, NULL after the last one */
-} Tile;
+    int64_t at[PARTS];
+} Place;
 
 static inline int64_t slot_of(const Step *step, int32_t token, int32_t position) {
     const int32_t *row = step->table + (int64_t)step->rows[step->sequence_of[token]] * step->max_blocks;
     return (int64_t)row[position / step->block_tokens] * step->block_tokens + position % step->block_tokens;
 }
-
-#if LANES == 16
-/* Within each group of four lanes, or of whole groups: the permutations that take a processor least. */
-#define PAIR(a, b, i, j, k, l)                                                                                  \
-    __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
-                            k + 12, l + 12)
-#define GROUPS(a, b, i, j)                                                                                         \
-    __builtin_shufflevector(a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3,  \
-                            16 + 4 * i, 17 + 4 * i, 18 + 4 * i, 19 + 4 * i, 16 + 4 * j, 17 + 4 * j, 18 + 4 * j,    \
-                            19 + 4 * j)
-
-INLINE void transpose(Vec rows[LANES]) {
-    Vec once[LANES], twice[LANES];
-    for (int i = 0; i < LANES; i += 2) {
-        once[i] = PAIR(rows[i], rows[i + 1], 0, 16, 1, 17);
-        once[i + 1] = PAIR(rows[i], rows[i + 1], 2, 18, 3, 19);
-    }
-    for (int i = 0; i < LANES; i += 4) {
-        for (int j = 0; j < 2; j++) {
-            twice[i + 2 * j] = PAIR(once[i + j], once[i + j + 2], 0, 1, 16, 17);
-            twice[i + 2 * j + 1] = PAIR(once[i + j], once[i + j + 2], 2, 3, 18, 19);
-        }
-    }
-    for (int i = 0; i < 4; i++) {
-        const Vec even_low = GROUPS(twice[i], twice[i + 4], 0, 2), odd_low = GROUPS(twice[i], twice[i + 4], 1, 3);
-        const Vec even_high = GROUPS(twice[i + 8], twice[i + 12], 0, 2);
-        const Vec odd_high = GROUPS(twice[i + 8], twice[i + 12], 1, 3);
-        rows[i] = GROUPS(even_low, even_high, 0, 2);
-        rows[i + 4] = GROUPS(odd_low, odd_high, 0, 2);
-        rows[i + 8] = GROUPS(even_low, even_high, 1, 3);
-        rows[i + 12] = GROUPS(odd_low, odd_high, 1, 3);
-    }
-}
-#else
-/* Exchange the lanes whose number has the bit ``far`` with those of the vector ``far`` further on. */
-INLINE void exchange(Vec *a, Vec *b, const int far) {
-    Ints low, high;
-    for (int i = 0; i < LANES; i++) {
-        low[i] = i & far ? LANES + (i ^ far) : i;
-        high[i] = i & far ? LANES + i : i ^ far;
-    }
-    const Vec before = *a;
-    *a = __builtin_shuffle(before, *b, low);
-    *b = __builtin_shuffle(before, *b, high);
-}
-
-INLINE void transpose(Vec rows[LANES]) {
-#pragma GCC unroll 4
-    for (int far = LANES / 2; far > 0; far /= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & far)) exchange(&rows[i], &rows[i | far], far);
-}
-#endif
 
 /* Announce rows that are read soon: they lie too far apart for the processor to see by itself which come next. */
 INLINE void announce(const float *rows, int64_t stride, int64_t dim) {
@@ -117,11 +39,11 @@ INLINE void announce(const float *rows, int64_t stride, int64_t dim) {
         for (int64_t d = 0; d < dim; d += LINE) __builtin_prefetch(rows + j * stride + d, 0, 1);
 }
 
-/* The keys that come after those of a part, and its values. */
+/* The same part of the tile that follows. */
 INLINE void announce_after(const Work *work, const Tile *tile, int part, int64_t stride) {
-    const float *next = part + 1 < tile->parts ? tile->keys[part + 1] : tile->next;
-    if (next != NULL) announce(next, stride, work->dim);
-    announce(tile->values[part], stride, work->dim);
+    if (tile->next_keys[part] == NULL) return;
+    announce(tile->next_keys[part], stride, work->dim);
+    announce(tile->next_values[part], stride, work->dim);
 }
 
 /* Fetch the keys of one part of a tile, each as it lies: their rows are far apart, often by a power of two, and would
@@ -157,78 +79,50 @@ static void turn_keys(Work *work, const Tile *tile, int part, int64_t stride) {
     }
 }
 
-static __attribute__((noinline)) Vec capped(Vec score, float softcap) {
-    for (int i = 0; i < LANES; i++) score[i] = softcap * tanhf(score[i] / softcap);
-    return score;
-}
-
-/* Weigh the tile's keys for one query; ``weights`` has its products with them. */
-static void weigh(Work *work, const Tile *tile, int row) {
-    const Step *step = work->step;
-    float *weights = work->weights + row * TILE;
-    const int32_t first = work->oldest[row] - tile->base, last = work->context[row] - tile->base;
-    Vec score[PARTS], highest = all(MASKED);
-    Ints counts[PARTS], lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    for (int part = 0; part < tile->parts; part++) {
-        score[part] = load(weights + part * LANES) * step->scale;
-        if (step->softcap > 0.0f) score[part] = capped(score[part], step->softcap);
-        counts[part] = (lane >= first - part * LANES) & (lane < last - part * LANES);
-        score[part] = chosen(counts[part], score[part], all(MASKED));
-        highest = larger(highest, score[part]);
-    }
-    const float peak = peak_of(highest);
-    if (peak > work->peak[row]) {
-        const Vec shrink = exponential(all(work->peak[row] - peak));
-        work->peak[row] = peak;
-        work->total[row] *= shrink;
-        float *sum = work->sum + row * work->padded;
-        for (int64_t d = 0; d < work->padded; d += LANES) store(sum + d, load(sum + d) * shrink);
-    }
-    for (int part = 0; part < tile->parts; part++) {
-        const Vec weight = chosen(counts[part], exponential(score[part] - work->peak[row]), (Vec){0});
-        work->total[row] += weight;
-        store(weights + part * LANES, weight);
-    }
-}
-
+/* The products of some queries with the keys of a tile. Each is LANES sums over every LANES-th element, added up as a
+ * binary tree does: first those of neighbouring lanes. */
 INLINE void score_rows(Work *work, const Tile *tile, int row, const int rows) {
     const float *query = work->query + row * work->padded;
+    const int64_t padded = work->padded;
     for (int part = 0; part < tile->parts; part++) {
-        const float *keys = work->keys + part * LANES * work->padded;
-        Vec sum[TOGETHER][4]; /* four sums each, so that few queries do not wait for their own additions */
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < 4; i++) sum[r][i] = (Vec){0};
-        for (int64_t d = 0; d < work->padded; d += 4) {
-            for (int i = 0; i < 4; i++) {
-                Vec key = load(keys + (d + i) * LANES);
+        const float *keys = work->keys + part * LANES * padded;
+        Vec saved[LEVELS + 1][TOGETHER];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; lane++) {
+            Vec sum[TOGETHER];
+            for (int r = 0; r < rows; r++) sum[r] = (Vec){0};
+            for (int64_t d = lane; d < padded; d += LANES) {
+                Vec key = load(keys + d * LANES);
                 KEEP(key);
-                for (int r = 0; r < rows; r++) sum[r][i] += key * query[r * work->padded + d + i];
+                for (int r = 0; r < rows; r++) sum[r] += key * query[r * padded + d];
             }
+            int level = 0;
+#pragma GCC unroll 4
+            for (; lane >> level & 1; level++)
+                for (int r = 0; r < rows; r++) sum[r] = saved[level][r] + sum[r];
+            for (int r = 0; r < rows; r++) saved[level][r] = sum[r];
         }
-        for (int r = 0; r < rows; r++)
-            store(work->weights + (row + r) * TILE + part * LANES, (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]));
+        for (int r = 0; r < rows; r++) store(work->weights + (row + r) * TILE + part * LANES, saved[LEVELS][r]);
     }
 }
 
-/* The same for one query alone, whose keys nobody else needs: they stay in registers, and are used up as they are read,
- * so that it does not matter which of them drive each other out of the cache. */
-static void score_one(Work *work, const Tile *tile, int64_t stride) {
+/* The same for one query alone, whose keys nobody else needs: they are used as they lie. */
+static void score_one(Work *work, const Tile *tile, int64_t stride, int row) {
     static const float nothing[MAX_HEAD_DIM];
+    const float *query = work->query + row * work->padded;
     for (int part = 0; part < tile->parts; part++) {
         const int begin = tile->begin - part * LANES, end = tile->end - part * LANES;
-        const float *from[LANES];
-        for (int j = 0; j < LANES; j++) from[j] = j >= begin && j < end ? tile->keys[part] + j * stride : nothing;
+        Vec sum[LANES];
         announce_after(work, tile, part, stride);
-        Vec sum[4] = {{0}, {0}, {0}, {0}};
-        for (int64_t d = 0; d < work->padded; d += LANES) {
-            const int64_t left = work->dim - d;
-            Vec keys[LANES];
-            for (int j = 0; j < LANES; j++) keys[j] = left < LANES ? load_part(from[j] + d, left) : load(from[j] + d);
-            transpose(keys);
-            for (int j = 0; j < LANES; j++) sum[j % 4] += keys[j] * work->query[d + j];
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++) {
+            const float *key = j >= begin && j < end ? tile->keys[part] + j * stride : nothing;
+            int64_t d = 0;
+            sum[j] = (Vec){0};
+            for (; d + LANES <= work->dim; d += LANES) sum[j] += load(key + d) * load(query + d);
+            if (d < work->dim) sum[j] += load_part(key + d, work->dim - d) * load(query + d);
         }
-        store(work->weights + part * LANES, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+        store(work->weights + row * TILE + part * LANES, sums_of_all(sum));
     }
 }
 
@@ -270,18 +164,25 @@ INLINE void add_rows(Work *work, const Tile *tile, int64_t stride, int row, cons
 
 INLINE void attend_rows(Work *work, const Tile *tile, int64_t stride, int row, const int rows) {
     score_rows(work, tile, row, rows);
-    for (int r = 0; r < rows; r++) weigh(work, tile, row + r);
+    weigh_rows(work, tile, row, rows);
     add_rows(work, tile, stride, row, rows);
 }
 
-static void begin_work(Work *work, const Step *step, const Rows *q, const Item *item, int32_t kv_head) {
-    const int group = step->num_heads / step->num_kv_heads;
+/* Which query a row is: the token and the head. */
+INLINE void query_of(const Work *work, const Item *item, int row, int64_t *token, int64_t *head) {
+    const int group = work->step->num_heads / work->step->num_kv_heads;
+    *token = item->token + row % work->rows / group;
+    *head = (item->head + row / work->rows) * group + row % group;
+}
+
+static void begin_work(Work *work, const Step *step, const Rows *q, const Item *item) {
     work->step = step;
-    work->rows = item->count * group;
+    work->rows = item->count * (step->num_heads / step->num_kv_heads);
     work->dim = step->head_dim;
     work->padded = (work->dim + LANES - 1) / LANES * LANES;
-    for (int row = 0; row < work->rows; row++) {
-        const int32_t token = item->token + row / group, head = kv_head * group + row % group;
+    for (int row = 0; row < work->rows * item->heads; row++) {
+        int64_t token, head;
+        query_of(work, item, row, &token, &head);
         const int32_t context = step->positions[token] + 1;
         work->context[row] = context;
         work->oldest[row] = step->window > 0 && step->window < context ? context - step->window : 0;
@@ -296,62 +197,86 @@ static void begin_work(Work *work, const Step *step, const Rows *q, const Item *
     }
 }
 
-static void end_work(const Work *work, const Item *item, int32_t kv_head, float *out) {
-    const Step *step = work->step;
-    const int group = step->num_heads / step->num_kv_heads;
-    for (int row = 0; row < work->rows; row++) {
-        const int64_t token = item->token + row / group, head = kv_head * group + row % group;
-        float *to = out + (token * step->num_heads + head) * work->dim;
+static void end_work(const Work *work, const Item *item, float *out) {
+    for (int row = 0; row < work->rows * item->heads; row++) {
+        int64_t token, head;
+        query_of(work, item, row, &token, &head);
+        float *to = out + (token * work->step->num_heads + head) * work->dim;
         const float inverse = 1.0f / sum_of(work->total[row]);
         const float *sum = work->sum + row * work->padded;
         for (int64_t d = 0; d < work->dim; d++) to[d] = sum[d] * inverse;
     }
 }
 
-/* Where the keys or values from ``position`` on begin. */
-INLINE int64_t offset_at(const Work *work, const Item *item, int32_t kv_head, int32_t position) {
-    return (slot_of(work->step, item->token, position) * work->step->num_kv_heads + kv_head) * work->dim;
+/* Find the parts from position ``base`` on that any query of the item attends to. */
+static Place place_at(const Work *work, const Item *item, int32_t base) {
+    const int32_t context = work->context[work->rows - 1];
+    Place place;
+    for (int part = 0; part < PARTS; part++) {
+        const int32_t position = base + part * LANES;
+        place.at[part] = NOWHERE;
+        if (position < context)
+            place.at[part] = slot_of(work->step, item->token, position) * work->step->num_kv_heads * work->dim;
+    }
+    return place;
 }
 
-/* Find the keys from position ``base`` on that any query of the item attends to. */
-static Tile tile_at(const Work *work, const Item *item, const float *keys, const float *values, int32_t kv_head,
-                    int32_t base) {
+/* The keys from position ``base`` on of one KV head. */
+INLINE Tile tile_at(const Work *work, const float *keys, const float *values, int32_t head, int32_t base,
+                    const Place *here, const Place *next) {
     const int32_t oldest = work->oldest[0], context = work->context[work->rows - 1];
     Tile tile = {.base = base};
     tile.begin = oldest > base ? oldest - base : 0;
     tile.end = context - base < TILE ? context - base : TILE;
     tile.parts = (tile.end + LANES - 1) / LANES;
-    for (int part = 0; part < tile.parts; part++) {
-        const int64_t offset = offset_at(work, item, kv_head, base + part * LANES);
-        tile.keys[part] = keys + offset;
-        tile.values[part] = values + offset;
+    for (int part = 0; part < PARTS; part++) {
+        const int64_t own = here->at[part] + head * work->dim, after = next->at[part] + head * work->dim;
+        tile.keys[part] = here->at[part] == NOWHERE ? NULL : keys + own;
+        tile.values[part] = here->at[part] == NOWHERE ? NULL : values + own;
+        tile.next_keys[part] = next->at[part] == NOWHERE ? NULL : keys + after;
+        tile.next_values[part] = next->at[part] == NOWHERE ? NULL : values + after;
     }
-    if (context - base > TILE) tile.next = keys + offset_at(work, item, kv_head, base + TILE);
     return tile;
 }
 
-static void attend(const Step *step, const float *keys, const float *values, const Rows *q, float *out,
-                   const Item *item, int32_t kv_head) {
-    Work work;
-    begin_work(&work, step, q, item, kv_head);
-    const int64_t stride = (int64_t)step->num_kv_heads * work.dim;
-    for (int32_t base = work.oldest[0] - work.oldest[0] % TILE; base < work.context[work.rows - 1]; base += TILE) {
-        const Tile tile = tile_at(&work, item, keys, values, kv_head, base);
-        if (work.rows == 1) {
-            score_one(&work, &tile, stride);
-            weigh(&work, &tile, 0);
-            add_rows(&work, &tile, stride, 0, 1);
-            continue;
-        }
-        for (int part = 0; part < tile.parts; part++) {
-            if (work.rows <= FEW_ROWS || stride >= PAGE) announce_after(&work, &tile, part, stride);
-            turn_keys(&work, &tile, part, stride);
-        }
-        int row = 0;
-        for (; row + TOGETHER <= work.rows; row += TOGETHER) attend_rows(&work, &tile, stride, row, TOGETHER);
-        for (; row < work.rows; row++) attend_rows(&work, &tile, stride, row, 1);
+/* Have the rows of one KV head, from ``first`` on, attend to the keys of a tile. */
+static void attend_tile(Work *work, const Tile *tile, int64_t stride, int first) {
+    if (work->rows == 1) {
+        score_one(work, tile, stride, first);
+        weigh_rows(work, tile, first, 1);
+        add_rows(work, tile, stride, first, 1);
+        return;
     }
-    end_work(&work, item, kv_head, out);
+    for (int part = 0; part < tile->parts; part++) {
+        if (work->rows <= FEW_ROWS || stride >= PAGE) announce_after(work, tile, part, stride);
+        turn_keys(work, tile, part, stride);
+    }
+    const int end = first + work->rows;
+    int row = first;
+    for (; row + TOGETHER <= end; row += TOGETHER) attend_rows(work, tile, stride, row, TOGETHER);
+    for (; row < end; row++) attend_rows(work, tile, stride, row, 1);
+}
+
+static void attend(const Step *step, const float *keys, const float *values, const Rows *q, float *out,
+                   const Item *item) {
+    Work work;
+    begin_work(&work, step, q, item);
+    const int64_t stride = (int64_t)step->num_kv_heads * work.dim;
+    const int span = flexpiped_span_heads(&work, item->heads);
+    int32_t base = work.oldest[0] - work.oldest[0] % TILE;
+    Place here = place_at(&work, item, base);
+    for (; base < work.context[work.rows - 1]; base += TILE) {
+        const Place next = place_at(&work, item, base + TILE);
+        for (int32_t head = 0; head < item->heads; head += span > 0 ? span : 1) {
+            const Tile tile = tile_at(&work, keys, values, item->head + head, base, &here, &next);
+            if (span > 0)
+                flexpiped_attend_span(&work, &tile, stride, head);
+            else
+                attend_tile(&work, &tile, stride, head * work.rows);
+        }
+        here = next;
+    }
+    end_work(&work, item, out);
 }
 
 static void write_kv(const Step *step, float *keys, float *values, const Rows *k, const Rows *v, int32_t token) {
@@ -364,20 +289,33 @@ static void write_kv(const Step *step, float *keys, float *values, const Rows *k
     }
 }
 
+/* How many KV heads of a lone token attend together: what lies side by side is read together, unless there are so few
+ * tokens that threads would have nothing to do. */
+static int32_t heads_together(const Step *step, int32_t padded) {
+    const int32_t group = step->num_heads / step->num_kv_heads;
+    int32_t most = MAX_ROWS / group, fitting = MAX_GROUP * MAX_HEAD_DIM / (group * padded);
+    if (fitting < most) most = fitting;
+    const int32_t tokens = step->num_sequences;
+    while (most > 1 && tokens * (step->num_kv_heads / most) < ENOUGH_ITEMS) most /= 2;
+    return most < 1 ? 1 : most;
+}
+
 /* Fill ``items`` and return how many there are: tokens of one sequence, one after the other, as many as fit. */
 static int32_t items_of(const Step *step, Item *items) {
     const int32_t group = step->num_heads / step->num_kv_heads;
-    const int32_t padded = (step->head_dim + LANES - 1) / LANES * LANES;
-    int32_t most = (MAX_FLOATS / padded < MAX_ROWS ? MAX_FLOATS / padded : MAX_ROWS) / group, count = 0;
+    const int32_t padded = (step->head_dim + LANES - 1) / LANES * LANES, together = heads_together(step, padded);
+    int32_t most = (MAX_FLOATS / padded < MAX_ROWS ? MAX_FLOATS / padded : MAX_ROWS) / group, items_made = 0, count;
     if (most < 1) most = 1;
-    for (int32_t token = 0; token < step->num_tokens; token++) {
-        Item *last = &items[count - 1];
-        if (count > 0 && last->count < most && step->sequence_of[token] == step->sequence_of[last->token])
-            last->count++;
-        else
-            items[count++] = (Item){token, 1};
+    for (int32_t token = 0; token < step->num_tokens; token += count) {
+        for (count = 1; count < most && token + count < step->num_tokens; count++)
+            if (step->sequence_of[token + count] != step->sequence_of[token]) break;
+        for (int32_t head = 0, heads; head < step->num_kv_heads; head += heads) {
+            const int32_t left = step->num_kv_heads - head;
+            heads = count > 1 ? 1 : left < together ? left : together;
+            items[items_made++] = (Item){.token = token, .count = count, .head = head, .heads = heads};
+        }
     }
-    return count;
+    return items_made;
 }
 
 typedef struct {
@@ -392,12 +330,10 @@ typedef struct {
 /* The last first: they have the longest contexts, and nobody waits for one of them at the end. */
 static void attend_piece(void *context, int64_t number) {
     const Shared *shared = context;
-    const int32_t heads = shared->step->num_kv_heads;
     for (int64_t i = 0; i < shared->pieces_at_once; i++) {
         const int64_t piece = shared->pieces - 1 - (number * shared->pieces_at_once + i);
         if (piece < 0) return;
-        attend(shared->step, shared->keys, shared->values, shared->q, shared->out, &shared->items[piece / heads],
-               (int32_t)(piece % heads));
+        attend(shared->step, shared->keys, shared->values, shared->q, shared->out, &shared->items[piece]);
     }
 }
 
@@ -406,16 +342,15 @@ int flexpiped_paged_attention(const Step *step, float *keys, float *values, cons
     if (step->head_dim > MAX_HEAD_DIM || step->num_heads > MAX_GROUP * step->num_kv_heads ||
         step->block_tokens % BLOCK_MULTIPLE != 0)
         return -1;
-    Item *items = malloc((size_t)step->num_tokens * sizeof *items);
+    Item *items = malloc((size_t)step->num_tokens * (size_t)step->num_kv_heads * sizeof *items);
     if (items == NULL) return -2;
-    const int32_t count = items_of(step, items);
     int64_t work = 0;
     for (int32_t token = 0; token < step->num_tokens; token++) {
         write_kv(step, keys, values, k, v, token);
         work += step->positions[token] + 1;
     }
     Shared shared = {.step = step, .keys = keys, .values = values, .q = q, .out = out, .items = items};
-    shared.pieces = (int64_t)count * step->num_kv_heads;
+    shared.pieces = items_of(step, items);
     work *= step->num_heads * step->head_dim; /* multiplications, half of them */
     shared.pieces_at_once = 1 + shared.pieces * PIECE_WORK / (work + 1);
     flexpiped_share(attend_piece, &shared, (shared.pieces + shared.pieces_at_once - 1) / shared.pieces_at_once);

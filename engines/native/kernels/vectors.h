@@ -11,6 +11,7 @@
 #include <string.h>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -53,7 +54,14 @@ INLINE Vec load_part(const float *from, int64_t count) {
 /* Lane by lane: where ``which`` is set a, else b. */
 INLINE Vec chosen(Ints which, Vec a, Vec b) { return (Vec)((which & (Ints)a) | (~which & (Ints)b)); }
 
+/* Where a > b (a < b) a, else b: so processors have it, and compilers see it in no other words. */
+#if defined(__AVX512F__)
+INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE Vec smaller(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE Vec larger(Vec a, Vec b) { return chosen(a > b, a, b); }
+INLINE Vec smaller(Vec a, Vec b) { return chosen(a < b, a, b); }
+#endif
 
 /* Four lanes whose sum is that of all lanes. */
 INLINE Four folded(Vec v) {
@@ -84,6 +92,13 @@ INLINE Four sums_of(Vec a, Vec b, Vec c, Vec d) {
 }
 
 INLINE float peak_of(Vec v) {
+#if LANES == 16
+    v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    Four most = __builtin_shufflevector(larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15,
+                                                                          8, 9, 10, 11)), v, 0, 1, 2, 3);
+    const float low = most[0] > most[1] ? most[0] : most[1], high = most[2] > most[3] ? most[2] : most[3];
+    return low > high ? low : high;
+#else
 #pragma GCC unroll 4
     for (int far = LANES / 2; far > 0; far /= 2) {
         Ints from;
@@ -91,12 +106,13 @@ INLINE float peak_of(Vec v) {
         v = larger(v, __builtin_shuffle(v, from));
     }
     return v[0];
+#endif
 }
 
 /* e^x to within 2 units in the last place; below -87 and above 88 what it is there. */
 INLINE Vec exponential(Vec x) {
     x = larger(x, all(-87.0f));
-    x = chosen(x > 88.0f, all(88.0f), x);
+    x = smaller(all(88.0f), x);
     const Vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
     const Vec n = (x * 1.44269504f + magic) - magic;
     const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;

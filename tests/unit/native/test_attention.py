@@ -228,6 +228,26 @@ def test_the_kernel_gives_the_same_bits_alone_and_in_any_batch_and_chunks(compil
         assert torch.equal(result, alone)
 
 
+@pytest.mark.parametrize("window_tokens", [None, 21])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [(4, 64), (8, 64), (2, 128), (8, 32), (1, 256), (16, 16), (3, 64), (4, 80)]
+)
+def test_many_sequences_that_decode_get_the_bits_of_prompts(
+    compiled: Attention, heads: int, head_dim: int, window_tokens: int | None
+) -> None:
+    """There, heads attend together where they fill the processor's registers, and with less than all of them else."""
+    shape = Shape(num_kv_heads=heads, group=1, head_dim=head_dim, window_tokens=window_tokens)
+    sequences = [random_tokens(shape, 2 + 11 * i, seed=i) for i in range(9)]
+    cache = Cache(compiled, shape, rows=9)
+    cache.step([(i, 0, tokens.part(0, 1 + 11 * i)) for i, tokens in enumerate(sequences)])
+    together = cache.step([(i, 1 + 11 * i, tokens.part(1 + 11 * i, 1)) for i, tokens in enumerate(sequences)])
+    for tokens, result in zip(sequences, together, strict=True):
+        (alone,) = Cache(compiled, shape, rows=1).step([(0, 0, tokens)])
+        assert torch.equal(result, alone[-1:])
+        expected = plain_attention(tokens, shape.scores)[-1:]
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_kernel_gives_the_same_bits_for_every_size_of_kv_block(compiled: Attention) -> None:
     small, large = Shape(block_tokens=16), Shape(block_tokens=48)
     tokens = random_tokens(small, 77, seed=3)

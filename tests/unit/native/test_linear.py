@@ -30,7 +30,9 @@ def module_of(outputs: int, inputs: int, *, dtype: torch.dtype = torch.float32, 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 7, 40), (13, 33, 1500), (200, 64, 256), (6, 4, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs"), [(1, 7, 40), (13, 33, 1500), (200, 64, 256), (6, 4, 3), (45, 83, 1500)]
+)
 def test_products_are_exact_to_float32(
     ops: LinearOps, tokens: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype
 ) -> None:
@@ -44,12 +46,14 @@ def test_products_are_exact_to_float32(
 
 
 @pytest.mark.parametrize("dtype", TYPES[:2], ids=str)
-@pytest.mark.parametrize("inputs", [40, 256, 2100])
-def test_a_row_has_the_same_bits_in_any_batch(ops: LinearOps, inputs: int, dtype: torch.dtype) -> None:
-    module = module_of(37, inputs, dtype=dtype)
+@pytest.mark.parametrize("inputs", [9, 40, 256, 2100])
+@pytest.mark.parametrize("outputs", [37, 128])
+def test_a_row_has_the_same_bits_in_any_batch(ops: LinearOps, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """Few rows and many are computed in two ways, which sum in the same order."""
+    module = module_of(outputs, inputs, dtype=dtype)
     hidden = torch.randn(1, 230, inputs)
     together = ops.linear(module, hidden)
-    for first, count in ((0, 1), (3, 2), (90, 17), (131, 99)):
+    for first, count in ((0, 1), (3, 2), (90, 17), (131, 99), *((2 * rows, rows) for rows in range(62, 74))):
         assert torch.equal(ops.linear(module, hidden[:, first : first + count]), together[:, first : first + count])
 
 

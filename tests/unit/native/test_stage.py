@@ -90,8 +90,9 @@ def test_a_token_has_the_same_bits_alone_and_in_a_batch(kind: str, kernel: Path)
     """Products, attention and all: what a token becomes does not depend on who else is there, nor on chunks."""
     alone, crowded = (Stages(make_family(kind), kernel, compiles=True) for _ in range(2))
     (first, (logprob,)) = alone.step([(0, 0, PROMPT)])
-    crowded.step([(1, 0, list(range(100, 120))), (0, 0, PROMPT[:9])])
-    (tokens, logprobs) = crowded.step([(0, 9, PROMPT[9:]), (1, 20, [7])])
+    # So many rows that their products are computed otherwise:
+    crowded.step([(1, 0, list(range(100, 150))), (0, 0, PROMPT[:9])])
+    (tokens, logprobs) = crowded.step([(0, 9, PROMPT[9:]), (1, 50, [7])])
     assert (tokens[0], logprobs[0]) == (first[0], logprob)
 
 
