@@ -94,6 +94,7 @@ class FakeEngine:
             capabilities = capabilities if capabilities.kv_range == bounds else replace(capabilities, kv_range=bounds)
         self._capabilities = capabilities
         self._adapters = dict.fromkeys(capabilities.adapters, "")  # their directories, by name
+        self.announced: set[str] = set()  # adapters that are to be unloaded
         self._batch = Batch(
             capabilities=capabilities,
             next_token=next_token or hashed_tokens(capabilities.vocab_size),
@@ -263,6 +264,12 @@ class FakeEngine:
         if PurePath(directory).name.startswith("broken"):
             raise AdapterRefused(f"adapter {name!r} in {directory}: there is none")
         self._have_adapters(self._adapters | {name: directory})
+
+    async def announce_unload(self, name: str) -> None:
+        """Note that an adapter is to go; ``announced`` has it."""
+        if name not in self._adapters:
+            raise AdapterRefused(f"adapter {name!r} is not loaded")
+        self.announced.add(name)
 
     async def unload_adapter(self, name: str) -> None:
         self._ensure_alive()

@@ -382,6 +382,16 @@ class AdapterChanges(Protocol):
             EngineDied, EngineClosed
         """
 
+    async def announce_unload(self, name: str) -> None:
+        """Note that a LoRA adapter is to be unloaded once no request is for it. Until then nothing changes.
+
+        If the engine outlives the daemon before that, the next one does not find the adapter.
+
+        Raises:
+            AdapterRefused: There is none of that name.
+            EngineDied, EngineClosed
+        """
+
     async def unload_adapter(self, name: str) -> None:
         """Take no request for a LoRA adapter any more. Those under way finish with it; then its memory is given back.
 

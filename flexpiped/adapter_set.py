@@ -109,6 +109,7 @@ class AdapterSet:
             ending = asyncio.create_task(self._let_go(name), name=f"adapter-{name}-leaves")
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
+            await self._announce_in_all(name)
         return requests
 
     async def bring_into_line(self, engine: Engine, *, must: bool) -> None:
@@ -132,6 +133,8 @@ class AdapterSet:
             for name, directory in wanted.items():
                 if name not in engine.adapter_directories:
                     await self._load_again(engine, name, directory, must=must)
+                if name in self._leaving and name in engine.adapter_directories:
+                    await engine.announce_unload(name)
             self._engines.add(engine)
 
     async def close(self) -> None:
@@ -196,6 +199,13 @@ class AdapterSet:
         async with self._changing:
             if self._leaving.pop(name, None) is not None:
                 await self._unload_in_all(name)
+
+    async def _announce_in_all(self, name: str) -> None:
+        """Have an engine that outlives the daemon know that it is not to serve this one any more."""
+        async with self._changing:
+            for engine in tuple(self._engines) if name in self._leaving else ():
+                with suppress(AdapterRefused, *_GONE):
+                    await engine.announce_unload(name)
 
     async def _unload_in_all(self, name: str) -> None:
         for engine in tuple(self._engines):

@@ -242,6 +242,9 @@ class NativeEngine:
         await self._change_adapters(lambda call: c.LoadAdapter(call=call, name=name, directory=directory))
         self._have_adapters(self._adapters | {name: directory})
 
+    async def announce_unload(self, name: str) -> None:
+        await self._change_adapters(lambda call: c.UnloadAdapter(call=call, name=name, when_adopted=True))
+
     async def unload_adapter(self, name: str) -> None:
         await self._change_adapters(lambda call: c.UnloadAdapter(call=call, name=name))
         self._have_adapters({known: where for known, where in self._adapters.items() if known != name})

@@ -67,5 +67,5 @@ class AdapterLoading:
     def _put_in(self, number: int, read: Adapter | str) -> None:
         if isinstance(read, Adapter):
             self._lora.add(number, read)
-        refusal = "" if isinstance(read, Adapter) else read
-        self._report(m.AdapterLoaded(worker=self._worker, number=number, refusal=refusal))
+        refusal, num_bytes = ("", read.num_bytes) if isinstance(read, Adapter) else (read, 0)
+        self._report(m.AdapterLoaded(worker=self._worker, number=number, refusal=refusal, num_bytes=num_bytes))

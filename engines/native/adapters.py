@@ -38,13 +38,20 @@ class Adapters:
         self._numbers = {name: number for number, (name, _) in enumerate(configured, 1)}
         self._next = count(len(configured) + 1)
         self._read: dict[int, tuple[str, str]] = {}  # by number: those that the workers have not from their fork
+        self._bytes: dict[int, int] = {}  # by number, of those: what each worker's own copy takes
         self._leaving: set[int] = set()
+        self._announced: set[str] = set()  # those that only requests of this daemon may still name
         self._waiting: dict[tuple[int, int], asyncio.Future[str]] = {}  # by worker and number
 
     @property
     def directories(self) -> Mapping[str, str]:
         """The directory of each that requests may name."""
         return {name: self._directories[name] for name in self._numbers}
+
+    @property
+    def bytes_of_each_worker(self) -> int:
+        """What each worker has of its own. Those of its fork are one copy for all."""
+        return sum(self._bytes.values())
 
     def number_of(self, name: str) -> int | None:
         """Return the number of an adapter, 0 for no name; None: there is no such adapter."""
@@ -72,18 +79,30 @@ class Adapters:
             raise AdapterRefused(refusal)
         self._numbers[name] = number
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, *, when_adopted: bool = False) -> None:
         """Take no request for it any more; it goes once no sequence uses it.
+
+        Args:
+            when_adopted: Not now, but if another daemon takes this one's place.
 
         Raises:
             AdapterRefused: There is none of that name.
         """
-        number = self._numbers.pop(name, None)
-        if number is None:
+        if name not in self._numbers:
             raise AdapterRefused(f"adapter {name!r} is not loaded")
+        if when_adopted:
+            self._announced.add(name)
+            return
+        number = self._numbers.pop(name)
+        self._announced.discard(name)
         del self._directories[name]
         self._leaving.add(number)
         self.between_steps()
+
+    def adopted(self) -> None:
+        """Another daemon has taken the place of the one before, whose requests are gone."""
+        for name in tuple(self._announced):
+            self.unload(name)
 
     def between_steps(self) -> None:
         """Let go of those that were taken away and are not used any more."""
@@ -93,6 +112,8 @@ class Adapters:
 
     def on_report(self, report: m.AdapterLoaded) -> None:
         """Take in a worker's answer. One that took another's place must have what that had."""
+        if report.number in self._read and not report.refusal:
+            self._bytes[report.number] = report.num_bytes
         waiting = self._waiting.pop((report.worker, report.number), None)
         if waiting is not None:
             waiting.set_result(report.refusal)
@@ -106,6 +127,7 @@ class Adapters:
 
     def _drop(self, number: int) -> None:
         self._read.pop(number, None)
+        self._bytes.pop(number, None)
         self._pool.send_all(m.DropAdapter(number=number))
 
 

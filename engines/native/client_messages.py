@@ -84,10 +84,11 @@ class LoadAdapter(ToCore, frozen=True, kw_only=True, tag=True):
 
 
 class UnloadAdapter(ToCore, frozen=True, kw_only=True, tag=True):
-    """Take a LoRA adapter away; answered by ``AdapterChanged``."""
+    """Take a LoRA adapter away; answered by ``AdapterChanged``. ``when_adopted``: once another daemon has this."""
 
     call: int
     name: str
+    when_adopted: bool = False
 
 
 class ReadCounters(ToCore, frozen=True, kw_only=True, tag=True):

@@ -175,6 +175,7 @@ class CoreServer:
                 self._adopt_within_s = command.adopt_within_s
             case c.AdoptCore():
                 core.pool.keep_at(command.parameters)
+                core.adapters.adopted()
                 self._emit(
                     c.Adopted(
                         ready=self._ready(),
@@ -195,7 +196,12 @@ class CoreServer:
         if needs_cached:
             live, cached = live + cached, 0
         return check_refactor(
-            self._boot, current=core.pipeline, target=command.target, live_blocks=live, cached_blocks=cached
+            self._boot,
+            current=core.pipeline,
+            target=command.target,
+            live_blocks=live,
+            cached_blocks=cached,
+            adapter_bytes=core.adapters.bytes_of_each_worker,
         )
 
     async def _refactor(self, command: c.Refactor) -> None:
@@ -220,7 +226,7 @@ class CoreServer:
             if isinstance(command, c.LoadAdapter):
                 await adapters.load(command.name, command.directory)
             else:
-                adapters.unload(command.name)
+                adapters.unload(command.name, when_adopted=command.when_adopted)
         except EngineError as refusal:
             error, message = type(refusal).__name__, str(refusal)
         self._emit(c.AdapterChanged(call=command.call, error=error, message=message))

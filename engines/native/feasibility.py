@@ -10,12 +10,19 @@ from topology.device import Device, DeviceKind
 
 
 def check_refactor(
-    boot: Boot, *, current: Pipeline, target: Pipeline, live_blocks: int, cached_blocks: int = 0
+    boot: Boot,
+    *,
+    current: Pipeline,
+    target: Pipeline,
+    live_blocks: int,
+    cached_blocks: int = 0,
+    adapter_bytes: int = 0,
 ) -> RefactorCheck:
     """Return the verdict on going from ``current`` to ``target`` with ``live_blocks`` KV blocks in use.
 
     Args:
         cached_blocks: Those kept for prompts to come: they are moved, too, but no memory is refused for them.
+        adapter_bytes: What each device has of adapters, wherever layers lie.
     """
     options = boot.options
     if target == current:
@@ -25,7 +32,12 @@ def check_refactor(
     except UnsupportedByEngine as error:
         return RefactorCheck(feasible=False, sentences=(str(error),))
     devices = tuple(
-        Device(id=device, kind=DeviceKind.CPU, memory_total_bytes=options.device_memory_bytes)
+        Device(
+            id=device,
+            kind=DeviceKind.CPU,
+            memory_total_bytes=options.device_memory_bytes,
+            memory_reserved_bytes=min(adapter_bytes, options.device_memory_bytes),
+        )
         for device in options.device_ids
     )
     check = check_memory(

@@ -45,6 +45,10 @@ class Adapter:
     name: str
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(half.nbytes for pair in self.pairs.values() for half in pair)
+
 
 def read_adapter(name: str, directory: Path, family: Family) -> Adapter:
     """Read an adapter as peft saves it.

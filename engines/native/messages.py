@@ -321,10 +321,11 @@ class KvBounded(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True
 
 
 class AdapterLoaded(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Answer to ``LoadAdapter``: ``refusal`` says why it cannot be had, empty: it is there."""
+    """Answer to ``LoadAdapter``: ``refusal`` says why it cannot be had, empty: it is there, and takes ``num_bytes``."""
 
     number: int
     refusal: str
+    num_bytes: int = 0
 
 
 class Stats(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from engines.checkpoint import open_checkpoint
 from engines.errors import AdapterRefused, InvalidRequest
 from engines.native.adapter import NativeEngine
 from engines.protocol import GenerationRequest
+from planner.memory import KvBudget, check_memory
+from planner.model_graph import build_model_graph
 from tests.support.adapters import generated, make_adapter, merged
-from tests.support.native import collect, even, gpt2, llama, move, moved_under, request, running
+from tests.support.native import collect, even, gpt2, llama, move, moved_under, options_for, request, running
 from tests.support.until import until
+from topology.device import cpu_devices
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 
@@ -164,6 +168,29 @@ async def test_one_that_came_goes_along_with_layers_and_into_a_worker_that_is_st
     await move(engine, even(8))
     assert (await collect(engine, wanted("late")))[0] == expected_late[0]
     await engine.unload_adapter("late")
+
+
+async def test_what_adapters_take_of_every_device_is_counted_before_layers_move(late: tuple[Path, Path]) -> None:
+    """Of two stages the second fits beside the first to the byte, until an adapter comes."""
+    async with running(llama(), even(2), device_memory_bytes=whole_on_one_device()) as engine:
+        assert (await engine.check_refactor(even(1))).feasible
+        await engine.load_adapter("late", str(late[0]))
+        check = await engine.check_refactor(even(1))
+        assert not check.feasible
+        assert "too few" in check.sentences[0]
+        await engine.unload_adapter("late")
+        assert (await engine.check_refactor(even(1))).feasible
+
+
+def whole_on_one_device() -> int:
+    """Return the bytes of all layers with their KV cache."""
+    options, checkpoint = options_for(llama()), open_checkpoint(llama())
+    graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype="float32")
+    blocks = options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)
+    kv = KvBudget(block_tokens=options.kv_block_tokens, capacity_blocks=blocks)
+    devices = cpu_devices(count=2, memory_bytes=1 << 40)
+    first = check_memory(graph=graph, current=even(2), target=even(1), devices=devices, kv=kv).devices[0]
+    return first.held_bytes + first.needed_bytes
 
 
 async def test_a_stream_finishes_with_one_that_is_taken_away(

@@ -57,21 +57,26 @@ async def text_of(daemon: Daemon, **more: str) -> str:
         return await completed(http, url, BODY | more)
 
 
-async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
+async def begin_stream(daemon: Daemon, http: aiohttp.ClientSession, **more: str) -> aiohttp.ClientResponse:
     url = (await daemon.ask("/status"))["api_url"]
-    answer = await http.post(f"{url}/completions", json=BODY | {"max_tokens": 1500, "stream": True})
+    answer = await http.post(f"{url}/completions", json=BODY | {"max_tokens": 1500, "stream": True} | more)
     await answer.content.readline()
     return answer
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, number: signal.Signals) -> None:
-    """An adapter that was loaded while it served is there, too, also after the engine has died."""
+    """An adapter that was loaded while it served is there, too, also after the engine has died.
+
+    One that was unloaded while a stream still had it is gone with that stream.
+    """
     adapter = make_adapter(folder / "adapter", of=demo_model_places()[0], seed=1, targets=("v_proj",), lora_alpha=80)
     async with lasting(folder, more=KEPT) as daemon:
         code, _, said = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
         assert code == 0, said
         code, _, said = await daemon.flexctl("lora", "load", "late", str(adapter))
+        assert code == 0, said
+        code, _, said = await daemon.flexctl("lora", "load", "leaving", str(adapter))
         assert code == 0, said
         undisturbed, adapted = await text_of(daemon), await text_of(daemon, model="late")
         assert adapted != undisturbed
@@ -84,11 +89,15 @@ async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, num
         async with aiohttp.ClientSession() as http:
             if number is signal.SIGKILL:  # SIGTERM would wait for the stream
                 await begin_stream(daemon, http)
+                await begin_stream(daemon, http, model="leaving")
+            code, _, said = await daemon.flexctl("lora", "unload", "leaving")
+            assert code == 0, said
             await end(daemon, number)
 
     async with lasting(folder, more=KEPT) as daemon:
         log = daemon.output.read_text()
         assert "engine adopted" in log
+        assert [each["name"] for each in (await daemon.ask("/adapters"))["adapters"]] == ["late"]
         assert "loading weights" not in log
         status = await daemon.ask("/status")
         assert family(record["pid"]) == processes
