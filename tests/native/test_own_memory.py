@@ -13,7 +13,8 @@ import pytest_asyncio
 
 from engines.native.adapter import NativeEngine
 from engines.native.compute import STAND_IN
-from tests.support.native import DEVICES, collect, even, llama, move, request, running
+from engines.protocol import RefactorProgress
+from tests.support.native import DEVICES, collect, even, llama, move, moved_under, request, running
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
@@ -43,15 +44,17 @@ def tokens(result: Result) -> list[list[int]]:
 async def test_streams_are_exact_over_moves_and_kv_memory_follows(engine: NativeEngine) -> None:
     """Commit compares the KV blocks; each decoder's cache has its whole size where it is, and none where it was."""
     expected = tokens(await streams(engine, max_tokens=120))
-    running_streams = asyncio.create_task(streams(engine, max_tokens=120))
-    for stages in (4, 1, 8, 2):
-        report = await move(engine, even(stages))
-        assert report.epoch is not None
-        assert report.returned_bytes > 0
-    assert tokens(await running_streams) == expected
+    targets = [even(stages) for stages in (4, 1, 8, 2)]
+    for result in await moved_under(engine, targets, lambda: streams(engine, max_tokens=120), check=has_moved):
+        assert tokens(result) == expected
     first, second = await engine.stages()
     block_bytes = 16 * 2 * 2 * 16 * 4  # of one decoder: 16 tokens, keys and values of 2 heads of 16
     assert first.kv_mapped_bytes == second.kv_mapped_bytes == (8 << 20) + 4 * block_bytes  # block 0 comes on top
+
+
+def has_moved(last: RefactorProgress) -> None:
+    assert last.epoch is not None
+    assert last.returned_bytes > 0
 
 
 async def test_the_kv_cache_shrinks_and_grows_under_streams(engine: NativeEngine) -> None:

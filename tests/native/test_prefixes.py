@@ -13,7 +13,7 @@ from engines.errors import RefactoringAborted
 from engines.native.adapter import NativeEngine
 from engines.protocol import GenerationRequest
 from tests.support.family_checkpoints import MAX_MODEL_LEN, NUM_DECODERS, make_family
-from tests.support.native import collect, even, llama, move, request, running
+from tests.support.native import collect, even, llama, move, moved_under, request, running
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
@@ -90,18 +90,9 @@ async def test_it_goes_along_with_the_layers(engine: NativeEngine, expected: Seq
 async def test_requests_that_find_it_while_the_layers_move_say_the_same(
     engine: NativeEngine, expected: Sequence[list[int]]
 ) -> None:
-    moving = asyncio.create_task(moved_around(engine))
-    rounds = 0
-    while not moving.done() or not rounds:
-        assert (await all_told(engine))[0] == expected
-        rounds += 1
-    await moving
-
-
-async def moved_around(engine: NativeEngine) -> None:
-    for stages in (8, 1, 4, 2, 8, 2):
-        if engine.pipeline != even(stages):
-            await move(engine, even(stages))
+    targets = [even(stages) for stages in (8, 1, 4, 2, 8, 2)]
+    for told_meanwhile, _ in await moved_under(engine, targets, lambda: all_told(engine)):
+        assert told_meanwhile == expected
 
 
 async def test_without_the_copy_of_what_is_kept_the_commit_is_refused(engine: NativeEngine) -> None:

@@ -101,18 +101,26 @@ async def move(engine: NativeEngine, target: Pipeline) -> RefactorProgress:
     return last
 
 
-async def moved_under(engine: NativeEngine, targets: Sequence[Pipeline], run: Callable[[], Awaitable[T]]) -> list[T]:
+async def moved_under(
+    engine: NativeEngine,
+    targets: Sequence[Pipeline],
+    run: Callable[[], Awaitable[T]],
+    *,
+    check: Callable[[RefactorProgress], None] = lambda _last: None,
+) -> list[T]:
     """Move from target to target while ``run`` runs streams again and again; return what each of its runs gave.
 
     So there are streams when moves commit, however fast the engine is: at one commit at least, which is asserted.
+    ``check`` is given the last report of each move.
     """
     live: list[int] = []
 
     async def move_on() -> None:
         for target in targets:
             if target != engine.pipeline:
-                reports = engine.refactor(target)
-                live.extend([r.requests_live async for r in reports if r.phase is HandoverPhase.COMMITTING])
+                reports = [report async for report in engine.refactor(target)]
+                live.extend(report.requests_live for report in reports if report.phase is HandoverPhase.COMMITTING)
+                check(reports[-1])
 
     moving = asyncio.create_task(move_on())
     try:
