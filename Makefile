@@ -30,13 +30,18 @@ REAL := $(if $(filter all,$(ENGINES)),vllm="$$($(BIN)/python -m tests.engines.in
 	sglang="$$($(BIN)/python -m tests.engines.install_sglang)" && \
 	FLEXPIPED_VLLM_PYTHON="$$vllm" FLEXPIPED_SGLANG_PYTHON="$$sglang")
 
+# Tests without an engine run in several processes; those with one have the machine for themselves.
+GATE := $(BIN)/python -m pytest -q -m "not long and not gpu $(WITHOUT_$(ENGINES))"
+NO_TESTS := 5
+
 .PHONY: run test test-long check format install uninstall deb clean
 
 run: $(VENV)/run.stamp
 	@exec $(BIN)/flexpiped $(if $(CONFIG),--config "$(CONFIG)")
 
 test: $(VENV)/dev.stamp
-	@$(REAL) $(BIN)/python -m pytest -q -m "not long and not gpu $(WITHOUT_$(ENGINES))" $(ARGS)
+	@$(GATE) --part others -n auto --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq $(NO_TESTS) ]
+	@$(REAL) $(GATE) --part engines $(ARGS) || [ $$? -eq $(NO_TESTS) ]
 
 test-long: $(VENV)/dev.stamp
 	@$(REAL) $(BIN)/python -m pytest -q -m "long $(WITHOUT_$(ENGINES))" $(ARGS)

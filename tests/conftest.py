@@ -1,6 +1,7 @@
 """What all tests share: their order, and a word at the end about those that were left out, and why."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,6 +15,8 @@ from tests.support.browser import ensure_chromium
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
+PARTS = ("all", "engines", "others")
+
 # A test counts for the first of its marks.
 REASONS = {
     "long": "too long for the gate: make test-long",
@@ -25,13 +28,24 @@ REASONS = {
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part",
+        choices=PARTS,
+        default="all",
+        help="tests that boot a real engine, which want the machine for themselves, or all others, of which some may"
+        " run at the same time (-n auto)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = Counter()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put what is cheap first, so that what is wrong shows early: no engine, the native one, vLLM, SGLang."""
-    items.sort(key=cost)
+    part = config.getoption("--part")
+    items[:] = sorted((each for each in items if part in ("all", "engines" if cost(each) else "others")), key=cost)
 
 
 def cost(item: pytest.Item) -> int:
@@ -54,6 +68,19 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         reason = next((REASONS[name] for name in REASONS if item.get_closest_marker(name)), "not asked for")
         item.config.stash[LEFT_OUT][reason] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that prints the summary what was left out, where tests run in processes of their own."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Each of these processes has collected the same tests, and left out the same."""
+    if left_out := getattr(node, "workeroutput", {}).get("left_out"):
+        node.config.stash[LEFT_OUT] = Counter(left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

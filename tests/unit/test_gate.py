@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 INSTALLERS = ("tests.engines.install_vllm", "tests.engines.install_sglang")
+NO_TESTS = 5  # are left
 NAMED = ("FLEXPIPED_VLLM_PYTHON=", "FLEXPIPED_SGLANG_PYTHON=")
 
 
@@ -21,8 +22,8 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def collect(*arguments: str) -> list[str]:
     argv = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode in (0, NO_TESTS), done.stdout + done.stderr
     return done.stdout.splitlines()
 
 
@@ -40,8 +41,10 @@ def test_make_test_builds_engines_only_where_they_are_needed(
 ) -> None:
     commands = make("test", "MAKEFLAGS=", *engines).stdout
 
-    assert re.findall(r'-m "(.*?) ?"', commands) == [marks]
-    assert [word in commands for word in (*INSTALLERS, *NAMED)] == [installs] * 4
+    assert re.findall(r'-m "(.*?) ?" --part (\w+)', commands) == [(marks, "others"), (marks, "engines")]
+    without, with_engines = commands.split("--part others")
+    assert not any(word in without for word in (*INSTALLERS, *NAMED))
+    assert [word in with_engines for word in (*INSTALLERS, *NAMED)] == [installs] * 4
 
 
 def test_an_unknown_choice_of_engines_is_refused() -> None:
@@ -69,8 +72,9 @@ def test_cheap_tests_come_first_and_one_served_engine_is_alive_at_a_time() -> No
     assert files[-len(of_sglang) :] == shared[1]
 
 
-def test_what_is_left_out_is_counted_with_its_reason() -> None:
-    lines = collect("-m", "not engine and not vllm and not sglang", "tests/contract", "tests/sglang/test_contract.py")
+def test_what_is_left_out_of_a_part_is_counted_with_its_reason() -> None:
+    without = "not engine and not vllm and not sglang"
+    lines = collect("--part", "engines", "-m", without, "tests/contract", "tests/sglang/test_contract.py")
     told = [re.sub(r"\d+", "N", line) for line in lines if line.startswith("left out")]
 
     assert told == [
@@ -78,3 +82,10 @@ def test_what_is_left_out_is_counted_with_its_reason() -> None:
         "left out: N tests (boot real vLLM: ENGINES=all)",
         "left out: N tests (boot the native engine: ENGINES=native or all)",
     ]
+    assert not [line for line in lines if "::" in line]
+
+
+def test_the_other_part_boots_no_engine() -> None:
+    lines = collect("--part", "others", "tests/contract")
+    assert {line.partition("::")[0] for line in lines if "::" in line} == {"tests/contract/test_fake.py"}
+    assert not [line for line in lines if line.startswith("left out")]

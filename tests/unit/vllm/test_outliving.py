@@ -61,10 +61,11 @@ async def begun(folder: Path, *, adopt_within_s: float = 60.0) -> VllmEngine:
 
 
 @pytest_asyncio.fixture
-async def folder(tmp_path: Path) -> AsyncIterator[Path]:
-    """Where the engine is noted; one that a test leaves is ended."""
-    yield tmp_path
-    if (file := tmp_path / "one.json").exists():
+async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    """Where the engine is noted, by a name that leaves room for sockets; one that a test leaves is ended."""
+    folder = tmp_path_factory.mktemp("o")
+    yield folder
+    if (file := folder / "one.json").exists():
         keeper = read_record(file).pid
         with suppress(ProcessLookupError):
             os.kill(keeper, signal.SIGTERM)
