@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 SYSTEM_SOCKET: Final = Path("/run/flexpiped/admin.sock")
-_SOCKET_MODE: Final = 0o660
+SOCKET_MODE: Final = 0o660
 _FOLDER_MODE: Final = 0o750
 _LONGEST_PATH_BYTES: Final = 107  # sun_path less its terminator
 
@@ -45,8 +45,10 @@ def candidate_sockets(environment: Mapping[str, str], *, uid: int) -> tuple[Path
     return (own,) if own == SYSTEM_SOCKET else (own, SYSTEM_SOCKET)
 
 
-def take_socket(path: Path) -> socket.socket:
-    """Return a listening socket at ``path``, for owner and group only. A socket that nobody answers is replaced.
+def take_socket(path: Path, *, mode: int = SOCKET_MODE) -> socket.socket:
+    """Return a listening socket at ``path``, for owner and group unless ``mode`` says otherwise.
+
+    A socket that nobody answers is replaced.
 
     Raises:
         AdminSocketError: Another daemon answers there, or the place is not ours to use.
@@ -56,7 +58,7 @@ def take_socket(path: Path) -> socket.socket:
     try:
         _make_folder(path.parent)
         _remove_stale(path)
-        return _listen(path)
+        return _listen(path, mode)
     except OSError as error:
         raise AdminSocketError(f"{path}: {error.strerror or error}") from error
 
@@ -94,12 +96,12 @@ def _remove_stale(path: Path) -> None:
     path.unlink()
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(path: Path, mode: int) -> socket.socket:
     """Bind, restrict, then listen: nobody can connect before the mode is set."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(path))
-        path.chmod(_SOCKET_MODE)
+        path.chmod(mode)
         listener.listen(64)
     except OSError:
         listener.close()

@@ -133,6 +133,9 @@ def _contradictions(settings: Settings) -> Iterator[tuple[str, str]]:
     http = settings.http
     if http.tls_key is not None and http.tls_certificate is None:
         yield "http.tls_key", "http.tls_key needs http.tls_certificate"
+    if http.ingress_processes > 1 and settings.tracing.otlp_endpoint is not None:
+        because = "requests leave traces in the daemon only"
+        yield "http.ingress_processes", f"http.ingress_processes must be 1 with tracing.otlp_endpoint: {because}"
     auto = settings.auto
     if auto.target_load > auto.load_limit:
         yield (

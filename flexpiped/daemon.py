@@ -21,6 +21,7 @@ from flexpiped.admin_socket import AdminSocketError, candidate_sockets, default_
 from flexpiped.banner import QUIET_START_S, Banner, flexctl_command
 from flexpiped.events import EventKind
 from flexpiped.hardware import devices_in_words
+from flexpiped.ingress.fleet import IngressFailed
 from flexpiped.keys import KeyFileError
 from flexpiped.log import configure_logging
 from flexpiped.models import NoDemoModel, for_people
@@ -38,6 +39,7 @@ _END_S = 30.0  # that engines and files take besides
 _START_ERRORS = (
     PortTaken,
     AdminSocketError,
+    IngressFailed,
     NoDemoModel,
     KeyFileError,
     TlsError,
@@ -253,6 +255,11 @@ class Daemon:
 
 
 def _facts(service: Service) -> str:
+    facts = _facts_of_models(service)
+    return f"{facts}, {service.ports_in_words}" if service.ports_in_words else facts
+
+
+def _facts_of_models(service: Service) -> str:
     if service.named_first:
         return service.models_in_words
     if service.pipeline is None:

@@ -85,6 +85,20 @@ def text_process_died(*, reason: str) -> None:
     _log.warning("text process died, starting it again", reason=reason)
 
 
+def ingress_died(*, number: int, reason: str) -> None:
+    """The streams of its connections have ended; those of the others go on."""
+    _log.warning("ingress process died, starting it again", ingress=number, reason=reason)
+
+
+def ingress_failed(*, number: int, reason: str) -> None:
+    _log.error("ingress process failed for good", ingress=number, reason=reason)
+
+
+def ingress_without_text(*, model: str, reason: str) -> None:
+    """An ingress process cannot make text for a model, so it has the daemon answer for it."""
+    _log.error("ingress process has no text process", model=model, reason=reason)
+
+
 def config_unchanged(*, file: str) -> None:
     _log.info("configuration unchanged", file=file)
 

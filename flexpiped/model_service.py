@@ -213,12 +213,15 @@ class ModelService:
         return self._text
 
     @property
+    def tool_format(self) -> str:
+        """What is configured of how its model calls tools."""
+        return self._settings.tool_format.value
+
+    @property
     def tool_calls(self) -> ToolCalls | None:
         """How its model calls tools, once it has started; None: that is not known."""
         about = self.text.about
-        return tool_calls_of(
-            self._settings.tool_format.value, chat_template=about.chat_template, added_tokens=about.added_tokens
-        )
+        return tool_calls_of(self.tool_format, chat_template=about.chat_template, added_tokens=about.added_tokens)
 
     @property
     def drain_deadline_s(self) -> float:

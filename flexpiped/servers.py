@@ -5,10 +5,11 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
-from flexpiped.admin_socket import inode_of, release_socket, take_socket
+from flexpiped.admin_socket import SOCKET_MODE, inode_of, release_socket, take_socket
 from flexpiped.connections import ConnectionLimits, Runner
 
 _BACKLOG = 1024
@@ -18,8 +19,12 @@ class PortTaken(Exception):
     """The address of the HTTP API cannot be had; the message says why and what to do."""
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
+def listen_tcp(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     """Return a listening socket; port 0 takes any free one.
+
+    Args:
+        is_shared: Other processes of this user may listen at the same address, too (``listen_shared``). Whoever has it
+            already, another daemon that shares it for instance, has it alone all the same.
 
     Raises:
         PortTaken
@@ -33,11 +38,46 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         raise PortTaken(f"http.host {host}: {error.strerror}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            with socket.socket(family, kind, protocol) as alone:
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind(address)
+                alone.listen(1)
+                address = alone.getsockname()  # port 0 would take one that others of this user share
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}. Choose another http.port.") from None
+    listener.setblocking(False)
+    return listener
+
+
+def hold_address(listener: socket.socket) -> socket.socket:
+    """Return a socket that keeps the address of a shared listener for this user without listening there."""
+    holder = socket.socket(listener.family, listener.type, listener.proto)
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        holder.setsockopt(socket.SOL_SOCKET, option, 1)
+    holder.bind(listener.getsockname())
+    return holder
+
+
+def listen_shared(family: int, address: tuple[Any, ...]) -> socket.socket:
+    """Return one more listening socket at an address that ``listen_tcp`` has made shared.
+
+    Raises:
+        PortTaken
+    """
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise PortTaken(f"cannot listen on {address[0]}:{address[1]}: {error.strerror}") from None
     listener.setblocking(False)
     return listener
 
@@ -77,16 +117,18 @@ async def serving(
 
 
 @asynccontextmanager
-async def serving_admin(app: web.Application, path: Path) -> AsyncIterator[None]:
-    """Serve the admin API at ``path`` while the scope lasts.
+async def serving_at(
+    app: web.Application, path: Path, *, shutdown_s: float = 1.0, mode: int = SOCKET_MODE
+) -> AsyncIterator[None]:
+    """Serve ``app`` on a Unix socket at ``path`` while the scope lasts.
 
     Raises:
         AdminSocketError: The socket cannot be taken.
     """
-    listener = take_socket(path)
+    listener = take_socket(path, mode=mode)
     inode = inode_of(path)
     try:
-        async with serving(app, listener, shutdown_s=1.0):
+        async with serving(app, listener, shutdown_s=shutdown_s):
             yield
     finally:
         release_socket(path, inode=inode)

@@ -41,6 +41,9 @@ from flexpiped.device_sharing import Held
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.flexctl.text import plural
 from flexpiped.hardware import Hardware, parameter_cache_bytes
+from flexpiped.ingress.fleet import Fleet
+from flexpiped.ingress.messages import Model
+from flexpiped.ingress.opening import Live, ingresses, model_now
 from flexpiped.journal import Journal, JournalError, journal_of
 from flexpiped.keys import KeyRing
 from flexpiped.load_monitor import LoadSampler
@@ -53,11 +56,11 @@ from flexpiped.models import model_source
 from flexpiped.models_status import ModelsStatus
 from flexpiped.native_interpreter import engine_python
 from flexpiped.reload import load_files
-from flexpiped.servers import listen_tcp, serving, serving_admin, url_of
+from flexpiped.servers import listen_tcp, serving, serving_at, url_of
 from flexpiped.settings import Settings
 from flexpiped.spans import spans_of
 from flexpiped.starting_app import starting_app
-from flexpiped.status import Health
+from flexpiped.status import Health, ServiceState
 from flexpiped.survivors import Survivors
 from flexpiped.tls import LiveTls
 from flexpiped.tracing import Handovers, traced
@@ -66,6 +69,7 @@ from planner.layout import Pipeline
 from topology.measured import state_file
 
 _LAST_WORDS_S: Final = 1.0  # of handlers, once the time to finish is over
+_INGRESS_DEADLINE_S: Final = 30.0  # for their text processes; until then the daemon answers for them
 TRACED: Final = frozenset({"/v1/completions", "/v1/chat/completions", *OWN_PATHS})
 
 
@@ -98,6 +102,9 @@ class Service:
         self.failed = asyncio.Event()  # the engine is gone for good
         self.engines_may_stay = True  # once the daemon ends, where they are to outlive it
         self._is_ending = False
+        self._broken = ""  # why it cannot go on, beside the models
+        self._fleet: Fleet | None = None  # where others serve HTTP
+        self._reloads = 0
         self.api_url = ""
         self._journal: Journal = journal_of(
             settings.journal, environment=os.environ, instance=str(admin_socket), on_failure=log_events.journal_failed
@@ -125,7 +132,7 @@ class Service:
     @property
     def health(self) -> Health:
         """The state of the service: ready when every model that should serve does."""
-        return self._models.health
+        return self._models.health if not self._broken else Health(state=ServiceState.FAILED, reason=self._broken)
 
     @property
     def pipeline(self) -> Pipeline | None:
@@ -148,6 +155,11 @@ class Service:
         return ", ".join(map(_in_words, self._models.entries.values()))
 
     @property
+    def ports_in_words(self) -> str:
+        """Return who serves HTTP, where that is not the daemon alone; else nothing."""
+        return "" if self._fleet is None else f"{self._fleet.num_listening} ingress processes"
+
+    @property
     def _shown(self) -> ModelService | None:
         """What serves the model that is shown where only one can be."""
         return None if self._models.first is None else self._models.first.service
@@ -168,6 +180,7 @@ class Service:
         """
         self._settings = settings
         self._keys = keys
+        self._reloads += 1
         if self._tls is not None and tls is not None:
             self._tls.current = tls
         self._admission.limits = _limits(settings)
@@ -175,6 +188,8 @@ class Service:
             if entry.service is not None and not entry.configured.table and not settings.models:
                 entry.service.use(replace(settings, models={}))
         self._models.changes.reconcile(specs_of(settings))
+        if self._fleet is not None:
+            self._fleet.push()
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Start everything; ``stack`` ends it. Returns when requests are served.
@@ -182,7 +197,8 @@ class Service:
         Raises:
             PortTaken, AdminSocketError, EngineError, PlannerError
         """
-        listener = listen_tcp(self._settings.http.host, self._settings.http.port)
+        http = self._settings.http
+        listener = listen_tcp(http.host, http.port, is_shared=http.ingress_processes > 1)
         stack.callback(listener.close)
         self.api_url = f"{url_of(listener, is_tls=self._tls is not None)}/v1"
         await self._open_journal(stack)
@@ -207,38 +223,81 @@ class Service:
             await self._open_api(stack, listener, hardware, pages)
             feed.end_streams("it serves now")
             await gate.aclose()
+            if self._fleet is not None:
+                listener.close()  # connections that come to it would find nobody
             stack.push_async_callback(self._finish_requests)
             stack.push_async_callback(self._models.end_control)
             stack.callback(feed.close, "the daemon ends")
             stack.callback(self._begin_drain)
 
         await self._models.start_all(before_first=open_api)
+        if self._fleet is not None:
+            self._fleet.push()
+            await self._fleet.until_serving(
+                frozenset(each.name for each in self._models_now()), within_s=_INGRESS_DEADLINE_S
+            )
 
     async def _open_api(
         self, stack: AsyncExitStack, listener: socket.socket, hardware: Hardware, pages: Sequence[web.RouteDef]
     ) -> None:
+        backends = Backends(
+            models=lambda: {
+                name: Served(health=each.health, backend=each.backend, metrics=each.metrics)
+                for name, each in self._models.entries.items()
+            },
+            are_named=lambda: self._models.are_named,
+            health=lambda: self.health,
+            admission=self._admission,
+            keys=lambda: self._keys,
+            devices=hardware.devices,
+            parameters=lambda: self._parameters.figures,
+            processes=lambda: [*self._loop_lag.families(), *(self._fleet.families() if self._fleet else ())],
+            body_deadline_s=lambda: self._settings.http.body_deadline_s,
+        )
         app = create_app(
-            Backends(
-                models=lambda: {
-                    name: Served(health=each.health, backend=each.backend, metrics=each.metrics)
-                    for name, each in self._models.entries.items()
-                },
-                are_named=lambda: self._models.are_named,
-                health=lambda: self.health,
-                admission=self._admission,
-                keys=lambda: self._keys,
-                devices=hardware.devices,
-                parameters=lambda: self._parameters.figures,
-                loop_lag=self._loop_lag.families,
-                body_deadline_s=lambda: self._settings.http.body_deadline_s,
-            ),
+            backends,
             max_body_bytes=self._settings.http.max_body_bytes,
             further=pages,
             outermost=() if self._spans is None else (traced(self._spans, handovers=self._handovers, paths=TRACED),),
         )
         if self._spans is not None:
             stack.push_async_callback(asyncio.to_thread, self._spans.close)
-        await stack.enter_async_context(self._serving(app, listener, shutdown_s=_LAST_WORDS_S))
+        if self._settings.http.ingress_processes == 1:
+            await stack.enter_async_context(self._serving(app, listener, shutdown_s=_LAST_WORDS_S))
+            return
+        live = Live(
+            settings=lambda: self._settings,
+            keys=lambda: self._keys,
+            models=self._models_now,
+            are_named=lambda: self._models.are_named,
+            reloads=lambda: self._reloads,
+        )
+        self._fleet = await stack.enter_async_context(
+            ingresses(
+                app,
+                backends,
+                live,
+                listener=listener,
+                socket=self._admin_socket.with_name(f"{self._admin_socket.name}.http"),
+                last_words_s=_LAST_WORDS_S,
+                on_news=lambda news: self.events.publish(EventKind.DAEMON, news),
+                on_given_up=self._break,
+            )
+        )
+
+    def _models_now(self) -> tuple[Model, ...]:
+        """Return the models for which others than the daemon may answer."""
+        found = (
+            model_now(each.name, each.backend, each.service)
+            for each in self._models.entries.values()
+            if each.backend is not None and each.service is not None
+        )
+        return tuple(each for each in found if each is not None)
+
+    def _break(self, reason: str) -> None:
+        """Nobody can reach the models any more."""
+        self._broken = reason
+        self.failed.set()
 
     def _made(
         self,
@@ -380,7 +439,7 @@ class Service:
                 *config_routes(self._configuration),
             ),
         )
-        await stack.enter_async_context(serving_admin(app, self._admin_socket))
+        await stack.enter_async_context(serving_at(app, self._admin_socket))
         stack.callback(self.events.close)
         stack.callback(self._decisions.close)
         self._run_beside(stack, watch_hardware(hardware, self.events), name="hardware-watch")

@@ -125,6 +125,7 @@ class HttpSettings:
     tls_key: Annotated[Path | None, optional_path, Live()] = None
     api_keys: Annotated[Path | None, optional_path, Live()] = None
     dashboard: Annotated[DashboardMode, choice(DashboardMode), Live()] = DashboardMode.ON
+    ingress_processes: Annotated[int, integer(1, 64)] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,6 +186,10 @@ class Supervisor:
         """Whether the engine has ended because nobody used it."""
         return self._supervision.state is SupervisorState.ASLEEP
 
+    def is_in_force(self, engine: Engine) -> bool:
+        """Whether an engine takes requests."""
+        return engine is self._engine
+
     async def ready_engine(self, *, other_than: Engine | None = None) -> Engine:
         """Return the engine that serves, waiting for it where need be, and waking it where it sleeps.
 

@@ -57,8 +57,8 @@ class TextService:
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         on_death: Callable[[str], None] = _ignore,
     ) -> None:
-        self._model = model
-        self._python = python
+        self.model = model
+        self.python = python
         self._policy = policy
         self._clock = clock
         self._sleep = sleep
@@ -201,7 +201,7 @@ class TextService:
         self._ledger.fail_all(end)
 
     async def _spawn_ready(self) -> Child:
-        child = await spawn(python=self._python, model=self._model, on_reply=self._on_reply)
+        child = await spawn(python=self.python, model=self.model, on_reply=self._on_reply)
         try:
             self._about = (await child.ready()).about
         except BaseException:

@@ -152,7 +152,11 @@ _reply_decoder = msgspec.msgpack.Decoder(list[Reply])
 
 def pack(messages: list[Request] | list[Reply]) -> bytes:
     """Return the frame that carries ``messages``."""
-    body = _encoder.encode(messages)
+    return frame(_encoder.encode(messages))
+
+
+def frame(body: bytes) -> bytes:
+    """Return what ``FrameReader`` cuts this body out of again."""
     return _LENGTH.pack(len(body)) + body
 
 

@@ -179,7 +179,8 @@ async def metrics(http: web.Request) -> web.Response:
         states = {name: served.health.state for name, served in backends.models().items()}
         parts += [backends.unnamed.families(None), model_states(states)]
     devices = await asyncio.to_thread(backends.devices)  # asks the driver
-    of_daemon = daemon_families(levels, devices=devices, parameters=backends.parameters(), loop_lag=backends.loop_lag())
+    parameters, processes = backends.parameters(), backends.processes()
+    of_daemon = daemon_families(levels, devices=devices, parameters=parameters, processes=processes)
     body = exposition(*parts, of_daemon)
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -1,6 +1,9 @@
 """What the handlers work with."""
 
 import asyncio
+import contextlib
+import itertools
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -13,17 +16,27 @@ from aiohttp import web
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from engines.text.protocol import Text
 from flexpiped.adapter_set import AdapterSet
-from flexpiped.admission import Admission
+from flexpiped.admission import Lease
 from flexpiped.api.errors import unavailable
 from flexpiped.api.metrics import Metrics
 from flexpiped.api.tool_syntax import ToolCalls
-from flexpiped.keys import KeyRing
+from flexpiped.keys import ANYBODY, Client, KeyRing
 from flexpiped.status import Health, ServiceState
 from topology.device import Device
 
 
+class Reached(Protocol):
+    """An engine, as far as a request for its own server needs it."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities: ...
+
+    async def died(self) -> str:
+        """Wait until it has ended unasked, and return the reason in words."""
+
+
 class Serving(Protocol):
-    """What serves requests: one supervised engine, or several."""
+    """What serves requests: one supervised engine, or several, in this process or in another."""
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -33,11 +46,42 @@ class Serving(Protocol):
     def capabilities(self) -> EngineCapabilities | None:
         """What they can do; None before the first has served."""
 
-    async def ready_engine(self, *, other_than: Engine | None = None) -> Engine:
-        """Return an engine that serves, waiting for it where need be. Raises ``EngineDied``, ``EngineClosed``."""
+    async def ready_engine(self, *, other_than: Any = None) -> Reached:
+        """Return an engine that serves, waiting for it where need be. Raises ``EngineDied``, ``EngineClosed``.
+
+        Args:
+            other_than: One that it returned before, and that is not wanted again.
+        """
+
+    def is_in_force(self, engine: Any) -> bool:
+        """Whether an engine that ``ready_engine`` returned takes requests still."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """Continue the prompt as ``Engine.generate`` does, over deaths of engines. Close it to abort."""
+
+
+class Admits(Protocol):
+    """Who decides how much may be in flight (``flexpiped.admission``). Readings are of this process."""
+
+    @property
+    def requests_in_flight(self) -> int: ...
+
+    @property
+    def tokens_in_flight(self) -> int: ...
+
+    @property
+    def requests_queued(self) -> int: ...
+
+    def in_flight_of(self, client: Client) -> int:
+        """Return how many requests of a key are in flight or wait."""
+
+    def admit(
+        self, client: Client = ANYBODY, *, deadline_s: float = math.inf
+    ) -> contextlib.AbstractAsyncContextManager[Lease]:
+        """Take a place for one request while the scope lasts. Raises: Overloaded, or ApiError of another process."""
+
+    async def reserve(self, lease: Lease, *, tokens: int) -> None:
+        """Reserve tokens for an admitted request. Raises: as ``admit``."""
 
 
 class Uses:
@@ -65,6 +109,9 @@ class Uses:
         await self._idle.wait()
 
 
+_SERIALS: Final = itertools.count(1)
+
+
 def random_seed() -> int:
     """Return 63 random bits, for a request that gives no seed."""
     return secrets.randbits(63)
@@ -80,7 +127,7 @@ class Backend:
     model: str
     serving: Serving
     text: Text
-    admission: Admission
+    admission: Admits
     metrics: Metrics
     health: Callable[[], Health]
     devices: Callable[[], Sequence[Device]] = lambda: ()  # of this host, as they are now; blocks
@@ -94,6 +141,7 @@ class Backend:
     death_noticed_s: float = 3.0  # within this time the death of an engine is known
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
     uses: Uses = field(default_factory=Uses)
+    serial: int = field(default_factory=_SERIALS.__next__)  # tells it from one that takes its place under its name
 
     def ensure_serving(self) -> EngineCapabilities:
         """Return what the engine can do; requests are taken while it recovers, and wait.

@@ -13,8 +13,7 @@ from aiohttp import web
 from prometheus_client.core import Metric
 
 from engines.parameters.figures import CacheFigures
-from flexpiped.admission import Admission
-from flexpiped.api.backend import Backend
+from flexpiped.api.backend import Admits, Backend
 from flexpiped.api.errors import ApiError, ErrorType, invalid, unavailable
 from flexpiped.api.metrics import Metrics
 from flexpiped.keys import KeyRing
@@ -52,11 +51,11 @@ class Backends:
     models: Callable[[], Mapping[str, Served]]
     are_named: Callable[[], bool]
     health: Callable[[], Health]
-    admission: Admission
+    admission: Admits
     keys: Callable[[], KeyRing | None] = lambda: None
     devices: Callable[[], Sequence[Device]] = lambda: ()
     parameters: Callable[[], CacheFigures | None] = lambda: None  # that stay in host memory
-    loop_lag: Callable[[], Iterable[Metric]] = lambda: ()
+    processes: Callable[[], Iterable[Metric]] = lambda: ()  # how the daemon itself fares
     body_deadline_s: Callable[[], float] = lambda: 60.0
     unnamed: Metrics = field(default_factory=Metrics)  # of requests that are for none of them
     created_unix_s: int = field(default_factory=lambda: int(time.time()))

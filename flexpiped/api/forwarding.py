@@ -13,9 +13,9 @@ import msgspec
 from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineDied, EngineError
-from engines.protocol import Engine, OwnRoutes
+from engines.protocol import OwnRoutes
 from flexpiped.api.access import client_of
-from flexpiped.api.backend import Backend, backend_of
+from flexpiped.api.backend import Backend, Reached, backend_of
 from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.fields import Body
@@ -73,7 +73,7 @@ async def forward(
         tokens = tokens_expected(body, num_bytes=len(raw), default=default_tokens, max_model_len=max_model_len)
         await backend.admission.reserve(lease, tokens=tokens)
         observation.admitted()
-        engine: Engine | None = None
+        engine: Reached | None = None
         for _ in range(FRUITLESS_DEATHS):
             engine = await backend.serving.ready_engine(other_than=engine)
             if engine.capabilities.own_server is None:  # the kind of engine was changed while the request waited
@@ -101,17 +101,17 @@ def _count_in(body: Body, name: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-async def _is_gone(engine: Engine, backend: Backend) -> bool:
+async def _is_gone(engine: Reached, backend: Backend) -> bool:
     """Say whether the engine has died or been replaced, giving the news the time that it takes to arrive."""
-    if engine in backend.serving.engines:
+    if backend.serving.is_in_force(engine):
         with suppress(TimeoutError):
             async with asyncio.timeout(backend.death_noticed_s):
                 await engine.died()
                 return True
-    return engine not in backend.serving.engines
+    return not backend.serving.is_in_force(engine)
 
 
-async def _answer_of(engine: Engine, http: web.Request, observation: Observation, raw: bytes) -> web.StreamResponse:
+async def _answer_of(engine: Reached, http: web.Request, observation: Observation, raw: bytes) -> web.StreamResponse:
     """Ask this engine. Leaving on any path closes the connection, so its server aborts the request.
 
     Raises:

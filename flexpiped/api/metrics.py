@@ -72,11 +72,13 @@ class RequestListener(Protocol):
 class Observation:
     """One request as it goes. ``outcome`` is what is counted when its scope ends."""
 
-    def __init__(self, clock: Callable[[], float], listener: RequestListener | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float], listener: RequestListener | None = None, *, ago_s: float = 0.0
+    ) -> None:
         self._clock = clock
         self._listener = listener
         self._is_load = False
-        self._began_s = clock()
+        self._began_s = clock() - ago_s
         self._first_s: float | None = None
         self._last_s = 0.0
         self.outcome = Outcome.DISCONNECTED  # until it is known better: what cancellation leaves
@@ -101,11 +103,14 @@ class Observation:
         if self._first_s is None:
             self._note_first(self._clock())
 
-    def tokens(self, completion_tokens: int, *, in_a_row: int | None = None) -> None:
-        """Note that there are ``completion_tokens`` now, ``in_a_row`` in the longest of several choices."""
+    def tokens(self, completion_tokens: int, *, in_a_row: int | None = None, ago_s: float = 0.0) -> None:
+        """Note that there are ``completion_tokens`` by now, ``in_a_row`` in the longest of several choices.
+
+        ``ago_s``: since the last of them came.
+        """
         self.completion_tokens = completion_tokens
         self._timed_tokens = completion_tokens if in_a_row is None else in_a_row
-        self._last_s = self._clock()
+        self._last_s = self._clock() - ago_s
         if self._first_s is None:
             self._note_first(self._last_s)
 
@@ -203,9 +208,9 @@ class Metrics:
         self._recent_tpot_s: deque[float] = deque(maxlen=_REMEMBERED)
 
     @contextmanager
-    def observe(self, endpoint: Endpoint) -> Iterator[Observation]:
-        """Count one request; leaving the scope on any path records it."""
-        observation = Observation(self._clock, self.listener)
+    def observe(self, endpoint: Endpoint, *, ago_s: float = 0.0) -> Iterator[Observation]:
+        """Count one request, which came ``ago_s`` ago; leaving the scope on any path records it."""
+        observation = Observation(self._clock, self.listener, ago_s=ago_s)
         self._in_flight.inc()
         try:
             yield observation
@@ -242,10 +247,10 @@ class Metrics:
         stages: Sequence[StageStatus] = (),
         devices: Sequence[Device] = (),
         parameters: CacheFigures | None = None,
-        loop_lag: Iterable[Metric] = (),
+        processes: Iterable[Metric] = (),
     ) -> bytes:
         """Return the exposition in Prometheus's text format, with the engine's counters where they can be had."""
-        of_daemon = daemon_families(levels, devices=devices, parameters=parameters, loop_lag=loop_lag)
+        of_daemon = daemon_families(levels, devices=devices, parameters=parameters, processes=processes)
         return exposition(self.families(counters, stages=stages), of_daemon)
 
     def families(
@@ -272,10 +277,10 @@ def daemon_families(
     *,
     devices: Sequence[Device] = (),
     parameters: CacheFigures | None = None,
-    loop_lag: Iterable[Metric] = (),
+    processes: Iterable[Metric] = (),
 ) -> tuple[Iterable[Metric], ...]:
     """Return what is told of the daemon as a whole."""
-    found: list[Iterable[Metric]] = [loop_lag]
+    found: list[Iterable[Metric]] = [processes]
     found += [] if levels is None else [_LevelsCollector(levels).collect()]
     found += [DevicesCollector(devices).collect()] if devices else []
     return (*found, *([] if parameters is None else [ParametersCollector(parameters).collect()]))

@@ -18,7 +18,7 @@ from flexpiped.events import EventLog
 from flexpiped.hardware import Hardware
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica_handover import ReplicaRunner
-from flexpiped.servers import serving_admin
+from flexpiped.servers import serving_at
 from flexpiped.settings import DeviceSettings, Settings
 from flexpiped.status import DaemonStatus, Health, Identity, Latencies, Percentiles, ServiceState
 from flexpiped.supervisor import Supervisor
@@ -138,7 +138,7 @@ async def _served(
     )
     changes = Changes(refactorings=refactorings, events=events, plans=CannedPlans())
     app = admin_app(status=status, changes=changes, events=events, hardware=hardware)
-    async with serving_admin(app, folder / "admin.sock"):
+    async with serving_at(app, folder / "admin.sock"):
         yield
         events.close()
         await refactorings.close()

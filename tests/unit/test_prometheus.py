@@ -49,7 +49,7 @@ def exposition() -> str:
         stages=[stage, replace(stage, index=1, busy=None)],
         devices=devices,
         parameters=ParameterKeeper(1 << 20).figures,
-        loop_lag=LoopLag().families(),
+        processes=LoopLag().families(),
     ).decode()
 
 
