@@ -4,7 +4,7 @@ from typing import Final
 
 # Of the time of the stages together, while requests run. A copy holds up the step behind it for as long as it takes,
 # and the steps of all stages follow each other: so much slower they become, at most.
-COPY_SHARE: Final = 0.06
+COPY_SHARE: Final = 0.045
 _FIRST_GUESS_S_PER_BYTE: Final = 1e-9  # taking out and putting in, until the first piece has said how long it took
 _NEWEST: Final = 0.2  # the weight of the last piece in what a byte takes
 _OF_DEADLINE: Final = 0.5  # a round may take so much of the time that all rounds have

@@ -254,7 +254,12 @@ static void attend_tile(Work *work, const Tile *tile, int64_t stride, int first)
     const int end = first + work->rows;
     int row = first;
     for (; row + TOGETHER <= end; row += TOGETHER) attend_rows(work, tile, stride, row, TOGETHER);
-    for (; row < end; row++) attend_rows(work, tile, stride, row, 1);
+    switch (end - row) {
+    case 1: attend_rows(work, tile, stride, row, 1); break;
+    case 2: attend_rows(work, tile, stride, row, 2); break;
+    case 3: attend_rows(work, tile, stride, row, 3); break;
+    default: break;
+    }
 }
 
 static void attend(const Step *step, const float *keys, const float *values, const Rows *q, float *out,

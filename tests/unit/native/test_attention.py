@@ -219,7 +219,7 @@ def test_the_kernel_gives_the_same_bits_alone_and_in_any_batch_and_chunks(compil
     rng = random.Random(seed)
     window, softcap = rng.choice([None, 5, 30]), rng.choice([None, 3.0])
     shape = Shape(
-        group=rng.choice([1, 2, 4]), head_dim=rng.choice([32, 64, 80, 96]), window_tokens=window, softcap=softcap
+        group=rng.choice([1, 2, 3, 4, 7]), head_dim=rng.choice([32, 64, 80, 96]), window_tokens=window, softcap=softcap
     )
     sequences = [random_tokens(shape, rng.randint(1, MAX_CONTEXT), seed=100 * seed + i) for i in range(5)]
     batched = ragged_run(Cache(compiled, shape, rows=5, seed=seed), sequences, rng)
