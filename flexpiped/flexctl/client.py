@@ -94,14 +94,18 @@ class AdminClient:
 
     def _connect(self) -> _UnixConnection:
         tried: list[str] = []
+        is_barred = False
         for path in self._sockets:
             try:
                 return _UnixConnection(_connect(path))
             except OSError as error:
                 tried.append(f"{path} ({_reason(error)})")
+                is_barred = is_barred or isinstance(error, PermissionError)
+        start = "Start it: systemctl start flexpiped, or make run."
+        join = "To be one of the group: usermod -aG flexpiped USER, by root, and log in anew."
         raise NotReachable(
             "not_reachable",
-            f"no daemon at {' or '.join(tried)}. Start it: systemctl start flexpiped, or make run.",
+            f"no daemon at {' or '.join(tried)}. {join if is_barred else start}",
         )
 
 

@@ -71,7 +71,9 @@ def test_installed_it_is_configured_by_two_lines_and_serves(machine: Machine) ->
 
 def test_who_is_in_the_group_may_ask_it(machine: Machine) -> None:
     machine.do("useradd", "--create-home", "alice")
-    assert "Permission denied" in told(machine, "flexctl status", code=3, user="alice")
+    refused = told(machine, "flexctl status", code=3, user="alice")
+    assert "permission denied: only its owner and group may" in refused
+    assert "usermod -aG flexpiped" in refused
     told(machine, "usermod -aG flexpiped alice")
     assert told(machine, "flexctl status", user="alice").startswith("demo-model   native")
 

@@ -135,7 +135,7 @@ class Api:
 async def own_server_of(engine: VllmEngine | SglangEngine) -> AsyncIterator[aiohttp.ClientSession]:
     """Yield a session with the engine's own server, past the daemon."""
     headers = {"Authorization": f"Bearer {engine.own_routes_key}"}
-    connector = aiohttp.UnixConnector(str(engine.own_routes_socket))
+    connector = aiohttp.UnixConnector(str(engine.own_routes_socket), force_close=True)  # theirs end when they like
     async with aiohttp.ClientSession("http://engine", connector=connector, headers=headers) as session:
         yield session
 
