@@ -100,8 +100,12 @@ class Machine:
 
     def run(self, *command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command inside, as root."""
-        inside = ["nsenter", "-t", str(self._leader), "-m", "-u", "-i", "-p", "-n", "-C", "-r", "-w", "--"]
-        return _run([*inside, "env", "-i", _PATH, *command], stdin=stdin)
+        return _run(self.inside(*command), stdin=stdin)
+
+    def inside(self, *command: str) -> list[str]:
+        """Return what runs a command inside, as root and with nothing of this environment."""
+        enter = ["nsenter", "-t", str(self._leader), "-m", "-u", "-i", "-p", "-n", "-C", "-r", "-w", "--"]
+        return [*enter, "env", "-i", _PATH, *command]
 
     def do(self, *command: str, stdin: str = "") -> str:
         """Run a command inside that has to succeed; return its output."""

@@ -48,7 +48,7 @@ def _named(name: Any = "paint") -> Any:
 
 def _tools(**changes: Any) -> Asked:
     """A chat with tools. Each engine has calls written in a form of its own, so what is drawn in them differs."""
-    body = {"model": _MODEL, "messages": [_USER], "tools": [_PAINT], "max_tokens": 60, "temperature": 0, **changes}
+    body = {"model": _MODEL, "messages": [_USER], "tools": [_PAINT], "max_tokens": 300, "temperature": 0, **changes}
     return Asked(path="/v1/chat/completions", body=body, drawn=True)
 
 
