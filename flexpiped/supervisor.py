@@ -7,14 +7,13 @@ During a replica handover it owns two. One is in force at any time and gets the 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
-from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed
+from engines.errors import EngineClosed, EngineDied, EngineError
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from engines.restarts import Restart, RestartPolicy
 from flexpiped.continuing import continued
+from flexpiped.engine_boot import BringIntoLine, EngineBoot, Meter, as_it_is, unmeasured
 from flexpiped.flight import Flight, Flights
 from flexpiped.supervision import (
     INITIAL,
@@ -29,35 +28,11 @@ from flexpiped.supervision import (
     Supervision,
     SupervisorState,
     WakeAsked,
-    loss_of,
     step,
 )
-from flexpiped.warming import warm_up
 from planner.layout import Pipeline
 
 EngineFactory = Callable[[Pipeline, int], Engine]  # not started yet; called per start with pipeline and epoch
-
-
-class BringIntoLine(Protocol):
-    """Gives an engine that has just started what the others were given since they did."""
-
-    async def __call__(self, engine: Engine, /, *, must: bool) -> None:
-        """Return when it may serve; ``must``: it may not without all of it.
-
-        Raises:
-            EngineError: It cannot have it, or has ended.
-        """
-
-
-Meter = Callable[[Engine], AbstractAsyncContextManager[Callable[[], None]]]
-
-
-def _unmeasured(_engine: Engine) -> AbstractAsyncContextManager[Callable[[], None]]:
-    return nullcontext(lambda: None)
-
-
-async def _as_it_is(_engine: Engine, *, must: bool) -> None:
-    pass
 
 
 def _ignore(_news: object) -> None:
@@ -100,11 +75,10 @@ class Supervisor:
         on_change: Callable[[Supervision], None] = _ignore,
         on_progress: Callable[[str], None] = _ignore,
         flights: Flights | None = None,
-        meter: Meter = _unmeasured,
-        bring_into_line: BringIntoLine = _as_it_is,
+        meter: Meter = unmeasured,
+        bring_into_line: BringIntoLine = as_it_is,
     ) -> None:
-        self._bring_into_line = bring_into_line
-        self._meter = meter
+        self._boot = EngineBoot(meter=meter, bring_into_line=bring_into_line)
         self._factory = factory
         self._pipeline = pipeline
         self._epoch = 0
@@ -162,7 +136,7 @@ class Supervisor:
         """
         engine = self._factory(self._pipeline, self._epoch)
         try:
-            await self._start(engine, self._on_progress, is_first=True)
+            await self._boot.start(engine, self._on_progress, is_first=True)
         except BaseException:
             await engine.close()
             raise
@@ -269,14 +243,11 @@ class Supervisor:
         factory = factory or self._factory
         second = factory(pipeline, self._engine.epoch + 1)
         self._succession = _Succession(second, factory, asyncio.get_running_loop().create_future())
-        async with self._meter(second) as started:
-            await second.start(on_progress=on_progress)
-            await self._bring_into_line(second, must=True)
-            loss = loss_of(self._capabilities, second.capabilities)
-            if loss is not None:
-                raise EngineStartFailed(loss)
-            started()
-            await warm_up(second)
+        await self._boot.start_second(second, on_progress, beside=self._known_capabilities)
+
+    def _known_capabilities(self) -> EngineCapabilities:
+        assert self._capabilities is not None, "an engine has served"
+        return self._capabilities
 
     def switch_over(self) -> Engine | None:
         """Put the second instance in force, at once. Return the first, None when it has died meanwhile.
@@ -327,16 +298,6 @@ class Supervisor:
         self._on_change(self._supervision)
         return decision if isinstance(decision, Restart) else None
 
-    async def _start(self, engine: Engine, on_progress: Callable[[str], None], *, is_first: bool) -> None:
-        """Start an engine. One that compiles at first use is tried out at a first start: nobody waits yet."""
-        async with self._meter(engine) as started:
-            await engine.start(on_progress=on_progress)
-            await self._bring_into_line(engine, must=is_first)
-            if is_first and engine.capabilities.compiles_at_first_use:
-                started()
-                on_progress("trying the engine out: what first requests need is compiled")
-                await warm_up(engine)
-
     def _adopt(self, engine: Engine) -> None:
         self._engine = engine
         self._capabilities = engine.capabilities
@@ -376,7 +337,7 @@ class Supervisor:
             await self._sleep(restart.after_s)
             engine = self._factory(self._pipeline, self._epoch)
             try:
-                await self._start(engine, self._on_progress, is_first=False)
+                await self._boot.start(engine, self._on_progress, is_first=False)
             except EngineError as failure:
                 await engine.close()
                 restart = self._apply(Died(reason=str(failure)))
