@@ -124,7 +124,7 @@ def _look(
         return _Looked(plan=replace(label, verdict=Verdict.TIMEOUT, reason=str(error)))
     except NoFeasiblePlan as error:
         return _Looked(plan=replace(label, verdict=Verdict.INFEASIBLE, reason=str(error)))
-    kv_tokens = posed.kv_tokens(placed[0].placement)
+    kv_tokens = chosen.posed.kv_tokens(chosen.placement)
     times = pipeline_times(question, placed[0].pipeline, kv_tokens=kv_tokens)
     placed += _more_replicas(question, placed[0], times, budget)
     return _Looked(plan=label, found=_found(question, placed, times, nested_loss), times=times)
