@@ -188,6 +188,11 @@ class Fleet:
         self.clock.at(self.clock.now_s + takes_s, lambda: self._commit(member, 0.0 if free else shape.pause_s, done))
         return True
 
+    def place_instead(self, shape: Shape) -> Placed | None:
+        """Return where a replica would go in the place of one that serves, the one that leaves it most KV cache."""
+        found = [placed for each in self._changeable() if (placed := self._find_beside(each, shape)) is not None]
+        return max(found, key=lambda placed: placed.kv_tokens, default=None)
+
     def busy_total_s(self) -> float:
         """Return the seconds that stages have computed, all together."""
         return self.busy_s + sum(each.replica.busy_s for each in self.members)

@@ -93,6 +93,8 @@ class Flexpiped:
         fleet, pool = self._fleet, self._fleet.pool
         members = [each for each in fleet.members if each.shape is shape and each.state is not MemberState.DRAINING]
         placed = pool.find(shape, now_s=fleet.clock.now_s, placing=fleet.placing)
+        if placed is None and not members:
+            placed = fleet.place_instead(shape)
         kv_tokens = [each.placed.kv_tokens for each in members] or [placed.kv_tokens if placed else 0]
         if not min(kv_tokens):
             return None
@@ -115,7 +117,7 @@ class Flexpiped:
             start_s=shape.warm_s if placed is not None and placed.is_warm else shape.cold_s,
             devices=shape.num_stages,
             shared_devices=0 if shown is None else pool.shared(shown),
-            most_replicas=len(members) + room,
+            most_replicas=max(1, len(members)) + room,  # at least the one that takes another's place
             room=room,
             outlook=outlook,
         )
