@@ -204,6 +204,7 @@ class EngineCounters:
 
     Of an engine that keeps prefixes: how many tokens of requests were looked for in the KV cache, how many were there,
     and how many KV blocks are kept beside those in use. None: it keeps none, or does not tell.
+    ``kv_device_bytes``: what its KV cache may take on each device with a stage; None: it goes by no such budget.
     """
 
     running: int
@@ -220,6 +221,7 @@ class EngineCounters:
     prefix_queried_tokens_total: int | None = None
     prefix_hit_tokens_total: int | None = None
     kv_blocks_cached: int | None = None
+    kv_device_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,15 @@ from topology.topology import HostTopology
 Held = Mapping[str, int]  # bytes by device id
 
 
-def held_by(pipelines: Iterable[Pipeline], graph: ModelGraph, *, kv_tokens: int) -> Held:
-    """Return what pipelines of one model hold of each device: weights, and the whole KV cache, mapped yet or not."""
+def held_by(pipelines: Iterable[Pipeline], graph: ModelGraph, *, kv_tokens: int = 0, kv_device_bytes: int = 0) -> Held:
+    """Return what pipelines of one model hold of each device: weights, and the whole KV cache, mapped yet or not.
+
+    That is one for ``kv_tokens``, or has ``kv_device_bytes`` on each device.
+    """
     total: Counter[str] = Counter()
     for pipeline in pipelines:
         for device, held in holdings(pipeline, graph).items():
-            total[device] += weight_bytes(held, graph) + kv_bytes(held, slots=kv_tokens)
+            total[device] += weight_bytes(held, graph) + kv_bytes(held, slots=kv_tokens) + kv_device_bytes
     return total
 
 

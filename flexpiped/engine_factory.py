@@ -178,6 +178,7 @@ def native_options(settings: Settings, model: Model) -> NativeOptions:
         dtype=settings.dtype.value,
         max_model_len=auto_as_zero(settings.max_model_len),
         kv_cache_bytes=native.kv_cache_bytes,
+        kv_device_bytes=auto_as_zero(native.kv_cache_per_device_bytes),
         kv_block_tokens=native.kv_block_tokens,
         prefix_caching=native.prefix_caching,
         max_num_seqs=native.max_num_seqs,

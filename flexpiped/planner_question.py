@@ -13,10 +13,11 @@ from flexpiped.config_values import Auto
 from flexpiped.costs import Costs, costs_of
 from flexpiped.device_sharing import Held, topology_beside
 from flexpiped.hardware import host_topology
-from flexpiped.kv_capacity import served_kv_bytes
+from flexpiped.kv_capacity import native_kv_size, served_kv_bytes
 from flexpiped.profiles import ProfileStore, profile_folder
 from flexpiped.settings import EngineKind, Settings
 from planner.errors import InvalidProfile
+from planner.kv_capacity import KvInAll, KvPerDevice
 from planner.model_graph import ModelGraph
 from planner.question import EngineLimits, Fragmentation, PlanQuestion
 from planner.roofline import Roofline
@@ -119,14 +120,14 @@ def engine_limits(settings: Settings, *, graph: ModelGraph, devices: Sequence[De
     native, vllm, sglang = settings.engines.native, settings.engines.vllm, settings.engines.sglang
     match settings.engine:
         case EngineKind.NATIVE | EngineKind.FAKE:
-            micro_batches = native.max_micro_batches
-            block_bytes = graph.kv_bytes_per_token * native.kv_block_tokens
+            micro_batches, kv = native.max_micro_batches, native_kv_size(native)
             return EngineLimits(
                 max_stages=num_devices,
                 max_sequences=native.max_num_seqs,
                 max_step_tokens=native.max_num_batched_tokens,
                 micro_batches=_cores(settings) if micro_batches is Auto.AUTO else micro_batches,
-                kv_tokens=native.kv_cache_bytes // max(1, block_bytes) * native.kv_block_tokens,
+                kv_tokens=kv.blocks(graph) * kv.block_tokens if isinstance(kv, KvInAll) else None,
+                kv_per_device=kv if isinstance(kv, KvPerDevice) else None,
             )
         case EngineKind.VLLM:
             return EngineLimits(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from engines.errors import EngineError
-from engines.protocol import Engine, GenerationRequest
+from engines.protocol import Engine, GenerationRequest, KvRange
 from planner.errors import PlannerError
 from planner.layout import Pipeline
 from planner.prefixes import SeenPrefixes
@@ -33,17 +33,18 @@ class ReplicaFacts:
         self._pace_of = pace_of
         self.kv_capacity_tokens: int | None = None
         self.pace: Pace | None = None
-        self._of: tuple[Engine, int] | None = None  # engine and epoch
+        self._of: tuple[Engine, int, KvRange | None] | None = None  # engine, epoch, and what its KV cache can be
         self._prefixes: SeenPrefixes | None = None  # None: not learnt, or the engine keeps no prefixes
         self._learning: asyncio.Task[None] | None = None
 
     def refresh(self, engine: Engine) -> None:
         """Learn what there is to know, unless that has been done for the layout in force."""
-        if self._of == (engine, engine.epoch):
+        known = (engine, engine.epoch, engine.capabilities.kv_range)
+        if self._of == known:
             return
         if self._of is None or self._of[0] is not engine:
             self._prefixes = None  # another instance has an empty cache
-        self._of = (engine, engine.epoch)
+        self._of = known
         if self._learning is not None:
             self._learning.cancel()
         self._learning = asyncio.create_task(self._learn(engine), name="replica-facts")

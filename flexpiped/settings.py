@@ -169,6 +169,9 @@ class DeviceSettings:
 class NativeSettings:
     python: Annotated[Path | None, optional_path] = None
     kv_cache_bytes: Annotated[int, size_bytes(64 * 1024), Named(word="kv_cache")] = 64 * MIB
+    kv_cache_per_device_bytes: Annotated[
+        int | Auto, or_auto(size_bytes(64 * 1024)), Named(word="kv_cache_per_device")
+    ] = Auto.AUTO
     kv_block_tokens: Annotated[int, integer(1, 1024)] = 16
     prefix_caching: Annotated[bool, boolean] = True
     max_num_seqs: Annotated[int, integer(1)] = 64

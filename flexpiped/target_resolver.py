@@ -42,7 +42,7 @@ class PlannerResolver:
         self._clock = clock
         first = question()
         self._graph = first.graph
-        self._kv_tokens = first.engine.kv_tokens or 0
+        self._engine = first.engine
         self.max_stages = first.engine.max_stages  # the engine's own limit and the devices'
         self._session: PlanSession | None = None
 
@@ -53,7 +53,8 @@ class PlannerResolver:
 
     def held_by(self, pipelines: Iterable[Pipeline]) -> Held:
         """Return what pipelines of this model hold of each device."""
-        return held_by(pipelines, self._graph, kv_tokens=self._kv_tokens)
+        engine = self._engine
+        return held_by(pipelines, self._graph, kv_tokens=engine.kv_tokens or 0, kv_device_bytes=engine.kv_device_bytes)
 
     def first(self, stages: int | Auto) -> Pipeline:
         """Return the pipeline to start with.
@@ -148,7 +149,7 @@ class PlannerResolver:
         from planner.stage_times import pipeline_times
 
         asked = self._ask()
-        kv_tokens = asked.engine.kv_tokens or asked.sequence_tokens
+        kv_tokens = asked.engine.kv_tokens_of(asked.graph, pipeline) or asked.sequence_tokens
         times = pipeline_times(asked, pipeline, kv_tokens=kv_tokens)
         return prediction.Pipeline(times, asked.workload)
 
@@ -169,12 +170,12 @@ class PlannerResolver:
     ) -> MemoryCheck:
         """Say whether the devices can hold a second instance beside the first: nothing is shared between them.
 
-        For another engine the KV cache is that of its part of the configuration, in slots of one token.
+        Where it goes by the layout, and for another engine, the KV cache is that of the configuration, in slots of one
+        token.
         """
         asked = self._ask()
-        own = KvBudget(
-            block_tokens=1, capacity_blocks=asked.engine.kv_tokens or kv.live_slots, live_blocks=kv.live_slots
-        )
+        tokens = asked.engine.kv_tokens_of(asked.graph, target)
+        own = KvBudget(block_tokens=1, capacity_blocks=tokens or kv.live_slots, live_blocks=kv.live_slots)
         return check_memory(
             graph=self._graph,
             current=current,
@@ -182,7 +183,7 @@ class PlannerResolver:
             devices=asked.topology.devices,
             kv=kv,
             second_instance=True,
-            second_kv=own if is_another_engine else None,
+            second_kv=own if is_another_engine or asked.engine.kv_per_device else None,
         )
 
     def _pipeline(self, answer: PlanAnswer) -> Pipeline:

@@ -24,6 +24,7 @@ class StageMemory:
     kv_bytes: int  # for the KV capacity of the plan
     workspace_bytes: int  # activations included
     usable_bytes: int
+    kv_budget_bytes: int | None = None  # that the KV cache may take of each device; None: it has none of its own
 
     @property
     def needed_bytes(self) -> int:

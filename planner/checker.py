@@ -59,6 +59,12 @@ def _memory(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
                 f"stage {index} needs {format_bytes(need)} with KV cache for {problem.min_kv_tokens} tokens, "
                 f"{place.name} offers {format_bytes(place.free_bytes)}"
             )
+        kv = _kv_bytes(problem, stage.first, stage.end, problem.min_kv_tokens)
+        if problem.kv_budget_bytes is not None and kv > problem.kv_budget_bytes:
+            yield (
+                f"stage {index} needs {format_bytes(kv)} for KV cache for {problem.min_kv_tokens} tokens, "
+                f"its budget is {format_bytes(problem.kv_budget_bytes)}"
+            )
 
 
 def _one_stage_per_device(problem: PlacementProblem, stages: Stages) -> Iterator[str]:
@@ -133,6 +139,8 @@ def _has_kv(problem: PlacementProblem) -> bool:
 
 def _stage_bytes(problem: PlacementProblem, place: int, first: int, end: int, kv_tokens: int) -> int:
     held, whole = problem.places[place].held, end - first == len(problem.pieces)
+    if problem.kv_budget_bytes is not None:
+        kv_tokens = 0
     needs = [
         problem.pieces[p].weight_bytes + kv_tokens * problem.pieces[p].kv_bytes_per_token - held.get(p, 0)
         for p in range(first, end)
@@ -141,7 +149,14 @@ def _stage_bytes(problem: PlacementProblem, place: int, first: int, end: int, kv
 
 
 def _fits(problem: PlacementProblem, place: int, first: int, end: int, kv_tokens: int) -> bool:
+    budget = problem.kv_budget_bytes
+    if budget is not None and _kv_bytes(problem, first, end, kv_tokens) > budget:
+        return False
     return _stage_bytes(problem, place, first, end, kv_tokens) <= problem.places[place].room_bytes
+
+
+def _kv_bytes(problem: PlacementProblem, first: int, end: int, kv_tokens: int) -> int:
+    return kv_tokens * sum(problem.pieces[p].kv_bytes_per_token for p in range(first, end))
 
 
 def _stage_times(problem: PlacementProblem, stages: Stages) -> list[int]:

@@ -19,11 +19,11 @@ def why_impossible(problem: PlacementProblem) -> str | None:
     if needed > offered:
         need, have = format_bytes_apart(needed, offered)
         return f"needs {need}{_with_kv(problem)}, the largest set of {_devices(problem.num_stages)} offers {have}"
-    largest = max(_piece_bytes(problem, index) for index in range(len(problem.pieces)))
+    largest = max(problem.least_bytes(piece) for piece in problem.pieces)
     if largest > rooms[0] and problem.num_stages > 1:
         need, have = format_bytes_apart(largest, rooms[0])
         return f"the largest piece needs {need}{_with_kv(problem)}, the roomiest device offers {have}"
-    return _why_too_slow(problem)
+    return _why_beyond_budget(problem) or _why_too_slow(problem)
 
 
 def _why_too_slow(problem: PlacementProblem) -> str | None:
@@ -52,16 +52,24 @@ def why_no_way(problem: PlacementProblem) -> str:
 
 def _needed(problem: PlacementProblem) -> int:
     tied = problem.tied_bytes if problem.num_stages == 1 else 0
-    return sum(_piece_bytes(problem, index) for index in range(len(problem.pieces))) - tied
-
-
-def _piece_bytes(problem: PlacementProblem, index: int) -> int:
-    piece = problem.pieces[index]
-    return piece.weight_bytes + problem.min_kv_tokens * piece.kv_bytes_per_token
+    return sum(problem.least_bytes(piece) for piece in problem.pieces) - tied
 
 
 def _with_kv(problem: PlacementProblem) -> str:
-    return f" with KV cache for {problem.min_kv_tokens} tokens" if problem.min_kv_tokens else ""
+    tokens = problem.tokens_in_room(problem.min_kv_tokens)
+    return f" with KV cache for {tokens} tokens" if tokens else ""
+
+
+def _why_beyond_budget(problem: PlacementProblem) -> str | None:
+    """Return why no cuts give each stage a KV cache within its budget: there would be more stages than there are."""
+    if problem.kv_budget_bytes is None:
+        return None
+    tokens, rates = problem.min_kv_tokens, [piece.kv_bytes_per_token for piece in problem.pieces]
+    needed = max(max(rates), -(-sum(rates) // problem.num_stages)) * tokens
+    if needed <= problem.kv_budget_bytes:
+        return None
+    need, have = format_bytes_apart(needed, problem.kv_budget_bytes)
+    return f"KV cache for {tokens} tokens takes {need} of some stage, its budget is {have}"
 
 
 def _devices(count: int) -> str:

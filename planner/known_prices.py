@@ -39,7 +39,7 @@ def prices_from(known: KnownPrices, *, kinds: Kinds, paths: PricedPaths) -> Floa
     """
     problem = kinds.problem
     sums, counts = np.zeros(len(paths.rows)), np.zeros(len(paths.rows))
-    least = min(p.weight_bytes + problem.min_kv_tokens * p.kv_bytes_per_token for p in problem.pieces)
+    least = min(problem.least_bytes(piece) for piece in problem.pieces)
     for number, row in enumerate(_rows(kinds, paths)):
         place = problem.places[number]
         counts[row] += 1

@@ -122,6 +122,9 @@ def stage_kv_tokens(problem: PlacementProblem, stage: PlacedStage) -> int:
 
     if need(0) > room:
         return -1
+    if problem.kv_budget_bytes is not None:
+        rate = sum(piece.kv_bytes_per_token for piece, _ in pieces)
+        return min(problem.useful_kv_tokens, problem.kv_budget_bytes // rate) if rate else problem.useful_kv_tokens
     if need(problem.useful_kv_tokens) <= room:
         return problem.useful_kv_tokens
     surplus = sum(held - piece.weight_bytes for piece, held in pieces)

@@ -99,6 +99,7 @@ class PlacementProblem:
     hops: Hops
     min_kv_tokens: int = 0  # that each stage can hold at least
     useful_kv_tokens: int = KV_UNLIMITED  # KV capacity beyond this is of no use, and counts as this
+    kv_budget_bytes: int | None = None  # of a stage for its KV cache alone; None: that takes what its weights leave
     latency_limit_ns: int | None = None  # on all stages and hops together
     charges: tuple[Charge, ...] = ()
     risk_ns: int = 0  # what a stage costs that has to receive anything, besides the time of its bytes
@@ -119,6 +120,18 @@ class PlacementProblem:
         if any(piece.weight_bytes < 0 or piece.kv_bytes_per_token < 0 for piece in self.pieces):
             raise ValueError("bytes are not negative")
         self._refuse_torn_groups()
+
+    def tokens_in_room(self, tokens: int) -> int:
+        """Return for how many of these the KV cache is in the room of a place: for none where it has a budget."""
+        return tokens if self.kv_budget_bytes is None else 0
+
+    def least_bytes(self, piece: Piece) -> int:
+        """Return what a piece takes of the room of a place, with the least KV capacity."""
+        return piece.weight_bytes + self.tokens_in_room(self.min_kv_tokens) * piece.kv_bytes_per_token
+
+    def is_within_budget(self, kv_bytes_per_token: int, tokens: int) -> bool:
+        """Say whether the budget of a stage holds so many tokens."""
+        return self.kv_budget_bytes is None or kv_bytes_per_token * tokens <= self.kv_budget_bytes
 
     def _refuse_torn_groups(self) -> None:
         """A group is of distinct devices of one island of one host."""

@@ -67,7 +67,8 @@ def held_now(question: PlanQuestion, bounds: Sequence[int]) -> Held:
         return Held(on_device={}, on_group={})
     graph, slots = question.graph, question.engine.kv_tokens or 0
     there = holdings(question.current, graph)
-    on_device = {device: _bytes_of(held, question, slots) for device, held in there.items()}
+    budget = question.engine.kv_device_bytes
+    on_device = {device: _bytes_of(held, question, slots) + budget for device, held in there.items()}
     shared = _by_piece(question, question.current, bounds, slots) if question.shares_current else {}
     return Held(on_device=on_device, on_group=shared)
 
@@ -153,13 +154,17 @@ class Places:
             device_ids=group,
             speed_class=list(self.classes).index(key),
             free_bytes=len(group) * min(free),
-            fixed_bytes=len(group) * self._fixed_bytes,
+            fixed_bytes=len(group) * (self._fixed_bytes + self._kv_budget_to_add(group)),
             host=island.host_id,
             rack=island.rack,
             island=island.name,
             held=self._held.on_group.get(group, {}),
             arrival_bytes_per_s=self._arrival_bytes_per_s(group),
         )
+
+    def _kv_budget_to_add(self, group: tuple[str, ...]) -> int:
+        """Return what is reserved for KV cache on each device of a group, unless the layout in force has it there."""
+        return 0 if group in self._held.on_group else self._question.engine.kv_device_bytes
 
     def _free_bytes(self, device_id: str) -> int:
         device = self._by_id[device_id]

@@ -121,6 +121,8 @@ class Posed:
 
     def kv_tokens(self, placement: Placement) -> int:
         """Return the KV capacity that the plan has: as configured, or of the smallest stage, as far as it is of use."""
+        if self.question.engine.kv_per_device is not None:
+            return self.question.engine.kv_per_device.tokens(self.question.graph, self.pipeline(placement))
         return min(stage_kv_tokens(self.problem, stage) for stage in placement.stages)
 
     def memory(self, placement: Placement, *, kv_tokens: int) -> tuple[StageMemory, ...]:
@@ -139,8 +141,9 @@ class Posed:
                     device_ids=place.device_ids,
                     weight_bytes=-(-weights // degree),
                     kv_bytes=-(-kv // degree),
-                    workspace_bytes=place.fixed_bytes // degree,
+                    workspace_bytes=_workspace_bytes(self.question) // degree,
                     usable_bytes=min(usable[device] for device in place.device_ids),
+                    kv_budget_bytes=self.question.engine.kv_device_bytes or None,
                 )
             )
         return tuple(found)
@@ -200,6 +203,7 @@ def pose(question: PlanQuestion, *, num_stages: int, degree: int) -> Posed:
         hops=places.hops(tokens=step.tokens()),
         min_kv_tokens=_least_kv_tokens(question),
         useful_kv_tokens=_useful_kv_tokens(question),
+        kv_budget_bytes=question.engine.kv_device_bytes * degree if question.engine.kv_per_device else None,
         latency_limit_ns=None if limit_s is None else round(limit_s * _NS),
         charges=places.charges(),
         risk_ns=round(question.risk_s * _NS) if question.current is not None else 0,
@@ -242,7 +246,7 @@ def _piece_layers(graph: ModelGraph, first: int, end: int) -> list[Layer]:
 def _piece(question: PlanQuestion, layers: list[Layer]) -> Piece:
     """KV bytes are those per token of a sequence at its end: a window makes a layer's smaller."""
     tokens = question.sequence_tokens
-    windows = question.engine.kv_tokens is None  # a configured capacity is reserved in full for every layer
+    windows = not question.engine.is_kv_reserved  # a configured capacity is reserved in full for every layer
     kv = [-(-layer.kv_bytes(tokens) // tokens) if windows else layer.kv_bytes_per_token for layer in layers]
     return Piece(weight_bytes=sum(layer.weight_bytes for layer in layers), kv_bytes_per_token=sum(kv))
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from planner.kv_capacity import KvPerDevice
 from planner.layer_costs import LayerCosts
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph
@@ -21,6 +22,7 @@ class EngineLimits:
         max_step_tokens: That it computes in one step of a micro-batch; longer prompts run in chunks.
         micro_batches: In flight at once; 0: one for each stage.
         kv_tokens: KV capacity that it is configured to have; None: whatever fits.
+        kv_per_device: Each device with a stage has so much for its KV cache; ``kv_tokens`` is None then.
         resident: Device groups of ranks that run already, in their order; empty: any device may carry any stage.
         stages_reason: Why ``max_stages``, where it is the engine that sets a limit and not the number of devices.
     """
@@ -31,12 +33,29 @@ class EngineLimits:
     max_step_tokens: int = 512
     micro_batches: int = 0
     kv_tokens: int | None = None
+    kv_per_device: KvPerDevice | None = None
     resident: tuple[tuple[str, ...], ...] = ()
     stages_reason: str = ""
 
     def __post_init__(self) -> None:
         if min(self.max_stages, self.max_sequences, self.max_step_tokens, *self.degrees) < 1 or not self.degrees:
             raise ValueError(f"impossible limits of an engine: {self}")
+        if self.kv_tokens is not None and self.kv_per_device is not None:
+            raise ValueError("a KV cache is of one size, or as large as its devices let it be")
+
+    @property
+    def is_kv_reserved(self) -> bool:
+        """Whether the KV cache is of a configured size, which each layer has in full."""
+        return self.kv_tokens is not None or self.kv_per_device is not None
+
+    @property
+    def kv_device_bytes(self) -> int:
+        """What a device has for its KV cache, whatever its layers are; 0: it goes by its layers."""
+        return 0 if self.kv_per_device is None else self.kv_per_device.device_bytes
+
+    def kv_tokens_of(self, graph: ModelGraph, pipeline: Pipeline) -> int | None:
+        """Return the KV capacity that a pipeline is configured to have; None: whatever fits."""
+        return self.kv_tokens if self.kv_per_device is None else self.kv_per_device.tokens(graph, pipeline)
 
     def refusal_of(self, num_stages: int) -> str:
         """Say why the engine does not run so many stages; empty where it may."""

@@ -120,9 +120,10 @@ def _kind(problem: PlacementProblem, place: Place, nearest: int | None) -> Kind:
 
 
 def _has_room(problem: PlacementProblem, kind: Kind) -> bool:
-    held, tokens = dict(kind.held), problem.min_kv_tokens
+    held = dict(kind.held)
     return any(
-        max(0, piece.weight_bytes + tokens * piece.kv_bytes_per_token - held.get(index, 0)) <= kind.room_bytes
+        max(0, problem.least_bytes(piece) - held.get(index, 0)) <= kind.room_bytes
+        and problem.is_within_budget(piece.kv_bytes_per_token, problem.min_kv_tokens)
         for index, piece in enumerate(problem.pieces)
     )
 
@@ -227,7 +228,8 @@ def collapse(kinds: Kinds, reach: Reach) -> Collapse:
 
 def memory_reach(kinds: Kinds, costs: SegmentCosts, *, kv_tokens: int) -> Ints:
     """Return how far the memory of each kind reaches with KV cache for ``kv_tokens``, rows as in ``Reach``."""
-    tokens = min(kv_tokens, KV_UNLIMITED)
+    tokens = kinds.problem.tokens_in_room(min(kv_tokens, KV_UNLIMITED))
+    within_budget = np.maximum(costs.within_budget(kv_tokens), np.arange(len(costs.weights)))
     plain = [weight + tokens * rate for weight, rate in zip(costs.weights, costs.kv_rates, strict=True)]
     sums = np.asarray(plain, dtype=np.float64) if plain[-1] >= 2**62 else np.asarray(plain, dtype=np.int64)
     slack = 0 if sums.dtype == np.int64 else int(plain[-1] * 1e-12) + 1  # a bound, so rather too far than too short
@@ -239,7 +241,8 @@ def memory_reach(kinds: Kinds, costs: SegmentCosts, *, kv_tokens: int) -> Ints:
             held[[piece for piece, _ in kind.held]] = [size for _, size in kind.held]
             row = np.concatenate([sums[:1], np.cumsum(np.maximum(0, np.diff(sums) - held))])
         ends = np.searchsorted(row, row + max(-1, kind.room_bytes) + slack, side="right") - 1
-        rows.append(np.maximum(ends, np.arange(len(row))) if kind.room_bytes >= 0 else np.arange(len(row)))
+        ends = np.maximum(ends, np.arange(len(row))) if kind.room_bytes >= 0 else np.arange(len(row))
+        rows.append(np.minimum(ends, within_budget))
     return np.stack(rows).astype(np.int64)
 
 

@@ -50,6 +50,8 @@ class SegmentCosts:
         left, rate = room - weights[end] + weights[first], self.kv_rates[end] - self.kv_rates[first]
         if left < 0:
             return -1
+        if self.problem.kv_budget_bytes is not None:
+            left = self.problem.kv_budget_bytes
         return min(left // rate, self.problem.useful_kv_tokens) if rate else self.problem.useful_kv_tokens
 
     def _to_add(self, place: int) -> list[int] | None:
@@ -65,13 +67,23 @@ class SegmentCosts:
         held = self.problem.places[place].held
         key = (self.problem.places[place].room_bytes, kv_tokens, place if held else -1)
         if key not in self._fits:
+            tokens = self.problem.tokens_in_room(kv_tokens)
             needs = [
-                max(0, piece.weight_bytes + kv_tokens * piece.kv_bytes_per_token - held.get(index, 0))
+                max(0, piece.weight_bytes + tokens * piece.kv_bytes_per_token - held.get(index, 0))
                 for index, piece in enumerate(self.problem.pieces)
             ]
             sums = _sums(needs)
-            self._fits[key] = [bisect_right(sums, so_far + key[0]) - 1 for so_far in sums]
+            ends = [bisect_right(sums, so_far + key[0]) - 1 for so_far in sums]
+            self._fits[key] = [min(pair) for pair in zip(ends, self.within_budget(kv_tokens), strict=True)]
         return self._fits[key]
+
+    def within_budget(self, kv_tokens: int) -> list[int]:
+        """Return by first piece the end of the longest run whose budget holds so many tokens."""
+        budget = self.problem.kv_budget_bytes
+        if budget is None or not kv_tokens:
+            return [len(self.problem.pieces)] * len(self.kv_rates)
+        rate = budget // kv_tokens
+        return [bisect_right(self.kv_rates, so_far + rate) - 1 for so_far in self.kv_rates]
 
     def moved_bytes(self, place: int, first: int, end: int) -> int:
         """Return the bytes that have to come."""

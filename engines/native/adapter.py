@@ -388,6 +388,8 @@ class NativeEngine:
                 self._refactorings.pop(report.call).put_nowait(report)
             case c.Starting():
                 self._on_progress(report.message)
+            case c.KvRangeChanged():
+                self._capabilities = replace(self.capabilities, kv_range=report.kv_range)
             case c.Ready() | c.StartFailed():
                 self._settle(0, report)
             case (

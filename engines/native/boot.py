@@ -35,7 +35,7 @@ class Boot:
     context: WorkerContext
     graph: ModelGraph
     limits: SchedulerLimits
-    num_blocks: int
+    num_blocks: int  # with the one that belongs to nobody: as many as any layout can have
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     attention: str  # "compiled", or "torch" and why where it is the CPU
@@ -44,6 +44,15 @@ class Boot:
     def kv_block_bytes(self) -> int:
         """Of one KV block, over all decoders."""
         return self.graph.kv_bytes_per_token * self.limits.kv_block_tokens
+
+    @property
+    def least_kv_blocks(self) -> int:
+        """With fewer KV blocks the longest sequence would wait for ever."""
+        return -(-self.limits.max_model_len // self.limits.kv_block_tokens)
+
+    def kv_blocks_of(self, *pipelines: Pipeline) -> int:
+        """Return how many KV blocks a layout has, or several that exist at once."""
+        return min(self.options.kv_size.blocks(self.graph, *pipelines), self.num_blocks - 1)
 
 
 def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
@@ -60,8 +69,11 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
     dtype = _DTYPES[graph.dtype]
     kernels, note = _compiled(options)
-    num_blocks = 1 + options.kv_cache_bytes // (graph.kv_bytes_per_token * options.kv_block_tokens)
-    max_model_len = choose_max_model_len(options, graph.max_context_tokens, num_blocks)
+    num_blocks = 1 + options.kv_size.most_blocks(graph, len(options.device_ids))
+    kv_blocks = min(options.kv_size.blocks(graph, pipeline), num_blocks - 1)
+    max_model_len = choose_max_model_len(
+        options, graph.max_context_tokens, kv_blocks=kv_blocks, least_blocks=options.kv_size.least_blocks(graph)
+    )
     family = build_family(config, attention=attention.register(kernels), max_model_len=max_model_len, dtype=dtype)
     if kernels is not None and dtype is torch.float32:
         compile_family(family, kernels, kv_block_tokens=options.kv_block_tokens)
@@ -80,7 +92,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
             vocab_size=int(config.vocab_size),
         )
     )
-    shared.kv_end_slot = num_blocks * options.kv_block_tokens
+    shared.kv_end_slot = (1 + kv_blocks) * options.kv_block_tokens  # KV block 0 comes before them
     context = WorkerContext(
         family=family,
         checkpoint=checkpoint,
@@ -113,22 +125,29 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     )
 
 
-def choose_max_model_len(options: NativeOptions, positions: int, num_blocks: int) -> int:
+def choose_max_model_len(options: NativeOptions, positions: int, *, kv_blocks: int, least_blocks: int) -> int:
     """Return the longest sequence: what the model knows, what is configured and what the KV cache can hold.
+
+    Args:
+        kv_blocks: Of the first layout.
+        least_blocks: Of every layout there can be: whatever no more is configured, each of them can serve it.
 
     Raises:
         UnsupportedByEngine: More is configured than the model or the KV cache can hold.
     """
-    capacity = (num_blocks - 1) * options.kv_block_tokens
+    key, size = ("kv_cache", options.kv_cache_bytes)
+    if options.kv_device_bytes:
+        key, size = "kv_cache_per_device", options.kv_device_bytes
+    capacity = (kv_blocks if options.max_model_len else least_blocks) * options.kv_block_tokens
     if capacity < options.kv_block_tokens:
-        raise UnsupportedByEngine(f"kv_cache of {options.kv_cache_bytes} bytes does not hold one KV block")
+        raise UnsupportedByEngine(f"{key} of {size} bytes does not hold one KV block")
     if options.max_model_len > positions:
         raise UnsupportedByEngine(
             f"max_model_len {options.max_model_len} is more than the model's {positions} positions"
         )
     if options.max_model_len > capacity:
         raise UnsupportedByEngine(
-            f"max_model_len {options.max_model_len} is more than the {capacity} tokens of the KV cache: raise kv_cache"
+            f"max_model_len {options.max_model_len} is more than the {capacity} tokens of the KV cache: raise {key}"
         )
     return options.max_model_len or min(positions, capacity)
 

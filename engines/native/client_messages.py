@@ -164,6 +164,12 @@ class Ready(FromCore, frozen=True, kw_only=True, tag=True):
     grammars: bool
 
 
+class KvRangeChanged(FromCore, frozen=True, kw_only=True, tag=True):
+    """The layout in force has another number of KV blocks than the one before."""
+
+    kv_range: KvRange
+
+
 class Adopted(FromCore, frozen=True, kw_only=True, tag=True):
     """What the engine is: ``ready`` as at its start, the layout in force, and what it was started with.
 
@@ -325,6 +331,7 @@ CoreReport = (
     | Refused
     | Progress
     | Refactored
+    | KvRangeChanged
     | KvResized
     | AdapterChanged
     | Checked

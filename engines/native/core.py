@@ -251,6 +251,7 @@ class CoreServer:
         core.handover = HandoverRunner(core, command.target, on_progress=tell)
         try:
             result = await core.handover.run()
+            await core.follow_layout()
         finally:
             core.handover = None
         if result.state.phase is HandoverPhase.ABORTED:

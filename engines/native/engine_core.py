@@ -7,6 +7,7 @@ and one thread; the handover has a task of its own (``engines.native.handover``)
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,7 @@ class EngineCore:
             table=boot.context.shared.block_table,
             caches_prefixes=boot.options.prefix_caching,
         )
+        self.scheduler.resize_kv(boot.kv_blocks_of(boot.pipeline))
         self._tickets = count(1)
         self.inquiries = Inquiries(pool, self._tickets)
         self.kv = KvResizer(
@@ -70,7 +72,7 @@ class EngineCore:
             inquiries=self.inquiries,
             pool=pool,
             shared=boot.context.shared,
-            least=-(-boot.limits.max_model_len // boot.limits.kv_block_tokens),
+            least=boot.least_kv_blocks,
             block_tokens=boot.limits.kv_block_tokens,
             blocks_at_once=max(1, boot.options.slice_bytes // boot.kv_block_bytes),
         )
@@ -283,6 +285,18 @@ class EngineCore:
             raise RefactoringBusy("a lost worker is being recovered")
         return await self.kv.resize(capacity, pump=self.pump)
 
+    async def make_way(self, target: Pipeline) -> None:
+        """Have no more KV blocks than the devices hold while the layout in force and ``target`` both exist."""
+        await self.kv.make_way(self.boot.kv_blocks_of(self.pipeline, target), pump=self.pump)
+
+    async def follow_layout(self) -> None:
+        """Have the KV blocks of the layout in force, which is the only one now. Where there is no memory: later."""
+        before = self.kv.range
+        with suppress(RefactoringBusy):
+            await self.kv.follow(self.boot.kv_blocks_of(self.pipeline), pump=self.pump)
+        if self.kv.range != before:
+            self._emit(c.KvRangeChanged(kv_range=self.kv.range))
+
     # --- workers ---
 
     async def load_stages(self, indexes: list[int]) -> None:
@@ -420,6 +434,7 @@ class EngineCore:
             prefix_queried_tokens_total=scheduler.prefix_queries if caches else None,
             prefix_hit_tokens_total=scheduler.prefix_hits if caches else None,
             kv_blocks_cached=scheduler.kv_blocks_cached if caches else None,
+            kv_device_bytes=self.boot.options.kv_device_bytes or None,
         )
 
 

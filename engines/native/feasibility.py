@@ -1,10 +1,12 @@
 """Whether a refactoring would be accepted: decided before anything moves, with the numbers."""
 
+from collections.abc import Sequence
+
 from engines.errors import UnsupportedByEngine
 from engines.native.boot import Boot, check_pipeline
 from engines.protocol import RefactorCheck
 from planner.layout import Pipeline
-from planner.memory import KvBudget, check_memory
+from planner.memory import KvBudget, MemoryCheck, check_memory
 from planner.moves import describe_moves, moves
 from topology.device import Device, DeviceKind
 
@@ -40,12 +42,48 @@ def check_refactor(
         )
         for device in options.device_ids
     )
-    check = check_memory(
+    if refusal := _too_few_blocks(boot, current, target):
+        return RefactorCheck(feasible=False, sentences=(refusal,))
+    both, then = (_memory(boot, devices, each, target, live_blocks) for each in (current, None))
+    found = moves(current, target, boot.graph, live_kv_slots=(live_blocks + cached_blocks) * options.kv_block_tokens)
+    return RefactorCheck(
+        feasible=both.fits and then.fits,
+        sentences=(then if both.fits and not then.fits else both).sentences,
+        moves=(describe_moves(found),),
+    )
+
+
+def _too_few_blocks(boot: Boot, current: Pipeline, target: Pipeline) -> str:
+    """Say why the longest sequence would not fit, while both layouts exist or then; empty where it does."""
+    size, limits = boot.options.kv_block_tokens, boot.limits
+    for name, blocks in (
+        ("both layouts together have", boot.kv_blocks_of(current, target)),
+        ("that layout has", boot.kv_blocks_of(target)),
+    ):
+        if blocks < boot.least_kv_blocks:
+            return (
+                f"{name} KV cache for {blocks * size} tokens, "
+                f"fewer than the longest request may have (max_model_len {limits.max_model_len})"
+            )
+    return ""
+
+
+def _memory(
+    boot: Boot, devices: Sequence[Device], current: Pipeline | None, target: Pipeline, live_blocks: int
+) -> MemoryCheck:
+    """Check with the KV blocks that there are then; where more are live, the youngest sequences give way.
+
+    ``current`` None: once the target is the only layout.
+    """
+    capacity_blocks = boot.kv_blocks_of(target) if current is None else boot.kv_blocks_of(current, target)
+    return check_memory(
         graph=boot.graph,
         current=current,
         target=target,
         devices=devices,
-        kv=KvBudget(block_tokens=options.kv_block_tokens, capacity_blocks=boot.num_blocks - 1, live_blocks=live_blocks),
+        kv=KvBudget(
+            block_tokens=boot.options.kv_block_tokens,
+            capacity_blocks=capacity_blocks,
+            live_blocks=min(live_blocks, capacity_blocks),
+        ),
     )
-    found = moves(current, target, boot.graph, live_kv_slots=(live_blocks + cached_blocks) * options.kv_block_tokens)
-    return RefactorCheck(feasible=check.fits, sentences=check.sentences, moves=(describe_moves(found),))

@@ -118,6 +118,7 @@ class HandoverRunner(HandoverLoop):
 
     async def prepare(self) -> None:
         self._core.failpoints.hit("core.prepare")
+        await self._core.make_way(self.target)
         loop = asyncio.get_running_loop()
         # Half of the cores stay with the steps: more workers loading at once would only slow the streams down.
         turns = asyncio.Semaphore(max(1, usable_cores() // 2))

@@ -7,6 +7,9 @@
 
 A copy needs no answer: workers take what the core sends in order, so it is done before the next step that reads it.
 Only sequences that are not in flight are moved, and their targets are free, so that steps under way see neither.
+
+Where devices have budgets, a layout has a number of its own. A handover shrinks to what both layouts can hold together
+before it loads anything, and grows to what the layout in force has once the other one is freed.
 """
 
 import asyncio
@@ -51,6 +54,7 @@ class KvResizer:
         self._block_tokens = block_tokens
         self._blocks_at_once = blocks_at_once
         self.range = KvRange(least_blocks=least, most_blocks=scheduler.kv_capacity)
+        self._asked: int | None = None  # for how many ``resize`` was called last; None: for all there are
         self._settled: asyncio.Future[None] | None = None
         self.is_under_way = False
 
@@ -66,6 +70,26 @@ class KvResizer:
         least, most = self.range.least_blocks, self.range.most_blocks
         if not least <= capacity <= most:
             raise RefactoringRefused(f"there can be {least} to {most} KV blocks, not {capacity}")
+        self._asked = None if capacity == most else capacity
+        return await self._change(capacity, pump=pump)
+
+    async def make_way(self, most: int, *, pump: Callable[[], None]) -> None:
+        """Have no more than so many until ``follow``: two layouts exist for a while."""
+        if most < self._scheduler.kv_capacity:
+            await self._change(most, pump=pump)
+
+    async def follow(self, most: int, *, pump: Callable[[], None]) -> None:
+        """Have the ``most`` of the layout in force, or what others' memory has bounded it to.
+
+        Raises:
+            RefactoringBusy: There was no memory for more of them; ``resize`` may get it later.
+        """
+        self.range = KvRange(least_blocks=self.range.least_blocks, most_blocks=most)
+        capacity = most if self._asked is None else min(self._asked, most)
+        if capacity != self._scheduler.kv_capacity:
+            await self._change(capacity, pump=pump)
+
+    async def _change(self, capacity: int, *, pump: Callable[[], None]) -> int:
         self.is_under_way = True
         try:
             is_less = capacity < self._scheduler.kv_capacity

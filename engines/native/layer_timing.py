@@ -53,7 +53,7 @@ def _measure(request: t.TimingRequest) -> None:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=booted.limits.max_model_len,
-        kv_blocks=booted.num_blocks - 1,  # KV block 0 belongs to nobody
+        kv_blocks=booted.kv_blocks_of(booted.pipeline),
         kv_block_tokens=options.kv_block_tokens,
     )
     plan = [(layout, timed_batches(limits, in_flight=layout.in_flight)) for layout in layouts]

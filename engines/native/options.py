@@ -2,6 +2,8 @@
 
 import msgspec
 
+from planner.kv_capacity import KvInAll, KvPerDevice, KvSize
+
 
 class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the engine core needs to know. Travels to the core as its first frame."""
@@ -14,6 +16,7 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     max_model_len: int = 0  # tokens; 0: as the model says, within the KV capacity
     kv_cache_bytes: int = 64 << 20  # over all decoders
+    kv_device_bytes: int = 0  # on each device that carries a stage, instead; 0: of one size, whatever the layout
     kv_block_tokens: int = 16
     prefix_caching: bool = True  # full KV blocks are kept for prompts that begin alike
     max_num_seqs: int = 64
@@ -34,6 +37,13 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[tuple[str, str], ...] = ()  # name and directory of each LoRA adapter
     parameters: str = ""  # address of the keeper of parameters; empty: none are kept
     cache_directory: str = ""  # for compiled kernels; empty: the user's cache directory
+
+    @property
+    def kv_size(self) -> KvSize:
+        """How large the KV cache of a layout is."""
+        if self.kv_device_bytes:
+            return KvPerDevice(device_bytes=self.kv_device_bytes, block_tokens=self.kv_block_tokens)
+        return KvInAll(total_bytes=self.kv_cache_bytes, block_tokens=self.kv_block_tokens)
 
 
 def micro_batches_for(options: NativeOptions, *, num_stages: int, cores: int) -> int:

@@ -165,8 +165,9 @@ class TimingRig:
         """Write every KV block by prompts of one step each: memory never written reads faster than it should."""
         size, table = self._boot.limits.kv_block_tokens, self._boot.context.shared.block_table
         piece = max(1, min(self._boot.limits.max_num_batched_tokens // size, table.shape[1]))
-        for first in range(1, self._boot.num_blocks, piece):
-            blocks = np.arange(first, min(first + piece, self._boot.num_blocks), dtype=np.int32)
+        end = 1 + self._boot.kv_blocks_of(self._boot.pipeline)
+        for first in range(1, end, piece):
+            blocks = np.arange(first, min(first + piece, end), dtype=np.int32)
             table[0, : len(blocks)] = blocks
             count = min(len(blocks) * size, self._boot.limits.max_model_len)
             self._dispatch(self._step_of(np.zeros(1, dtype=np.int32), start=0, count=count))

@@ -123,11 +123,16 @@ def _stage_lines(found: Json) -> list[str]:
                 str(first) if first == last else f"{first}-{last}" if first < last else "none",
                 format_bytes_of(memory["needed_bytes"], memory["usable_bytes"]),
                 format_bytes(memory["weight_bytes"]),
-                format_bytes(memory["kv_bytes"]),
+                _kv(memory),
                 format_bytes(memory["workspace_bytes"]),
             )
         )
     return table(rows, gap="  ")
+
+
+def _kv(memory: Json) -> str:
+    budget = memory.get("kv_budget_bytes")
+    return format_bytes(memory["kv_bytes"]) if budget is None else format_bytes_of(memory["kv_bytes"], budget)
 
 
 def _candidates_lines(candidates: Sequence[Json], paint: Paint) -> list[str]:

@@ -15,7 +15,7 @@ from flexpiped.flexctl.text import (
     plural,
     table,
 )
-from topology.units import format_bytes
+from topology.units import format_bytes, format_bytes_of
 
 _WIDTH: Final = 100
 _STATE_COLOURS: Final = {"ready": Colour.GREEN, "failed": Colour.RED}
@@ -117,7 +117,7 @@ def _stage_table(status: Mapping[str, Any]) -> list[str]:
             "+".join(stage["device_ids"]),
             layers_text(stage, is_first=stage["index"] == 0, is_last=stage["index"] == last),
             format_bytes(stage["weights_bytes"]),
-            format_bytes(stage["kv_mapped_bytes"]),
+            _kv_mapped(stage["kv_mapped_bytes"], counters.get("kv_device_bytes")),
             _pss(stage["workers"]),
             blocks,
             _NOT_REPORTED if stage["busy"] is None else f"{stage['busy'] * 100:.0f} %",
@@ -137,6 +137,11 @@ def layers_text(stage: Mapping[str, Any], *, is_first: bool, is_last: bool) -> s
     if last >= first:
         parts.append(str(first) if first == last else f"{first}-{last}")
     return ", ".join([*parts, "head"] if is_last else parts) or "none"
+
+
+def _kv_mapped(mapped_bytes: int, device_bytes: int | None) -> str:
+    """Return what is mapped of a stage's KV cache, and of how much where each device has a budget for it."""
+    return format_bytes(mapped_bytes) if device_bytes is None else format_bytes_of(mapped_bytes, device_bytes)
 
 
 def _pss(workers: list[Mapping[str, Any]]) -> str:

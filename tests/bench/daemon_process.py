@@ -157,6 +157,7 @@ threads = {setup.threads}
 nice = {setup.nice}
 kv_cache = {setup.kv_cache_bytes}
 {f"threads_per_device = {setup.threads_per_device}" if setup.threads_per_device else ""}
+{f"kv_cache_per_device = {setup.kv_device_bytes}" if setup.kv_device_bytes else ""}
 """
 
 

@@ -29,6 +29,7 @@ def options_for(model: Path, setup: EngineSetup) -> NativeOptions:
         threads_per_device=setup.threads_per_device,
         nice=setup.nice,
         kv_cache_bytes=setup.kv_cache_bytes,
+        kv_device_bytes=setup.kv_device_bytes,
         max_micro_batches=setup.max_micro_batches,
     )
 

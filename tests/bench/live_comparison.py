@@ -1,11 +1,11 @@
 """Live on this machine: requests whose CV jumps, with auto on and with each fixed layout in turn.
 
-A CPU device is one core here: its stage computes with one thread, whether it is the only one or not, so two stages have
-twice the compute of one. The KV cache is small enough to bind; it is of one size, whatever the layout. One stage says
-what it can do (requests at once: capacity; lone ones: what the targets are a multiple of), then every system serves the
-same trace: gamma arrivals of CV 1, of a higher one, and of CV 1 again, at the same rate. Durations of ``[auto]`` are
-the defaults over ``--pace``, as the trace lasts minutes, not hours. Simulated beside: deeper layouts on as many cores
-with the same KV cache and with that of as many devices, and auto with two and with all of these layouts.
+A CPU device is one core and a KV budget here: a stage computes with one thread, whether it is the only one or not, and
+its layers share that budget, which is small enough to bind. So two stages have twice the compute and twice the KV cache
+of one. One stage says what it can do (requests at once: capacity; lone ones: what the targets are a multiple of), then
+every system serves the same trace: gamma arrivals of CV 1, of a higher one, and of CV 1 again, at the same rate.
+Durations of ``[auto]`` are the defaults over ``--pace``, as the trace lasts minutes, not hours. Simulated beside: these
+and deeper layouts on as many such devices, and auto with two and with all of them.
 
 python -m tests.bench.live_comparison
 """
@@ -46,7 +46,7 @@ from tests.bench.profile_accuracy import graph_of, take_profile
 from tests.bench.program import EngineSetup, checkpoint, parser, run, whole_numbers
 from tests.bench.tables import say, verdicts, write_json
 
-_KV_CACHE_BYTES: Final = 32 << 20  # 2,048 tokens of the benchmarks' Llama, some 14 of these requests
+_KV_DEVICE_BYTES: Final = 32 << 20  # with all layers 2,048 tokens of the benchmarks' Llama, some 14 of these requests
 _AT_ONCE, _LONE = 64, 8  # requests that the one stage is measured with
 
 
@@ -165,7 +165,7 @@ async def main() -> int:
     setup = EngineSetup(
         threads=len(LIVE),
         nice=options.nice,
-        kv_cache_bytes=_KV_CACHE_BYTES,
+        kv_device_bytes=_KV_DEVICE_BYTES,
         threads_per_device=1,
         devices=len(LIVE),
     )
@@ -184,11 +184,7 @@ async def main() -> int:
         found = [await stand.fixed(trace, stages=stages) for stages in LIVE]
         found.append(await stand.adapting(trace, slo=alone.slo, pace=options.pace))
     simulation = LiveSimulation(engine, graph, profile, alone)
-    found += [
-        simulation.fixed(trace, stages=stages, caches=caches)
-        for stages in options.simulate
-        for caches in sorted({1, stages})  # the engine's is of one size; devices could have one each
-    ]
+    found += [simulation.fixed(trace, stages=stages) for stages in options.simulate]
     found += [
         simulation.adapting(trace, most=most, pace=options.pace) for most in sorted({max(LIVE), max(options.simulate)})
     ]

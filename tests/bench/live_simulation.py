@@ -47,20 +47,18 @@ class LiveSimulation:
         single = StepTimes(self._times(1, overhead_s=0.0)).decode(1, context, beside=False).passing_s
         self._overhead_s = max(0.0, alone.tpot_s - single)
 
-    def fixed(self, trace: Trace, *, stages: int, caches: int) -> Served:
-        """Simulate a fixed layout on as many cores, with so many times the KV cache of one device."""
-        found, _ = simulated(self._times(stages, caches=caches, overhead_s=self._overhead_s), trace)
-        name = f"{fixed_name(stages)}{f', KV cache x {caches}' if caches > 1 else ''}, simulated"
-        return Served(name=name, times=found, device_s=stages * length_s(found))
+    def fixed(self, trace: Trace, *, stages: int) -> Served:
+        """Simulate a fixed layout on as many cores, with the KV cache that so many devices have."""
+        found, _ = simulated(self._times(stages, overhead_s=self._overhead_s), trace)
+        return Served(name=f"{fixed_name(stages)}, simulated", times=found, device_s=stages * length_s(found))
 
     def adapting(self, trace: Trace, *, most: int, pace: float) -> Served:
-        """Simulate auto with layouts of 1, 2, 4 .. stages up to ``most``, on as many cores and one KV cache."""
+        """Simulate auto with layouts of 1, 2, 4 .. stages up to ``most``, on as many devices."""
         counts = [count for count in (1, 2, 4, 8, 16) if count <= most]
         shapes = {count: self._shape(count) for count in counts}
         expected, constants = replace(workload_of(trace), cv=1.0), paced(pace)
         system = Flexpiped(constants=constants, outlooks=Outlooks(shapes, self._alone.slo), expected=expected)
-        # The simulator's policy knows a granularity only where it finds room for it beside what serves: so there is.
-        devices = [PoolDevice(index=index, host="here", total_bytes=1 << 40) for index in range(2 * most)]
+        devices = [PoolDevice(index=index, host="here", total_bytes=1 << 40) for index in range(most)]
         outcome = simulate(
             Setting(
                 trace=trace,
@@ -88,7 +86,7 @@ class LiveSimulation:
             num_stages=stages,
             times=self._times(stages, overhead_s=self._overhead_s),
             stage_weight_bytes=1,
-            stage_kv_bytes_per_token=0.0,  # the KV cache is of one size, and memory of the devices does not bind
+            stage_kv_bytes_per_token=0.0,  # the KV cache is what the times say, and memory of the devices does not bind
             min_kv_tokens=1,
             cold_s=inf,
             warm_s=inf,
@@ -96,8 +94,7 @@ class LiveSimulation:
             pause_s=_PAUSE_S,
         )
 
-    def _times(self, stages: int, *, overhead_s: float, caches: int = 1) -> PipelineTimes:
-        kv_cache_bytes = caches * self._options.kv_cache_bytes
-        options = msgspec.structs.replace(self._options, threads=stages, kv_cache_bytes=kv_cache_bytes)
+    def _times(self, stages: int, *, overhead_s: float) -> PipelineTimes:
+        options = msgspec.structs.replace(self._options, threads=stages)
         times = times_of(options, self._graph, self._profile, even(stages))
         return replace(times, step_overhead_s=overhead_s)

@@ -44,6 +44,7 @@ class EngineSetup:
     threads: int = 2
     nice: int = 10
     kv_cache_bytes: int = 1 << 30  # 65,536 tokens of the benchmarks' Llama
+    kv_device_bytes: int = 0  # on each device with a stage, instead; 0: of one size, whatever the layout
     device_memory_bytes: int = 4 << 30
     max_micro_batches: int = 0
     threads_per_device: int = 0  # 0: a single stage has all threads

@@ -134,8 +134,7 @@ def simulated(times: PipelineTimes, trace: Trace) -> tuple[list[RequestTimes], f
 def times_of(options: NativeOptions, graph: ModelGraph, profile: Profile, pipeline: Pipeline) -> PipelineTimes:
     """Return the planner's times of a layout, from the profile."""
     cores = options.threads or usable_cores()
-    block_bytes = graph.kv_bytes_per_token * options.kv_block_tokens
-    kv_tokens = options.kv_cache_bytes // block_bytes * options.kv_block_tokens
+    kv_tokens = options.kv_size.blocks(graph, pipeline) * options.kv_block_tokens
     devices = cpu_devices(count=len(DEVICES), memory_bytes=options.device_memory_bytes)
     question = PlanQuestion(
         graph=graph,

@@ -14,6 +14,8 @@ def test_weights_and_the_whole_kv_cache_are_held_where_the_stages_are() -> None:
 
     assert set(held) == {"cpu:0", "cpu:1"}
     assert sum(held.values()) == sum(held_by([even], graph, kv_tokens=0).values()) + 1000 * graph.kv_bytes_per_token
+    budgets = held_by([even], graph, kv_device_bytes=MIB)
+    assert sum(budgets.values()) == sum(held_by([even], graph).values()) + 2 * MIB
     assert together([held, held])["cpu:0"] == 2 * held["cpu:0"]
 
 

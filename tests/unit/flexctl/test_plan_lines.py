@@ -96,6 +96,13 @@ def test_the_answer_comes_first_then_what_it_rests_on() -> None:
     ]
 
 
+def test_a_kv_cache_with_a_budget_of_each_device_says_what_it_takes_of_that() -> None:
+    budget = found([stage("cpu:0", 0, 8)])
+    budget["memory"] = [memory("cpu:0", 40 * MIB) | {"kv_budget_bytes": 32 * MIB}]
+    lines = plan_lines(answer(TWO | {"num_stages": 1, "found": budget}), explain=False)
+    assert "  0      cpu:0   0-7       40 of 512 MiB  20 MiB   10 of 32 MiB  10 MiB" in lines
+
+
 def test_every_candidate_says_why_it_lost() -> None:
     lines = plan_lines(answer(ONE, TWO, EIGHT), explain=True)
     assert "   1       never  4.0 ms  430    1.86       10,240     1        8 %" in lines

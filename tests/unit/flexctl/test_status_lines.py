@@ -93,6 +93,12 @@ def test_the_whole_screen() -> None:
     )
 
 
+def test_a_kv_budget_of_each_device_is_shown_with_what_is_mapped_of_it() -> None:
+    counters = SERVING["engine_counters"] | {"kv_device_bytes": 32 * MIB}
+    lines = status_lines(SERVING | {"engine_counters": counters}, now_unix_s=0.0)
+    assert any("  2 of 32 MiB  " in line for line in lines)
+
+
 def test_how_much_of_the_prompts_was_in_the_kv_cache() -> None:
     told = {"prefix_queried_tokens_total": 20_000, "prefix_hit_tokens_total": 12_800, "kv_blocks_cached": 300}
     counters = SERVING["engine_counters"] | told

@@ -2,6 +2,8 @@
 
 import pytest
 
+from engines.errors import UnsupportedByEngine
+from engines.native.boot import choose_max_model_len
 from engines.native.messages import StageSpec
 from engines.native.options import NativeOptions, micro_batches_for, threads_per_stage
 from engines.native.specs import specs_of
@@ -57,3 +59,16 @@ def test_one_stage_is_first_and_last() -> None:
     pipeline = pipeline_of(device_ids=("cpu:0",), cuts=[], num_decoders=6)
     (spec,) = specs_of(pipeline, {"cpu:0": 0}).values()
     assert (spec.is_first, spec.is_last, spec.next_worker) == (True, True, -1)
+
+
+def test_the_longest_sequence_is_what_every_layout_can_hold_unless_more_is_configured() -> None:
+    def longest(**values: object) -> int:
+        options = NativeOptions(model_directory="", device_ids=("cpu:0",), device_memory_bytes=1, **values)  # type: ignore[arg-type]
+        return choose_max_model_len(options, 2048, kv_blocks=40, least_blocks=10)
+
+    assert longest(kv_device_bytes=1 << 20) == 160
+    assert longest(kv_device_bytes=1 << 20, max_model_len=600) == 600
+    with pytest.raises(UnsupportedByEngine, match="the 640 tokens of the KV cache: raise kv_cache_per_device"):
+        longest(kv_device_bytes=1 << 20, max_model_len=641)
+    with pytest.raises(UnsupportedByEngine, match=r"raise kv_cache$"):
+        longest(max_model_len=641)

@@ -1,5 +1,6 @@
 """The placement solver against every placement there is, its bounds, its refusals and its time."""
 
+import random
 import time
 from dataclasses import replace
 
@@ -43,8 +44,7 @@ def even_problem(*, pieces: int, devices: int, stages: int, **values: object) ->
     return PlacementProblem(**{**given, **values})  # type: ignore[arg-type]
 
 
-def equals_brute_force(seed: int) -> None:
-    problem = small_problem(seed)
+def equals_brute_force(problem: PlacementProblem) -> None:
     best = brute_force(problem)
     if best is None:
         with pytest.raises(NoFeasiblePlan, match=r"\d"):
@@ -58,13 +58,19 @@ def equals_brute_force(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [*QUICK, *TRICKY])
 def test_small_problems_equal_brute_force(seed: int) -> None:
-    equals_brute_force(seed)
+    equals_brute_force(small_problem(seed))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_problems_with_a_kv_budget_equal_brute_force(seed: int) -> None:
+    budget = random.Random(seed).choice([20, 40, 80, 200])
+    equals_brute_force(replace(small_problem(seed), kv_budget_bytes=budget))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", ALL)
 def test_many_small_problems_equal_brute_force(seed: int) -> None:
-    equals_brute_force(seed)
+    equals_brute_force(small_problem(seed))
 
 
 def test_brute_force_has_seen_both_answers() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from planner.candidate_plan import CandidatePlan, Found, PlanAnswer, Verdict
 from planner.errors import InvalidLayout, NoFeasiblePlan, PlanTimeout
+from planner.kv_capacity import KvPerDevice
 from planner.layer_costs import Batch
 from planner.layout import Pipeline, Stage, pipeline_of
 from planner.model_graph import Layer
@@ -388,7 +389,43 @@ def test_a_kv_cache_that_is_not_fixed_takes_what_is_left() -> None:
     assert chosen(engine=fixed, num_stages=2).kv_tokens == 4096
     found = chosen(engine=free, num_stages=2)
     assert found.kv_tokens > 4096
+    assert found.nested
+    assert found.times is not None
+    assert found.times.kv_capacity_tokens == found.kv_tokens  # of the stages as they are, not of their first pieces
     assert max(memory.needed_bytes for memory in found.memory) <= 64 * MIB
+
+
+def test_where_devices_have_kv_budgets_more_stages_have_more_kv_cache() -> None:
+    budget = KvPerDevice(device_bytes=8 * 1024, block_tokens=16)  # 1,024 tokens of all eight decoders
+    engine = EngineLimits(max_stages=8, max_sequences=16, kv_per_device=budget)
+    found = by_stages(answer(engine=engine))
+    tokens = {stages: each.found.kv_tokens for stages, each in found.items() if each.found}
+    assert tokens == {1: 1024, 2: 2048, 3: 8192 // 3 // 16 * 16, 4: 4096, 8: 8192}
+    for each in found.values():
+        assert each.found is not None
+        assert each.found.kv_tokens == budget.tokens(GRAPH, each.found.pipelines[0])
+        assert all(memory.kv_bytes <= budget.device_bytes == memory.kv_budget_bytes for memory in each.found.memory)
+        assert each.found.times is not None
+        assert each.found.times.kv_capacity_tokens == each.found.kv_tokens
+
+
+def test_a_kv_budget_is_reserved_on_each_device_once_for_what_stays_there() -> None:
+    budget = KvPerDevice(device_bytes=16 * MIB, block_tokens=16)
+    engine = EngineLimits(max_stages=8, max_sequences=16, max_step_tokens=256, kv_per_device=budget)
+    half = pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[4], num_decoders=8)
+    tight = host(2, memory_bytes=22 * MIB)  # 5 MiB of weights and the budget
+    assert chosen(engine=engine, topology=tight, num_stages=2, current=half).pipelines == (half,)
+    with pytest.raises(NoFeasiblePlan):
+        chosen(engine=engine, topology=tight, num_stages=2, current=half, shares_current=False)
+    with pytest.raises(NoFeasiblePlan):
+        chosen(engine=engine, topology=host(2, memory_bytes=20 * MIB), num_stages=2)
+
+
+def test_a_kv_budget_too_small_for_one_sequence_is_refused_with_the_numbers() -> None:
+    engine = EngineLimits(max_stages=8, kv_per_device=KvPerDevice(device_bytes=96 * 4, block_tokens=16))
+    with pytest.raises(NoFeasiblePlan, match="KV cache for 96 tokens takes 768 B of some stage, its budget is 384 B"):
+        chosen(engine=engine, num_stages=1)
+    assert chosen(engine=engine, num_stages=2).kv_tokens == 96
 
 
 def test_each_candidate_has_the_cv_at_which_it_does_best() -> None:
