@@ -2,10 +2,9 @@
 
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from flexpiped.models import demo_model_places
 from tests.native.test_failures import alive
 from tests.support.adapters import make_adapter
-from tests.support.adoption import end, records
+from tests.support.adoption import end, none_left, records
 from tests.support.daemon import Daemon, completed, started
 from tests.support.native import llama
 from tests.support.until import until
@@ -38,12 +37,10 @@ async def lasting(folder: Path, *, more: str = "", stages: int = 2) -> AsyncIter
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Any:
-    """Where daemons live; engines that a test leaves are ended, as nobody else would for a while."""
-    yield tmp_path
-    for record in records(tmp_path):
-        with suppress(ProcessLookupError):
-            os.kill(record["pid"], signal.SIGKILL)
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where daemons live; no engine is left of them."""
+    with none_left(tmp_path):
+        yield tmp_path
 
 
 def family(pid: int) -> list[int]:

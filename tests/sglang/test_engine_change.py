@@ -12,12 +12,12 @@ import aiohttp
 import pytest
 
 from flexpiped.models import demo_model_places
-from tests.engines.install_sglang import SGLANG
 from tests.engines.install_vllm import VLLM
 from tests.engines.interpreter import ensure_there
 from tests.support.checkpoints import make_untied
 from tests.support.daemon import Daemon, started
 from tests.support.engine_change import TAKEN, Client, changed
+from tests.support.sglang import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop]
 CUTS = (7, 1, 4)  # of the first stage's decoders, one after the other
@@ -79,7 +79,7 @@ def pids_of(stage: dict[str, Any]) -> list[int]:
 
 
 def sglang() -> str:
-    return f'[engines.sglang]\npython = "{ensure_there(SGLANG)}"\n'
+    return f'[engines.sglang]\npython = "{interpreter()}"\n'
 
 
 async def test_streams_do_not_notice_that_sglang_serves_them_and_moves_its_layers(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import subprocess
 import pytest
 
 from engines.served.plugin_path import plugin_path
-from tests.engines.install_sglang import SGLANG
-from tests.engines.interpreter import ensure_there
+from tests.support.sglang import interpreter
 from tests.support.sglang_plugin import PLUGIN
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang]
@@ -24,7 +23,7 @@ print("changed:", internals.check())
 
 
 def test_internals_are_as_expected_and_others_are_refused() -> None:
-    python = ensure_there(SGLANG)
+    python = interpreter()
     environment = {
         "PYTHONPATH": plugin_path(PLUGIN),
         "PATH": os.environ["PATH"],

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import aiohttp
 from engines.process import state_of
 from tests.support.daemon import Daemon, completed, started
 from tests.support.until import until
+from tests.support.vllm import llama
 
 BODY = {"prompt": "Once", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 Json = dict[str, Any]
@@ -23,6 +26,17 @@ def survive(*, adopt_within_s: float = 120.0) -> str:
 
 def records(folder: Path) -> list[Json]:
     return [json.loads(file.read_text()) for file in folder.glob("state/engines/*/*.json")]
+
+
+@contextmanager
+def none_left(folder: Path) -> Iterator[None]:
+    """End what engines are left of daemons that lived there, as nobody else would for a while."""
+    try:
+        yield
+    finally:
+        for record in records(folder):
+            with suppress(ProcessLookupError):
+                os.kill(record["pid"], signal.SIGKILL)
 
 
 def runs(pid: int) -> bool:
@@ -83,12 +97,19 @@ async def stop_in_prepare(daemon: Daemon, workers: list[int], *, stages: int) ->
             os.kill(pid, signal.SIGCONT)
 
 
-async def through_several_daemons(folder: Path, *, engine: str, workers: str, more: str) -> None:
+async def through_several_daemons(folder: Path, *, engine: str, python: str, workers: str) -> None:
     """One engine of three ranks, started once: four daemons come and go, in each way, and then nobody comes.
 
     ``workers``: what the titles of its workers begin with.
     """
+    own = f'[engines.{engine}]\npython = "{python}"\nkv_cache = "32 MiB"\n'
+    with none_left(folder):
+        await _come_and_go(
+            folder, engine=engine, workers=workers, more=f'model = "{llama()}"\ndtype = "float32"\n{own}'
+        )
 
+
+async def _come_and_go(folder: Path, *, engine: str, workers: str, more: str) -> None:
     def daemon_of(*, adopt_within_s: float = 120.0) -> Any:
         lines = survive(adopt_within_s=adopt_within_s) + 'devices.parameter_cache = "64 MiB"\n' + more
         return started(folder, ready=True, engine=engine, stages=3, more=lines)

@@ -17,7 +17,7 @@ from flexpiped.engine_factory import find_files
 from flexpiped.models import model_source
 from flexpiped.profiles import ProfileStore, cpu_name, model_digest, profile_folder
 from planner.profile import Fit, Profile, ProfileKey, Term
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, started, write_config
 from topology.device import DeviceKind
 
 AUTO = """
@@ -139,3 +139,19 @@ def check_decisions(decisions: list[dict[str, Any]], *, fewer: int, more: int, b
     assert all(each["message"].startswith(words) for each, words in zip(changes, right, strict=True)), changes
     assert changes[-2]["fields"]["numbers"]["load"] > 0.9
     assert all(each["message"].startswith("keep: ") for each in decisions if each not in changes)
+
+
+async def changes_on_ranks_that_stay(folder: Path, *, engine: str, ranks: int, more: str) -> None:
+    """Have a daemon whose engine has so many ranks go from two stages to all of them in a burst, and back in calm.
+
+    Two stages of two threads serve about 8 of these requests a second, four stages about 12.
+    """
+    more = f'dtype = "float32"\ndevices.cpu_count = {ranks}\n{more}'
+    config = write_config(folder, engine=engine, stages=ranks, more=more)
+    keep_profile(config, folder / "state", cores=ranks, token_s={1: 2.8e-3, 2: 2e-3})
+    async with started(folder, ready=True, engine=engine, stages=ranks, more=more) as daemon:
+        before = await daemon.ask("/status")
+        assert len(before["stages"]) == ranks
+        decisions = await there_and_back(daemon, fewer=2, more=ranks, within_s=180)
+        check_decisions(decisions, fewer=2, more=ranks, begins_with=ranks)
+        assert (await daemon.ask("/status"))["epoch"] == before["epoch"] + 3

@@ -13,11 +13,16 @@ from tests.engines.interpreter import ensure_there
 from tests.support.vllm import devices, graph_of
 
 
+def interpreter() -> str:
+    """Return the interpreter that has SGLang, or skip."""
+    return ensure_there(SGLANG)
+
+
 def options_for(directory: Path, *, ranks: int, **overrides: object) -> SglangOptions:
     """Return options that suit a small checkpoint: fp32, so that output is exact, and KV blocks compared at commit."""
     graph = graph_of(directory)
     values: dict[str, object] = {
-        "python": ensure_there(SGLANG),
+        "python": interpreter(),
         "model_directory": str(directory),
         "served_model_name": directory.name,
         "device_ids": devices(ranks),

@@ -24,8 +24,7 @@ from engines.served.plugin_path import plugin_path
 from engines.served.ranks import Ranks
 from planner.handover import HandoverLimits, HandoverPhase
 from planner.layout import Pipeline
-from tests.engines.install_sglang import SGLANG
-from tests.engines.interpreter import ensure_there
+from tests.support.sglang import interpreter
 from tests.support.until import until
 
 PLUGIN = Path(__file__).parents[2] / "engines" / "sglang" / "plugin"
@@ -165,7 +164,7 @@ async def driven(
 ) -> AsyncIterator[PluginDriver]:
     """Start SGLang with that many layers on each rank."""
     directory = Path(tempfile.mkdtemp(prefix="flexpiped-plugin-"))
-    python = ensure_there(SGLANG)
+    python = interpreter()
     environment = {
         "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
         "HOME": os.environ.get("HOME", "/"),

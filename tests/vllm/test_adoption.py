@@ -1,29 +1,15 @@
 """A vLLM that outlives its daemon: the next one adopts it, and no model is loaded again."""
 
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.support.adoption import records, through_several_daemons
-from tests.support.vllm import interpreter, llama
+from tests.support.adoption import through_several_daemons
+from tests.support.vllm import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop, pytest.mark.long]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where daemons live; engines that a test leaves are ended, as nobody else would for a while."""
-    yield tmp_path
-    for record in records(tmp_path):
-        with suppress(ProcessLookupError):
-            os.kill(record["pid"], signal.SIGKILL)
-
-
-async def test_daemons_come_and_go_and_it_stays_until_none_comes(folder: Path) -> None:
+async def test_daemons_come_and_go_and_it_stays_until_none_comes(tmp_path: Path) -> None:
     """``tests/unit/vllm/test_outliving.py`` is the short form, with processes that only sleep."""
-    more = f'model = "{llama()}"\ndtype = "float32"\n[engines.vllm]\npython = "{interpreter()}"\nkv_cache = "32 MiB"\n'
-    await through_several_daemons(folder, engine="vllm", workers="VLLM::Worker", more=more)
+    await through_several_daemons(tmp_path, engine="vllm", python=interpreter(), workers="VLLM::Worker")

@@ -1,29 +1,15 @@
-"""The daemon adapts by itself, with real vLLM: a burst moves layers to ranks that had none, and calm moves them back.
-
-The profile is given: two stages of two threads serve about 8 of these requests a second, four stages about 12.
-"""
+"""The daemon adapts by itself, with vLLM: a burst moves layers to ranks that had none, and calm moves them back."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.support.bursts import AUTO, check_decisions, keep_profile, there_and_back
-from tests.support.daemon import started, write_config
+from tests.support.bursts import AUTO, changes_on_ranks_that_stay
 from tests.support.vllm import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop, pytest.mark.long]
 
-RANKS = 4
-
 
 async def test_a_burst_changes_the_layout_of_vllm_and_calm_changes_it_back(tmp_path: Path) -> None:
-    own = f'[engines.vllm]\npython = "{interpreter()}"\nthreads = {RANKS}\nkv_cache = "32 MiB"\n'
-    more = f'dtype = "float32"\ndevices.cpu_count = {RANKS}\n{AUTO}{own}'
-    config = write_config(tmp_path, engine="vllm", stages=RANKS, more=more)
-    keep_profile(config, tmp_path / "state", cores=RANKS, token_s={1: 2.8e-3, 2: 2e-3})
-    async with started(tmp_path, ready=True, engine="vllm", stages=RANKS, more=more) as daemon:
-        before = await daemon.ask("/status")
-        assert len(before["stages"]) == RANKS
-        decisions = await there_and_back(daemon, fewer=2, more=RANKS, within_s=180)
-        check_decisions(decisions, fewer=2, more=RANKS, begins_with=RANKS)
-        assert (await daemon.ask("/status"))["epoch"] == before["epoch"] + 3
+    more = f'{AUTO}[engines.vllm]\npython = "{interpreter()}"\nthreads = 4\nkv_cache = "32 MiB"\n'
+    await changes_on_ranks_that_stay(tmp_path, engine="vllm", ranks=4, more=more)
