@@ -13,11 +13,19 @@ from engines.errors import RefactoringAborted, RefactoringRefused
 from engines.parameters.keeper import ParameterKeeper
 from engines.sglang.adapter import SglangEngine
 from planner.handover import HandoverPhase
+from planner.layout import Pipeline
 from tests.contract.engine_contract import assert_idle
 from tests.sglang.conftest import Shared
 from tests.support.until import until
 from tests.support.vllm import layout
-from tests.vllm.streams import assert_same, check_found_again, move, on_ranks, run_streams
+from tests.vllm.streams import (
+    assert_same,
+    check_found_again,
+    check_killed_helper_is_replaced,
+    move,
+    on_ranks,
+    run_streams,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
 EVEN = on_ranks(4, 4)
@@ -46,9 +54,41 @@ async def test_streams_do_not_notice_that_layers_move(engine: SglangEngine) -> N
     with pytest.raises(RefactoringAborted, match=r"core\.round"):
         await move(engine, LAPS[0])
     assert (engine.pipeline, engine.epoch) == (EVEN, epoch + len(LAPS))
-    with pytest.raises(RefactoringRefused, match="no rank on cpu:7"):
-        await move(engine, layout(4, ranks=(0, 7)))
     await assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (layout(), "the head stays on rank 1"),
+        (layout(ranks=(1,)), "the embedding stays on rank 0"),
+        (layout(4, num_decoders=9), "9"),
+        (layout(0), "rank 0 must hold at least one decoder"),
+        (layout(4, ranks=(1, 0)), "order"),
+        (layout(4, ranks=(0, 7)), "no rank on cpu:7"),
+    ],
+)
+async def test_what_cannot_be_is_refused_before_anything_moves(
+    engine: SglangEngine, target: Pipeline, reason: str
+) -> None:
+    before = engine.pipeline, engine.epoch
+    with pytest.raises(RefactoringRefused, match=reason):
+        await move(engine, target)
+    assert (engine.pipeline, engine.epoch) == before
+
+
+async def test_a_cancelled_move_is_as_if_it_had_not_been(engine: SglangEngine) -> None:
+    await move(engine, EVEN)
+    undisturbed = await run_streams(engine, count=2, max_tokens=20)
+    moving = engine.refactor(on_ranks(6, 2))
+    await anext(moving)
+    assert await engine.cancel_refactor()
+    with pytest.raises(RefactoringAborted, match="cancelled"):
+        async for _ in moving:
+            pass
+    assert engine.pipeline == EVEN
+    assert not await engine.cancel_refactor()
+    assert_same(await run_streams(engine, count=2, max_tokens=20), undisturbed)
 
 
 @contextmanager
@@ -80,6 +120,11 @@ async def test_another_process_loads_layers_beside_the_steps(engine: SglangEngin
         assert engine.pipeline == EVEN
     assert (await moving)[-1].phase is HandoverPhase.DONE
     assert_same(await streams, undisturbed)
+
+
+async def test_streams_and_moves_survive_the_death_of_the_process_that_loads_layers(engine: SglangEngine) -> None:
+    await move(engine, EVEN)
+    await check_killed_helper_is_replaced(engine, 0, on_ranks(6, 2))
 
 
 async def test_layers_that_were_loaded_before_come_from_the_memory_of_the_host(

@@ -1,9 +1,11 @@
 """Streams whose output must not change, and how it is compared."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import Engine, EngineCounters, GenerationRequest, RefactorProgress, SamplingParams
@@ -76,6 +78,17 @@ async def check_found_again(
     assert (after.hits_total, after.misses_total) == (before.hits_total + gained, before.misses_total)
     assert after.refusal == ""
     assert_same(await run_streams(engine, count=2, max_tokens=20), undisturbed)
+
+
+async def check_killed_helper_is_replaced(engine: Any, rank: int, target: Pipeline) -> None:
+    """Kill the process that loads layers for a rank which gains some: streams and the move go on."""
+    undisturbed = await run_streams(engine, count=2, max_tokens=40)
+    streams = asyncio.create_task(run_streams(engine, count=2, max_tokens=40))
+    await until_under_way(engine)
+    os.kill(engine.pids["helpers"][rank], signal.SIGKILL)
+    await move(engine, target)
+    assert engine.pipeline == target
+    assert_same(await streams, undisturbed)
 
 
 def largest_difference(left: Result, right: Result) -> float:

@@ -23,6 +23,7 @@ from tests.vllm.streams import (
     Result,
     assert_same,
     check_found_again,
+    check_killed_helper_is_replaced,
     collect,
     move,
     on_ranks,
@@ -166,6 +167,11 @@ async def test_memory_is_given_back(engine: VllmEngine) -> None:
     left = (await engine.stages())[1]
     assert left.weights_bytes < full.weights_bytes / 4
     assert left.kv_mapped_bytes == full.kv_mapped_bytes / 5
+
+
+async def test_streams_and_moves_survive_the_death_of_the_process_that_loads_layers(engine: VllmEngine) -> None:
+    await move(engine, START)
+    await check_killed_helper_is_replaced(engine, 0, on_ranks(3, 1, 2, 2))
 
 
 async def test_layers_that_were_loaded_before_come_from_the_memory_of_the_host(

@@ -1,9 +1,9 @@
 """A helper process that reads the weights of a layer, so that no Python of it runs beside the steps.
 
-It is forked from the process that runs steps once, before requests are served: it knows the model, its configuration
-and its place in the tensor-parallel group, and has its own interpreter. It has the engine's own code fill a layer,
-straight into shared memory, and hands that over; or the memory of one that was kept (``keeping``). It never touches a
-GPU.
+It is forked from the process that runs steps before requests are served, and again only where it has died: it knows
+the model, its configuration and its place in the tensor-parallel group, and has its own interpreter. It has the
+engine's own code fill a layer, straight into shared memory, and hands that over; or the memory of one that was kept
+(``keeping``). It never touches a GPU.
 
 Such memory says itself what lies in it: eight bytes of length, a JSON header, then the parameters.
 """
@@ -30,6 +30,7 @@ from flexpiped_served.processes import die_with_parent
 
 _ALIGNMENT = 64
 _NICE = 19
+_ENDED = "the process that reads weights has ended"
 _HEADER = struct.Struct("<I")
 _REQUEST = struct.Struct("<i")  # a layer that is wanted; its complement: one that the worker has let go of
 _KEEPER = -(1 << 31)  # in place of a layer; the address of a keeper follows, after its length
@@ -45,6 +46,10 @@ Manifest = list[tuple[str, int, list[int], str]]  # of each parameter: name, whe
 
 class HelperFailed(Exception):
     """The helper could not load a layer; the message says why."""
+
+
+class _HelperDied(HelperFailed):
+    """Its end of the connection is closed."""
 
 
 class Loader(Protocol):
@@ -69,25 +74,48 @@ class WeightHelper:
     """
 
     def __init__(self, loader: Loader, *, let_go: Callable[[], None]) -> None:
+        self._loader, self._let_go = loader, let_go
+        self._fork()
+
+    def _fork(self) -> None:
         ours, theirs = socket.socketpair()
         worker_pid = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
-            _serve(theirs, loader, let_go, worker_pid=worker_pid)
+            _serve(theirs, self._loader, self._let_go, worker_pid=worker_pid)
         theirs.close()
         self._socket = ours
 
     def load(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters of a layer by name. Whoever writes to them writes to memory of its own.
 
+        A helper that has died, as by the kernel's choice when memory was short, is replaced once.
+
         Raises:
             HelperFailed
         """
-        self._socket.sendall(_REQUEST.pack(index))
-        raw, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, 1)
+        try:
+            return self._ask(index)
+        except _HelperDied:
+            self.close()
+            self._fork()
+            return self._ask(index)
+
+    def close(self) -> None:
+        """Have it end, and return when it has."""
+        self._socket.close()
+        with suppress(ChildProcessError):  # somebody else has taken notice of its end
+            os.waitpid(self.pid, 0)
+
+    def _ask(self, index: int) -> dict[str, torch.Tensor]:
+        try:
+            self._socket.sendall(_REQUEST.pack(index))
+            raw, fds, _, _ = socket.recv_fds(self._socket, _HEADER.size, 1)
+        except ConnectionError as error:
+            raise _HelperDied(_ENDED) from error
         if len(raw) < _HEADER.size:
-            raise HelperFailed("the process that reads weights has ended")
+            raise _HelperDied(_ENDED)
         manifest = json.loads(_receive(self._socket, _HEADER.unpack(raw)[0]))
         if not fds:
             raise HelperFailed(manifest["error"])
@@ -100,6 +128,7 @@ class WeightHelper:
 
     def keep_at(self, address: str) -> None:
         """Have another keeper keep layers. Never waits, and may come while a layer is loaded."""
+        self._loader.keep_at(address)  # for a helper that is forked later
         body = address.encode()
         with suppress(OSError):
             self._socket.sendall(_REQUEST.pack(_KEEPER) + _HEADER.pack(len(body)) + body)
@@ -130,7 +159,7 @@ def _receive(connection: socket.socket, length: int) -> bytes:
     while len(data) < length:
         part = connection.recv(length - len(data))
         if not part:
-            raise HelperFailed("the process that reads weights has ended")
+            raise _HelperDied(_ENDED)
         data += part
     return data
 

@@ -51,7 +51,6 @@ class Rank:
         self._moving: Moving | None = None
         self._sending: Sending | None = None
         self._conductor: Conductor | None = None
-        self._helper_pid = 0
         if not self._refusal:
             self._make_movable(parallel)
         self._watch_steps()
@@ -83,7 +82,6 @@ class Rank:
         of = (runner.model, layers, runner.loader, scheduler.model_config)
         loader = KeptLayers(self._settings, partial(load_layer, *of), key_of=partial(key_of_layer, *of))
         helper = WeightHelper(loader, let_go=layers.let_go)
-        self._helper_pid = helper.pid
         self._moving = Moving(
             layers=layers,
             helper=helper,
@@ -216,7 +214,7 @@ class Rank:
         parallel = internals.get_parallel()
         status: dict[str, Any] = {
             "pid": os.getpid(),
-            "helper_pids": [self._helper_pid] if self._helper_pid else [],
+            "helper_pids": [] if self._moving is None else [self._moving.helper_pid],
             "pp_rank": parallel.pp_rank,
             "tp_rank": parallel.tp_rank,
             "busy_s": self._busy_s,

@@ -1,0 +1,70 @@
+"""The helper that reads the weights of layers is a process of its own, and is replaced when it dies."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from engines.served.plugin_path import SHARED
+
+sys.path.append(str(SHARED))  # as the interpreter of an engine has it
+
+from flexpiped_served.weights import HelperFailed, Manifest, WeightHelper, lay_out
+
+pytestmark = pytest.mark.real_loop
+DEADLY, WRONG = 7, 8
+
+
+class Layers:
+    """A loader whose layers are full of their own index."""
+
+    def __init__(self) -> None:
+        self.address = 0
+
+    def load(self, index: int) -> tuple[int, Manifest]:
+        if index == DEADLY:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == WRONG:
+            raise ValueError("no such layer")
+        fd, manifest, views = lay_out({"w": (torch.Size((2,)), torch.int64)})
+        views["w"].copy_(torch.tensor([index, self.address]))
+        return fd, manifest
+
+    def left(self, index: int) -> None:
+        """Nothing is kept here."""
+
+    def keep_at(self, address: str) -> None:
+        self.address = int(address)
+
+
+@pytest.fixture
+def helper() -> Iterator[WeightHelper]:
+    made = WeightHelper(Layers(), let_go=lambda: None)
+    yield made
+    made.close()
+
+
+def test_another_process_loads(helper: WeightHelper) -> None:
+    assert helper.pid != os.getpid()
+    helper.keep_at("5")
+    assert helper.load(3)["w"].tolist() == [3, 5]
+    with pytest.raises(HelperFailed, match="no such layer"):
+        helper.load(WRONG)
+    assert helper.load(4)["w"].tolist() == [4, 5]
+
+
+def test_one_that_was_killed_is_replaced_and_the_next_knows_what_it_knew(helper: WeightHelper) -> None:
+    helper.keep_at("5")
+    killed = helper.pid
+    os.kill(killed, signal.SIGKILL)
+    assert helper.load(3)["w"].tolist() == [3, 5]
+    assert helper.pid != killed
+
+
+def test_a_layer_that_kills_each_that_loads_it_is_an_error(helper: WeightHelper) -> None:
+    with pytest.raises(HelperFailed, match="has ended"):
+        helper.load(DEADLY)
+    assert helper.load(3)["w"].tolist() == [3, 0]
