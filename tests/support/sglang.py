@@ -1,5 +1,6 @@
 """Starting real SGLang for tests: where its interpreter is, and options for a checkpoint that vLLM takes, too."""
 
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,26 @@ from tests.support.vllm import devices, graph_of
 def interpreter() -> str:
     """Return the interpreter that has SGLang, or skip."""
     return ensure_there(SGLANG)
+
+
+def posing_as(version: str, folder: Path) -> str:
+    """Make an environment with the same SGLang that says it is another version; return its interpreter.
+
+    All but the file with the version is links.
+    """
+    python = interpreter()
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
+    [ours] = folder.glob("lib/python*/site-packages")
+    [theirs] = Path(python).parents[1].glob("lib/python*/site-packages")
+    (ours / "sglang").mkdir()
+    for each in (theirs / "sglang").iterdir():
+        if each.name not in ("_version.py", "__pycache__"):
+            (ours / "sglang" / each.name).symlink_to(each)
+    parts = tuple(int(part) for part in version.split("."))
+    words = f"__version__ = version = '{version}'\n__version_tuple__ = version_tuple = {parts}\n"
+    (ours / "sglang" / "_version.py").write_text(words)
+    (ours / "theirs.pth").write_text(f"{theirs}\n")
+    return str(folder / "bin" / "python")
 
 
 def options_for(directory: Path, *, ranks: int, **overrides: object) -> SglangOptions:

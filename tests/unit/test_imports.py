@@ -78,6 +78,13 @@ def test_some_libraries_are_imported_by_one_module(library: str) -> None:
     assert users <= {ALONE[library]}
 
 
+def test_what_moves_touch_of_sglang_stands_in_one_module() -> None:
+    """Else its check at start would not see all; others of the plugin touch the start, seeds and idling only."""
+    plugin = ROOT / "engines" / "sglang" / "plugin" / "flexpiped_sglang"
+    users = {path.name for path in plugin.glob("*.py") if "sglang" in tops(path)}
+    assert users == {"internals.py", "registration.py", "seeds.py", "idling.py"}
+
+
 def test_nothing_imports_the_tests() -> None:
     assert [name_of(path) for path in sources() if "tests" in tops(path)] == []
 
