@@ -165,10 +165,11 @@ class TestParameters:
             answer = await api.completion(logit_bias={str(eos): 100}, **extra)
             assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (tokens, "stop")
 
-    async def test_min_p_of_one_leaves_the_likeliest(self, api: Api) -> None:
-        greedy = await api.completion()
-        drawn = await api.completion(temperature=1, min_p=1.0, seed=3)
-        assert drawn["choices"][0]["text"] == greedy["choices"][0]["text"]
+    @pytest.mark.parametrize("bound", [{"min_p": 1.0}, {"top_k": 1}, {"top_p": 1e-6}])
+    async def test_a_bound_on_what_may_be_drawn_leaves_the_likeliest(self, api: Api, bound: dict[str, float]) -> None:
+        greedy, free = await api.completion(), await api.completion(temperature=1, seed=3)
+        drawn = await api.completion(temperature=1, seed=3, **bound)
+        assert drawn["choices"][0]["text"] == greedy["choices"][0]["text"] != free["choices"][0]["text"]
 
     @pytest.mark.parametrize("penalty", [{"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 2}])
     async def test_a_penalty_changes_what_is_said_again(self, api: Api, penalty: dict[str, float]) -> None:
