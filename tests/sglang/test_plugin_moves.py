@@ -5,7 +5,7 @@ The plugin is driven by its sockets alone. See ``tests/vllm/test_moves.py`` for 
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from engines.errors import RefactoringAborted
 from planner.layout import Pipeline
 from tests.contract.engine_contract import assert_idle
 from tests.support.sglang_plugin import PluginDriver, driven
+from tests.support.visitors import SLOW_POINTS, Visitors
 from tests.support.vllm import llama
 from tests.vllm.streams import (
     FAILURES_BEFORE_COMMIT,
@@ -35,6 +36,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pyt
 # Short prefills and little KV cache: at any time some streams are in prefill and some decode. SGLang's own test switch
 # retracts one now and then, as it does when the KV cache is full.
 CROWDED = ("--max-total-tokens", "1000", "--chunked-prefill-size", "48", "--max-running-requests", "8")
+MOST_MOVES = 40
 RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "37"}
 
 
@@ -139,29 +141,48 @@ async def test_the_radix_cache_is_right_after_moves(driver: PluginDriver) -> Non
         assert driver.cached_tokens[wanted.request_id] > len(wanted.prompt_token_ids) // 2
 
 
-async def test_requests_come_and_go_during_every_phase(driver: PluginDriver) -> None:
+async def test_requests_come_end_and_are_given_up_or_retracted_in_every_phase(driver: PluginDriver) -> None:
+    """Moves go on until all of it has been seen."""
     await move(driver, START)
-    undisturbed = [(await collect(driver, stream(i, max_tokens=30, salt=4)))[0] for i in range(4)]
-    ended = asyncio.Event()
-
-    async def come_and_go(index: int) -> int:
-        runs = 0
-        while not ended.is_set():
-            if runs % 3 == 2:  # hang up in the middle
-                async for _ in driver.generate(stream(index, max_tokens=200, salt=5)):
-                    break
-            else:
-                found = await collect(driver, stream(index, max_tokens=30, salt=4))
-                assert found[0] == undisturbed[index]
-            runs += 1
-        return runs
-
-    guests = [asyncio.create_task(come_and_go(index)) for index in range(4)]
-    for target in MOVES[1:6]:
-        await move(driver, target)
-    ended.set()
-    assert sum(await asyncio.gather(*guests)) > 0
+    visitors = Visitors(driver)
+    async with visitors.visiting():
+        for target in islice(cycle(MOVES[1:]), MOST_MOVES):
+            await be_slow_in_each_phase(driver)
+            await visitors.see(target)
+            if not visitors.missing:
+                break
+    for rank in range(4):
+        await driver.arm("", "", rank=rank)
+    assert visitors.missing == []
     await assert_idle(driver)
+
+
+async def be_slow_in_each_phase(driver: PluginDriver) -> None:
+    for point in SLOW_POINTS.values():
+        for rank in range(4):
+            await driver.arm(point, "slow", rank=rank)
+
+
+async def test_later_rounds_send_only_what_was_written_since(driver: PluginDriver) -> None:
+    """A round that is slow has steps write meanwhile; moves go on until one of them has had to copy that in a round."""
+    await move(driver, START)
+    await run_streams(driver, salt=9)  # the radix cache keeps what they leave
+    streams = asyncio.create_task(run_streams(driver, count=2, max_tokens=150, salt=9))
+    await until_under_way(driver)
+    usual, driver.limits = driver.limits, replace(driver.limits, remainder_slots=0)
+    rounds: tuple[int, ...] = ()
+    for target in islice(cycle(MOVES[1:]), MOST_MOVES):
+        for rank in range(4):
+            await driver.arm("worker.copy_in", "slow", rank=rank)
+        [*_, last] = [report async for report in driver.refactor(target)]
+        rounds = last.kv_round_bytes
+        if len(rounds) > 1:
+            break
+    driver.limits = usual
+    for rank in range(4):
+        await driver.arm("", "", rank=rank)
+    await streams
+    assert 0 < rounds[1] < rounds[0] / 4
 
 
 async def test_memory_is_given_back(driver: PluginDriver) -> None:
@@ -235,8 +256,8 @@ async def test_without_the_kv_copy_the_output_differs(driver: PluginDriver) -> N
 async def test_a_pause_pauses_every_micro_batch(driver: PluginDriver) -> None:
     """SGLang's own pause does not under pipeline parallelism, and says that it did."""
     await move(driver, START)
-    undisturbed = await run_streams(driver, count=4, max_tokens=80, salt=7)
-    streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=80, salt=7))
+    undisturbed = await run_streams(driver, count=4, max_tokens=30, salt=7)
+    streams = asyncio.create_task(run_streams(driver, count=4, max_tokens=30, salt=7))
     await until_under_way(driver)
     await driver.core.core("hold")
     paused = await driver.counters()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ class PluginDriver:
         self.layout: list[int] = ready["layout"]
         self.epoch = 0
         self.crashes: list[str] = []
+        self.limits = HandoverLimits(commit_deadline_s=60.0)
         self.verify = True  # compare the checksums of the KV caches at each commit
         self.cached_tokens: dict[str, int] = {}  # of each request's prompt, as SGLang told it
         self._numbers = 0
@@ -100,7 +101,15 @@ class PluginDriver:
             self._live -= 1
 
     async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
-        reports: list[RefactorProgress] = []
+        """Move, and yield reports as they come."""
+        reports: asyncio.Queue[RefactorProgress | None] = asyncio.Queue()
+        moving = asyncio.create_task(self._move(target, reports.put_nowait))
+        moving.add_done_callback(lambda _moving: reports.put_nowait(None))
+        while (report := await reports.get()) is not None:
+            yield report
+        await moving
+
+    async def _move(self, target: Pipeline, on_progress: Callable[[RefactorProgress], None]) -> None:
         self._numbers += 1
         new_layout = [rank for rank, count in enumerate(self.ranks.counts_of(target)) for _ in range(count)]
         handover = LayerHandover(
@@ -118,8 +127,8 @@ class PluginDriver:
             ),
             core=self.core,
             ranks={rank: (side,) for rank, side in self.sides.items()},
-            limits=HandoverLimits(commit_deadline_s=60.0),
-            on_progress=reports.append,
+            limits=self.limits,
+            on_progress=on_progress,
             on_crash=self.crashes.append,
         )
         result = await handover.run()
@@ -127,8 +136,6 @@ class PluginDriver:
             raise RefactoringAborted(result.state.reason or "; ".join(self.crashes))
         self.epoch += 1
         self.layout = new_layout
-        for report in reports:
-            yield report
 
     async def counters(self) -> EngineCounters:
         """Return them as the adapter does, but for what only that counts."""

@@ -4,7 +4,8 @@ import os
 import signal
 import time
 
-FAIL, KILL, SKIP, STALL = "fail", "kill", "skip", "stall"
+FAIL, KILL, SKIP, SLOW, STALL = "fail", "kill", "skip", "slow", "stall"
+_SLOW_S = 0.3
 _STALL_S = 3600.0
 
 
@@ -26,13 +27,16 @@ class Failpoints:
             self._armed.clear()
 
     def hit(self, name: str) -> bool:
-        """Pass a failpoint. Return True when what follows is to be left out; raise, die or stall when armed so."""
+        """Pass a failpoint. Return True when what follows is to be left out; or raise, die, wait or stall, as armed."""
         action = self._armed.pop(name, None)
         if action is None:
             return False
         if action == SKIP:
             self._armed[name] = action  # a control leaves it out each time
             return True
+        if action == SLOW:
+            time.sleep(_SLOW_S)
+            return False
         if action == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         if action == STALL:
