@@ -55,7 +55,7 @@ class Machine:
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._leader = 0
 
-    def boot(self) -> None:
+    def boot(self, *, deadline_s: float = _BOOT_DEADLINE_S) -> None:
         """Return when everything that is enabled has started, or has failed to."""
         with self._log.open("ab") as log:
             self._nspawn = subprocess.Popen(
@@ -70,7 +70,7 @@ class Machine:
             )
         until(lambda: bool(self._children()), deadline_s=_BOOT_DEADLINE_S)
         self._leader = int(self._children()[0])
-        until(lambda: self.state() in ("running", "degraded"), deadline_s=_BOOT_DEADLINE_S)
+        until(lambda: self.state() in ("running", "degraded"), deadline_s=deadline_s)
 
     def power_off(self) -> None:
         """Shut down in good order: services are stopped."""
