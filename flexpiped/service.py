@@ -222,9 +222,9 @@ class Service:
         async def open_api() -> None:
             await self._open_api(stack, listener, hardware, pages)
             feed.end_streams("it serves now")
-            await gate.aclose()
             if self._fleet is not None:
-                listener.close()  # connections that come to it would find nobody
+                listener.close()  # the gate's copy is the last: connections that come while it ends go to the others
+            await gate.aclose()
             stack.push_async_callback(self._finish_requests)
             stack.push_async_callback(self._models.end_control)
             stack.callback(feed.close, "the daemon ends")
