@@ -17,17 +17,29 @@
 #define X_PIECE 96   /* rows: so many, K_PIECE wide, fit the second */
 #define PIECE_WORK 262144 /* multiplications of a piece, at least: some microseconds */
 #define MOST_PIECES 16
+#define LINE_BYTES 64         /* of the cache */
+#define CACHED_BYTES (1 << 20) /* weights of so many may still be there from the step before */
+
+/* Announce the weights from ``k`` on of the tile that follows, each line of the cache once: four rows that are read side
+ * by side, a little of each at a time, are no order that the processor sees by itself. */
+INLINE void announce_next(const char *w, int64_t w_bytes, int64_t k, const int kind) {
+    const int size = kind == KIND_FLOAT32 ? 4 : 2;
+    const int share = W_ROWS * LANES * size / LINE_BYTES, lines = share < 1 ? 1 : share;
+    const int64_t row = k / LANES * lines % W_ROWS;
+    for (int i = 0; i < lines; i++) __builtin_prefetch(w + (row + i) * w_bytes + k * size, 0, 1);
+}
 
 /* A tile of ``rows`` by ``columns`` outputs over one piece of the inputs. */
 INLINE void tile(const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride,
                  const float *start, int64_t begin, int64_t end, const int rows, const int columns, const int kind,
-                 const int adds) {
+                 const int adds, const int announces) {
     Vec sums[W_ROWS][X_MOST];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) sums[r][c] = (Vec){0};
     int64_t k = begin;
     for (; k + LANES <= end; k += LANES) {
         Vec weights[W_ROWS];
+        if (announces && rows == W_ROWS) announce_next(w + W_ROWS * w_bytes, w_bytes, k, kind);
         for (int r = 0; r < rows; r++) weights[r] = weights_at(w + r * w_bytes, k, LANES, kind);
         for (int c = 0; c < columns; c++) {
             Vec input = load(x + c * x_stride + k);
@@ -63,12 +75,12 @@ INLINE void tile(const char *w, int64_t w_bytes, const float *x, int64_t x_strid
 }
 
 #define TILE_OF(rows, columns) \
-    tile(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, kind, adds)
+    tile(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, kind, adds, announces)
 
 INLINE void tiles_of_kind(const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride,
                           const float *start, int64_t begin, int64_t end, int rows, int64_t columns, const int kind,
-                          const int adds) {
-    for (; columns > 0; columns -= X_ROWS, x += X_ROWS * x_stride, y += X_ROWS * y_stride) {
+                          const int adds, int announces) {
+    for (; columns > 0; columns -= X_ROWS, x += X_ROWS * x_stride, y += X_ROWS * y_stride, announces = 0) {
         if (rows == W_ROWS) {
             switch (columns >= X_ROWS ? X_ROWS : columns) {
             case 1: TILE_OF(W_ROWS, 1); break;
@@ -82,27 +94,30 @@ INLINE void tiles_of_kind(const char *w, int64_t w_bytes, const float *x, int64_
             const int64_t left = columns >= X_ROWS ? X_ROWS : columns;
             for (int64_t c = 0; c < left; c++)
                 tile(w, w_bytes, x + c * x_stride, x_stride, y + c * y_stride, y_stride, start, begin, end, 1, 1, kind,
-                     adds);
+                     adds, 0);
         }
     }
 }
 
 static __attribute__((noinline)) void tiles_float32(
     const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *start,
-    int64_t begin, int64_t end, int rows, int64_t columns, int adds) {
-    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_FLOAT32, adds);
+    int64_t begin, int64_t end, int rows, int64_t columns, int adds, int announces) {
+    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_FLOAT32, adds,
+                  announces);
 }
 
 static __attribute__((noinline)) void tiles_bfloat16(
     const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *start,
-    int64_t begin, int64_t end, int rows, int64_t columns, int adds) {
-    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_BFLOAT16, adds);
+    int64_t begin, int64_t end, int rows, int64_t columns, int adds, int announces) {
+    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_BFLOAT16, adds,
+                  announces);
 }
 
 static __attribute__((noinline)) void tiles_float16(
     const char *w, int64_t w_bytes, const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *start,
-    int64_t begin, int64_t end, int rows, int64_t columns, int adds) {
-    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_FLOAT16, adds);
+    int64_t begin, int64_t end, int rows, int64_t columns, int adds, int announces) {
+    tiles_of_kind(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, KIND_FLOAT16, adds,
+                  announces);
 }
 
 static void tiles(const Linear *linear, const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t row,
@@ -110,13 +125,14 @@ static void tiles(const Linear *linear, const float *x, int64_t x_stride, float 
     const int64_t w_bytes = linear->inputs * (linear->kind == KIND_FLOAT32 ? 4 : 2);
     const char *w = (const char *)linear->weight + row * w_bytes;
     const float *start = linear->bias == NULL || begin > 0 ? NULL : linear->bias + row;
+    const int announces = linear->outputs * w_bytes > CACHED_BYTES;
     y += row;
     if (linear->kind == KIND_FLOAT32)
-        tiles_float32(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds);
+        tiles_float32(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds, announces);
     else if (linear->kind == KIND_BFLOAT16)
-        tiles_bfloat16(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds);
+        tiles_bfloat16(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds, announces);
     else
-        tiles_float16(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds);
+        tiles_float16(w, w_bytes, x, x_stride, y, y_stride, start, begin, end, rows, columns, adds, announces);
 }
 
 /* Outputs ``first`` to ``last`` - 1 of all rows of x. */
