@@ -157,7 +157,10 @@ class Service:
     @property
     def ports_in_words(self) -> str:
         """Return who serves HTTP, where that is not the daemon alone; else nothing."""
-        return "" if self._fleet is None else f"{self._fleet.num_listening} ingress processes"
+        if self._fleet is None:
+            return ""
+        count = self._fleet.num_listening
+        return "1 ingress process" if count == 1 else f"{count} ingress processes"
 
     @property
     def _shown(self) -> ModelService | None:

@@ -179,7 +179,7 @@ async def _rounds(options: argparse.Namespace) -> dict[tuple[str, int], Seen]:
 def _print(seen: Mapping[tuple[str, int], Seen]) -> None:
     rows = []
     for (way, count), each in sorted(seen.items()):
-        through = f"{count} ingress processes" if count else "the daemon alone"
+        through = {0: "the daemon alone", 1: "1 ingress process"}.get(count, f"{count} ingress processes")
         shares = [f"{each.us_per_token(who):.1f}" for who in _SHOWN]
         rows.append([f"{way}, {through}", f"{median(each.rates):.0f}", f"{each.cores_busy:.2f}", *shares])
     head = ["CPU us/token of", "tokens/s", "cores busy", *_SHOWN]
