@@ -18,7 +18,7 @@ from tests.support.own_routes import Started
 from tests.vllm.streams import STREAMS, Result, run_streams, stream
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
-TOKENS = 150
+TOKENS = 60
 
 
 class Lent(Started):
