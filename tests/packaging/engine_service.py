@@ -113,7 +113,7 @@ class EngineService:
     def test_enabled_it_is_there_after_a_reboot_and_stops_in_good_order(self, machine: Machine) -> None:
         machine.do("systemctl", "enable", "flexpiped")
         machine.power_off()
-        machine.boot(deadline_s=START_DEADLINE_S)
+        machine.boot()
         until(lambda: shown(machine, "ActiveState") == "active", deadline_s=START_DEADLINE_S)
         assert completion(machine).strip()
 
