@@ -37,6 +37,7 @@ KNOWN: Final[Mapping[str, str]] = {
     "native: *: usage.prompt_tokens_details: * -> {*": "what was in the KV cache is told; vLLM does so if asked",
     "native: best_of: usage.*": "best_of is honoured, and all that is made counts; vLLM has it no more",
     "native: tools, *: usage.*": "vLLM leaves the spaces of JSON to the model; calls are spaced as templates show them",
+    'native: tools, *: choices.#.message.content: "" -> null': "beside calls OpenAI's is null where nothing is said",
     # --- texts of bytes that are no character ---
     '*text: * -> *\N{REPLACEMENT CHARACTER}"': _CUT,
     'native: *.message.content: * -> *\N{REPLACEMENT CHARACTER}"': _CUT,
