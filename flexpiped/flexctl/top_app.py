@@ -40,6 +40,7 @@ class TopApp(App[None]):
     """
 
     CSS = """
+    VerticalScroll { height: auto; max-height: 80%; }
     #now, #stages, #change, #said { height: auto; padding: 0 1; }
     #rate { height: 3; margin: 0 1; }
     #events { height: 1fr; min-height: 4; border-top: solid $primary; }

@@ -3,7 +3,6 @@
 ``FLEXPIPED_SCREENSHOTS=FOLDER`` keeps what the browser showed.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -136,7 +135,7 @@ def test_a_wrong_file_makes_the_reload_fail_and_changes_nothing(machine: Machine
     assert "admission.max_requests_queued = 7" in told(machine, "flexctl config show")
     assert shown(machine, "ActiveState") == "active"
     assert mistake in told(machine, "flexctl reload", code=4)
-    assert mistake in json.dumps([*events(machine), told(machine, "flexctl config diff", code=2)], ensure_ascii=False)
+    assert mistake in told(machine, "flexctl config diff", code=2)
 
 
 def test_it_is_removed_and_purged(machine: Machine) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from textual.containers import VerticalScroll
 from textual.widgets import RichLog, Static
 
 from flexpiped.flexctl.client import AdminClient
@@ -70,6 +71,17 @@ async def test_it_shows_the_daemon_and_follows_a_change(stand: AdminStand) -> No
         await until(lambda: "done" in "".join(line.text for line in app.query_one("#events", RichLog).lines))
         await pilot.press("q")
     assert app.return_code == 0
+
+
+@pytest.mark.real_loop
+async def test_on_a_small_terminal_most_of_it_is_the_status(stand: AdminStand) -> None:
+    app = app_for(stand.socket)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await asyncio.to_thread(AdminClient([stand.socket]).call, "POST", "/rebalance", {"stages": 4})
+        await until(lambda: text_of(app, "#stages").count("\n") == 3)
+        await pilot.pause()
+        assert app.query_one(VerticalScroll).size.height >= 17
+        assert app.query_one("#events", RichLog).size.height >= 3
 
 
 @pytest.mark.real_loop
