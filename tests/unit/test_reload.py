@@ -61,5 +61,5 @@ def test_sections_are_live_as_a_whole() -> None:
 
     live = {key.name for key in KEYS if key.is_live}
     assert live == {key.name for key in KEYS if key.name.partition(".")[0] in whole} | {
-        *("http.api_keys", "http.dashboard", "http.tls_certificate", "http.tls_key")
+        *("http.api_keys", "http.dashboard", "http.drain_deadline_s", "http.tls_certificate", "http.tls_key")
     }

@@ -184,6 +184,7 @@ CORE_REPORTS: list[c.CoreReport] = [
     c.KvResized(call=2, error="RefactoringBusy", message="busy", returned_bytes=0),
     c.Cancelled(call=2, accepted=True),
     c.Counters(call=2, counters=COUNTERS),
+    c.KvRangeChanged(kv_range=KvRange(least_blocks=4, most_blocks=90)),
     c.Stages(call=2, stages=(STAGE,), worker_pids=(12,), longest_slice_s=0.004),
     c.Trace(call=2, ends_s=[1.5], epochs=[0], dispatches_s=[1.25]),
     c.StageSteps(call=2, tokens=[[8]], sequences=[[8]], context=[[800]], busy_s=[[0.004]]),
