@@ -21,10 +21,11 @@ DIRECTORY = Path(os.environ.get("FLEXPIPED_VLLM_DIR", "."))
 COMPILING_S = 2.0
 WORKER = "import time; time.sleep(600)"
 CORE = f"""
-import subprocess, sys
+import subprocess, sys, time
 worker = subprocess.Popen([sys.executable, "-S", "-c", {WORKER!r}])
 print(worker.pid, flush=True)
 worker.wait()
+time.sleep(5)  # vLLM's takes its time, too: whose death came first can be told
 """
 
 
