@@ -30,7 +30,8 @@ REAL := $(if $(filter all,$(ENGINES)),vllm="$$($(BIN)/python -m tests.engines.in
 	sglang="$$($(BIN)/python -m tests.engines.install_sglang)" && \
 	FLEXPIPED_VLLM_PYTHON="$$vllm" FLEXPIPED_SGLANG_PYTHON="$$sglang")
 
-# Tests without an engine run in several processes; those with one have the machine for themselves.
+# Tests without an engine run in several processes; those with one have the machine for themselves. With a space in
+# the place of =, pytest would take "engines" for the folder of that name.
 GATE := $(BIN)/python -m pytest -q -m "not long and not gpu $(WITHOUT_$(ENGINES))"
 NO_TESTS := 5
 
@@ -40,8 +41,8 @@ run: $(VENV)/run.stamp
 	@exec $(BIN)/flexpiped $(if $(CONFIG),--config "$(CONFIG)")
 
 test: $(VENV)/dev.stamp
-	@$(GATE) --part others -n auto --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq $(NO_TESTS) ]
-	@$(REAL) $(GATE) --part engines $(ARGS) || [ $$? -eq $(NO_TESTS) ]
+	@$(GATE) --part=others -n auto --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq $(NO_TESTS) ]
+	@$(REAL) $(GATE) --part=engines $(ARGS) || [ $$? -eq $(NO_TESTS) ]
 
 test-long: $(VENV)/dev.stamp
 	@$(REAL) $(BIN)/python -m pytest -q -m "long $(WITHOUT_$(ENGINES))" $(ARGS)
