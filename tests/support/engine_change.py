@@ -42,17 +42,26 @@ class Client:
 
     @asynccontextmanager
     async def busy(self, expected: dict[str, str], **more: Any) -> AsyncIterator[None]:
-        """Have each prompt completed again and again, always with the same text. ``more`` is in each request."""
-        is_over = asyncio.Event()
+        """Have each prompt completed again and again, always with the same text. ``more`` is in each request.
 
-        async def again_and_again(prompt: str) -> int:
-            times = 0
-            while not is_over.is_set():
+        What begins together ends together, and for a moment nothing would be under way: so their first requests
+        have different lengths.
+        """
+        is_over = asyncio.Event()
+        tokens = more.get("max_tokens", TOKENS)
+
+        async def again_and_again(prompt: str, first: int) -> int:
+            times, (status, _) = 0, await self.complete(prompt, **{**more, "max_tokens": first})
+            assert status == 200
+            while times == 0 or not is_over.is_set():
                 assert await self.complete(prompt, **more) == (200, expected[prompt])
                 times += 1
             return times
 
-        tasks = [asyncio.create_task(again_and_again(prompt)) for prompt in expected]
+        tasks = [
+            asyncio.create_task(again_and_again(prompt, tokens * place // len(expected)))
+            for place, prompt in enumerate(expected, start=1)
+        ]
         try:
             yield
         finally:
