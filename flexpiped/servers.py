@@ -44,21 +44,18 @@ def listen_tcp(host: str, port: int, *, is_shared: bool = False) -> socket.socke
                 alone.bind(address)
                 alone.listen(1)
                 address = alone.getsockname()  # port 0 would take one that others of this user share
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
+            _share(listener)
+        _listen(listener, address)
     except OSError as error:
         listener.close()
         raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}. Choose another http.port.") from None
-    listener.setblocking(False)
     return listener
 
 
 def hold_address(listener: socket.socket) -> socket.socket:
     """Return a socket that keeps the address of a shared listener for this user without listening there."""
     holder = socket.socket(listener.family, listener.type, listener.proto)
-    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-        holder.setsockopt(socket.SOL_SOCKET, option, 1)
+    _share(holder)
     holder.bind(listener.getsockname())
     return holder
 
@@ -71,15 +68,24 @@ def listen_shared(family: int, address: tuple[Any, ...]) -> socket.socket:
     """
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-            listener.setsockopt(socket.SOL_SOCKET, option, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
+        _share(listener)
+        _listen(listener, address)
     except OSError as error:
         listener.close()
         raise PortTaken(f"cannot listen on {address[0]}:{address[1]}: {error.strerror}") from None
-    listener.setblocking(False)
     return listener
+
+
+def _share(made: socket.socket) -> None:
+    """Let sockets of this user have the same address, before it is bound."""
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        made.setsockopt(socket.SOL_SOCKET, option, 1)
+
+
+def _listen(listener: socket.socket, address: tuple[Any, ...]) -> None:
+    listener.bind(address)
+    listener.listen(_BACKLOG)
+    listener.setblocking(False)
 
 
 def url_of(listener: socket.socket, *, is_tls: bool = False) -> str:
