@@ -103,6 +103,7 @@ class Here:
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: tuple[str, ...] | None = None
         self._unstarted = 0
+        self._is_closed = False
         self._settled = asyncio.Event()
 
     def models(self) -> Mapping[str, Served]:
@@ -114,7 +115,9 @@ class Here:
         }
 
     def use(self, models: Iterable[Model]) -> None:
-        """Take these models and no others from now on."""
+        """Take these models and no others from now on; nothing once it is closed."""
+        if self._is_closed:
+            return
         wanted = {model.name: model for model in models}
         for name, taken in tuple(self._taken.items()):
             if name not in wanted or taken.model.serial != wanted[name].serial:
@@ -136,7 +139,8 @@ class Here:
         await self._settled.wait()
 
     async def close(self) -> None:
-        """End all text processes."""
+        """End all text processes. The daemon may still tell of models meanwhile."""
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
         if self._tasks:

@@ -35,6 +35,7 @@ class FakeText(LocalText):
         await self.may_start
 
     async def close(self) -> None:
+        await asyncio.sleep(0)
         self.is_closed = True
 
 
@@ -127,3 +128,17 @@ async def test_one_whose_text_fails_is_the_daemons_to_answer_for() -> None:
 
     assert dict(rig.here.models()) == {}
     await rig.here.close()
+
+
+async def test_models_that_come_and_go_while_it_closes_change_nothing() -> None:
+    rig = Rig()
+    rig.here.use([MODEL])
+    rig.texts[0].may_start.set_result(None)
+    await turns()
+    closing = asyncio.create_task(rig.here.close())
+    await asyncio.sleep(0)
+    rig.here.use([])
+    rig.here.use([changed(name="another")])
+    await closing
+
+    assert [text.is_closed for text in rig.texts] == [True]
