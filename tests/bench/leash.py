@@ -24,12 +24,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's interrupt is for the benchmark, which then lets go
     for number in (signal.SIGTERM, signal.SIGHUP):  # a second one must not break off what ends the group
         signal.signal(number, lambda number, _frame: _asked.append(number))
+    leash = os.getpid()
     child = subprocess.Popen(
         sys.argv[2:],
         cwd=sys.argv[1],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=lambda: _die_with(leash),
     )
     try:
         while child.poll() is None and not _asked and not _let_go():
@@ -39,8 +40,10 @@ def main() -> int:
     return child.returncode
 
 
-def _die_with_parent() -> None:
+def _die_with(leash: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != leash:  # it was killed before the call above, of which the kernel then says nothing
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _let_go() -> bool:
