@@ -55,8 +55,8 @@ class LoadSampler:
         self._monitor.ended(request, now_s, output_tokens=output_tokens, tpot_s=tpot_s)
 
     def layout_changed(self) -> None:
-        """Another layout is in force: latencies from here on are its own."""
-        self._monitor.layout_changed()
+        """Another layout is in force: latencies of requests that come from here on are its own."""
+        self._monitor.layout_changed(self._clock())
 
     async def sample(self, *engines: Engine) -> None:
         """Ask the engines of all replicas. One that is gone says nothing, and what was said last becomes stale."""

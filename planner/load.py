@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from planner.arrivals import Absence, Arrivals, ArrivalStatistics, Reading
+from planner.guard import SinceChange
 from planner.workload import Slo
 
 WINDOWS_S: Final = (30.0, 180.0, 1800.0)
@@ -42,7 +43,8 @@ class Observation:
         windows: Arrivals, the shortest window first.
         awaiting: Requests without their first token, by the monitor's own count.
         queue_age_s: Of the oldest request without its first token; 0 where there is none.
-        ttft_s, tpot_s: Means over the requests of the monitor's memory; ``ttft_p99_s`` likewise.
+        since_change: Who came since the layout in force is there; None: it was there from the beginning.
+        ttft_s, tpot_s: Means over the requests of the monitor's memory that came since then; ``ttft_p99_s`` likewise.
         late_share: Of the requests of the monitor's memory, how many missed a target; those count that still wait for
             longer than they should. Unsupported where there are no targets.
         running, queue_length, kv_use, stage_busy, taken_bytes: As the engines said last.
@@ -53,6 +55,7 @@ class Observation:
     running: Reading = Absence.NOT_YET
     queue_length: Reading = Absence.NOT_YET
     queue_age_s: Reading = Absence.NOT_YET
+    since_change: SinceChange | None = None
     prompt_tokens_mean: Reading = Absence.NOT_YET
     output_tokens_mean: Reading = Absence.NOT_YET
     ttft_s: Reading = Absence.NOT_YET
@@ -145,11 +148,15 @@ class LoadMonitor:
         self._prompts, self._outputs = _Recent(max(windows_s)), _Recent(max(windows_s))
         self._ttfts, self._tpots = _Recent(memory_s), _Recent(memory_s)
         self._sample: tuple[float, EngineSample] | None = None
+        self._changed: tuple[float, float] | None = None  # when, and how many were there
+        self._came_s: list[float] = []  # since then, the first ones
 
     def arrived(self, request: Hashable, now_s: float, *, prompt_tokens: int | None = None) -> None:
         """A request came; ``prompt_tokens`` may follow by ``prompt_known``."""
         self._arrivals.add(now_s)
         self._waiting[request] = now_s
+        if self._changed is not None and len(self._came_s) < _MOST_REMEMBERED:
+            self._came_s.append(now_s)
         if prompt_tokens is not None:
             self.prompt_known(now_s, prompt_tokens)
 
@@ -158,9 +165,10 @@ class LoadMonitor:
         self._prompts.add(now_s, prompt_tokens)
 
     def first_token(self, request: Hashable, now_s: float) -> None:
-        """A request got its first token. One that is not known is none of ours."""
+        """A request got its first token. One that is unknown is none of ours; one that came to
+        another layout says nothing of this one."""
         came_s = self._waiting.pop(request, None)
-        if came_s is not None:
+        if came_s is not None and (self._changed is None or came_s >= self._changed[0]):
             self._ttfts.add(now_s, now_s - came_s)
 
     def ended(
@@ -177,21 +185,26 @@ class LoadMonitor:
         """The engines were asked."""
         self._sample = (now_s, sample)
 
-    def layout_changed(self) -> None:
-        """Another layout is in force: latencies from here on are its own."""
+    def layout_changed(self, now_s: float) -> None:
+        """Another layout is in force: latencies of requests that come from here on are its own."""
         self._ttfts.forget()
         self._tpots.forget()
+        sample, _ = self._believed(now_s)
+        there = 0.0 if sample is None else float(sample.running + sample.waiting)
+        self._changed, self._came_s = (now_s, max(there, float(len(self._waiting)))), []
 
     def observe(self, now_s: float) -> Observation:
         """Return what is known at ``now_s``."""
         oldest_s = next(iter(self._waiting.values()), None)
         sample, absence = self._believed(now_s)
+        changed = self._changed
         return Observation(
             windows=self._arrivals.statistics(now_s),
             awaiting=len(self._waiting),
             running=absence if sample is None else float(sample.running),
             queue_length=absence if sample is None else float(sample.waiting),
             queue_age_s=0.0 if oldest_s is None else now_s - oldest_s,
+            since_change=changed and SinceChange(at_s=changed[0], inherited=changed[1], came_s=tuple(self._came_s)),
             prompt_tokens_mean=self._prompts.mean(now_s),
             output_tokens_mean=self._outputs.mean(now_s),
             ttft_s=self._ttfts.mean(now_s),

@@ -5,7 +5,8 @@
 The first of these that applies decides, and gives the reason:
 
 1. an action is under way: one at a time
-2. the last change is due to be judged: worse than predicted, and than the old layout would be, is undone
+2. the last change is due to be judged: worse than predicted, and than the old layout would be, is undone;
+   both for the requests that were there and have come (``planner.guard``)
 3. something that has to be known is not
 4. nothing serves: a request wakes a replica
 5. nobody came for long: all replicas go, where that is allowed
@@ -121,8 +122,8 @@ def _judge(view: View) -> Outcome | None:
     )
     measured, new, old = (
         view.observation.latency_s,
-        view.expected_of(watch.action.num_stages),
-        view.expected_of(watch.action.from_stages),
+        view.latency_since_change_s(watch.action.num_stages),
+        view.latency_since_change_s(watch.action.from_stages),
     )
     if isinstance(measured, Absence):
         if view.now_s < watch.due_s + (_PATIENCE - 1) * view.constants.guard_s:

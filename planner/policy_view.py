@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from planner.arrivals import Absence
 from planner.granularity import Candidate, expected_latency_s, replica_rate_per_s
+from planner.guard import latency_in_queue_s
 from planner.load import Observation
 from planner.policy_state import Decision, PolicyConstants, PolicyState, known
 
@@ -123,6 +124,16 @@ class View:
             replicas=len(self.state.fleet),
             output_tokens=self.output_tokens,
         )
+
+    def latency_since_change_s(self, num_stages: int) -> float | None:
+        """Return the latency that requests since the last change would have with this granularity: as expected of the
+        traffic, or, where that is more, with what was there then and has come in fact."""
+        expected, found = self.expected_of(num_stages), self.candidate(num_stages)
+        since = self.observation.since_change
+        if expected is None or found is None or since is None:
+            return expected
+        served_per_s = self.rate_of(num_stages) * max(1, len(self.state.fleet))
+        return max(expected, latency_in_queue_s(since, served_per_s=served_per_s, alone_s=found.latency_s))
 
     def keep(self, reason: str, **numbers: float | str) -> Decision:
         """Return the decision to do nothing."""

@@ -208,7 +208,7 @@ class _Run:
         changes = fleet.changes
         reason = self._system.tick(observation, now_s)
         if fleet.changes != changes:
-            self._monitor.layout_changed()
+            self._monitor.layout_changed(now_s)
         window = observation.window(_CV_WINDOW_S)
         ended, self._since = self._since, []
         self._samples.append(

@@ -93,7 +93,7 @@ class Run:
             if due is not None and now_s >= due[0]:
                 after = due[1].on(state.fleet) if self.ending is Ending.DONE else state.fleet
                 state = settle(state, now_s=due[0], fleet=after, ending=self.ending, constants=self.constants)
-                monitor.layout_changed()
+                monitor.layout_changed(due[0])
                 due = None
             state, decision = decide(state, monitor.observe(now_s), self.candidates, now_s, self.constants)
             self.decisions.append(decision)

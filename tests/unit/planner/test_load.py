@@ -106,7 +106,7 @@ def test_another_layout_forgets_the_latencies_of_the_old_one() -> None:
     monitor = LoadMonitor(began_s=0.0)
     monitor.arrived("a", 1.0)
     monitor.first_token("a", 2.0)
-    monitor.layout_changed()
+    monitor.layout_changed(2.0)
     assert monitor.observe(2.0).ttft_s is Absence.STALE
 
 
