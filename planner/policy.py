@@ -213,7 +213,7 @@ def _begin_proposed(view: View, proposed: Proposed, action: Action) -> Outcome:
     if action.verb is Verb.CHANGE:
         measured, predicted = view.observation.latency_s, view.expected_of(action.from_stages)
         if not isinstance(measured, Absence) and predicted is not None and 0 < predicted < float("inf"):
-            bias = measured / predicted
+            bias = max(1.0, measured / predicted)  # a layout that is full has a dark future, and a present less dark
     return begin(replace(view, state=replace(view.state, bias=bias)), action, proposed.reason, proposed.numbers)
 
 

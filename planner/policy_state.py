@@ -67,8 +67,8 @@ class Watch:
     """A change whose result is still to be judged.
 
     Attributes:
-        bias: Measured over predicted latency before the change: how far off predictions are here anyway. None: it
-            could not be told, so the prediction counts as it is.
+        bias: Measured over predicted latency before the change, where that is more than 1: how far off predictions are
+            here anyway. None: it could not be told, so the prediction counts as it is.
     """
 
     action: Action

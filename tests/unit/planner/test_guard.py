@@ -79,3 +79,20 @@ def test_a_change_that_serves_less_than_the_old_layout_is_undone_for_all_its_bac
 def test_a_change_that_makes_calm_requests_slow_is_undone() -> None:
     _, decision = judged(served_per_s=8.0, alone_s=1.5, inherited=0)
     assert decision.verb is Verb.UNDO
+
+
+def test_a_full_layout_does_not_darken_what_is_expected_of_the_next() -> None:
+    """At 95 % of its capacity one stage is expected to take 8 s a request for ever; in the burst's first seconds it
+    takes 1 s. That predictions are eight times too high is not to be learnt from that."""
+    monitor, state = LoadMonitor(began_s=0.0), initial_state([1], now_s=0.0)
+    constants = replace(CONSTANTS, confirm_s=0.0)
+    for number in range(400):
+        came_s = number / 3.8
+        monitor.arrived(number, came_s)
+        monitor.first_token(number, came_s + 1.0)
+        monitor.ended(number, came_s + 1.0, output_tokens=1)
+    now_s = 400 / 3.8
+    monitor.sampled(now_s, EngineSample(running=4, waiting=0, kv_use=0.1))
+    state, decision = decide(state, monitor.observe(now_s), (ONE, TWO), now_s, constants)
+    assert decision.verb is Verb.CHANGE
+    assert state.bias == 1.0
