@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from flexpiped.keys import ANYBODY, Client
+from flexpiped.settings import AdmissionSettings
 from flexpiped.waiting import WaitingLine
 
 _RATE_WINDOW_S = 30.0
@@ -29,6 +30,16 @@ class AdmissionLimits:
     max_tokens_in_flight: int = 1_000_000
     max_requests_queued: int = 0
     queue_deadline_s: float = 30.0
+
+
+def limits_of(settings: AdmissionSettings) -> AdmissionLimits:
+    """Return the limits that a configuration says."""
+    return AdmissionLimits(
+        max_requests_in_flight=settings.max_requests_in_flight,
+        max_tokens_in_flight=settings.max_tokens_in_flight,
+        max_requests_queued=settings.max_requests_queued,
+        queue_deadline_s=settings.queue_deadline_s,
+    )
 
 
 class OverloadReason(Enum):

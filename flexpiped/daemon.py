@@ -221,7 +221,7 @@ class Daemon:
             api_url=service.api_url,
             admin=self._admin_socket,
             next_stages=self._next_stages(service),
-            model=service.named_first,
+            model=service.models.named_first,
         )
         self._notifier.ready(f"serving {facts}")
         self._is_announced = True
@@ -248,10 +248,10 @@ class Daemon:
 
     def _next_stages(self, service: Service) -> int:
         """Return a number of stages worth trying next."""
-        if service.pipeline is None:
+        if service.models.pipeline is None:
             return 1
-        twice, decoders = 2 * service.pipeline.granularity, service.pipeline.num_decoders
-        return min(twice, decoders, service.max_stages)
+        twice, decoders = 2 * service.models.pipeline.granularity, service.models.pipeline.num_decoders
+        return min(twice, decoders, service.models.max_stages)
 
 
 def _facts(service: Service) -> str:
@@ -260,9 +260,9 @@ def _facts(service: Service) -> str:
 
 
 def _facts_of_models(service: Service) -> str:
-    if service.named_first:
-        return service.models_in_words
-    if service.pipeline is None:
+    if service.models.named_first:
+        return service.models.in_words
+    if service.models.pipeline is None:
         return service.name
-    stages, decoders = service.pipeline.granularity, service.pipeline.num_decoders
+    stages, decoders = service.models.pipeline.granularity, service.models.pipeline.num_decoders
     return f"{service.name}, {decoders} decoder layers in {stages} stage{'s' * (stages != 1)}"

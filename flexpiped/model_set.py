@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from flexpiped.api.backend import Backend
-from flexpiped.events import EventKind, EventLog
+from flexpiped.events import Event, EventKind, EventLog
+from flexpiped.flexctl.text import plural
 from flexpiped.journal import Journal
 from flexpiped.model_changes import ModelChanges
 from flexpiped.model_entry import NOT_STARTED, Entry
@@ -12,6 +13,7 @@ from flexpiped.model_lives import MakeService, ModelLives
 from flexpiped.model_service import ModelService
 from flexpiped.model_settings import ModelSpec
 from flexpiped.status import Health, ServiceState
+from planner.layout import Pipeline
 
 
 class ModelSet:
@@ -38,6 +40,7 @@ class ModelSet:
         on_progress: Callable[[str], None],
         on_all_given_up: Callable[[str], None],
     ) -> None:
+        self._journal = journal
         self._events = events
         self._on_progress = on_progress
         self._entries: dict[str, Entry] = {}
@@ -60,6 +63,26 @@ class ModelSet:
     def first(self) -> Entry | None:
         """The one that is shown where only one can be; None where a reload has taken the last."""
         return next(iter(self._entries.values()), None)
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline in force of the first, None before there is one."""
+        return None if self.first is None or self.first.service is None else self.first.service.pipeline
+
+    @property
+    def max_stages(self) -> int:
+        """How many stages the engine in force of the first could have on the devices that are here."""
+        return 1 if self.first is None or self.first.service is None else self.first.service.max_stages
+
+    @property
+    def named_first(self) -> str:
+        """The name of the first, where models are told apart by names; else nothing."""
+        return self.first.name if self.are_named and self.first is not None else ""
+
+    @property
+    def in_words(self) -> str:
+        """Which models there are, and of how many stages each is."""
+        return ", ".join(map(_in_words, self._entries.values()))
 
     @property
     def health(self) -> Health:
@@ -104,6 +127,15 @@ class ModelSet:
             await before_first()
         self.changes.may_begin.set()
 
+    def record(self, event: Event) -> None:
+        """Have the journal keep what happens; progress is only for those who watch."""
+        entry = self._entries.get(event.fields.get("model", "")) or self.first
+        service = None if entry is None else entry.service
+        intent = None if service is None else service.noted(event)
+        if event.fields.get("state") != "progress":
+            journal = self._journal if entry is None else self._journal.of_model(entry.configured.table)
+            journal.record(event, intent)
+
     def begin_drain(self, reason: str) -> None:
         """Have no model take requests any more."""
         for entry in self._entries.values():
@@ -138,3 +170,9 @@ class ModelSet:
         if self.are_named:
             message = f"{entry.name} did not start: {error}"
             self._events.publish(EventKind.MODEL, message, model=entry.name, state="failed")
+
+
+def _in_words(entry: Entry) -> str:
+    pipeline = None if entry.service is None else entry.service.pipeline
+    stages = 0 if pipeline is None else pipeline.granularity
+    return f"{entry.name} ({plural(stages, 'stage') if stages else entry.health.state.value})"
