@@ -27,11 +27,12 @@ from engines.frames import read_frame, receive_frame, send_frame, write_frame
 from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.boot import Boot, boot
-from engines.native.engine_core import EngineCore, EngineFailed
+from engines.native.engine_core import EngineCore
 from engines.native.feasibility import check_refactor
 from engines.native.grammar_setup import grammars_for
 from engines.native.handover import HandoverRunner
 from engines.native.specs import specs_of
+from engines.native.stage_loading import StageNotLoaded
 from engines.native.workers import WorkerPool
 from engines.process import die_with_parent
 from engines.protocol import RefactorCheck, RefactorProgress, StageStatus
@@ -67,7 +68,7 @@ class CoreServer:
         self._read_grammars()
         try:
             await starting
-        except EngineFailed as error:
+        except StageNotLoaded as error:
             self._emit(c.StartFailed(reason=str(error), unsupported=False))
             return
         self._emit(self._ready())
@@ -256,7 +257,7 @@ class CoreServer:
             core.handover = None
         if result.state.phase is HandoverPhase.ABORTED:
             raise RefactoringAborted(result.state.reason or "aborted")
-        core.refactorings += 1  # only now may another one begin
+        core.totals.refactorings += 1  # only now may another one begin
 
     async def _tell_stages(self, call: int) -> None:
         core = self._core

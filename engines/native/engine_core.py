@@ -11,36 +11,34 @@ from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from engines.errors import InvalidRequest, RefactoringBusy
 from engines.failpoints import Failpoints
 from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.adapters import Adapters
-from engines.native.asks import asks_of
 from engines.native.boot import Boot
 from engines.native.details import details_of
 from engines.native.handover import HandoverRunner
-from engines.native.inquiries import Inquiries, settle
+from engines.native.hang_watch import kill_what_hangs
+from engines.native.inquiries import Inquiries
 from engines.native.kv_blocks import KVBlocks
 from engines.native.kv_resizing import KvResizer
 from engines.native.options import micro_batches_for, threads_per_stage
-from engines.native.scheduler import Batch, Output, Scheduler
-from engines.native.sequence import Sequence
+from engines.native.request_intake import sequence_of
+from engines.native.scheduler import Batch, Scheduler
 from engines.native.specs import specs_of
+from engines.native.stage_loading import StageLoading, StageNotLoaded
+from engines.native.step_messages import outputs_of, run_step_of, sampled_of
+from engines.native.step_totals import StepTotals, counters_of
 from engines.native.trace import StepTrace
+from engines.native.worker_losses import WorkerLosses
 from engines.native.workers import WorkerPool
 from engines.process import usable_cores
 from engines.protocol import EngineCounters
 from planner.layout import Pipeline
 
 if TYPE_CHECKING:
-    from engines.native.grammar import Grammars, Matcher
-
-
-class EngineFailed(Exception):
-    """The core cannot go on; the message is for the operator."""
+    from engines.native.grammar import Grammars
 
 
 class EngineCore:
@@ -56,7 +54,7 @@ class EngineCore:
         self.handover: HandoverRunner | None = None
         self.grammars: Grammars | None = None  # set before the first request
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.refactorings = 0
+        self.totals = StepTotals()
         self.worker_of = {device: index for index, device in enumerate(boot.options.device_ids)}
         self.scheduler = Scheduler(
             limits=boot.limits,
@@ -82,68 +80,36 @@ class EngineCore:
         self._in_flight: dict[int, tuple[Batch, float]] = {}
         self._holding = True  # until the first stages are loaded
         self._drained: asyncio.Future[None] | None = None
-        self._loading: dict[int, asyncio.Future[None]] = {}
+        self._loading = StageLoading(pool)
         self._recovery: asyncio.Task[None] | None = None
-        self._deaths: list[float] = []
-        self._last_words: dict[int, str] = {}
+        self._losses = WorkerLosses(pool.size)
         self._workers: list[int] = []  # stage by stage
-        self._prompt_tokens = 0
-        self._generated_tokens = 0
-        self._steps = 0
 
     # --- requests ---
 
     def submit(self, request: c.Submit) -> None:
         """Queue a request, or say that it cannot be run."""
         try:
-            adapter = self._adapter_of(request)
-            matcher = self._matcher_of(request)
+            sequence = sequence_of(
+                request,
+                boot=self.boot,
+                adapters=self.adapters,
+                grammars=self.grammars,
+                order=self.scheduler.take_order(),
+            )
         except InvalidRequest as refusal:
             self._emit(c.Refused(key=request.key, message=str(refusal), parameter=refusal.parameter, code=refusal.code))
             return
-        self._prompt_tokens += len(request.prompt)
-        if matcher is not None and matcher.is_done:  # the engine before this one had no time to say so
+        self.totals.prompt_tokens += len(request.prompt)
+        if sequence.matcher is not None and sequence.matcher.is_done:  # the engine before had no time to say so
             self._emit(c.Outputs(keys=[request.key], tokens=[-1], finishes=["stop"], logprobs=[None]))
             return
-        eos = () if request.sampling.ignore_eos else self.boot.eos_token_ids
-        self.scheduler.add(
-            Sequence(
-                key=request.key,
-                prompt=request.prompt,
-                generated=request.generated,
-                sampling=request.sampling,
-                stop_ids=frozenset((*request.sampling.stop_token_ids, *eos)),
-                order=self.scheduler.take_order(),
-                shaping=request.shaping,
-                matcher=matcher,
-                adapter=adapter,
-            )
-        )
+        self.scheduler.add(sequence)
         self.pump()
-
-    def _adapter_of(self, request: c.Submit) -> int:
-        name = request.sampling.adapter
-        number = self.adapters.number_of(name)
-        if number is None:
-            raise InvalidRequest(f"adapter {name!r} is not loaded any more", parameter="model", code="model_not_found")
-        return number
 
     def _is_adapter_used(self, number: int) -> bool:
         in_flight = (entry.sequence for batch, _ in self._in_flight.values() for entry in batch.entries)
         return any(each.adapter == number for each in (*self.scheduler.sequences, *in_flight))
-
-    def _matcher_of(self, request: c.Submit) -> "Matcher | None":
-        grammar = request.sampling.grammar
-        if grammar is None:
-            return None
-        if self.grammars is None:
-            raise InvalidRequest("this model's output cannot be kept to a grammar", parameter=grammar.parameter)
-        matcher = self.grammars.matcher(grammar, request.generated)
-        allowed = None if request.shaping is None else request.shaping.allowed
-        if allowed is not None and not matcher.is_done and not matcher.takes_any(allowed, self.boot.vocab_size):
-            message = f"allowed_token_ids leaves {grammar.parameter} no token to begin with"
-            raise InvalidRequest(message, parameter="allowed_token_ids", code="contradiction")
-        return matcher
 
     def abort(self, key: int) -> None:
         self.scheduler.abort(key)
@@ -173,28 +139,7 @@ class EngineCore:
             self._dispatch(batch)
 
     def _dispatch(self, batch: Batch) -> None:
-        entries = batch.entries
-        sampled = [i for i, entry in enumerate(entries) if entry.samples]
-        tokens = [t for e in entries for t in e.sequence.tokens[e.start : e.start + e.count]]
-        asks = asks_of(batch, sampled, self.boot.context.shared)
-        adapters = [e.sequence.adapter for e in entries]
-        raw = m.encode(
-            m.RunStep(
-                step_id=batch.step_id,
-                generation=self._generation,
-                rows=_int32([e.sequence.row for e in entries]),
-                starts=_int32([e.start for e in entries]),
-                counts=_int32([e.count for e in entries]),
-                tokens=_int32(tokens),
-                sampled=_int32(sampled),
-                draws=asks.draws,
-                logprobs=asks.logprobs,
-                shapes=asks.shapes,
-                tops=asks.tops,
-                scored=asks.scored,
-                adapters=_int32(adapters) if any(adapters) else b"",
-            )
-        )
+        raw = m.encode(run_step_of(batch, generation=self._generation, shared=self.boot.context.shared))
         now = time.monotonic()
         self._in_flight[batch.step_id] = (batch, now)
         self.trace.dispatched(now, self.epoch)
@@ -208,33 +153,16 @@ class EngineCore:
         batch, _ = self._in_flight.pop(done.step_id)
         if self.handover is not None:
             self.handover.mark_written(batch)
-        logprobs = np.frombuffer(done.logprobs, dtype=np.float32).tolist() if done.logprobs else None
-        tokens = np.frombuffer(done.tokens, dtype=np.int32).tolist()
+        tokens, logprobs = sampled_of(done)
         outputs = self.scheduler.finish_step(batch, tokens, logprobs, details_of(done))
-        self._steps += 1
+        self.totals.steps += 1
         self.trace.ended(now, self.epoch)
         if self._drained is not None and not self._in_flight and not self._drained.done():
             self._drained.set_result(None)
         self.pump()  # first: the stages compute while the results are told
-        self._tell(outputs)
-
-    def _tell(self, outputs: list[Output]) -> None:
-        if not outputs:
-            return
-        self._generated_tokens += len(outputs)
-        self._emit(
-            c.Outputs(
-                keys=[o.key for o in outputs],
-                tokens=[-1 if o.token is None else o.token for o in outputs],
-                finishes=["" if o.finish is None else o.finish.value for o in outputs],
-                logprobs=[o.logprob for o in outputs],
-                details={
-                    i: c.Details(top=o.top, prompt=o.prompt, cached=o.cached)
-                    for i, o in enumerate(outputs)
-                    if o.top or o.prompt or o.cached is not None
-                },
-            )
-        )
+        if outputs:
+            self.totals.generated_tokens += len(outputs)
+            self._emit(outputs_of(outputs))
 
     # --- between two steps: what a handover needs ---
 
@@ -299,24 +227,13 @@ class EngineCore:
 
     # --- workers ---
 
-    async def load_stages(self, indexes: list[int]) -> None:
-        """Have these workers load the layers of their stage in the pipeline in force."""
-        specs = specs_of(self.pipeline, self.worker_of)
-        loop = asyncio.get_running_loop()
-        waiting = []
-        for index in indexes:
-            self._loading[index] = loop.create_future()
-            waiting.append(self._loading[index])
-            self.pool.send(index, m.Prepare(handover=0, spec=specs[index]))
-        await asyncio.gather(*waiting)
-
     async def start(self) -> None:
         """Load the first layout and begin to schedule.
 
         Raises:
-            EngineFailed: A worker could not load its layers.
+            StageNotLoaded: A worker could not load its layers.
         """
-        await self.load_stages(list(specs_of(self.pipeline, self.worker_of)))
+        await self._loading.load(specs_of(self.pipeline, self.worker_of))
         self.adopt()
         self.resume()
 
@@ -330,32 +247,22 @@ class EngineCore:
             case m.AdapterLoaded():
                 self.adapters.on_report(report)
             case m.Crashed():
-                self._last_words[report.worker] = report.reason
-            case m.Prepared() if report.handover == 0:
-                if report.done:
-                    settle(self._loading.pop(report.worker, None), None)
-            case m.Failed() if report.handover == 0:
-                waiting = self._loading.pop(report.worker, None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_exception(EngineFailed(report.reason))
+                self._losses.said(report.worker, report.reason)
+            case m.Prepared() | m.Failed() if report.handover == 0:
+                self._loading.on_report(report)
             case m.Prepared() | m.Failed() | m.Copied() | m.Released():
                 if self.handover is not None:
                     self.handover.on_report(report)
 
     def on_worker_death(self, index: int, reason: str) -> None:
         """Restart a worker that ended; if it carried a stage, compute again what was lost with it."""
-        words = self._last_words.pop(index, "")
-        reason = f"{reason}: {words}" if words else reason
-        now = time.monotonic()
-        self._deaths = [t for t in self._deaths if now - t < 60.0] + [now]
-        if len(self._deaths) > 10 * self.pool.size:
+        reason = self._losses.ended(index, reason, now_s=time.monotonic())
+        if self._losses.are_too_many:
             self.fail(f"workers keep dying: {reason}")
             return
         self.pool.restart(index)
         self.adapters.restarted(index)
-        waiting = self._loading.pop(index, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_exception(EngineFailed(reason))
+        self._loading.failed(index, reason)
         self.inquiries.forget(index)
         carried = index in specs_of(self.pipeline, self.worker_of)
         if carried:
@@ -378,9 +285,9 @@ class EngineCore:
         """Load the stages again where they are missing (the others have nothing to do), then go on."""
         for attempt in range(3):
             try:
-                await self.load_stages(list(specs_of(self.pipeline, self.worker_of)))
+                await self._loading.load(specs_of(self.pipeline, self.worker_of))
                 break
-            except EngineFailed as error:
+            except StageNotLoaded as error:
                 if attempt == 2:
                     self.fail(f"a stage cannot be loaded again: {error}")
                     return
@@ -395,19 +302,19 @@ class EngineCore:
             self.failed.set_result(reason)
 
     async def watch_for_hangs(self) -> None:
-        """Kill stage workers that answer nothing while a step is overdue; their loss is then recovered as a crash."""
-        deadline_s = self.boot.options.hang_deadline_s
-        while True:
-            await asyncio.sleep(min(deadline_s / 4, 1.0))
-            if not self._in_flight or self._recovery is not None:
-                continue
-            oldest = min(dispatched for _, dispatched in self._in_flight.values())
-            if time.monotonic() - oldest < deadline_s:
-                continue
-            answers = await asyncio.gather(*(self.inquiries.answers_within(index, 2.0) for index in self._workers))
-            silent = [index for index, well in zip(self._workers, answers, strict=True) if not well]
-            for index in silent or self._workers[:1]:
-                self.pool.kill(index)
+        """Kill stage workers that hang; their loss is then recovered as a crash."""
+        await kill_what_hangs(
+            self.pool,
+            self.inquiries,
+            oldest_s=self._oldest_dispatch_s,
+            workers=lambda: self._workers,
+            deadline_s=self.boot.options.hang_deadline_s,
+        )
+
+    def _oldest_dispatch_s(self) -> float | None:
+        if not self._in_flight or self._recovery is not None:
+            return None
+        return min(dispatched_s for _, dispatched_s in self._in_flight.values())
 
     @property
     def recovering(self) -> bool:
@@ -418,25 +325,4 @@ class EngineCore:
         return next(self._tickets)
 
     def counters(self) -> EngineCounters:
-        scheduler, caches = self.scheduler, self.boot.options.prefix_caching
-        return EngineCounters(
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            kv_blocks_used=scheduler.kv_blocks_used,
-            kv_blocks_capacity=scheduler.kv_capacity,
-            kv_block_tokens=self.boot.limits.kv_block_tokens,
-            prompt_tokens_total=self._prompt_tokens,
-            generated_tokens_total=self._generated_tokens,
-            preemptions_total=scheduler.preemptions,
-            steps_total=self._steps,
-            worker_restarts_total=self.pool.restarts,
-            refactorings_total=self.refactorings,
-            prefix_queried_tokens_total=scheduler.prefix_queries if caches else None,
-            prefix_hit_tokens_total=scheduler.prefix_hits if caches else None,
-            kv_blocks_cached=scheduler.kv_blocks_cached if caches else None,
-            kv_device_bytes=self.boot.options.kv_device_bytes or None,
-        )
-
-
-def _int32(values: list[int]) -> bytes:
-    return np.array(values, dtype=np.int32).tobytes()
+        return counters_of(self.totals, self.scheduler, boot=self.boot, worker_restarts=self.pool.restarts)
