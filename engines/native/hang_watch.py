@@ -29,7 +29,8 @@ async def kill_what_hangs(
         dispatched_s = oldest_s()
         if dispatched_s is None or time.monotonic() - dispatched_s < deadline_s:
             continue
-        answers = await asyncio.gather(*(inquiries.answers_within(index, _ANSWER_S) for index in workers()))
-        silent = [index for index, well in zip(workers(), answers, strict=True) if not well]
-        for index in silent or workers()[:1]:
+        asked = workers()
+        answers = await asyncio.gather(*(inquiries.answers_within(index, _ANSWER_S) for index in asked))
+        silent = [index for index, well in zip(asked, answers, strict=True) if not well]
+        for index in silent or asked[:1]:
             pool.kill(index)
