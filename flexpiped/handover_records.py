@@ -1,12 +1,13 @@
 """What is asked of a refactoring, what it would do and how it went: plain values, and their form on the admin API."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 from engines.protocol import RefactorCheck, RefactorProgress
 from flexpiped.config_values import Auto
+from planner.handover import HandoverPhase
 from planner.layout import Pipeline
 from planner.memory import KvBudget, MemoryCheck
 
@@ -168,6 +169,7 @@ class HandoverRecord:
     engine_before: str = ""
     engine_after: str = ""  # empty: the engine stayed
     what: str = ""  # in words: ``2 -> 4 stages``
+    phases_s: Mapping[HandoverPhase, float] = field(default_factory=dict)  # up to the last report
 
 
 def pipeline_to_wire(pipeline: Pipeline) -> list[dict[str, Any]]:
@@ -238,6 +240,7 @@ def record_to_wire(record: HandoverRecord) -> dict[str, Any]:
         "message": record.message,
         "finished_unix_s": record.finished_unix_s,
         "duration_s": record.duration_s,
+        "phases_s": {phase.value: took_s for phase, took_s in record.phases_s.items()},
         "layers_moved": record.layers_moved,
         "progress": None if record.last is None else progress_to_wire(record.last),
     }

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -58,6 +58,14 @@ class _Running:
     started_s: float
     cancel: Callable[[], Awaitable[bool]]
     last: RefactorProgress | None = None
+    phases_s: dict[HandoverPhase, float] = field(default_factory=dict)
+
+    def take(self, report: RefactorProgress) -> None:
+        """Note a report; the time since the one before it was spent in the phase of that one."""
+        if self.last is not None:
+            before, spent_s = self.last.phase, report.elapsed_s - self.last.elapsed_s
+            self.phases_s[before] = self.phases_s.get(before, 0.0) + spent_s
+        self.last = report
 
     def describe(self, now_s: float) -> str:
         phase = "starting" if self.last is None else f"in phase {self.last.phase.value} ({self.last.message})"
@@ -242,7 +250,7 @@ class Refactorings:
         try:
             async with closing(reports):
                 async for progress in reports:
-                    running.last = progress
+                    running.take(progress)
                     message = progress.message
                     self._publish(running, message, state="progress", progress=progress_to_wire(progress))
                     if progress.phase is HandoverPhase.DONE:
@@ -265,6 +273,7 @@ class Refactorings:
             duration_s=self._monotonic_clock() - running.started_s,
             layers_moved=running.proposal.layers_moved,
             last=running.last,
+            phases_s=running.phases_s,
             way=running.proposal.way,
             engine_before=running.proposal.engine_before,
             engine_after=running.proposal.engine_after,

@@ -26,6 +26,7 @@ from topology.device import Device
 _REMEMBERED = 1000  # requests whose latencies make the percentiles of the status
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _HANDOVER_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_PHASE_BUCKETS_S = (0.001, 0.005, 0.02, *_HANDOVER_BUCKETS_S)
 _PLANNER_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TPOT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -189,6 +190,13 @@ class Metrics:
             buckets=_HANDOVER_BUCKETS_S,
             registry=self.registry,
         )
+        self._phase_s = Histogram(
+            "flexpiped_handover_phase_seconds",
+            "What each phase of a change of layout took",
+            ["phase"],
+            buckets=_PHASE_BUCKETS_S,
+            registry=self.registry,
+        )
         self._pause_s = Histogram(
             "flexpiped_handover_commit_pause_seconds",
             "From the last step in one layout to the first in the next",
@@ -223,6 +231,8 @@ class Metrics:
         """Count a change of layout by its record, as ``record_to_wire`` gives it."""
         self._handovers.labels(record["result"]).inc()
         self._handover_s.observe(record["duration_s"])
+        for phase, took_s in record["phases_s"].items():
+            self._phase_s.labels(phase.replace(" ", "_")).observe(took_s)
         pause_s = (record["progress"] or {}).get("commit_pause_s")
         if pause_s is not None:
             self._pause_s.observe(pause_s)

@@ -26,8 +26,10 @@ def exposition() -> str:
         observation.tokens(3)
         observation.outcome = Outcome.DONE
     for result in ("done", "aborted", "failed"):
-        metrics.handover_ended({"result": result, "duration_s": 0.2, "progress": {"commit_pause_s": 0.003}})
-    metrics.handover_ended({"result": "failed", "duration_s": 0.1, "progress": None})
+        phases = {"prepare": 0.1, "roll back": 0.04}
+        progress = {"commit_pause_s": 0.003}
+        metrics.handover_ended({"result": result, "duration_s": 0.2, "phases_s": phases, "progress": progress})
+    metrics.handover_ended({"result": "failed", "duration_s": 0.1, "phases_s": {}, "progress": None})
     metrics.decided("keep")
     metrics.planned(0.02)
     stage = StageStatus(
@@ -69,6 +71,8 @@ def test_handovers_and_levels_are_shown() -> None:
 
     assert 'flexpiped_handovers_total{result="failed"} 2.0' in shown
     assert "flexpiped_handover_commit_pause_seconds_count 3.0" in shown
+    assert 'flexpiped_handover_phase_seconds_count{phase="roll_back"} 3.0' in shown
+    assert 'flexpiped_handover_phase_seconds_bucket{le="0.05",phase="prepare"} 0.0' in shown
     assert "flexpiped_requests_queued 2.0" in shown
     assert 'flexpiped_state{state="ready"} 1.0' in shown
     assert 'flexpiped_state{state="failed"} 0.0' in shown

@@ -1,17 +1,21 @@
 """The one place through which a refactoring enters."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from structlog.testing import capture_logs
 
 from engines.errors import EngineDied, RefactoringBusy, RefactoringRefused
 from engines.fake import FakeEngine
+from engines.protocol import RefactorProgress
 from flexpiped.config_values import Auto
 from flexpiped.events import EventLog
 from flexpiped.handover_records import HandoverRecord, HandoverResult, Proposal, Wanted
 from flexpiped.refactoring import Refactorings, Started
 from planner.errors import NoFeasiblePlan
+from planner.handover import HandoverPhase
+from planner.layout import Pipeline
 from tests.support.layouts import EvenResolver, even_pipeline
 from tests.support.until import until
 
@@ -54,6 +58,32 @@ async def test_a_refactoring_runs_and_is_remembered(refactorings: Refactorings, 
     assert (record.result, record.finished_unix_s, record.duration_s) == (HandoverResult.DONE, 1_000.0, 0.0)
     assert record.layers_moved == 7  # decoders 2 to 7, and the head
     assert engine.pipeline == even_pipeline(4)
+
+
+BEGINS_S = {"prepare": 0.0, "sync": 2.0, "commit": 2.5, "retire": 2.625, "done": 3.0}
+
+
+class Timed(FakeEngine):
+    """Its phases begin at these seconds."""
+
+    async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
+        async for report in super().refactor(target):
+            yield replace(report, elapsed_s=BEGINS_S[report.phase.value])
+
+
+async def test_what_each_phase_took_is_remembered() -> None:
+    engine = Timed(pipeline=even_pipeline(2))
+    await engine.start(on_progress=lambda _: None)
+    refactorings = Refactorings(engine=lambda: engine, resolver=EvenResolver, events=EventLog())
+    await refactorings.start(Wanted(stages=4))
+
+    assert (await ended(refactorings)).phases_s == {
+        HandoverPhase.PREPARING: 2.0,
+        HandoverPhase.SYNCING: 0.5,
+        HandoverPhase.COMMITTING: 0.125,
+        HandoverPhase.RETIRING: 0.375,
+    }
+    await engine.close()
 
 
 async def test_its_progress_is_published(refactorings: Refactorings, events: EventLog) -> None:
