@@ -24,6 +24,7 @@ from tests.packaging.test_service import (
     journal,
     processes,
     shown,
+    started,
 )
 from tests.packaging.test_survival import assert_adopted_after, cgroup, engine, units
 from tests.support.machine import Machine, machine_in, until
@@ -50,12 +51,6 @@ def machine_with(folder: Path, package: Path, *, name: str, python: str, bind: S
         machine.boot()
         machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
         yield machine
-
-
-def started(machine: Machine) -> None:
-    """Start the service; where it does not come up, say what it says."""
-    done = machine.run("systemctl", "start", "flexpiped")
-    assert done.returncode == 0, machine.do("journalctl", "--output", "cat", "--no-pager", "--lines", "60")
 
 
 class EngineService:

@@ -65,6 +65,12 @@ def machine(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Iterator
         yield machine
 
 
+def started(machine: Machine) -> None:
+    """Start the service; where it does not come up, say what it says."""
+    done = machine.run("systemctl", "start", "flexpiped")
+    assert done.returncode == 0, machine.do("journalctl", "--output", "cat", "--no-pager", "--lines", "60")
+
+
 def shown(machine: Machine, name: str) -> str:
     return machine.do("systemctl", "show", "flexpiped", "--property", name, "--value").strip()
 
@@ -104,7 +110,7 @@ def test_it_starts_and_serves(machine: Machine) -> None:
     machine.write(CONFIG, f'engine = "native"\nstages = 2\n[engines.native]\npython = "{ENGINE_PYTHON}"\n')
     assert machine.do("flexctl", "config", "check", CONFIG) == f"{CONFIG}: ok\n"
 
-    machine.do("systemctl", "start", "flexpiped")
+    started(machine)
 
     assert shown(machine, "StatusText") == "serving demo-model, 8 decoder layers in 2 stages"
     assert completion(machine).strip()
@@ -221,7 +227,7 @@ def test_it_stops_in_good_order(machine: Machine) -> None:
 
 
 def test_removing_keeps_the_configuration_and_purging_does_not(machine: Machine) -> None:
-    machine.do("systemctl", "start", "flexpiped")
+    started(machine)
     machine.do("dpkg", "--remove", "flexpiped")
     assert machine.run("test", "-e", CONFIG).returncode == 0
     assert machine.run("test", "-e", "/usr/lib/flexpiped").returncode != 0

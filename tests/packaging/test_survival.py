@@ -19,6 +19,7 @@ from tests.packaging.test_service import (  # fixtures are found by their names
     package,
     pytestmark,
     shown,
+    started,
 )
 from tests.support.machine import ENGINE_PYTHON, Machine, until
 
@@ -72,7 +73,7 @@ def test_an_engine_is_in_a_unit_of_its_own(machine: Machine) -> None:
         'engine = "native"\nstages = 2\n[engines]\nsurvive_restart = true\n'
         f'[engines.native]\npython = "{ENGINE_PYTHON}"\n',
     )
-    machine.do("systemctl", "start", "flexpiped")
+    started(machine)
     [unit] = units(machine)
     assert cgroup(machine, engine(machine)).endswith(f"/{unit}")
     assert machine.do("systemctl", "show", unit, "--property", "User", "--value").strip() == "flexpiped"
@@ -95,7 +96,7 @@ def test_stopping_the_service_ends_it(machine: Machine) -> None:
 
 def test_after_a_stop_another_one_is_started(machine: Machine) -> None:
     before = [entry for entry in events(machine) if entry == "engine adopted"]
-    machine.do("systemctl", "start", "flexpiped")
+    started(machine)
     assert len(units(machine)) == 1
     assert [entry for entry in events(machine) if entry == "engine adopted"] == before
 
