@@ -18,24 +18,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support.certificates import make_certificate
-from tests.support.daemon import Daemon, started
+from tests.support.daemon import started
+from tests.support.doors import ingresses_of
 
 pytestmark = pytest.mark.real_loop
 STREAMS = 24
 TOKENS = 300  # of 10 ms each: the streams outlive what is done under them
-
-
-def children_of(pid: int) -> dict[int, str]:
-    """Return command lines of the children of a process, by pid."""
-    found = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found[int(child)] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
-    return found
-
-
-def ingresses_of(daemon: Daemon) -> set[int]:
-    return {pid for pid, command in children_of(daemon.process.pid).items() if "flexpiped.ingress" in command}
 
 
 def is_there(pid: int) -> bool:
@@ -149,7 +137,7 @@ async def test_two_of_them_of_which_one_is_killed_under_streams(tmp_path: Path) 
     async with started(tmp_path, ready=True, more=more) as daemon:
         url = (await daemon.ask("/status"))["api_url"]
         port = Port(url, key="one", certificate=old[0])
-        before = ingresses_of(daemon)
+        before = ingresses_of(daemon.process.pid)
         assert len(before) == 2
         begun = asyncio.Semaphore(0)
         streams = [asyncio.create_task(port.stream(begun)) for _ in range(STREAMS)]
@@ -169,7 +157,7 @@ async def test_two_of_them_of_which_one_is_killed_under_streams(tmp_path: Path) 
         restarts = sum(now[f'flexpiped_ingress_restarts_total{{ingress="{number}"}}'] for number in (1, 2))
         assert restarts == 1
         assert now['flexpiped_requests_total{endpoint="completions",outcome="disconnected"}'] == STREAMS - whole
-        after = ingresses_of(daemon)
+        after = ingresses_of(daemon.process.pid)
         assert len(after) == 2
         assert victim not in after
 
