@@ -17,6 +17,7 @@ from tests.support.machine import ENGINE_PYTHON, Machine, machine_in, missing_to
 ROOT = Path(__file__).parents[2]
 CONFIG = "/etc/flexpiped/flexpiped.toml"
 START_DEADLINE_S = 180.0
+DEMO_MODEL = "/usr/share/flexpiped/demo-model"
 ASK = """
 import json, sys, urllib.request
 body = json.dumps({"prompt": "Once", "max_tokens": 20, "temperature": 0}).encode()
@@ -68,7 +69,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Iterator
 def started(machine: Machine) -> None:
     """Start the service; where it does not come up, say what it says."""
     done = machine.run("systemctl", "start", "flexpiped")
-    assert done.returncode == 0, machine.do("journalctl", "--output", "cat", "--no-pager", "--lines", "60")
+    assert done.returncode == 0, machine.last_words()
 
 
 def shown(machine: Machine, name: str) -> str:
@@ -201,9 +202,9 @@ def test_the_watchdog_ends_one_that_hangs(machine: Machine) -> None:
 def test_an_upgrade_keeps_the_configuration_and_restarts_it(machine: Machine, package: Path) -> None:
     before, config = shown(machine, "MainPID"), machine.do("cat", CONFIG)
 
-    machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
+    said = machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
 
-    assert came_back(machine, instead_of=before)
+    assert came_back(machine, instead_of=before), said + machine.last_words()
     assert machine.do("cat", CONFIG) == config
     assert completion(machine).strip()
 
@@ -215,6 +216,30 @@ def test_enabled_it_is_there_after_a_reboot(machine: Machine) -> None:
 
     until(lambda: shown(machine, "ActiveState") == "active", deadline_s=START_DEADLINE_S)
     assert completion(machine).strip()
+
+
+@pytest.mark.parametrize(
+    ("model", "place", "owner"),
+    [
+        ("acme/cached", "/var/cache/flexpiped/huggingface/hub/models--acme--cached/snapshots/1f0e", "flexpiped"),
+        ("/home/alice/mine", "/home/alice/mine", "root"),
+    ],
+    ids=["of the hub, in the cache", "in a home directory"],
+)
+def test_a_model_is_read_from_where_operators_have_it(machine: Machine, model: str, place: str, owner: str) -> None:
+    """The hub cannot be reached from there, so what is served as one of its models is from the cache."""
+    before = machine.do("cat", CONFIG)
+    machine.do("sh", "-c", f"mkdir -p {place} && cp {DEMO_MODEL}/* {place}")
+    if "snapshots" in place:
+        machine.write(f"{place}/../../refs/main", "1f0e")
+    machine.do("chown", "-R", owner, place.split("/models--")[0])
+    machine.write(CONFIG, f'model = "{model}"\n{before}')
+
+    machine.do("systemctl", "restart", "flexpiped")
+
+    assert shown(machine, "StatusText").startswith(f"serving {Path(model).name}, 8 decoder layers")
+    assert completion(machine).strip()
+    machine.write(CONFIG, before)
 
 
 def test_it_stops_in_good_order(machine: Machine) -> None:

@@ -70,7 +70,7 @@ class Machine:
             )
         until(lambda: bool(self._children()), deadline_s=_BOOT_DEADLINE_S)
         self._leader = int(self._children()[0])
-        until(lambda: self.state() in ("running", "degraded"), deadline_s=_BOOT_DEADLINE_S)
+        until(lambda: self.state() in ("running", "degraded"), deadline_s=_BOOT_DEADLINE_S, says=self.last_words)
 
     def power_off(self) -> None:
         """Shut down in good order: services are stopped."""
@@ -94,6 +94,11 @@ class Machine:
     def leader(self) -> int:
         """Its first process, by the pid that it has here."""
         return self._leader
+
+    def last_words(self) -> str:
+        """Return what is still to be started, and the end of the journal."""
+        journal = self.run("journalctl", "--output", "cat", "--no-pager", "--lines", "60").stdout
+        return self.run("systemctl", "list-jobs", "--no-pager").stdout + journal
 
     def state(self) -> str:
         return self.run("systemctl", "is-system-running").stdout.strip()
@@ -140,11 +145,11 @@ def machine_in(folder: Path, *, bind: Sequence[str] = ()) -> Iterator[Machine]:
         _run(["umount", str(root)])
 
 
-def until(holds: Callable[[], bool], *, deadline_s: float) -> None:
-    """Wait until something holds on a machine, which tells nobody when it does."""
+def until(holds: Callable[[], bool], *, deadline_s: float, says: Callable[[], str] = str) -> None:
+    """Wait until something holds on a machine, which tells nobody when it does; where it never does it ``says`` why."""
     ends_s = time.monotonic() + deadline_s
     while not holds():
-        assert time.monotonic() < ends_s, f"not within {deadline_s:g} s"
+        assert time.monotonic() < ends_s, f"not within {deadline_s:g} s: {says()}"
         time.sleep(0.1)
 
 
