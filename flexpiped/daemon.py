@@ -25,6 +25,7 @@ from flexpiped.ingress.fleet import IngressFailed
 from flexpiped.keys import KeyFileError
 from flexpiped.log import configure_logging
 from flexpiped.models import NoDemoModel, for_people
+from flexpiped.long_lived import settle
 from flexpiped.notify import Notifier
 from flexpiped.reload import ReloadReport, compare
 from flexpiped.servers import PortTaken
@@ -129,6 +130,7 @@ class Daemon:
             async with AsyncExitStack() as stack:
                 if not await self._start(service, stack):
                     return 0
+                settle()
                 self._announce_ready(service)
                 await self._serve(service)
                 self._announce_stop(service)

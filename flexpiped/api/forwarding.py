@@ -32,6 +32,7 @@ OWN_PATHS: Final = (
     *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
 )
 GENERATING_PATHS: Final = ("/v1/responses", "/v1/messages")
+_USAGE: Final = b'"usage":{'
 _BYTES_PER_TOKEN: Final = 4  # of a prompt that is not tokenized here: for admission only
 _OF_ONE_HOP: Final = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding"}
@@ -215,18 +216,25 @@ def _without(names: Iterable[str], headers: Mapping[str, str]) -> list[tuple[str
 
 
 def _count_events(events: bytes, observation: Observation) -> None:
-    if b'"usage":{' in events:
-        for line in events.splitlines():
-            _count(line.removeprefix(b"data: "), observation)
+    """Note the tokens that the last of the events with any tells: they are those of the answer so far."""
+    at = events.rfind(_USAGE)
+    while at >= 0:
+        begin, end = events.rfind(b"\n", 0, at) + 1, events.find(b"\n", at)
+        line = events[begin:] if end < 0 else events[begin:end]
+        if _count(line.strip(b"\r").removeprefix(b"data: "), observation):
+            return
+        at = events.rfind(_USAGE, 0, at)
 
 
-def _count(answer: bytes, observation: Observation) -> None:
-    """Note the tokens where the answer tells them."""
+def _count(answer: bytes, observation: Observation) -> bool:
+    """Note the tokens where the answer tells them; say whether it does."""
     with suppress(msgspec.DecodeError, UnicodeDecodeError):
         usage = msgspec.json.decode(answer, type=_Answer).usage
         if usage is not None:
             observation.prompt_tokens = usage.prompt_tokens
             observation.completion_tokens = usage.completion_tokens or 0
+            return True
+    return False
 
 
 def no_such_route(path: str, *, engine: str) -> ApiError:

@@ -10,6 +10,7 @@ AnswerBroken    the server is not there, is gone before its answer is whole, or 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Final, Protocol, cast
 
@@ -200,7 +201,8 @@ class _Chunked:
         self.is_whole = False
 
     def take(self, waiting: bytearray) -> bytes:
-        parts, at = [], 0
+        parts: list[bytes | bytearray] = []
+        at, is_fresh = 0, True
         while not self.is_whole:
             if self._left:
                 part = waiting[at : at + self._left]
@@ -211,6 +213,13 @@ class _Chunked:
                     break
                 self._is_behind = True
             begin = at + 2 * self._is_behind
+            if is_fresh:  # one by one, small chunks would take most of the time of a stream
+                num_bytes, part = _plain_chunks(bytes(waiting[begin:]))
+                is_fresh = False
+                if num_bytes:
+                    parts.append(part)
+                    at, self._is_behind = begin + num_bytes, False
+                    continue
             line = waiting.find(b"\r\n", begin)
             if line < 0:
                 break
@@ -226,6 +235,26 @@ class _Chunked:
 
     def end(self) -> None:
         raise AnswerBroken("the server closed the connection within its answer")
+
+
+def _plain_chunks(data: bytes) -> tuple[int, bytes]:
+    """Return what is in the whole chunks at the beginning, and how long they are, the last one of a body not counted.
+
+    Nothing, and 0, where a chunk has a line's end in it, or extensions: those have to be read one by one.
+    """
+    lines = data.split(b"\r\n")
+    num_lines = (len(lines) - 1) // 2 * 2  # of whole chunks: a size and what is in it by turns
+    texts, parts = lines[0:num_lines:2], lines[1:num_lines:2]
+    try:
+        sizes = [*map(int, texts, repeat(16))]
+    except ValueError:
+        return 0, b""
+    if 0 in sizes:
+        last = sizes.index(0)
+        sizes, texts, parts = sizes[:last], texts[:last], parts[:last]
+    if sizes != [*map(len, parts)]:
+        return 0, b""
+    return sum(sizes) + sum(map(len, texts)) + 4 * len(sizes), b"".join(parts)
 
 
 def _size(line: bytearray) -> int:

@@ -42,6 +42,7 @@ from flexpiped.ingress.relay import Relay
 from flexpiped.ingress.remote import RemoteAdmission, RemoteMetrics
 from flexpiped.keys import KeyRing
 from flexpiped.log import configure_logging
+from flexpiped.long_lived import settle
 from flexpiped.servers import listen_shared, serving
 from flexpiped.settings import LogFormat, LogLevel, LogSettings
 from flexpiped.status import Health, ServiceState
@@ -127,6 +128,7 @@ class Ingress:
         self._here.use(now.models)
         if before is None:
             assert self._welcome is not None, "it comes first"
+            settle()
             self._started.set_result(self._welcome)
         elif before.reloads != now.reloads and self._tls is not None:
             try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import uvloop
 
 from flexpiped.admission import AdmissionLimits
+from flexpiped.long_lived import settle
 from tests.support.http_app import FakeEngines, http_app
 
 _UNLIMITED = AdmissionLimits(max_requests_in_flight=4096, max_tokens_in_flight=1 << 40)
@@ -19,6 +20,7 @@ _UNLIMITED = AdmissionLimits(max_requests_in_flight=4096, max_tokens_in_flight=1
 async def _serve(options: argparse.Namespace) -> None:
     engines = FakeEngines(own_socket=Path(options.socket))
     async with http_app(engines=engines, limits=_UNLIMITED, port=int(options.port)):
+        settle()
         await asyncio.Event().wait()
 
 

@@ -12,6 +12,7 @@ from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nX-Kept: a: b \r\n"
+MANY = b"".join(b"%x\r\n%b\r\n" % (len(word), word) for word in [b"w" * (i % 37 + 1) for i in range(500)])
 CHUNKS = b"5\r\nhello\r\n1;name=value\r\n \r\n5\r\nworld\r\n0\r\nX-Trailer: x\r\n\r\n"
 Send = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -60,6 +61,8 @@ async def read(folder: Path, send: Send) -> tuple[Answer, bytes]:
     [
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", CHUNKS, b"hello world"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0\r\n\r\n", b""),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"2\r\nab\r\n7\r\nx\r\ny\r\nz\r\n0\r\n\r\n", b"abx\r\ny\r\nz"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"6\r\n1\r\na\r\n\r\n1\r\nb\r\n0\r\n\r\n", b"1\r\na\r\nb"),
         (HEAD + b"Content-Length: 11\r\n\r\n", b"hello world", b"hello world"),
         (HEAD + b"Content-Length: 0\r\n\r\n", b"", b""),
         (HEAD + b"\r\n", b"hello world", b"hello world"),
@@ -72,6 +75,15 @@ async def test_however_it_is_framed_and_cut(tmp_path: Path, head: bytes, body: b
         answer, found = await read(tmp_path, pieces(*parts))
         assert (answer.status, answer.content_type, found) == (200, "text/event-stream", expected)
         assert answer.headers["x-kept"] == "a: b"
+
+
+@pytest.mark.parametrize("size", [1000, 1001, 4096, 7])
+async def test_many_chunks_that_are_cut_anywhere(tmp_path: Path, size: int) -> None:
+    body = MANY + b"1;extended\r\n.\r\n" + MANY + b"0\r\n\r\n"
+    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    words = b"".join(b"w" * (i % 37 + 1) for i in range(500))
+    _, found = await read(tmp_path, pieces(head, *(body[i : i + size] for i in range(0, len(body), size))))
+    assert found == words + b"." + words
 
 
 async def test_what_is_asked(tmp_path: Path) -> None:
