@@ -24,8 +24,8 @@ from flexpiped.hardware import devices_in_words
 from flexpiped.ingress.fleet import IngressFailed
 from flexpiped.keys import KeyFileError
 from flexpiped.log import configure_logging
-from flexpiped.models import NoDemoModel, for_people
 from flexpiped.long_lived import settle
+from flexpiped.models import NoDemoModel, for_people
 from flexpiped.notify import Notifier
 from flexpiped.reload import ReloadReport, compare
 from flexpiped.servers import PortTaken

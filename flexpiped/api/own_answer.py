@@ -214,10 +214,10 @@ class _Chunked:
                 self._is_behind = True
             begin = at + 2 * self._is_behind
             if is_fresh:  # one by one, small chunks would take most of the time of a stream
-                num_bytes, part = _plain_chunks(bytes(waiting[begin:]))
+                num_bytes, plain = _plain_chunks(bytes(waiting[begin:]))
                 is_fresh = False
                 if num_bytes:
-                    parts.append(part)
+                    parts.append(plain)
                     at, self._is_behind = begin + num_bytes, False
                     continue
             line = waiting.find(b"\r\n", begin)
