@@ -77,3 +77,10 @@ def state_of(pid: int) -> tuple[str, str] | None:
 def usable_cores() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def trim_heap() -> None:
+    """Have the C library give freed heap pages back (glibc only)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,67 +1,33 @@
-"""A stage worker: a resident process that carries a stage, or waits for one.
+"""A stage worker: carries a stage, or waits for one.
 
 Its one loop reads the inbox and blocks when there is nothing to do. Work for a handover comes in small pieces: each
 message is bounded (KV copies by ``slice_bytes``), longer work is cut into slices of which one runs after each step or
-whenever the inbox is empty. Reading weights happens in a thread that spends its time inside the kernel.
+whenever the inbox is empty. Weights are read in a thread.
 """
 
-import ctypes
-import os
-import signal
-import sys
-import threading
 import time
-import zlib
-from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
 import numpy as np
 import torch
 
-from engines.failpoints import FailAction, FailpointHit, Failpoints
+from engines.failpoints import FailAction, Failpoints
 from engines.native import messages as m
 from engines.native.adapter_loading import AdapterLoading
 from engines.native.compute import IN_PLACE, open_compute
 from engines.native.context import WorkerContext, kv_store_of
 from engines.native.kv_bound import KvBound
-from engines.native.layer_source import ReadLayer
+from engines.native.kv_copying import KvCopying, checksums_of
+from engines.native.layer_loading import LayerLoading
+from engines.native.slices import Slices
 from engines.native.stage import HeldLayers, StageRunner
 from engines.native.trace import StageTrace
 from engines.native.weights import WeightFiles
 from engines.parameters.client import ParameterClient
-from engines.process import die_with_parent
+from engines.process import trim_heap
 
-_LOADING_NICE = 19  # steps come first
 _OFFERING = -1  # in place of the number of a handover
-_THREAD_SWITCH_S = 0.0005  # so that the loading thread's bits of Python never hold a step up for long
-
-
-class _LoadJob:
-    """Layers on their way in, for a handover or (number 0) for a start or a recovery."""
-
-    def __init__(self, *, handover: int, spec: m.StageSpec, missing: list[str]) -> None:
-        self.handover = handover
-        self.spec = spec
-        self.missing = missing
-        self.read: dict[str, ReadLayer] = {}  # filled by the thread
-        self.cancelled = threading.Event()
-        self._changing = threading.Lock()
-
-    def take_in(self, layer: str, read: ReadLayer) -> bool:
-        """Keep what was read; False: it is not wanted any more."""
-        with self._changing:
-            if not self.cancelled.is_set():
-                self.read[layer] = read
-            return not self.cancelled.is_set()
-
-    def cancel(self) -> list[ReadLayer]:
-        """Have the thread stop; return what was read and nobody will attach."""
-        with self._changing:
-            self.cancelled.set()
-            read, self.read = self.read, {}
-            return list(read.values())
 
 
 class Worker:
@@ -99,24 +65,39 @@ class Worker:
             report=self._send,
         )
         self._failpoints = Failpoints()
+        self._slices = Slices(worker=index, report=self._send)
+        self._loading = LayerLoading(
+            self._layers,
+            self._runner,
+            self._slices,
+            self._failpoints,
+            worker=index,
+            tell_itself=lambda message: self._inbox.send(m.encode(message)),
+            report=self._send,
+        )
+        self._copying = KvCopying(
+            self._kv,
+            context.shared,
+            self._failpoints,
+            worker=index,
+            tell=lambda other, message: context.inboxes[other].send(m.encode(message)),
+            report=self._send,
+        )
         self._spec: m.StageSpec | None = None
         self._generation = 0
         self._steps: dict[int, m.RunStep] = {}
         self._hidden: dict[int, m.Hidden] = {}
-        self._slices: deque[tuple[int, Callable[[], None]]] = deque()  # (handover, piece of work)
-        self._load_job: _LoadJob | None = None
         self._busy_s = 0.0
         self._trace = StageTrace()
-        self._longest_slice_s = 0.0
 
     def run(self) -> None:
         """Serve until told to exit."""
         with torch.inference_mode():
             self._warm_up()
             while True:
-                raw = self._inbox.receive_now() if self._slices else self._inbox.receive()
+                raw = self._inbox.receive_now() if self._slices.are_waiting else self._inbox.receive()
                 if raw is None:
-                    self._run_slice()
+                    self._slices.run_one()
                     continue
                 message = m.decode_command(raw)
                 if isinstance(message, m.Exit):
@@ -140,19 +121,13 @@ class Worker:
                     self._hidden[message.step_id] = message
                     self._run_ready(message.step_id)
             case m.Prepare():
-                self._prepare(message)
+                self._loading.begin(message)
             case m.Loaded():
-                if self._load_job is not None and self._load_job.handover == message.handover:
-                    self._plan_attaching(self._load_job)
+                self._loading.attach(message.handover)
             case m.CopyOut() | m.CopyIn():
-                copy = (
-                    partial(self._copy_out, message)
-                    if isinstance(message, m.CopyOut)
-                    else partial(self._copy_in, message)
-                )
-                self._try(message.handover, copy)
+                self._slices.attempt(message.handover, partial(self._copy, message))
             case m.Release():
-                self._try(message.handover, partial(self._plan_release, message.handover))
+                self._slices.attempt(message.handover, partial(self._plan_release, message.handover))
             case m.MoveKv() | m.BoundKv():
                 self._change_kv(message)
             case m.LoadAdapter() | m.AdapterRead() | m.DropAdapter():
@@ -199,8 +174,8 @@ class Worker:
         busy_s = time.perf_counter() - started
         self._busy_s += busy_s
         self._trace.computed(message.starts, message.counts, busy_s)
-        if self._slices:
-            self._run_slice()
+        if self._slices.are_waiting:
+            self._slices.run_one()
 
     def _incoming(self, message: m.RunStep) -> torch.Tensor | None:
         arrived = self._hidden.pop(message.step_id, None)
@@ -220,79 +195,11 @@ class Worker:
 
     # --- handover ---
 
-    def _prepare(self, message: m.Prepare) -> None:
-        """Begin to load what the future role needs and this worker lacks; the thread reports to this inbox."""
-        if self._load_job is not None:
-            self._cancel_loading(self._load_job)
-        missing = [layer for layer in message.spec.layers() if layer not in self._layers.held]
-        self._load_job = _LoadJob(handover=message.handover, spec=message.spec, missing=missing)
-        threading.Thread(target=self._load, args=(self._load_job,), daemon=True).start()
-
-    def _load(self, job: _LoadJob) -> None:
-        """In a thread: map the weights and fault them in. Hardly any Python runs here."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICE)  # of this thread alone
-        done_bytes = 0
-        try:
-            self._failpoints.hit("worker.load")
-            for layer in job.missing:
-                read = self._layers.read(layer, cancelled=job.cancelled)
-                done_bytes += read.num_bytes
-                if not job.take_in(layer, read):
-                    self._layers.discard(read)
-                    return
-                self._report_prepared(job.handover, done_bytes, done=False)
-        except (FailpointHit, OSError, KeyError, ValueError, RuntimeError) as error:
-            self._send(m.Failed(worker=self._index, handover=job.handover, reason=f"loading failed: {error}"))
-            return
-        self._inbox.send(m.encode(m.Loaded(handover=job.handover)))
-
-    def _cancel_loading(self, job: _LoadJob) -> None:
-        for read in job.cancel():
-            self._layers.discard(read)
-        self._slices = deque(entry for entry in self._slices if entry[0] != job.handover)
-        self._load_job = None
-
-    def _plan_attaching(self, job: _LoadJob) -> None:
-        for layer in job.read:
-            self._slices.append((job.handover, partial(self._attach, job, layer)))
-            self._slices.append((job.handover, partial(self._runner.warm_up, layer)))
-        self._slices.append((job.handover, partial(self._report_prepared, job.handover, -1, done=True)))
-
-    def _attach(self, job: _LoadJob, layer: str) -> None:
-        self._layers.attach(layer, job.read.pop(layer))  # else whoever drops it would not have let go of it
-
-    def _report_prepared(self, handover: int, weights_bytes: int, *, done: bool) -> None:
-        if done:
-            self._failpoints.hit("worker.prepared")
-        self._send(m.Prepared(worker=self._index, handover=handover, weights_bytes=weights_bytes, done=done))
-
-    def _copy_out(self, message: m.CopyOut) -> None:
-        if self._failpoints.hit("worker.copy_out"):
-            self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket, busy_s=0.0))
-            return
-        started = time.thread_time()
-        slots = np.frombuffer(message.slots, dtype=np.int32)
-        self._kv.read_into(message.decoders, slots, self._context.shared.staging(self._index, message.buffer))
-        note = m.CopyIn(
-            handover=message.handover,
-            ticket=message.ticket,
-            source=self._index,
-            buffer=message.buffer,
-            decoders=message.decoders,
-            slots=message.slots,
-            busy_s=time.thread_time() - started,
-        )
-        self._context.inboxes[message.target].send(m.encode(note))
-
-    def _copy_in(self, message: m.CopyIn) -> None:
-        if self._load_job is None or self._load_job.handover != message.handover:  # rolled back meanwhile
-            return
-        self._failpoints.hit("worker.copy_in")
-        started = time.thread_time()
-        slots = np.frombuffer(message.slots, dtype=np.int32)
-        self._kv.write_from(message.decoders, slots, self._context.shared.staging(message.source, message.buffer))
-        busy_s = message.busy_s + time.thread_time() - started
-        self._send(m.Copied(worker=self._index, handover=message.handover, ticket=message.ticket, busy_s=busy_s))
+    def _copy(self, message: m.CopyOut | m.CopyIn) -> None:
+        if isinstance(message, m.CopyOut):
+            self._copying.copy_out(message)
+        elif self._loading.is_for(message.handover):  # else it was rolled back meanwhile
+            self._copying.copy_in(message)
 
     def _adopt(self, message: m.Adopt) -> None:
         self._failpoints.hit("worker.adopt")
@@ -306,11 +213,8 @@ class Worker:
     def _plan_release(self, handover: int) -> None:
         """Drop, layer by layer, whatever no role needs: the same for retire and roll back."""
         self._failpoints.hit("worker.release")
-        job = self._load_job
-        if job is not None and job.handover == handover:
-            self._cancel_loading(job)
-            job = None
-        roles = [spec for spec in (self._spec, job.spec if job is not None else None) if spec is not None]
+        self._loading.cancel(handover)
+        roles = [spec for spec in (self._spec, self._loading.spec) if spec is not None]
         wanted = {layer for spec in roles for layer in spec.layers()}
         returned = [0, 0]
 
@@ -320,21 +224,20 @@ class Worker:
             returned[1] += kv_bytes
 
         def report() -> None:
-            _trim_heap()
+            trim_heap()
             self._compute.give_back()
             self._send(
                 m.Released(worker=self._index, handover=handover, weights_bytes=returned[0], kv_bytes=returned[1])
             )
 
-        for layer in sorted(self._layers.held - wanted):
-            self._slices.append((handover, partial(drop, layer)))
-        self._slices.append((handover, report))
+        self._slices.add(handover, [partial(drop, layer) for layer in sorted(self._layers.held - wanted)])
+        self._slices.add(handover, [report])
 
     def _change_kv(self, message: m.MoveKv | m.BoundKv) -> None:
         if isinstance(message, m.BoundKv):
             held = sorted(int(layer) for layer in self._layers.held if layer.isdigit())
             tell = partial(self._report_bound, message.ticket)
-            self._slices.extend((message.ticket, piece) for piece in self._kv_bound.slices(message, held, tell=tell))
+            self._slices.add(message.ticket, self._kv_bound.slices(message, held, tell=tell))
         elif self._spec is not None:
             self._kv_bound.move(message, range(self._spec.first_decoder, self._spec.end_decoder))
 
@@ -342,33 +245,12 @@ class Worker:
         self._compute.give_back()
         self._send(m.KvBounded(worker=self._index, ticket=ticket, returned_bytes=returned_bytes))
 
-    def _try(self, handover: int, work: Callable[[], None]) -> None:
-        """Do a piece of a handover; if it fails, the handover fails and the worker goes on."""
-        try:
-            work()
-        except (FailpointHit, OSError, KeyError, ValueError, RuntimeError) as error:
-            self._slices = deque(entry for entry in self._slices if entry[0] != handover)
-            self._send(m.Failed(worker=self._index, handover=handover, reason=f"{type(error).__name__}: {error}"))
-
-    def _run_slice(self) -> None:
-        started = time.thread_time()
-        self._try(*self._slices.popleft())
-        self._longest_slice_s = max(self._longest_slice_s, time.thread_time() - started)
-
     # --- the rest ---
 
     def _keep_at(self, address: str) -> None:
         """Turn to another keeper; it is offered the layers one by one, between steps."""
         self._layers.keep_at(address)
-        self._slices += [(_OFFERING, partial(self._layers.offer, layer)) for layer in sorted(self._layers.held)]
-
-    def _checksums(self, message: m.Checksum) -> list[int]:
-        size = self._context.kv_block_tokens
-        return [
-            zlib.crc32(self._kv.slot_bytes(decoder, block * size, block * size + valid))
-            for decoder in message.decoders
-            for block, valid in message.blocks
-        ]
+        self._slices.add(_OFFERING, [partial(self._layers.offer, layer) for layer in sorted(self._layers.held)])
 
     def _answer(self, question: m.ReadStats | m.ReadSteps | m.Checksum) -> None:
         match question:
@@ -377,7 +259,7 @@ class Worker:
             case m.ReadStats():
                 self._send_stats(question.ticket)
             case m.Checksum():
-                values = self._checksums(question)
+                values = checksums_of(self._kv, question, kv_block_tokens=self._context.kv_block_tokens)
                 self._send(m.Checksums(worker=self._index, ticket=question.ticket, values=values))
 
     def _send_stats(self, ticket: int) -> None:
@@ -388,7 +270,7 @@ class Worker:
                 weights_bytes=self._layers.weights_bytes,
                 kv_mapped_bytes=self._layers.kv_mapped_bytes(),
                 busy_s=self._busy_s,
-                longest_slice_s=self._longest_slice_s,
+                longest_slice_s=self._slices.longest_s,
             )
         )
 
@@ -418,27 +300,3 @@ class Worker:
 
     def _send(self, report: m.WorkerReport) -> None:
         self._context.core_inbox.send(m.encode(report))
-
-
-def worker_main(index: int, context: WorkerContext, *, core_pid: int) -> int:
-    """Run a worker in a process that has just been forked; return its exit status."""
-    die_with_parent(parent_pid=core_pid)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-    os.nice(context.nice)
-    sys.setswitchinterval(_THREAD_SWITCH_S)
-    torch.set_num_threads(1)
-    try:
-        Worker(index, context).run()
-    except (FailpointHit, OSError, KeyError, ValueError, RuntimeError, MemoryError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        context.core_inbox.send(m.encode(m.Crashed(worker=index, reason=reason)))
-        return 1
-    return 0
-
-
-def _trim_heap() -> None:
-    """Have the C library give freed heap pages back (glibc only)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from engines.native import messages as m
 from engines.native.context import WorkerContext
-from engines.native.worker import worker_main
+from engines.native.worker_process import worker_main
 
 
 class WorkerPool:

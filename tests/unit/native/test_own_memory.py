@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from engines.native.compute import STAND_IN, Compute, open_compute
+from engines.native.kv_bound import KvBound
 from engines.native.kv_device import DeviceKV
 from engines.native.kv_memory import KVMemory
 from engines.native.messages import BoundKv, RunStep
-from engines.native.worker import KvBound
 from tests.support.family_checkpoints import KINDS, make_family
 from tests.unit.native.stages import NEW_TOKENS, PROMPT, Stages, expected_tokens, int32
 
