@@ -1,85 +1,34 @@
-"""The daemon's side of the native engine: starts the core process and speaks with it. No torch here."""
+"""The daemon's side of the native engine: the ``Engine`` that a core process is. No torch here."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar, assert_never
+from typing import Any, assert_never
 
 from engines import errors
-from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, InvalidRequest, UnsupportedByEngine
-from engines.frames import read_frame, write_frame
-from engines.launching import CoreProcess, launch_apart, launch_bound
+from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, UnsupportedByEngine
 from engines.native import client_messages as c
 from engines.native.adopting import AdoptedCore
+from engines.native.calls import Calls
+from engines.native.capabilities import capabilities_of
+from engines.native.core_link import CoreLink
 from engines.native.options import NativeOptions
-from engines.native.shaping import ENGINE_PARAMS, shaping_of
+from engines.native.shaping import shaping_of
+from engines.native.streams import Streams
 from engines.outliving import Outliving
 from engines.protocol import (
     EngineCapabilities,
     EngineCounters,
-    FinishReason,
     GenerationRequest,
     RefactorCheck,
     RefactorProgress,
-    ScoredToken,
     StageStatus,
     TokenChunk,
-    TopLogprobs,
 )
 from engines.validation import check_request
 from planner.layout import Pipeline
 
-CORE = "engines.native.core"
-_EXIT_GRACE_S = 5.0
 _DRAIN_POLL_S = 0.02
-T = TypeVar("T")
-
-
-class _Stream:
-    """What has arrived for one request and was not taken yet."""
-
-    __slots__ = ("cached", "error", "finish", "logprobs", "prompt", "tokens", "tops", "waiter")
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.tops: list[TopLogprobs] = []
-        self.prompt: tuple[ScoredToken, ...] = ()
-        self.cached: int | None = None
-        self.finish: FinishReason | None = None
-        self.error: EngineError | None = None
-        self.waiter: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    @property
-    def has_news(self) -> bool:
-        return bool(self.tokens) or self.finish is not None or self.error is not None
-
-    def detail(self, details: c.Details) -> None:
-        """Take in what was asked for besides the token that arrived last."""
-        if details.top:
-            self.tops.append(details.top)
-        if details.prompt:
-            self.prompt = details.prompt
-        if details.cached is not None:
-            self.cached = details.cached
-
-    def take(self) -> TokenChunk:
-        """Return what has arrived, once."""
-        chunk = TokenChunk(
-            token_ids=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.finish,
-            top_logprobs=tuple(self.tops),
-            prompt_logprobs=self.prompt,
-            cached_tokens=self.cached,
-        )
-        self.tokens, self.logprobs, self.tops, self.prompt, self.cached = [], [], [], (), None
-        return chunk
 
 
 class NativeEngine:
@@ -101,14 +50,9 @@ class NativeEngine:
         self._outliving = outliving.outliving if isinstance(outliving, AdoptedCore) else outliving
         self._adapters = dict(options.adapters)  # name and directory of each
         self._capabilities: EngineCapabilities | None = None
-        self._process: CoreProcess | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
-        self._streams: dict[int, _Stream] = {}
-        self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._refactorings: dict[int, asyncio.Queue[RefactorProgress | c.Refactored]] = {}
-        self._targets: dict[int, Pipeline] = {}
-        self._last_key = 0
+        self._link = CoreLink(options.python, self._outliving, on_report=self._handle, on_end=self._ended)
+        self._streams = Streams()
+        self._calls = Calls()
         self._end: EngineError | None = EngineClosed("the engine has not been started")
         self._death: asyncio.Future[str] | None = None
         self._last_words = ""
@@ -135,8 +79,7 @@ class NativeEngine:
     @property
     def core_pid(self) -> int:
         """The engine core's process id."""
-        assert self._process is not None
-        return self._process.pid
+        return self._link.pid
 
     async def start(self, *, on_progress: Callable[[str], None]) -> None:
         self._on_progress = on_progress
@@ -144,10 +87,10 @@ class NativeEngine:
         if self._adopted is not None:
             self._adopt(self._adopted)
             return
-        ready = self._expect(0)
-        self._process, reader = await self._launch()
-        self._reading = asyncio.create_task(self._read(self._process, reader), name="native-engine-reader")
-        self._send(c.StartCore(options=self._options, pipeline=self._pipeline, epoch=self._epoch))
+        ready = self._calls.expect(0)
+        await self._link.launch()
+        self._end = None
+        self._link.send(c.StartCore(options=self._options, pipeline=self._pipeline, epoch=self._epoch))
         try:
             report = await ready
         except EngineDied as error:
@@ -159,7 +102,7 @@ class NativeEngine:
             raise (UnsupportedByEngine if report.unsupported else EngineStartFailed)(report.reason)
         self._become_ready(report)
         if self._outliving is not None:
-            await self._leave_record(self._outliving, self._process.pid)
+            await self._leave_record(self._outliving)
 
     @property
     def is_adopted(self) -> bool:
@@ -170,10 +113,9 @@ class NativeEngine:
         self._ensure_alive()
         check_request(request, self.capabilities)
         shaping = shaping_of(request.sampling, vocab_size=self.capabilities.vocab_size)
-        self._last_key += 1
-        key, stream = self._last_key, _Stream()
-        self._streams[key] = stream
-        self._send(
+        key = self._calls.next_number()
+        stream = self._streams.open(key)
+        self._link.send(
             c.Submit(
                 key=key,
                 prompt=list(request.prompt_token_ids),
@@ -184,10 +126,7 @@ class NativeEngine:
         )
         try:
             while True:
-                if not stream.has_news:
-                    stream.waiter = asyncio.get_running_loop().create_future()
-                    await stream.waiter
-                chunk = stream.take()
+                chunk = await stream.take()
                 if chunk.token_ids or chunk.finish_reason is not None:
                     yield chunk
                 if chunk.finish_reason is not None:
@@ -195,9 +134,9 @@ class NativeEngine:
                 if stream.error is not None and not stream.tokens:
                     raise stream.error
         finally:
-            del self._streams[key]
+            self._streams.close(key)
             if stream.finish is None and self._end is None:
-                self._send(c.Abort(key=key))
+                self._link.send(c.Abort(key=key))
 
     async def counters(self) -> EngineCounters:
         reply: c.Counters = await self._call(lambda call: c.ReadCounters(call=call))
@@ -215,11 +154,10 @@ class NativeEngine:
 
     async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
         self._ensure_alive()
-        call = self._next_call()
-        queue: asyncio.Queue[RefactorProgress | c.Refactored] = asyncio.Queue()
-        self._refactorings[call], self._targets[call] = queue, target
-        self._send(c.Refactor(call=call, target=target))
-        while isinstance(item := await queue.get(), RefactorProgress):
+        call = self._calls.next_number()
+        reports = self._calls.refactoring(call, target)
+        self._link.send(c.Refactor(call=call, target=target))
+        while isinstance(item := await reports.get(), RefactorProgress):
             yield item
         if item.error:
             raise getattr(errors, item.error)(item.message)
@@ -274,31 +212,7 @@ class NativeEngine:
         stays = self._end is None and self._outliving is not None and self._outliving.is_leaving
         if self._end is None or not isinstance(self._end, EngineClosed):
             self._finish(EngineClosed("the engine was closed"))
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if not stays:
-            await self._end_process(process)
-        if self._reading is not None:
-            self._reading.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._reading
-        if self._writer is not None:
-            self._writer.close()
-            with suppress(ConnectionError):
-                await self._writer.wait_closed()
-        process.let_go()
-
-    async def _end_process(self, process: CoreProcess) -> None:
-        with suppress(ConnectionError):
-            self._send(c.Shutdown())
-        try:
-            await asyncio.wait_for(process.ended(), _EXIT_GRACE_S)
-        except TimeoutError:
-            process.kill()
-            await process.ended()
-        if self._outliving is not None:
-            self._outliving.forget()
+        await self._link.close(stays=stays)
 
     # --- beyond the protocol: for benchmarks and tests ---
 
@@ -314,84 +228,54 @@ class NativeEngine:
 
     def arm_failpoint(self, name: str, action: str, *, worker: int = -1) -> None:
         """Arm a failpoint in the core, or in one worker; an empty name disarms all."""
-        self._send(c.ArmCore(worker=worker, name=name, action=action))
+        self._link.send(c.ArmCore(worker=worker, name=name, action=action))
 
     # --- inside ---
 
-    async def _launch(self) -> tuple[CoreProcess, asyncio.StreamReader]:
-        if self._outliving is None:
-            process, connection = await launch_bound(self._options.python, CORE)
-        else:
-            try:
-                process, connection = await launch_apart(self._options.python, self._outliving.place, CORE)
-            except EngineStartFailed:
-                self._outliving.forget()
-                raise
-        reader, self._writer = await asyncio.open_connection(sock=connection)
-        self._end = None
-        return process, reader
-
-    async def _leave_record(self, outliving: Outliving, pid: int) -> None:
+    async def _leave_record(self, outliving: Outliving) -> None:
         """Note the engine for the next daemon; only now may it outlive this one."""
         try:
-            outliving.note(pid)
+            outliving.note(self._link.pid)
         except OSError as error:
             await self.close()
             raise EngineStartFailed(f"{outliving.record}: {error.strerror or error}") from error
-        self._send(c.Outlive(adopt_within_s=outliving.adopt_within_s))
+        self._link.send(c.Outlive(adopt_within_s=outliving.adopt_within_s))
 
     def _adopt(self, adopted: AdoptedCore) -> None:
         """Begin where the daemon before this one has left: the layout in force is what the engine says."""
-        self._process, self._writer, self._end = adopted.process, adopted.writer, None
+        self._end = None
         self._pipeline, self._epoch = adopted.report.pipeline, adopted.report.epoch
         self._adapters = adopted.report.adapters
-        self._reading = asyncio.create_task(self._read(adopted.process, adopted.reader), name="native-engine-reader")
+        self._link.adopt(adopted)
         self._become_ready(adopted.report.ready)
-        self._send(c.Outlive(adopt_within_s=adopted.outliving.adopt_within_s))
+        self._link.send(c.Outlive(adopt_within_s=adopted.outliving.adopt_within_s))
 
     def _become_ready(self, ready: c.Ready) -> None:
-        self._capabilities = EngineCapabilities(
-            name="native",
-            max_model_len=ready.max_model_len,
-            vocab_size=ready.vocab_size,
-            eos_token_ids=ready.eos_token_ids,
-            refactors_in_place=True,
-            max_stages=min(len(self._options.device_ids), self._pipeline.num_decoders),
-            tensor_parallel=False,
-            kv_range=ready.kv_range,
-            engine_params=ENGINE_PARAMS,
-            grammars=ready.grammars,
-            top_logprobs=True,
-            adapters=tuple(self.adapter_directories),
-            changes_adapters=True,
-            caches_prefixes=self._options.prefix_caching,
+        self._capabilities = capabilities_of(
+            ready, self._options, num_decoders=self._pipeline.num_decoders, adapters=tuple(self._adapters)
         )
         self.attention = ready.attention
         self.worker_pids = ready.worker_pids
 
-    async def _read(self, process: CoreProcess, reader: asyncio.StreamReader) -> None:
-        while (raw := await read_frame(reader)) is not None:
-            self._handle(c.decode_report(raw))
-        how = await process.ended()
+    def _ended(self, how: str) -> None:
         self._finish(EngineDied(self._last_words or f"the engine core {how}"))
 
     def _handle(self, report: c.CoreReport) -> None:
         match report:
             case c.Outputs():
-                self._deliver(report)
+                self._streams.deliver(report)
             case c.Refused():
-                self._refuse(report)
+                self._streams.refuse(report)
             case c.Progress():
                 self._note_progress(report)
             case c.Refactored():
-                self._targets.pop(report.call, None)
-                self._refactorings.pop(report.call).put_nowait(report)
+                self._calls.refactored(report)
             case c.Starting():
                 self._on_progress(report.message)
             case c.KvRangeChanged():
                 self._capabilities = replace(self.capabilities, kv_range=report.kv_range)
             case c.Ready() | c.StartFailed():
-                self._settle(0, report)
+                self._calls.settle(0, report)
             case (
                 c.Checked()
                 | c.KvResized()
@@ -402,7 +286,7 @@ class NativeEngine:
                 | c.Trace()
                 | c.StageSteps()
             ):
-                self._settle(report.call, report)
+                self._calls.settle(report.call, report)
             case c.Fatal():
                 self._last_words = report.reason
             case c.Adopted():
@@ -410,76 +294,27 @@ class NativeEngine:
             case _:
                 assert_never(report)
 
-    def _deliver(self, outputs: c.Outputs) -> None:
-        for index, (key, token, finish, logprob) in enumerate(
-            zip(outputs.keys, outputs.tokens, outputs.finishes, outputs.logprobs, strict=True)
-        ):
-            stream = self._streams.get(key)
-            if stream is None:  # aborted meanwhile
-                continue
-            if token >= 0:
-                stream.tokens.append(token)
-            if logprob is not None:
-                stream.logprobs.append(logprob)
-            if index in outputs.details:
-                stream.detail(outputs.details[index])
-            if finish:
-                stream.finish = FinishReason(finish)
-            stream.wake()
-
-    def _refuse(self, refused: c.Refused) -> None:
-        stream = self._streams.get(refused.key)
-        if stream is not None:
-            stream.error = InvalidRequest(refused.message, parameter=refused.parameter, code=refused.code)
-            stream.wake()
-
     def _note_progress(self, report: c.Progress) -> None:
-        progress = report.progress
+        progress, target = report.progress, self._calls.progress(report)
         if progress.epoch is not None and progress.epoch > self._epoch:
             self._epoch = progress.epoch
-            self._pipeline = self._targets[report.call]
-        self._refactorings[report.call].put_nowait(progress)
+            self._pipeline = target
 
     def _finish(self, end: EngineError) -> None:
         """Nothing more will come: everybody who waits learns why."""
         self._end = end
-        for stream in self._streams.values():
-            stream.error = end
-            stream.wake()
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(end)
-        self._calls.clear()
-        for call, queue in self._refactorings.items():
-            queue.put_nowait(c.Refactored(call=call, error=type(end).__name__, message=str(end)))
-        self._refactorings.clear()
+        self._streams.end(end)
+        self._calls.end(end)
         if self._death is not None and not self._death.done() and isinstance(end, EngineDied):
             self._death.set_result(str(end))
 
-    def _next_call(self) -> int:
-        self._last_key += 1
-        return self._last_key
-
-    def _expect(self, call: int) -> "asyncio.Future[Any]":
-        self._calls[call] = asyncio.get_running_loop().create_future()
-        return self._calls[call]
-
-    def _settle(self, call: int, reply: object) -> None:
-        future = self._calls.pop(call, None)
-        if future is not None and not future.done():
-            future.set_result(reply)
-
     async def _call(self, build: Callable[[int], c.ClientCommand]) -> Any:
         self._ensure_alive()
-        call = self._next_call()
-        answer = self._expect(call)
-        self._send(build(call))
+        call = self._calls.next_number()
+        answer = self._calls.expect(call)
+        self._link.send(build(call))
         return await answer
 
     def _ensure_alive(self) -> None:
         if self._end is not None:
             raise type(self._end)(str(self._end))
-
-    def _send(self, command: c.ClientCommand) -> None:
-        if self._writer is not None and not self._writer.is_closing():  # a core that was killed is noticed later
-            write_frame(self._writer, c.encode(command))
