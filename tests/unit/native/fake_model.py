@@ -187,3 +187,22 @@ def undisturbed(
         cells.append(cell(output[-1], cells[-1]))
         if output[-1] in stop or len(output) >= max_tokens or len(cells) >= max_model_len:
             return output
+
+
+def prompt_of(length: int, *, first: int = 1) -> list[int]:
+    """Return tokens that rise from ``first``."""
+    return list(range(first, first + length))
+
+
+def preempting() -> tuple[Engine, Sequence, Sequence]:
+    """Two requests of which the younger must give its KV blocks to the older at the next step."""
+    engine = Engine(num_blocks=1 + 4, block_tokens=4)
+    older, younger = engine.add(prompt_of(4), max_tokens=9), engine.add(prompt_of(4, first=9), max_tokens=9)
+    while older.computed < 8:
+        engine.step()
+    return engine, older, younger
+
+
+def shape(batch: Batch | None) -> list[tuple[int, int, int, bool]]:
+    """Return (key, start, count, samples) of each entry."""
+    return [] if batch is None else [(e.sequence.key, e.start, e.count, e.samples) for e in batch.entries]
