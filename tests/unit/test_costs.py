@@ -6,7 +6,7 @@ from pathlib import Path
 from flexpiped.costs import Costs, costs_of
 from flexpiped.profiles import ProfileStore, model_digest
 from planner.layer_costs import decode_batch, layer_classes, stage_s
-from tests.unit.planner.test_planning import answer
+from tests.unit.planner.planning_questions import answer
 from tests.unit.planner.test_profile import GRAPH, KEY, observed, profile_of
 from topology.device import Device, DeviceKind, cpu_devices
 
