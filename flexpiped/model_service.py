@@ -1,62 +1,49 @@
 """Everything that serves one model: engine, replicas, text process, changes of layout, load, automatic control.
 
-A daemon has one of these for each model that it serves; what they share (ports, admission, journal, devices) is in
-``flexpiped.service``.
+A daemon has one of these for each model that it serves; what it is given of the daemon's is in
+``flexpiped.daemon_parts``.
 
     start: files -> engine and text process -> begin: control loops, further replicas -> end_control -> close
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Any
 
-from engines.parameters.keeper import ParameterKeeper
 from engines.text.client import TextService
 from flexpiped import log_events
 from flexpiped.adapter_set import AdapterSet
 from flexpiped.admin_changes import Changes
-from flexpiped.api.metrics import Metrics
-from flexpiped.api.sampling_defaults import sampling_defaults
 from flexpiped.api.tool_syntax import ToolCalls, tool_calls_of
 from flexpiped.auto import DECISIONS_KEPT, AutoControl
 from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
+from flexpiped.daemon_parts import DaemonParts
 from flexpiped.device_sharing import Held, devices_beside
-from flexpiped.engine_factory import Model, find_files
+from flexpiped.engine_factory import find_files
 from flexpiped.engine_in_force import EngineInForce
-from flexpiped.engine_offers import EngineOffers
 from flexpiped.engine_start import EngineStart
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.intent import Intent, IntentKeeper, basis_of
-from flexpiped.journal import Journal
 from flexpiped.load_monitor import LoadSampler
-from flexpiped.native_interpreter import engine_python
+from flexpiped.model_start import check_start, sampling_defaults_of, start_both
+from flexpiped.model_state import ModelState
 from flexpiped.neighbourhood import Neighbourhood
 from flexpiped.plan_wire import answer_to_wire, starts_to_wire
 from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings, Started
 from flexpiped.replicas import Replicas
-from flexpiped.settings import SamplingDefaults, Settings
-from flexpiped.status import DaemonStatus, Health, Identity, ServiceState
+from flexpiped.settings import Settings
+from flexpiped.status import DaemonStatus, Health, Identity
 from flexpiped.supervision import SHUTTING_DOWN, Supervision, SupervisorState
-from flexpiped.survivors import Survivors
 from flexpiped.tracing import TracedLoad
 from flexpiped.watches import watch_text
 from planner.layout import Pipeline
 from planner.neighbourhood import NeighbourConstants
 from topology.device import Device
-
-_STATES: Final = {
-    SupervisorState.STARTING: ServiceState.STARTING,
-    SupervisorState.READY: ServiceState.READY,
-    SupervisorState.RECOVERING: ServiceState.RECOVERING,
-    SupervisorState.ASLEEP: ServiceState.ASLEEP,
-    SupervisorState.FAILED: ServiceState.FAILED,
-    SupervisorState.CLOSING: ServiceState.DRAINING,
-}
 
 
 class ModelService:
@@ -65,61 +52,25 @@ class ModelService:
     Args:
         name: Under which clients ask for it.
         source: Directory or hub id.
-        events: Told what happens.
-        metrics: Of the model, also over a stop and a start.
-        is_traced: Whether requests leave traces.
-        held: What other models hold of the devices.
-        numbers, planning: As ``Refactorings`` has them, of the daemon.
-        on_decision: Told each decision of automatic control, also one to keep everything as it is.
-        parameters: Keeps some in the memory of the host, for all models.
-        on_progress: Told what the start is doing.
-        on_given_up: Told that it will not serve again, with the reason.
-        survivors: Its engines that were there before the daemon, and outlive it.
-        is_name_taken: Whether requests that give a name mean a model, or another model's adapter.
+        parts: What the daemon gives it.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        name: str,
-        source: str,
-        events: EventLog,
-        journal: Journal,
-        metrics: Metrics,
-        is_traced: bool,
-        held: Callable[[], Held],
-        numbers: Iterator[int],
-        planning: asyncio.Lock,
-        api_url: str,
-        on_decision: Callable[[Event], object],
-        parameters: ParameterKeeper,
-        on_progress: Callable[[str], None],
-        on_given_up: Callable[[str], None],
-        survivors: Survivors,
-        is_name_taken: Callable[[str], bool],
-    ) -> None:
+    def __init__(self, settings: Settings, *, name: str, source: str, parts: DaemonParts) -> None:
+        events, journal = parts.events, parts.journal
         self._settings = settings
-        self._survivors = survivors
+        self._parts = parts
+        self._events = events
         self.name = name
         self.source = source
-        self._events = events
-        self._journal = journal
-        self._held = held
-        self._planning = planning
-        self._on_decision = on_decision
-        self._on_progress = on_progress
-        self._on_given_up = on_given_up
-        self._parameters = parameters
-        self._phase = ServiceState.STARTING  # READY: it is the engine's state that counts
-        self._reason = "starting"
-        self._closed_because = SHUTTING_DOWN
+        self._state = ModelState()
         self.sampling_defaults: Mapping[str, Any] = {}
         self._further: tuple[Pipeline, ...] = ()  # replicas that are to come back beside the first
         self._text: TextService | None = None
         self._engines, self._control = AsyncExitStack(), AsyncExitStack()
         self._in_force = EngineInForce(
-            settings=lambda: self._settings, reason=lambda: self.health.reason, against_change=self._against_change
+            settings=lambda: self._settings,
+            reason=lambda: self.health.reason,
+            against_change=lambda: self._state.against_change(has_engine=self._has_engine),
         )
         self.refactorings = Refactorings(
             engine=self._in_force.engine_to_change,
@@ -129,13 +80,13 @@ class ModelService:
             fleet=self._in_force.fleet,
             other_engine=self._in_force.other,
             settled=journal.settled,
-            numbers=numbers,
-            planning=planning,
+            numbers=parts.numbers,
+            planning=parts.planning,
         )
         self.changes = Changes(refactorings=self.refactorings, events=events, plans=self, settled=journal.settled)
         self.adapters = AdapterSet(
             replicas=self._in_force.known_replicas,
-            is_taken=is_name_taken,
+            is_taken=parts.is_name_taken,
             tell=lambda news: self._events.publish(EventKind.ENGINE, news),
         )
         self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.intended, intent=None)
@@ -145,8 +96,8 @@ class ModelService:
             stale_after_s=settings.auto.stale_after_s,
             slo=slo_of(settings),
         )
-        self.metrics = metrics
-        self.metrics.listener = TracedLoad(self.load) if is_traced else self.load
+        self.metrics = parts.metrics
+        self.metrics.listener = TracedLoad(self.load) if parts.is_traced else self.load
         self._candidates = PlannedCandidates(
             resolver=lambda: self._in_force.offer().resolver,
             serving=lambda: self._in_force.known_replicas().pipelines,
@@ -166,30 +117,27 @@ class ModelService:
             decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
         )
         self.status = DaemonStatus(
-            identity=Identity(model_name=name, model_path=source, api_url=api_url),
+            identity=Identity(model_name=name, model_path=source, api_url=parts.api_url),
             engine_name=lambda: self._in_force.name,
             health=lambda: self.health,
             engine=self._in_force.engine,
             refactorings=self.refactorings,
-            latencies=metrics.latencies,
+            latencies=self.metrics.latencies,
             fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
             auto=lambda: {"mode": self.auto.mode.value, "decision": self.auto.last},
-            parameters=lambda: self._parameters.figures,
+            parameters=lambda: parts.parameters.figures,
         )
 
     # --- what it is ---
 
     @property
     def health(self) -> Health:
-        """Its state: what is done with it comes first, then what the engine is doing."""
+        """Its state."""
         replicas = self._in_force.replicas
-        if self._phase is not ServiceState.READY or replicas is None:
-            return Health(state=self._phase, reason=self._reason)
-        if self._text is not None and self._text.failure is not None:
-            return Health(state=ServiceState.FAILED, reason=self._text.failure)
-        supervision = replicas.supervision
-        state = _STATES[supervision.state]
-        return Health(state=state, reason="" if state is ServiceState.READY else supervision.reason)
+        return self._state.health(
+            None if replicas is None or not self._state.is_serving else replicas.supervision,
+            text_failure=None if self._text is None else self._text.failure,
+        )
 
     @property
     def pipeline(self) -> Pipeline | None:
@@ -228,6 +176,11 @@ class ModelService:
         """So long its requests may go on when it stops."""
         return self._settings.handover.drain_deadline_s
 
+    @property
+    def _has_engine(self) -> bool:
+        replicas = self._in_force.replicas
+        return replicas is not None and replicas.engine is not None
+
     def holds(self) -> Held:
         """Return what it holds of each device, and what a change under way is about to take."""
         replicas = () if self._in_force.replicas is None else self._in_force.replicas.pipelines
@@ -259,13 +212,6 @@ class ModelService:
         self.load.expect(slo_of(settings))
         self._in_force.use(settings)
 
-    def _take_sampling_defaults(self, model: Model) -> None:
-        if self._settings.sampling_defaults is SamplingDefaults.MODEL:
-            try:
-                self.sampling_defaults = sampling_defaults(model.generation_config)
-            except ValueError as error:
-                self._events.publish(EventKind.ENGINE, f"{error}; requests are sampled as OpenAI's API has it")
-
     async def start(self) -> None:
         """Start the engine, with the text process beside it; ``close`` ends them, also after a failure.
 
@@ -274,26 +220,28 @@ class ModelService:
         """
         self._progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
-        self._take_sampling_defaults(model)
+        self.sampling_defaults = sampling_defaults_of(
+            self._settings, model, on_odd=lambda odd: self._events.publish(EventKind.ENGINE, odd)
+        )
         engine_start = EngineStart(
             settings=lambda: self._settings,
             source=self.source,
             in_force=self._in_force,
-            journal=self._journal,
+            journal=self._parts.journal,
             intents=self._intents,
             events=self._events,
             refactorings=self.refactorings,
             on_change=self._on_supervision,
             on_progress=self._progress,
             on_plan=self.metrics.planned,
-            held=self._held,
-            planning=self._planning,
-            survivors=self._survivors,
-            why_closed=lambda: self._closed_because,
-            parameters=self._parameters,
+            held=self._parts.held,
+            planning=self._parts.planning,
+            survivors=self._parts.survivors,
+            why_closed=lambda: self._state.closed_because,
+            parameters=self._parts.parameters,
             adapters=self.adapters,
         )
-        await self._start_both(model, engine_start)
+        self._text = await start_both(self._engines, self._settings, model, engine_start)
         self._further = engine_start.further
 
     async def check(self) -> None:
@@ -302,29 +250,7 @@ class ModelService:
         Raises:
             EngineError, PlannerError
         """
-
-        def first() -> None:
-            settings = self._settings
-            model = find_files(settings, source=self.source)
-            offers = EngineOffers(settings, source=self.source, model=model, held=self._held)
-            offers.of(settings.engine.value).resolver.first(settings.stages)
-
-        await asyncio.to_thread(first)
-
-    async def _start_both(self, model: Model, engine_start: EngineStart) -> None:
-        text = TextService(
-            model=model.tokenizer_directory,
-            python=engine_python(self._settings),
-            on_death=lambda reason: log_events.text_process_died(reason=reason),
-        )
-        self._engines.push_async_callback(text.close)
-        try:
-            async with asyncio.TaskGroup() as starting:
-                starting.create_task(text.start())
-                starting.create_task(engine_start.run(self._engines, model))
-        except ExceptionGroup as group:  # the first that failed; the other was cancelled
-            raise group.exceptions[0] from None
-        self._text = text
+        await asyncio.to_thread(check_start, self._settings, source=self.source, held=self._parts.held)
 
     def begin(self, *, devices: Callable[[], Sequence[Device]]) -> None:
         """Begin with what runs beside the service, and count as serving. ``devices`` looks at them, and blocks."""
@@ -334,14 +260,14 @@ class ModelService:
         self._run_beside(control, self.auto.run_forever(), name="auto")
         self._run_beside(control, self._neighbourhood(devices).run_forever(), name="neighbourhood")
         self._run_beside(control, self.status.sample_forever(), name="status-sampler")
-        self._phase = ServiceState.READY
+        self._state.serve()
         # Before anybody can ask for another change, for nothing has been awaited since.
         coming = self.refactorings.bring_back(self._further) if self._further else None
         self._run_beside(control, self._get_whole(coming), name="replicas-restored")
 
     def begin_drain(self, reason: str, *, closed_because: str = SHUTTING_DOWN) -> None:
         """Take no request and no change any more. ``closed_because``: why its engines end then."""
-        self._phase, self._reason, self._closed_because = ServiceState.DRAINING, reason, closed_because
+        self._state.drain(reason, closed_because=closed_because)
 
     async def end_control(self) -> None:
         """End what runs beside the service; requests go on. Idempotent."""
@@ -357,7 +283,7 @@ class ModelService:
         if event.kind is EventKind.REFACTORING and event.fields.get("state") == "ended":
             self.metrics.handover_ended(event.fields["record"])
         # What the end of the daemon breaks off is still asked for, as after `kill -9`.
-        return None if self._phase is ServiceState.DRAINING else self._intents.after(event)
+        return None if self._state.is_draining else self._intents.after(event)
 
     # --- inside ---
 
@@ -365,8 +291,8 @@ class ModelService:
         """Wait for replicas that come back. Until they are there, the start counts as one that may fail."""
         if coming is not None:
             await self.refactorings.ended(coming)
-        await self._survivors.end_others()
-        self._journal.got_ready()
+        await self._parts.survivors.end_others()
+        self._parts.journal.got_ready()
 
     def _neighbourhood(self, devices: Callable[[], Sequence[Device]]) -> Neighbourhood:
         own = self._settings.devices
@@ -374,16 +300,16 @@ class ModelService:
             NeighbourConstants(keep_free_bytes=own.keep_free_bytes, grow_after_s=own.grow_after_s),
             replicas=lambda: self._in_force.known_replicas().all,
             kv_bytes_per_token=lambda: self._in_force.offer().resolver.kv_bytes_per_token,
-            devices=lambda: devices_beside(devices(), self._held()),
+            devices=lambda: devices_beside(devices(), self._parts.held()),
             refactorings=self.refactorings,
             events=self._events,
-            parameters=self._parameters,
+            parameters=self._parts.parameters,
         )
 
     def _tell_change(self, decision: Event) -> None:
         """Count it; a decision that changes something belongs to what happened, and to the journal."""
         self.metrics.decided(decision.fields["verb"])
-        self._on_decision(decision)
+        self._parts.on_decision(decision)
         if decision.fields["verb"] != "keep":
             self._events.publish(EventKind.DECISION, decision.message, **decision.fields)
 
@@ -404,20 +330,11 @@ class ModelService:
 
     def _give_up(self, reason: str) -> None:
         log_events.engine_failed(reason=reason)
-        self._on_given_up(reason)
+        self._parts.on_given_up(reason)
 
     def _run_beside(self, stack: AsyncExitStack, work: Coroutine[None, None, None], *, name: str) -> None:
         run_beside(stack, work, name=name, on_failure=lambda said: self._events.publish(EventKind.DAEMON, said))
 
-    def _against_change(self) -> str:
-        if self._phase is ServiceState.DRAINING:
-            is_daemon = self._closed_because == SHUTTING_DOWN
-            return f"{'the daemon is draining' if is_daemon else self._closed_because}: {self._reason}"
-        replicas = self._in_force.replicas
-        if self._phase is ServiceState.STARTING and replicas is not None and replicas.engine is not None:
-            return f"the daemon is starting: {self._reason}"  # those replicas come first that are to come back
-        return ""
-
     def _progress(self, message: str) -> None:
-        self._reason = message
-        self._on_progress(message)
+        self._state.reason = message
+        self._parts.on_progress(message)

@@ -13,6 +13,7 @@ from flexpiped.admission import Admission
 from flexpiped.api.backend import Backend
 from flexpiped.api.backends import Backends, Served
 from flexpiped.api.metrics import Metrics
+from flexpiped.daemon_parts import DaemonParts
 from flexpiped.device_sharing import Held
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.journal import Journal
@@ -67,20 +68,22 @@ class SharedParts:
             spec.settings,
             name=name,
             source=model_source(spec.settings),
-            events=self.events.of_model(lambda: name if self.models().are_named else ""),
-            journal=self.journal.of_model(spec.table),
-            metrics=metrics,
-            is_traced=self.is_traced,
-            parameters=self.parameters,
-            held=held,
-            numbers=self.numbers,
-            planning=self.planning,
-            api_url=self.api_url(),
-            on_decision=lambda decision: self._note_decision(name, decision),
-            on_progress=on_progress,
-            on_given_up=on_given_up,
-            survivors=self._survivors_of(name, spec.settings),
-            is_name_taken=lambda wanted: self._is_taken(wanted, but=name),
+            parts=DaemonParts(
+                api_url=self.api_url(),
+                events=self.events.of_model(lambda: name if self.models().are_named else ""),
+                journal=self.journal.of_model(spec.table),
+                metrics=metrics,
+                is_traced=self.is_traced,
+                parameters=self.parameters,
+                survivors=self._survivors_of(name, spec.settings),
+                numbers=self.numbers,
+                planning=self.planning,
+                held=held,
+                is_name_taken=lambda wanted: self._is_taken(wanted, but=name),
+                on_decision=lambda decision: self._note_decision(name, decision),
+                on_progress=on_progress,
+                on_given_up=on_given_up,
+            ),
         )
 
     def serve(self, model: ModelService) -> Backend:
