@@ -1,6 +1,7 @@
 """The engine changes from native to vLLM and back while requests stream over HTTP: greedy text in fp32 stays.
 
-In between vLLM's layers move, as a new user would have them moved.
+In between vLLM's layers move, as a new user would have them moved. Two ingress processes answer the clients;
+``tests/sglang/test_engine_change.py`` has a daemon that does so itself.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ ANY_TEXT = {"regex": r"[\s\S]*"}
 
 
 async def test_streams_do_not_notice_which_engine_serves_them(tmp_path: Path) -> None:
-    more = f'dtype = "float32"\n[engines.vllm]\npython = "{interpreter()}"\nkv_cache = "32 MiB"\n'
+    own = f'[engines.vllm]\npython = "{interpreter()}"\nkv_cache = "32 MiB"\n'
+    more = f'dtype = "float32"\nhttp.ingress_processes = 2\n{own}'
     async with (
         started(tmp_path, ready=True, engine="native", stages=2, more=more) as daemon,
         aiohttp.ClientSession() as session,
