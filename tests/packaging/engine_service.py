@@ -21,6 +21,7 @@ from tests.packaging.test_service import (
     came_back,
     completion,
     events,
+    hang,
     journal,
     processes,
     shown,
@@ -90,15 +91,7 @@ class EngineService:
         assert not shared & shared_memory(machine)
 
     def test_the_watchdog_ends_one_that_hangs(self, machine: Machine) -> None:
-        machine.write("/run/systemd/system/flexpiped.service.d/watchdog.conf", "[Service]\nWatchdogSec=4\n")
-        machine.do("systemctl", "daemon-reload")
-        machine.do("systemctl", "restart", "flexpiped")
-        hung = shown(machine, "MainPID")
-
-        machine.do("kill", "-STOP", hung)
-        until(lambda: came_back(machine, instead_of=hung), deadline_s=START_DEADLINE_S)
-
-        assert "Watchdog timeout (limit 4s)!" in machine.do("journalctl", "--unit", "flexpiped", "--output", "cat")
+        assert "Watchdog timeout (limit 4s)!" in hang(machine)
         assert completion(machine).strip()
 
     def test_what_the_engine_says_is_in_the_journal(self, machine: Machine, served: Served) -> None:

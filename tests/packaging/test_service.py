@@ -184,18 +184,26 @@ def came_back(machine: Machine, *, instead_of: str) -> bool:
     return shown(machine, "ActiveState") == "active" and shown(machine, "MainPID") not in ("0", instead_of)
 
 
-def test_the_watchdog_ends_one_that_hangs(machine: Machine) -> None:
-    """With a shorter time, as the test would take a minute and more with the unit's own."""
-    machine.write("/run/systemd/system/flexpiped.service.d/watchdog.conf", "[Service]\nWatchdogSec=4\n")
+def hang(machine: Machine) -> str:
+    """Have the service hang until the watchdog has brought it back, and return the journal.
+
+    The time is shorter than the unit's own, with which this would take a minute and more. What comes later has that
+    again: a machine that other work keeps busy may hold a daemon up for so long.
+    """
+    shorter = "/run/systemd/system/flexpiped.service.d/watchdog.conf"
+    machine.write(shorter, "[Service]\nWatchdogSec=4\n")
     machine.do("systemctl", "daemon-reload")
     machine.do("systemctl", "restart", "flexpiped")
     hung = shown(machine, "MainPID")
-
     machine.do("kill", "-STOP", hung)
     until(lambda: came_back(machine, instead_of=hung), deadline_s=START_DEADLINE_S)
+    machine.do("rm", shorter)
+    machine.do("systemctl", "daemon-reload")
+    return machine.do("journalctl", "--unit", "flexpiped", "--output", "cat", "--no-pager")
 
-    said = machine.do("journalctl", "--unit", "flexpiped", "--output", "cat", "--no-pager")
-    assert re.search(r"Watchdog timeout \(limit 4s\)!", said)
+
+def test_the_watchdog_ends_one_that_hangs(machine: Machine) -> None:
+    assert "Watchdog timeout (limit 4s)!" in hang(machine)
     assert completion(machine).strip()
 
 
