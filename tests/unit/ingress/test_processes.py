@@ -17,9 +17,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.support.adoption import family, runs
 from tests.support.certificates import make_certificate
 from tests.support.daemon import started
-from tests.support.doors import ingresses_of
+from tests.support.doors import Door, ingresses_of
+from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
 STREAMS = 24
@@ -179,3 +181,15 @@ async def test_two_of_them_of_which_one_is_killed_under_streams(tmp_path: Path) 
         log = await daemon.ended()
         assert daemon.process.returncode == 0, log
         assert not any(map(is_there, after))
+
+
+async def test_killed_the_daemon_leaves_none_of_them_behind(tmp_path: Path) -> None:
+    """Nor what they have started, also while a request is under way."""
+    async with started(tmp_path, ready=True, more="http.ingress_processes = 2\n") as daemon:
+        url = str((await daemon.ask("/status"))["api_url"]).removesuffix("/v1")
+        processes = family(daemon.process.pid)
+        assert len(processes) == 1 + 1 + 2 * 2  # the daemon, two ingresses, and a text process for each of the three
+        body = {"prompt": "x", "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+        async with Door(url, min(ingresses_of(daemon.process.pid))).asked("POST", "/v1/completions", body):
+            daemon.process.kill()
+            await until(lambda: not any(map(runs, processes)), timeout_s=30.0)
