@@ -18,12 +18,11 @@ from engines.errors import (
 from engines.fake_batch import Batch, NextToken, Sequence, hashed_tokens
 from engines.fake_handover import FakeHandovers, Sleep, check_target
 from engines.fake_kv import FakeKv
+from engines.offers import KvParcel, KvRange
 from engines.protocol import (
     EngineCapabilities,
     EngineCounters,
     GenerationRequest,
-    KvParcel,
-    KvRange,
     RefactorCheck,
     RefactorProgress,
     StageStatus,

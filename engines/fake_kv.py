@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from engines.errors import KvTransferFailed
-from engines.protocol import GenerationRequest, KvParcel
+from engines.offers import KvParcel
+from engines.protocol import GenerationRequest
 
 FAKE_KV_FORM: Final = "a fake prompt"
 _BYTES_PER_TOKEN: Final = 8

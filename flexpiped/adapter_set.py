@@ -13,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from engines.errors import AdapterRefused, EngineClosed, EngineDied, EngineStartFailed, UnsupportedByEngine
-from engines.protocol import AdapterChanges, Engine
+from engines.offers import AdapterChanges
+from engines.protocol import Engine
 from flexpiped.replicas import Replicas
 
 _GONE = (EngineDied, EngineClosed)

@@ -14,7 +14,8 @@ from enum import Enum
 from typing import Final
 
 from engines.errors import EngineError
-from engines.protocol import Engine, GenerationRequest, KvParcel, SamplingParams, TokenChunk
+from engines.offers import KvParcel
+from engines.protocol import Engine, GenerationRequest, SamplingParams, TokenChunk
 from planner.routing import NEWEST
 
 _OUTPUT_TOKENS: Final = 128.0  # of a request, before one has ended

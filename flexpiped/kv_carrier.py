@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engines.errors import EngineError
-from engines.protocol import Engine, EngineCapabilities, KvParcel, KvTransfers
+from engines.offers import KvParcel, KvTransfers
+from engines.protocol import Engine, EngineCapabilities
 from planner.kv_route import KvMeasured, KvPreference, KvRoute, decide_kv_route
 
 

@@ -5,7 +5,8 @@ CPU devices share that of their host, whatever each one's budget is; a GPU or MI
 
 from collections.abc import Mapping, Sequence
 
-from engines.protocol import EngineCounters, KvRange, StageStatus
+from engines.offers import KvRange
+from engines.protocol import EngineCounters, StageStatus
 from planner.layout import Pipeline
 from planner.neighbourhood import Pool, PoolShare, ReplicaKv
 from topology.device import Device, DeviceKind

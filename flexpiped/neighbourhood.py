@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, assert_never
 
 from engines.errors import EngineError, RefactoringBusy
+from engines.offers import KvResizing
 from engines.parameters.keeper import ParameterKeeper
-from engines.protocol import Engine, KvResizing, StageStatus
+from engines.protocol import Engine, StageStatus
 from flexpiped import log_events
 from flexpiped.events import EventKind, EventLog
 from flexpiped.handover_records import Proposal, Wanted

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from engines.errors import EngineError
-from engines.protocol import Engine, GenerationRequest, KvRange
+from engines.offers import KvRange
+from engines.protocol import Engine, GenerationRequest
 from planner.errors import PlannerError
 from planner.layout import Pipeline
 from planner.prefixes import SeenPrefixes

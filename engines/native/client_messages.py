@@ -7,9 +7,9 @@ import msgspec
 
 from engines.native.options import NativeOptions
 from engines.native.shaping import Shaping
+from engines.offers import KvRange
 from engines.protocol import (
     EngineCounters,
-    KvRange,
     RefactorCheck,
     RefactorProgress,
     SamplingParams,

@@ -23,7 +23,7 @@ from engines.native.inquiries import Inquiries
 from engines.native.scheduler import Scheduler
 from engines.native.shared import SharedMemory
 from engines.native.workers import WorkerPool
-from engines.protocol import KvRange
+from engines.offers import KvRange
 
 _ANSWER_S = 30.0  # to give memory back or to get it; a worker that is lost meanwhile has none left anyway
 

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from engines.errors import InvalidRequest
+from engines.offers import KvParcel
 from engines.outliving import Outliving
 from engines.process import usable_cores
-from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, KvParcel, TokenChunk
+from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest, TokenChunk
 from engines.served.adopting import AdoptedServer
 from engines.served.channel import Channel, Message
 from engines.served.connecting import first_contact, read_hub_token

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.errors import KvTransferFailed
-from engines.protocol import KvParcel
+from engines.offers import KvParcel
 from engines.served.channel import Channel
 from engines.vllm.kv_calls import transferred
 

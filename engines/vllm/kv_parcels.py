@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.errors import EngineError, KvTransferFailed
-from engines.protocol import KvParcel
+from engines.offers import KvParcel
 from engines.served.channel import Channel
 from engines.served.run_directory import list_shared_memory
 from engines.vllm.kv_calls import transferred

@@ -7,7 +7,7 @@ missing here is refused by the daemon and never lost in silence; a test compares
 from collections.abc import Sequence
 from typing import Final
 
-from engines.protocol import OwnServer
+from engines.offers import OwnServer
 
 _BOTH: Final = {
     *("model", "stream", "stream_options", "user", "n", "max_tokens", "seed", "stop", "stop_token_ids"),

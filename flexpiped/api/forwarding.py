@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineDied, EngineError
-from engines.protocol import OwnRoutes
+from engines.offers import OwnRoutes
 from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend, Reached, backend_of
 from flexpiped.api.deadline import deadline_of

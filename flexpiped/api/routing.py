@@ -7,7 +7,8 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from engines.protocol import EngineCapabilities, OwnServer
+from engines.offers import OwnServer
+from engines.protocol import EngineCapabilities
 from flexpiped.api.errors import ApiError
 from flexpiped.api.fields import Body, refuse_unknown
 from flexpiped.api.own_bodies import refuse_lost

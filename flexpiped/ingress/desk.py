@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from engines.closing import closing
 from engines.errors import EngineError
-from engines.protocol import OwnRoutes
+from engines.offers import OwnRoutes
 from flexpiped import log_events
 from flexpiped.admission import Lease, Overloaded
 from flexpiped.api.backend import Backend

@@ -16,7 +16,8 @@ import msgspec
 
 from engines.checkpoint import read_checkpoint
 from engines.closing import closing
-from engines.protocol import GenerationRequest, KvParcel, SamplingParams
+from engines.offers import KvParcel
+from engines.protocol import GenerationRequest, SamplingParams
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.options import VllmOptions
 from flexpiped.kv_carrier import KvCarrier

@@ -18,15 +18,8 @@ import pytest
 
 from engines.closing import closing
 from engines.errors import EngineClosed, InvalidRequest, RefactoringBusy, RefactoringRefused
-from engines.protocol import (
-    Engine,
-    FinishReason,
-    GenerationRequest,
-    KvResizing,
-    RefactorProgress,
-    SamplingParams,
-    TokenChunk,
-)
+from engines.offers import KvResizing
+from engines.protocol import Engine, FinishReason, GenerationRequest, RefactorProgress, SamplingParams, TokenChunk
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, Stage
 from tests.support.until import until

@@ -8,7 +8,7 @@ import pytest_asyncio
 
 from engines.errors import RefactoringAborted, UnsupportedByEngine
 from engines.native.adapter import NativeEngine
-from engines.protocol import KvRange
+from engines.offers import KvRange
 from planner.layout import Pipeline, pipeline_of
 from tests.support.native import DEVICES, collect, even, llama, move, moved_under, request, running
 

@@ -12,7 +12,8 @@ from engines.closing import closing
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from engines.fake_batch import hashed_tokens
 from engines.fake_kv import FAKE_KV_FORM
-from engines.protocol import EngineCapabilities, GenerationRequest, KvParcel, SamplingParams
+from engines.offers import KvParcel
+from engines.protocol import EngineCapabilities, GenerationRequest, SamplingParams
 from flexpiped.kv_ahead import KvAhead
 from flexpiped.kv_carrier import Carried, KvCarrier, copy_refusal
 from flexpiped.replica_handover import ReplicaRunner

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from engines.closing import closing
-from engines.protocol import KvParcel
+from engines.offers import KvParcel
 from engines.vllm.adapter import VllmEngine
 from tests.vllm.streams import collect, stream
 

@@ -2,13 +2,13 @@
 
 import pytest
 
+from engines.offers import OwnServer
 from engines.protocol import (
     EngineCapabilities,
     FinishReason,
     GenerationRequest,
     Grammar,
     GrammarKind,
-    OwnServer,
     SamplingParams,
     ScoredToken,
     TokenChunk,

@@ -9,11 +9,11 @@ from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.options import NativeOptions
 from engines.native.shaping import Shaping
+from engines.offers import KvRange
 from engines.protocol import (
     EngineCounters,
     Grammar,
     GrammarKind,
-    KvRange,
     RefactorCheck,
     RefactorProgress,
     SamplingParams,

@@ -14,7 +14,8 @@ import pytest
 import pytest_asyncio
 
 from engines.errors import EngineClosed, EngineDied, EngineStartFailed, InvalidRequest, UnsupportedByEngine
-from engines.protocol import FinishReason, GenerationRequest, OwnRoutes, SamplingParams
+from engines.offers import OwnRoutes
+from engines.protocol import FinishReason, GenerationRequest, SamplingParams
 from engines.served.group import members_of
 from engines.served.logs import LogLine
 from engines.vllm.adapter import VllmEngine

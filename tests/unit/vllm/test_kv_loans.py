@@ -9,7 +9,8 @@ import pytest_asyncio
 
 from engines.closing import closing
 from engines.errors import KvTransferFailed
-from engines.protocol import GenerationRequest, KvParcel, SamplingParams
+from engines.offers import KvParcel
+from engines.protocol import GenerationRequest, SamplingParams
 from engines.vllm.adapter import VllmEngine
 from engines.vllm.sampling import to_vllm
 from tests.support.fake_vllm import fake_engine

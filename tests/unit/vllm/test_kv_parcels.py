@@ -8,7 +8,8 @@ import pytest_asyncio
 
 from engines.closing import closing
 from engines.errors import KvTransferFailed
-from engines.protocol import GenerationRequest, KvParcel, KvTransfers, SamplingParams
+from engines.offers import KvParcel, KvTransfers
+from engines.protocol import GenerationRequest, SamplingParams
 from engines.vllm.adapter import VllmEngine
 from tests.support.fake_vllm import fake_engine
 

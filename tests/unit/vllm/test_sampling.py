@@ -7,7 +7,8 @@ import pytest
 
 from engines.errors import InvalidRequest
 from engines.fake import FAKE_CAPABILITIES
-from engines.protocol import GenerationRequest, KvParcel, SamplingParams
+from engines.offers import KvParcel
+from engines.protocol import GenerationRequest, SamplingParams
 from engines.served.sampling import tokens_left
 from engines.vllm.sampling import to_vllm
 
