@@ -4,13 +4,14 @@ The base is made by debootstrap once and kept in ``~/.cache/flexpiped``; a machi
 """
 
 import fcntl
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RELEASE = "bookworm"
@@ -68,8 +69,8 @@ class Machine:
                 stdout=log,
                 stderr=log,
             )
-        until(lambda: bool(self._children()), deadline_s=_BOOT_DEADLINE_S)
-        self._leader = int(self._children()[0])
+        until(lambda: self._init() != 0, deadline_s=_BOOT_DEADLINE_S)
+        self._leader = self._init()
         until(lambda: self.state() in ("running", "degraded"), deadline_s=_BOOT_DEADLINE_S, says=self.last_words)
 
     def power_off(self) -> None:
@@ -120,6 +121,18 @@ class Machine:
 
     def write(self, file: str, text: str) -> None:
         self.do("sh", "-c", f"mkdir -p $(dirname {file}) && cat > {file}", stdin=text)
+
+    def _init(self) -> int:
+        """Return the process that is the first one inside, 0: not yet.
+
+        Before it, and for a moment beside it, there is a child of systemd-nspawn that only sets up its namespaces.
+        """
+        for child in self._children():
+            with suppress(FileNotFoundError):
+                [ids] = re.findall(r"^NSpid:(.*)$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
+                if len(ids.split()) > 1 and ids.split()[-1] == "1":
+                    return int(child)
+        return 0
 
     def _children(self) -> list[str]:
         assert self._nspawn is not None
