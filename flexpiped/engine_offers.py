@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engines.errors import UnsupportedByEngine
 from engines.parameters.keeper import ParameterKeeper
+from engines.served.environment import kept_under
 from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import Model, engine_factory, find_files, ignore_news
 from flexpiped.planner_question import question_here
@@ -74,10 +75,12 @@ class EngineOffers:
         return {kind.value: offer.starts.origin for kind, offer in tuple(self._made.items())}
 
     def _kept_share(self, kind: EngineKind, model: Model) -> float:
-        """Return which share of the parameters is held as an engine takes them: none has them but the native one."""
-        if self._parameters is None or kind is not EngineKind.NATIVE:
+        """Return which share of the parameters is held as an engine takes them: each has a form of its own."""
+        if self._parameters is None:
             return 0.0
-        kept = self._parameters.kept.bytes_of(str(model.directory))
+        directory = str(model.directory)
+        of = directory if kind is EngineKind.NATIVE else kept_under(kind.value, directory)
+        kept = self._parameters.kept.bytes_of(of)
         # What describes kept layers counts, too; and a head that is tied to the embedding is kept twice.
         return min(1.0, kept / sum(layer.weight_bytes for layer in model.graph.layers))
 

@@ -3,7 +3,8 @@
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -11,7 +12,8 @@ from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import Engine, EngineCounters, GenerationRequest, RefactorProgress, SamplingParams
 from planner.layout import Pipeline, Stage
 from tests.support.until import until
-from tests.support.vllm import layout
+from tests.support.vllm import DECODERS, layout
+from topology.units import MIB
 
 STREAMS = 8
 LOGPROB_BOUND = 1e-3
@@ -78,6 +80,29 @@ async def check_found_again(
     assert (after.hits_total, after.misses_total) == (before.hits_total + gained, before.misses_total)
     assert after.refusal == ""
     assert_same(await run_streams(engine, count=2, max_tokens=20), undisturbed)
+
+
+async def check_first_layers_are_kept(
+    start: Callable[[Pipeline, int, str], AbstractAsyncContextManager[Engine]],
+) -> None:
+    """Start on one rank, which keeps all layers; then on two, which find them there and share them with moves.
+
+    ``start`` takes a layout, the number of ranks, and the address of a keeper.
+    """
+    keeper = ParameterKeeper(64 * MIB)
+    async with keeper.serving():
+        async with start(layout(), 1, keeper.address) as cold:
+            undisturbed = await run_streams(cold, count=3, max_tokens=30)
+        assert (keeper.figures.hits_total, keeper.figures.misses_total) == (0, DECODERS)
+        await until(lambda: keeper.figures.idle_layers == DECODERS)
+        async with start(layout(2), 2, keeper.address) as warm:
+            assert (keeper.figures.hits_total, keeper.figures.misses_total) == (DECODERS, DECODERS)
+            assert_same(await run_streams(warm, count=3, max_tokens=30), undisturbed)
+            await move(warm, layout(5))
+            assert keeper.figures.hits_total == DECODERS + 3
+            await until(lambda: [each.users for each in keeper.kept.layers] == [1] * DECODERS)
+            assert_same(await run_streams(warm, count=3, max_tokens=30), undisturbed)
+        assert keeper.figures.refusal == ""
 
 
 async def check_killed_helper_is_replaced(engine: Any, rank: int, target: Pipeline) -> None:

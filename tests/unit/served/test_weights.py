@@ -39,6 +39,9 @@ class Layers:
     def keep_at(self, address: str) -> None:
         self.address = int(address)
 
+    def forked(self) -> None:
+        """Nothing was loaded before."""
+
 
 @pytest.fixture
 def helper() -> Iterator[WeightHelper]:

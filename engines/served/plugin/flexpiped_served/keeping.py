@@ -1,8 +1,8 @@
 """Layers that stay in the memory of the host when a rank has let go of them: the daemon keeps them.
 
 What a helper has loaded it seals and offers to the daemon's keeper of parameters, and before it loads a layer it asks
-there. All instances on the host share what is kept. One JSON object is a packet; descriptors travel beside it. Where
-the keeper does not answer, layers are loaded as without it.
+there; so does a rank with its first layers. All instances on the host share what is kept. One JSON object is a packet;
+descriptors travel beside it. Where the keeper does not answer, layers are loaded as without it.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_
 
 
 class KeptLayers:
-    """A ``Loader`` that asks the keeper first. Used in the helper alone: the connection is made at first use.
+    """A ``Loader`` that asks the keeper first. Each process has a connection of its own, made at first use.
 
     Args:
         settings: Where the keeper is, if there is one, and which model the layers are of.
@@ -44,21 +44,34 @@ class KeptLayers:
         self._load = load
         self._key_of = key_of
         self._socket: socket.socket | None = None
-        self._used: dict[int, str] = {}  # keys of the layers that this rank has from the keeper, or there
+        self._used: dict[int, str] = {}  # keys of the layers that this process has from the keeper, or there
+        self._asked: dict[int, str] = {}  # of those that it has looked for
 
     def load(self, index: int) -> tuple[int, Manifest]:
-        key = self._key_of(index) if self._address else ""
-        if not key:
-            return self._load(index)
-        self.left(index)  # a rank has a layer once
-        kept = self._take(key)
+        kept = self.found(index)
         if kept is not None:
-            self._used[index] = key
-            return kept, manifest_of(kept)
+            return kept
         fd, manifest = self._load(index)
-        if sealed(fd) and self._keep(key, index, fd):
-            self._used[index] = key
+        self.offer(index, fd)
         return fd, manifest
+
+    def found(self, index: int) -> tuple[int, Manifest] | None:
+        """Return a layer's memory, which this process has from now on, and what lies where in it; None: not kept."""
+        self.left(index)  # a rank has a layer once
+        key = self._asked[index] = self._key_of(index) if self._address else ""
+        kept = self._take(key) if key else None
+        if kept is None:
+            return None
+        self._used[index] = key
+        return kept, manifest_of(kept)
+
+    def offer(self, index: int, fd: int) -> bool:
+        """Have a layer kept that was not found; say whether it is. Its memory must not be mapped for writing."""
+        key = self._asked.pop(index, "")  # of the files as they were before they were read
+        if not key or not self._address or not sealed(fd) or not self._keep(key, index, fd):
+            return False
+        self._used[index] = key
+        return True
 
     def left(self, index: int) -> None:
         key = self._used.pop(index, "")
@@ -71,6 +84,13 @@ class KeptLayers:
         self.close()
         self._address = address
         self._used.clear()
+
+    def forked(self) -> None:
+        """In a fork: what was asked for before is the first process's, and so is the connection."""
+        connection, self._socket = self._socket, None
+        self._used.clear()
+        if connection is not None:
+            connection.close()  # this process's end alone
 
     def _take(self, key: str) -> int | None:
         answer, fds = self._ask({"type": "Take", "key": key})

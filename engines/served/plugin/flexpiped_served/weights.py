@@ -19,7 +19,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,9 @@ class Loader(Protocol):
 
     def keep_at(self, address: str) -> None:
         """Another keeper keeps what is loaded from here on; empty: none does."""
+
+    def forked(self) -> None:
+        """This is the helper from now on; what was loaded before is the worker's."""
 
 
 class WeightHelper:
@@ -123,6 +126,7 @@ class WeightHelper:
 
     def left(self, index: int) -> None:
         """Say that this worker has let go of a layer. Never waits, and may come while a layer is loaded."""
+        self._loader.left(index)  # one that it began with
         with suppress(OSError):  # a helper that has ended has none
             self._socket.sendall(_REQUEST.pack(~index))
 
@@ -182,6 +186,7 @@ def _serve(
             signal.signal(number, signal.SIG_DFL)
         os.nice(_NICE)
         torch._C.set_num_threads(1)  # the worker's thread pool does not exist here; vLLM replaces torch's function
+        loader.forked()
         let_go()
         while len(raw := connection.recv(_REQUEST.size)) == _REQUEST.size:
             (index,) = _REQUEST.unpack(raw)
@@ -253,6 +258,12 @@ def _moved(places: Manifest, begin: int) -> Manifest:
 def layer_pattern(prefix: str, index: int) -> re.Pattern[str]:
     """Return what the names of a layer's tensors match; ``prefix`` is that of all layers, as ``model.layers``."""
     return re.compile(rf"(^|\.){re.escape(prefix.rpartition('.')[2])}\.{index}\.")
+
+
+def others_pattern(prefix: str, indexes: Iterable[int]) -> re.Pattern[str]:
+    """Return what the names of all tensors match but those of these layers."""
+    layers = "|".join(layer_pattern(prefix, index).pattern for index in indexes)
+    return re.compile(rf"^(?!.*?(?:{layers}))")
 
 
 def read_file(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, torch.Tensor]]:

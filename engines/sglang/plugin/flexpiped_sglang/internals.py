@@ -6,6 +6,7 @@ moves in place are refused with the version in the message.
 
 import inspect
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ try:  # what only moves in place need: an SGLang without it is served all the sa
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.model_loader.loader import DefaultModelLoader
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.runtime_context import get_exec, get_server_args
     from sglang.srt.utils import common as layer_maker
     from sglang.srt.utils.common import cpu_has_amx_support
 except ImportError as error:
@@ -43,9 +45,11 @@ __all__ = [
     "get_pp_indices",
     "hook_make_layers",
     "live_pages",
+    "load_by",
     "no_batch",
     "process_weights",
     "refusal_of",
+    "refusal_of_first_layers",
     "safetensors_files",
     "would_run",
 ]
@@ -107,6 +111,14 @@ def _expectations() -> list[tuple[str, bool]]:
             _parameters(DefaultModelLoader._prepare_weights)[:4]
             == ["self", "model_name_or_path", "revision", "fall_back_to_pt"],
         ),
+        (
+            "DefaultModelLoader.load_model(model_config, device_config)",
+            _parameters(DefaultModelLoader.load_model) == ["self", "model_config", "device_config"],
+        ),
+        (
+            "DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)",
+            _parameters(DefaultModelLoader.load_weights_and_postprocess) == ["model", "weights", "target_device"],
+        ),
         ("MHATokenToKVPool._init_data_ptrs_and_strides", hasattr(MHATokenToKVPool, "_init_data_ptrs_and_strides")),
         ("MHATokenToKVPool._build_kv_buffer_descs", hasattr(MHATokenToKVPool, "_build_kv_buffer_descs")),
         ("BaseTokenToKVPoolAllocator.free_pages", "free_pages" in inspect.getsource(BaseTokenToKVPoolAllocator)),
@@ -157,6 +169,45 @@ def refusal_of(scheduler: Any) -> str:
     ]
     found = [name for name, present in features if present]
     return f"moves in place are not supported with {', '.join(found)}" if found else ""
+
+
+def refusal_of_first_layers(model_config: Any) -> str:
+    """Return what of a configuration is in the way of first layers from the memory of the host, or nothing."""
+    args, parallel, offload = get_server_args(), get_parallel(), get_exec().offload
+    features = [
+        (f"quantisation ({model_config.quantization})", model_config.quantization is not None),
+        ("multimodal models", bool(model_config.is_multimodal)),
+        ("speculative decoding", bool(getattr(args, "speculative_algorithm", None))),
+        ("data parallel attention", parallel.attn_dp_size > 1),
+        ("context parallelism", parallel.attn_cp_size > 1),
+        ("expert parallelism", getattr(args, "ep_size", 1) > 1),
+        ("offloaded weights", offload.cpu_offload_gb > 0 or getattr(offload, "offload_group_size", 0) > 0),
+        ("ROCm", torch.version.hip is not None),  # a kernel there watches the checkpoint go by
+    ]
+    found = [name for name, present in features if present]
+    return f"they are not kept with {', '.join(found)}" if found else ""
+
+
+def load_by(around: Any) -> None:
+    """Have SGLang's loader of checkpoints call ``around(loader, model_config, model, load)`` for a model's weights."""
+    original = DefaultModelLoader.load_model
+
+    @wraps(original)
+    def load_model(self: Any, *, model_config: Any, device_config: Any) -> Any:
+        if type(self) is not DefaultModelLoader:
+            return original(self, model_config=model_config, device_config=device_config)
+        load = self.load_weights_and_postprocess
+
+        def load_weights_and_postprocess(model: Any, weights: Any, target_device: Any) -> None:
+            around(self, model_config, model, lambda: load(model, weights, target_device))
+
+        self.load_weights_and_postprocess = load_weights_and_postprocess
+        try:
+            return original(self, model_config=model_config, device_config=device_config)
+        finally:
+            del self.load_weights_and_postprocess  # the class has its own
+
+    DefaultModelLoader.load_model = load_model
 
 
 def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[Path] | None:

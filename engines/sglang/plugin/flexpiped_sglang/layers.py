@@ -88,9 +88,9 @@ def _make_layers(
     return_tuple: bool = False,
     **more: Any,
 ) -> Any:
-    on_cpu = torch.empty(0).device.type == "cpu"  # moves on GPUs are refused: nothing is built there for them
-    if pp_rank is None or pp_size is None or pp_size == 1 or not on_cpu:
+    if pp_rank is None or pp_size is None:
         return original(num_hidden_layers, layer_fn, pp_rank, pp_size, prefix, return_tuple, **more)
+    on_cpu = torch.empty(0).device.type == "cpu"  # moves on GPUs are refused: nothing is built there for them
     first, end = internals.get_pp_indices(num_hidden_layers, pp_rank, pp_size)
 
     def missing() -> torch.nn.Module:
@@ -102,11 +102,14 @@ def _make_layers(
     def build(idx: int, prefix: str) -> torch.nn.Module:
         return made.note(idx, layer_fn(idx=idx, prefix=prefix))
 
+    _made.append(made)
+    if pp_size == 1 or not on_cpu:
+        made.modules, _, _ = original(num_hidden_layers, build, pp_rank, pp_size, prefix, return_tuple, **more)
+        return made.modules, first, end
     made.modules, _, _ = original(num_hidden_layers, build, 0, 1, prefix, return_tuple, **more)
     for index in range(num_hidden_layers):
         if not first <= index < end:
             made.modules[index] = missing()
-    _made.append(made)
     return made.modules, first, end
 
 

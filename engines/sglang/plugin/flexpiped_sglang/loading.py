@@ -8,12 +8,13 @@ from flexpiped_served.keeping import layer_key
 from flexpiped_served.weights import Manifest, lay_out, layer_pattern, read_file
 
 from flexpiped_sglang import internals
-from flexpiped_sglang.layers import LayerStore
+from flexpiped_sglang.layers import MadeLayers
 
 
-def load_layer(model: Any, layers: LayerStore, loader: Any, model_config: Any, index: int) -> tuple[int, Manifest]:
+def load_layer(
+    model: Any, made: MadeLayers, core: Any, loader: Any, model_config: Any, index: int
+) -> tuple[int, Manifest]:
     """Fill the skeleton of layer ``index``; return the shared memory and where each parameter lies in it."""
-    made, core = layers.made, layers.core
     wanted = {name: (each.shape, each.dtype) for name, each in made.parameters[index].items()}
     fd, manifest, views = lay_out(wanted)
     made.fill(index, views)
@@ -27,13 +28,13 @@ def load_layer(model: Any, layers: LayerStore, loader: Any, model_config: Any, i
     return fd, manifest
 
 
-def key_of_layer(model: Any, layers: LayerStore, loader: Any, model_config: Any, index: int) -> str:
+def key_of_layer(model: Any, made: MadeLayers, loader: Any, model_config: Any, index: int) -> str:
     """Return what tells layer ``index`` as this rank has it from all others of this host; empty: nothing does."""
     files = internals.safetensors_files(loader, model_config, model)
     if files is None:
         return ""
     parallel = internals.get_parallel()
-    forms = [(name, list(each.shape), str(each.dtype)) for name, each in layers.made.parameters[index].items()]
+    forms = [(name, list(each.shape), str(each.dtype)) for name, each in made.parameters[index].items()]
     return layer_key(
         *("sglang", internals.VERSION, type(model).__name__, model_config.hf_config.to_dict()),
         *(model_config.dtype, model_config.quantization),

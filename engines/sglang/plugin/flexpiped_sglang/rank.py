@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
-from flexpiped_served.keeping import KeptLayers
 from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
 from flexpiped_served.weights import WeightHelper
@@ -25,10 +24,10 @@ from flexpiped_sglang.answers import Answer, AnswerReceiver, AnswerSender
 from flexpiped_sglang.conductor import Conductor
 from flexpiped_sglang.counting import Counting
 from flexpiped_sglang.layers import CannotMove, LayerStore
-from flexpiped_sglang.loading import key_of_layer, load_layer
 from flexpiped_sglang.sending import Sending
 from flexpiped_sglang.settings import Settings
 from flexpiped_sglang.slots import Command, Slots
+from flexpiped_sglang.starting import kept_by, kept_layers
 
 _HANDOVER_CALLS = ("flexpiped_begin", "flexpiped_round", "flexpiped_commit")
 _SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for long
@@ -79,9 +78,8 @@ class Rank:
         except CannotMove as error:
             self._refusal = str(error)
             return
-        of = (runner.model, layers, runner.loader, scheduler.model_config)
-        loader = KeptLayers(self._settings, partial(load_layer, *of), key_of=partial(key_of_layer, *of))
-        helper = WeightHelper(loader, let_go=layers.let_go)
+        of = (runner.model, layers.made, layers.core, runner.loader, scheduler.model_config)
+        helper = WeightHelper(kept_by(runner.loader) or kept_layers(self._settings, *of), let_go=layers.let_go)
         self._moving = Moving(
             layers=layers,
             helper=helper,

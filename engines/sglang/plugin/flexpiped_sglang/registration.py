@@ -29,8 +29,10 @@ def register() -> None:
 
     if not internals.check():
         from flexpiped_sglang.layers import record_layers
+        from flexpiped_sglang.starting import keep_first_layers
 
         record_layers()
+        keep_first_layers(settings)
     _extend_scheduler(settings)
 
 

@@ -7,7 +7,7 @@ another one vLLM is served as it is, and moves in place are refused with the ver
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ try:  # what only moves in place need: a vLLM without it is served all the same
     from vllm.config import CompilationMode, CUDAGraphMode, set_current_vllm_config
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
     from vllm.model_executor.custom_op import CustomOp
-    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
     from vllm.model_executor.models import utils as model_utils
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -85,6 +85,7 @@ __all__ = [
     "check_connector",
     "choose_custom_ops",
     "create_scheduler_connector",
+    "default_loading_by",
     "get_model_loader",
     "get_pp_group",
     "get_tp_group",
@@ -95,6 +96,7 @@ __all__ = [
     "process_weights_after_loading",
     "pulls_by_nixl",
     "refusal_of_config",
+    "refusal_of_first_layers",
     "refusal_of_groups",
     "refusal_of_kv_copy",
     "reset_compile_wrapper",
@@ -139,6 +141,10 @@ def _expectations() -> list[tuple[str, bool]]:
         (
             "process_weights_after_loading(model, model_config, target_device)",
             _parameters(process_weights_after_loading) == ["model", "model_config", "target_device"],
+        ),
+        (
+            "DefaultModelLoader.load_weights(model, model_config)",
+            _takes(DefaultModelLoader.load_weights, "self", "model", "model_config"),
         ),
         *_expectations_of_compiled_mode(),
     ]
@@ -271,6 +277,22 @@ def refusal_of_config(config: Any) -> str:
     return f"moves in place are not supported with {', '.join(found)}" if found else ""
 
 
+def refusal_of_first_layers(config: Any) -> str:
+    """Return the feature of a ``VllmConfig`` that is in the way of first layers from host memory, or nothing."""
+    model, parallel, offload = config.model_config, config.parallel_config, config.offload_config
+    features = [
+        (f"quantisation ({model.quantization})", model.quantization is not None),
+        ("multimodal models", bool(model.is_multimodal_model)),
+        ("speculative decoding", config.speculative_config is not None),
+        ("context parallelism", _context_parallel(parallel)),
+        ("expert parallelism", bool(parallel.enable_expert_parallel)),
+        ("attention-free and hybrid models", bool(model.is_attention_free or model.is_hybrid)),
+        ("offloaded weights", bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size)),
+    ]
+    found = [name for name, present in features if present]
+    return f"they are not kept with {', '.join(found)}" if found else ""
+
+
 def _refused_of_compiled_mode(config: Any) -> list[tuple[str, bool]]:
     """What of compiled mode and CUDA graphs is not supported. On the CPU vLLM traces once, for all batch sizes."""
     compilation = config.compilation_config
@@ -320,6 +342,21 @@ def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[str] |
         getattr(model, "allow_patterns_overrides", None),
     )
     return files if is_safetensors else None
+
+
+@contextmanager
+def default_loading_by(around: Callable[[Any, Any, Any, Callable[[], None]], None]) -> Iterator[None]:
+    """In this scope vLLM's loader of checkpoints calls ``around(loader, model, model_config, load)`` for its own."""
+    original = DefaultModelLoader.load_weights
+
+    def load_weights(self: Any, model: Any, model_config: Any) -> None:
+        around(self, model, model_config, lambda: original(self, model, model_config))
+
+    DefaultModelLoader.load_weights = load_weights
+    try:
+        yield
+    finally:
+        DefaultModelLoader.load_weights = original
 
 
 def torch_threads(count: int) -> None:

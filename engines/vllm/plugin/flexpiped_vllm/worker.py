@@ -10,13 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
-from flexpiped_served.keeping import KeptLayers
 from flexpiped_served.kv import CacheForm
 from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
@@ -28,8 +26,8 @@ from flexpiped_vllm.compiling import CompileFailed, CompileHelper, Model
 from flexpiped_vllm.cuda_graphs import GraphedForward
 from flexpiped_vllm.kv_rank import KvRank
 from flexpiped_vllm.layers import CannotMove, LayerStore, find_layers
-from flexpiped_vllm.loading import key_of_layer, load_layer
 from flexpiped_vllm.settings import Settings
+from flexpiped_vllm.starting import Starting, kept_layers
 
 _EXPECTED = (*EXPECTED, CompileFailed)
 _SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for long
@@ -43,8 +41,11 @@ class ResidentRank(KvRank):
     device: torch.device
 
     def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)  # type: ignore[misc]
         settings = Settings.of_environment()
+        starting = Starting(self.vllm_config, settings)
+        with starting.loading():
+            super().load_model(**kwargs)  # type: ignore[misc]
+        self._kept = starting.kept
         os.nice(max(0, settings.nice - os.nice(0)))
         sys.setswitchinterval(_SWITCH_S)
         self._busy_s = 0.0
@@ -215,12 +216,13 @@ class ResidentRank(KvRank):
         layers = self._layers
         if layers is not None and not self._refusal:
             let_go = layers.let_go if self.device.type == "cpu" else _nothing  # a fork must not touch a GPU
-            of = (self.model_runner.get_model(), layers.made, self.vllm_config)
-            loader = KeptLayers(settings, partial(load_layer, *of), key_of=partial(key_of_layer, *of))
-            helper = WeightHelper(loader, let_go=let_go)
+            model = self.model_runner.get_model()
+            helper = WeightHelper(
+                self._kept or kept_layers(settings, model, layers.made, self.vllm_config), let_go=let_go
+            )
             if self._compiled is not None and self.device.type == "cpu":
-                model = Model(runner=self.model_runner, core=layers.core, made=layers.made, config=self.vllm_config)
-                self._compiled.set_helper(CompileHelper(model, let_go=let_go))
+                compiled = Model(runner=self.model_runner, core=layers.core, made=layers.made, config=self.vllm_config)
+                self._compiled.set_helper(CompileHelper(compiled, let_go=let_go))
             self._moving = Moving(
                 layers=layers,
                 helper=helper,
