@@ -7,12 +7,15 @@ import pytest
 
 from engines.errors import UnsupportedByEngine
 from engines.native.adapter import NativeEngine
+from engines.parameters.keeper import ParameterKeeper
 from engines.vllm.adapter import VllmEngine
 from flexpiped.engine_factory import find_files
 from flexpiped.engine_offers import EngineOffers
 from flexpiped.models import model_source
 from flexpiped.settings import EngineKind, EnginesSettings, Settings, VllmSettings
 from planner.memory import KvBudget
+from planner.parameter_cache import KeptLayer, KeptLayers
+from planner.start_times import Origin
 from tests.support.layouts import even_pipeline
 from topology.units import MIB
 
@@ -67,3 +70,30 @@ def test_a_model_that_only_vllm_knows_stays_with_vllm(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((demo / "config.json").read_text().replace('"llama"', '"novel"'))
     with pytest.raises(UnsupportedByEngine, match="novel"):
         offers(replace(BOTH, engine=EngineKind.VLLM), str(tmp_path)).of("native")
+
+
+class OneLayerKept(ParameterKeeper):
+    """Has kept one layer, of so many bytes."""
+
+    def __init__(self, of: str, num_bytes: int) -> None:
+        super().__init__(budget_bytes=0)
+        self._one = KeptLayers(layers=(KeptLayer(key="k", name="0", of=of, num_bytes=num_bytes),))
+
+    @property
+    def kept(self) -> KeptLayers:
+        return self._one
+
+
+@pytest.mark.parametrize(("has_it", "has_not"), [("native", "vllm"), ("vllm", "native")])
+def test_a_start_counts_as_kept_where_that_engine_has_most_of_the_parameters(has_it: str, has_not: str) -> None:
+    """Each has them in a form of its own."""
+    source = model_source(BOTH)
+    model = find_files(BOTH, source=source)
+    parameters_bytes = sum(layer.weight_bytes for layer in model.graph.layers)
+    of = str(model.directory) if has_it == "native" else f"{has_it} {model.directory}"
+    for share, origins in ((0.6, {Origin.KEPT}), (0.4, {Origin.PAGE_CACHE, Origin.STORAGE})):
+        parameters = OneLayerKept(of, round(share * parameters_bytes))
+        known = EngineOffers(BOTH, source=source, model=model, parameters=parameters)
+        assert known.of(has_it).starts.kept_share() == pytest.approx(share, abs=0.01)
+        assert known.of(has_it).starts.origin in origins
+        assert known.of(has_not).starts.kept_share() == 0.0

@@ -8,6 +8,7 @@ they come in a move, and either finds what the other has kept.
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,12 +57,15 @@ class FirstLayers:
 
         ``weights`` reads nothing until it is asked for something.
         """
+        began_s = time.monotonic()
         self._take()
         loaded = load_weights(self._rest() if self._found else weights)
+        loaded_s = time.monotonic()
         num_offered = self._offer()
         _say(
             f"of the first {len(self._layers)} layers {len(self._found)} came from the memory of the host,"
-            f" {len(self._layers) - len(self._found)} from the files; {num_offered} of these are kept now"
+            f" {len(self._layers) - len(self._found)} from the files, in {loaded_s - began_s:.3f} s;"
+            f" {num_offered} of these are kept now, in {time.monotonic() - loaded_s:.3f} s"
         )
         if loaded is None:
             return None
