@@ -18,6 +18,7 @@ from tests.vllm.streams import STREAMS, run_streams
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.long]
 BACK_S = 300.0
 TOKENS = 20  # of each stream after a death
+LENGTH = 160  # of each stream: the KV cache of one replica has room for all of them, else some would wait in its queue
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ async def test_streams_go_on_at_once_at_the_other_replica(replicas: Replicas) ->
     rounds = []
     for dies, other, victim in ((second, first, "the last scheduler"), (first, second, "the API server")):
         streams = Streams(replicas, count=STREAMS)
-        await streams.begin()
+        await streams.begin(max_tokens=LENGTH)
         await kill(dies, replicas, victim)
         await streams.gain(TOKENS)
         assert dies.engine is None, "it was back before the streams had gone on"
