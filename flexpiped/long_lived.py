@@ -7,7 +7,7 @@ def settle() -> None:
     """Take what is there now out of what the garbage collector looks through, once a process is about to serve.
 
     Modules, routes and tables are a hundred thousand objects or so: each full collection would go through them in
-    vain, and the event loop waits meanwhile. It is a fifth of the processor time of a short request.
+    vain, and the event loop waits meanwhile.
     """
     gc.collect()
     gc.freeze()
