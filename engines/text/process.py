@@ -5,7 +5,6 @@ closes. It dies with the process that started it and ignores the terminal's and 
 are being drained still need it.
 """
 
-import ctypes
 import functools
 import os
 import queue
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from engines.process import die_with_parent
 from engines.text.detokenize import Detokenizer
 from engines.text.errors import TextRefused
 from engines.text.pieces import PieceOf, pieces_of, window_pieces
@@ -24,18 +24,8 @@ from engines.text.session import Calls, Streams
 from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
 from engines.text.wire import About, Call, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
 
-_PR_SET_PDEATHSIG = 1
 _RECEIVE_BYTES = 1 << 18
 _SWITCH_INTERVAL_S = 0.0005  # a chat template being rendered delays a stream's text by no more than this
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel to kill this process when its parent ends, and end now if it has already."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 class HuggingFaceTokenizer:
@@ -167,7 +157,7 @@ class Process:
 
 def main() -> None:
     model, fd, parent_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    die_with_parent(parent_pid)
+    die_with_parent(parent_pid=parent_pid)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -5,7 +5,6 @@ whatever way, or when this program is asked to end, the group is asked to end an
 killed, the kernel kills the command. So no server outlives a benchmark.
 """
 
-import ctypes
 import os
 import select
 import signal
@@ -13,9 +12,10 @@ import subprocess
 import sys
 from contextlib import suppress
 
+from engines.process import die_with_parent
+
 _GRACE_S = 10.0
 _POLL_S = 0.5
-_PR_SET_PDEATHSIG = 1
 _asked: list[int] = []  # signals that ask for the end
 
 
@@ -30,7 +30,7 @@ def main() -> int:
         cwd=sys.argv[1],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: _die_with(leash),
+        preexec_fn=lambda: die_with_parent(parent_pid=leash),
     )
     try:
         while child.poll() is None and not _asked and not _let_go():
@@ -38,12 +38,6 @@ def main() -> int:
     finally:
         _end_group(child)
     return child.returncode
-
-
-def _die_with(leash: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != leash:  # it was killed before the call above, of which the kernel then says nothing
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _let_go() -> bool:
