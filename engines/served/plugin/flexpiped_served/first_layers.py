@@ -62,7 +62,7 @@ class FirstLayers:
         loaded = load_weights(self._rest() if self._found else weights)
         loaded_s = time.monotonic()
         num_offered = self._offer()
-        _say(
+        say(
             f"of the first {len(self._layers)} layers {len(self._found)} came from the memory of the host,"
             f" {len(self._layers) - len(self._found)} from the files, in {loaded_s - began_s:.3f} s;"
             f" {num_offered} of these are kept now, in {time.monotonic() - loaded_s:.3f} s"
@@ -81,7 +81,7 @@ class FirstLayers:
                     _give(layer, mapped(*there))
                     self._found.append(index)
         except _EXPECTED as error:
-            _say(f"no more layers are taken from the memory of the host: {type(error).__name__}: {error}")
+            say(f"no more layers are taken from the memory of the host: {type(error).__name__}: {error}")
 
     def _rest(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what is not there yet; of the other tensors nothing is read."""
@@ -105,7 +105,7 @@ class FirstLayers:
                     _give(layer, tensors)  # the copy that it has read itself is given back
                 num_kept += 1
         except _EXPECTED as error:
-            _say(f"no more layers are kept in the memory of the host: {type(error).__name__}: {error}")
+            say(f"no more layers are kept in the memory of the host: {type(error).__name__}: {error}")
         return num_kept
 
 
@@ -130,5 +130,6 @@ def _copied(layer: torch.nn.Module) -> tuple[int, Manifest]:
     return fd, manifest
 
 
-def _say(words: str) -> None:
+def say(words: str) -> None:
+    """Write a line into the engine's log."""
     print(words, file=sys.stderr, flush=True)

@@ -1,11 +1,10 @@
 """A rank's first layers: kept in the memory of the host, where the daemon keeps any."""
 
-import sys
 from functools import partial
 from typing import Any
 
 import torch
-from flexpiped_served.first_layers import FirstLayers
+from flexpiped_served.first_layers import FirstLayers, say
 from flexpiped_served.keeping import KeptLayers
 
 from flexpiped_sglang import internals
@@ -52,15 +51,11 @@ def _first_layers(settings: Settings, loader: Any, model_config: Any, model: Any
         made, core = find_layers(model)
         files = internals.safetensors_files(loader, model_config, model)
     except (CannotMove, OSError, RuntimeError, ValueError) as error:
-        _say(f"all layers come from the files: {error}")
+        say(f"all layers come from the files: {error}")
         return None
     if files is None:
-        _say("all layers come from the files, which are not in the safetensors format")
+        say("all layers come from the files, which are not in the safetensors format")
         return None
     loader.flexpiped_kept = kept = kept_layers(settings, model, made, core, loader, model_config)
     layers = {index: made.layers[index] for index in range(made.first, made.end)}
     return FirstLayers(kept, layers, prefix=made.prefix, files=files)
-
-
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """A rank's first layers: kept in the memory of the host, where the daemon keeps any."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flexpiped_served.first_layers import FirstLayers
+from flexpiped_served.first_layers import FirstLayers, say
 from flexpiped_served.keeping import KeptLayers
 
 from flexpiped_vllm import internals
@@ -34,7 +33,7 @@ class Starting:
             return
         refusal = internals.check() or internals.refusal_of_first_layers(self._config)
         if refusal:
-            _say(f"all layers come from the files: {refusal}")
+            say(f"all layers come from the files: {refusal}")
             yield
             return
         with internals.default_loading_by(self._load):
@@ -54,10 +53,10 @@ class Starting:
             made, _ = find_layers(model)
             files = internals.safetensors_files(loader, model_config, model)
         except (CannotMove, OSError, RuntimeError, ValueError) as error:
-            _say(f"all layers come from the files: {error}")
+            say(f"all layers come from the files: {error}")
             return None
         if files is None:
-            _say("all layers come from the files, which are not in the safetensors format")
+            say("all layers come from the files, which are not in the safetensors format")
             return None
         self.kept = kept_layers(self._settings, model, made, self._config)
         layers = {index: made.modules[index] for index in sorted(made.forms)}
@@ -68,7 +67,3 @@ def kept_layers(settings: Settings, model: torch.nn.Module, made: MadeLayers, co
     """Return what asks the keeper for layers of ``model``, and loads those that it lacks."""
     of = (model, made, config)
     return KeptLayers(settings, partial(load_layer, *of), key_of=partial(key_of_layer, *of))
-
-
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
