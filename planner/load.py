@@ -6,7 +6,7 @@ stale is an ``Absence``, which the policy has to treat as such.
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from planner.arrivals import Absence, Arrivals, ArrivalStatistics, Reading
@@ -148,8 +148,8 @@ class LoadMonitor:
         self._prompts, self._outputs = _Recent(max(windows_s)), _Recent(max(windows_s))
         self._ttfts, self._tpots = _Recent(memory_s), _Recent(memory_s)
         self._sample: tuple[float, EngineSample] | None = None
-        self._changed: tuple[float, float] | None = None  # when, and how many were there
-        self._came_s: list[float] = []  # since then, the first ones
+        self._changed: SinceChange | None = None  # without those that came since, which are beside it
+        self._came_s: list[float] = []
 
     def arrived(self, request: Hashable, now_s: float, *, prompt_tokens: int | None = None) -> None:
         """A request came; ``prompt_tokens`` may follow by ``prompt_known``."""
@@ -168,7 +168,7 @@ class LoadMonitor:
         """A request got its first token. One that is unknown is none of ours; one that came to
         another layout says nothing of this one."""
         came_s = self._waiting.pop(request, None)
-        if came_s is not None and (self._changed is None or came_s >= self._changed[0]):
+        if came_s is not None and (self._changed is None or came_s >= self._changed.at_s):
             self._ttfts.add(now_s, now_s - came_s)
 
     def ended(
@@ -191,20 +191,20 @@ class LoadMonitor:
         self._tpots.forget()
         sample, _ = self._believed(now_s)
         there = 0.0 if sample is None else float(sample.running + sample.waiting)
-        self._changed, self._came_s = (now_s, max(there, float(len(self._waiting)))), []
+        self._changed = SinceChange(at_s=now_s, inherited=max(there, float(len(self._waiting))))
+        self._came_s = []
 
     def observe(self, now_s: float) -> Observation:
         """Return what is known at ``now_s``."""
         oldest_s = next(iter(self._waiting.values()), None)
         sample, absence = self._believed(now_s)
-        changed = self._changed
         return Observation(
             windows=self._arrivals.statistics(now_s),
             awaiting=len(self._waiting),
             running=absence if sample is None else float(sample.running),
             queue_length=absence if sample is None else float(sample.waiting),
             queue_age_s=0.0 if oldest_s is None else now_s - oldest_s,
-            since_change=changed and SinceChange(at_s=changed[0], inherited=changed[1], came_s=tuple(self._came_s)),
+            since_change=self._changed and replace(self._changed, came_s=tuple(self._came_s)),
             prompt_tokens_mean=self._prompts.mean(now_s),
             output_tokens_mean=self._outputs.mean(now_s),
             ttft_s=self._ttfts.mean(now_s),
