@@ -1,7 +1,8 @@
 """What SGLang writes, understood: level, process and message of a log line, and what a start is doing. Pure.
 
-SGLang's format: ``[2026-11-24 17:40:40 PP1] message``, without a level. What its schedulers report before they end is
-one line with a traceback after it; Python's warnings and tracebacks come as plain lines.
+SGLang's format: ``[2026-11-24 17:40:40 PP1] message``, without a level; with ``SGLANG_LOG_MS``, ``17:40:40.123``. What
+its schedulers report before they end is one line with a traceback after it; Python's warnings and tracebacks come as
+plain lines.
 """
 
 import re
@@ -9,7 +10,7 @@ from typing import Final
 
 from engines.served.logs import LogDialect, LogLine
 
-_LINE: Final = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?: (?P<process>[^\]]+))?\] (?P<message>.*)")
+_LINE: Final = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{3})?(?: (?P<process>[^\]]+))?\] (?P<message>.*)")
 _UVICORN: Final = re.compile(r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(?P<message>.*)")
 _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR: Final = re.compile(r"hit an exception|SIGQUIT received|crashed|[Ff]ailed to|died")

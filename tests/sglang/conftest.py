@@ -16,6 +16,7 @@ from tests.support.vllm import layout, llama
 from topology.units import MIB
 
 TOOLS = ("--tool-call-parser", "qwen25")
+ENV = {"SGLANG_LOG_MS": "true"}  # as a user has it in engines.sglang.env
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,7 @@ async def keeper() -> AsyncIterator[ParameterKeeper]:
 async def shared(keeper: ParameterKeeper) -> AsyncIterator[Shared]:
     log: list[LogLine] = []
     kept = {"parameters": keeper.address}
-    async with running(llama(), layout(4), ranks=2, args=TOOLS, on_log=log.append, **kept) as engine:
+    async with running(llama(), layout(4), ranks=2, args=TOOLS, env=ENV, on_log=log.append, **kept) as engine:
         shared = Shared(engine=engine, log=log)
         yield shared
         await shared.engine.close()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,7 +15,7 @@ from engines.served.group import members_of
 from engines.sglang.adapter import SglangEngine
 from engines.sglang.own_server import ELSEWHERE, own_server
 from tests.contract.engine_contract import request_of
-from tests.sglang.conftest import Shared
+from tests.sglang.conftest import ENV, Shared
 from tests.support.listening import listening_beyond_loopback
 from tests.support.own_routes import ANSWER, FORMAT, TOOL, WORD, Api, api_before
 from tests.support.until import until
@@ -199,6 +200,14 @@ class TestProcesses:
         pids = members_of(engine.pids["api"])
         assert len(pids) >= 4  # API server, detokenizer, two schedulers
         assert await asyncio.to_thread(listening_beyond_loopback, pids) == []
+
+    async def test_all_have_the_environment_of_the_configuration(self, shared: Shared) -> None:
+        pids = shared.engine.pids
+        for pid in (pids["api"], *pids["workers"], *pids["detokenizers"]):
+            has = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
+            assert {f"{name}={value}" for name, value in ENV.items()} <= set(has)
+        begun = [line for line in shared.log if "Memory pool end" in line.message]
+        assert {line.process for line in begun} == {"PP0", "PP1"}  # understood in the form that ENV asks for, too
 
     async def test_its_routes_ask_for_keys_that_only_the_daemon_has(self, engine: SglangEngine) -> None:
         connector = aiohttp.UnixConnector(str(engine.own_routes_socket))

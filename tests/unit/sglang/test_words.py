@@ -16,6 +16,7 @@ from engines.sglang.sampling import parameter_of, to_sglang
     [
         ("[2026-11-24 17:40:42 PP0] Init parallel begin.", "info", "PP0", "Init parallel begin."),
         ("[2026-11-24 17:40:42 PP0 TP1] Memory pool end.", "info", "PP0 TP1", "Memory pool end."),
+        ("[2026-11-24 17:40:42.123 PP0] Memory pool end.", "info", "PP0", "Memory pool end."),  # SGLANG_LOG_MS
         ("[2026-11-24 17:38:51] server_args={'a': 1}", "debug", "", "server_args={'a': 1}"),
         ("[2026-11-24 17:40:53] INFO:      - \"GET /model_info HTTP/1.1\" 200 OK", "debug", "",
          '- "GET /model_info HTTP/1.1" 200 OK'),
