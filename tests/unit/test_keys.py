@@ -1,12 +1,15 @@
 """API keys: a file of hashes, and what is wrong with one is said."""
 
 import hashlib
+import sys
 import tomllib
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
-from flexpiped.keys import KeyFileError, Scope, load_keys
+from flexpiped.keys import Client, KeyFileError, KeyRing, Scope, load_keys
 from tests.support.lone_flexctl import alone
 
 HASH = hashlib.sha256(b"secret").hexdigest()
@@ -30,6 +33,46 @@ def test_a_key_is_found_by_its_hash(tmp_path: Path) -> None:
     assert ring.client_of("") is None
     assert ring.client_of("\udcff") is None  # a byte of a header that is no text
     assert (ring.clients[0].priority, ring.clients[0].requests_per_minute) == (3, 60.0)
+
+
+class Digest(bytes):
+    """What a file has of a key. Two of them are never compared by what stops at the first byte that differs."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("compared by ==")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def lines_run_by(ring: KeyRing, presented: str) -> tuple[int, str]:
+    """Return how many lines of Python it takes to find whose key it is, and whose it is."""
+    lines = 0
+
+    def count(_frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        client = ring.client_of(presented)
+    finally:
+        sys.settrace(before)
+    return lines, client.name if client else ""
+
+
+def test_how_long_it_takes_says_nothing_of_a_key() -> None:
+    """It is compared with each of the file to the end, by what takes as long wherever two differ."""
+    names = [f"key{index}" for index in range(8)]
+    ring = KeyRing(
+        hashes=tuple(Digest(hashlib.sha256(name.encode()).digest()) for name in names),
+        clients=tuple(Client(name=name) for name in names),
+    )
+    found = [lines_run_by(ring, name) for name in names]
+    assert [name for _, name in found] == names
+    assert len({lines for lines, _ in found}) == 1
+    assert lines_run_by(ring, "none of them") == (found[0][0] - 1, "")  # but for the line that notes whose it is
 
 
 def test_admin_opens_everything(tmp_path: Path) -> None:
