@@ -12,7 +12,7 @@ from tests.support.vllm import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm]
 _SCRIPT = """
-from flexpiped_vllm import internals
+from flexpiped_vllm import internals, refusals
 print("as it is:", internals.check())
 version, internals.VERSION = internals.VERSION, "0.99.1"
 print("unknown:", internals.check())
@@ -26,7 +26,7 @@ from vllm.config import CompilationMode, CUDAGraphMode
 def refused(mode, *, backend="inductor", graphs=CUDAGraphMode.NONE, inductor={}, ubatch=False):
     compilation = N(mode=mode, backend=backend, cudagraph_mode=graphs, inductor_compile_config=inductor)
     config = N(compilation_config=compilation, parallel_config=N(use_ubatching=ubatch))
-    return ", ".join(name for name, present in internals._refused_of_compiled_mode(config) if present)
+    return ", ".join(name for name, present in refusals.of_compiled_mode(config) if present)
 once = CompilationMode.DYNAMO_TRACE_ONCE
 print("eager mode:", refused(CompilationMode.NONE, inductor={"max_autotune": True}, ubatch=True))
 print("compiled mode:", refused(once))
@@ -34,22 +34,27 @@ print("stock:", refused(CompilationMode.STOCK_TORCH_COMPILE))
 print("no cache:", refused(once, backend="eager"))
 print("tuned:", refused(once, inductor={"max_autotune": True}))
 print("micro-batches:", refused(CompilationMode.VLLM_COMPILE, graphs=CUDAGraphMode.FULL, ubatch=True))
-def refused_whole(lora=None, images=False, quantisation=None):
+def whole(lora=None, images=False, quantisation=None, offloaded_gb=0):
     model = N(quantization=quantisation, is_multimodal_model=images, is_attention_free=False, is_hybrid=False)
     parallel = N(pipeline_parallel_size=2, data_parallel_size=1, enable_expert_parallel=False, use_ubatching=False)
     compilation = N(mode=CompilationMode.NONE, backend="inductor", cudagraph_mode=CUDAGraphMode.NONE,
                     inductor_compile_config={})
-    return internals.refusal_of_config(N(
+    return N(
         model_config=model, parallel_config=parallel, compilation_config=compilation, lora_config=lora,
         speculative_config=None, kv_transfer_config=None, use_v2_model_runner=False,
-        scheduler_config=N(async_scheduling=False)))
-print("plain:", refused_whole())
-print("lora:", refused_whole(lora=N(max_lora_rank=16)))
-print("images of few bits:", refused_whole(images=True, quantisation="gptq"))
+        scheduler_config=N(async_scheduling=False),
+        offload_config=N(uva=N(cpu_offload_gb=offloaded_gb), prefetch=N(offload_group_size=0)))
+print("plain:", refusals.of_moves(whole()))
+print("lora:", refusals.of_moves(whole(lora=N(max_lora_rank=16))))
+print("images of few bits:", refusals.of_moves(whole(images=True, quantisation="gptq")))
+print("first, plain:", refusals.of_first_layers(whole()))
+print("first, lora:", refusals.of_first_layers(whole(lora=N(max_lora_rank=16))))
+print("first, images of few bits, offloaded:",
+      refusals.of_first_layers(whole(images=True, quantisation="gptq", offloaded_gb=1)))
 def refused_connector(name="NixlConnector", role="kv_both", ranks=1, caching=True):
     config = N(kv_transfer_config=N(kv_connector=name, kv_role=role), parallel_config=N(pipeline_parallel_size=ranks),
                cache_config=N(enable_prefix_caching=caching))
-    return ", ".join(name for name, present in internals._refused_of_connector(config) if present)
+    return ", ".join(name for name, present in refusals.of_connector(config) if present)
 print("nixl:", refused_connector())
 print("nixl by another name:", refused_connector("NixlPullConnector"))
 print("nixl pushes:", refused_connector("NixlPushConnector"))
@@ -57,7 +62,7 @@ print("nixl one way:", refused_connector(role="kv_producer"))
 print("nixl of ranks:", refused_connector(ranks=2))
 print("nixl uncached:", refused_connector(caching=False))
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-print("nixl is there:", all(name in KVConnectorFactory._registry for name in internals._PULL_BY_NIXL))
+print("nixl is there:", all(name in KVConnectorFactory._registry for name in refusals._PULL_BY_NIXL))
 internals._missing = "cannot import name 'get_pp_group'"
 print("missing:", internals.check())
 print("connector as it is:", internals.check_connector())
@@ -141,6 +146,12 @@ def test_features_that_do_not_move_are_refused_by_their_names(said: dict[str, st
     assert said["plain"] == ""
     assert said["lora"] == "moves in place are not supported with LoRA"
     assert said["images of few bits"] == "moves in place are not supported with quantisation (gptq), multimodal models"
+
+
+def test_first_layers_that_are_not_kept_are_refused_by_what_they_have(said: dict[str, str]) -> None:
+    assert said["first, plain"] == said["first, lora"] == ""
+    words = "they are not kept with quantisation (gptq), multimodal models, offloaded weights"
+    assert said["first, images of few bits, offloaded"] == words
 
 
 def test_what_nixl_does_not_do_is_refused_by_its_name(said: dict[str, str]) -> None:

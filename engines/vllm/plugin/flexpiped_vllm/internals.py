@@ -61,22 +61,26 @@ except ImportError as error:
 SUPPORTED = ("0.32.0",)
 VERSION = vllm.__version__
 _PREPARE_PARAMETERS = 5
-_PULL_BY_NIXL = ("NixlConnector", "NixlPullConnector")
 
 __all__ = [
     "SUPPORTED",
     "VERSION",
+    "AttentionSpec",
     "CUDAGraphWrapper",
+    "CompilationMode",
     "EngineCore",
     "EngineCoreProc",
     "EngineCoreRequestType",
     "EngineDeadError",
     "EngineGenerateError",
+    "FullAttentionSpec",
     "KVConnectorBase",
     "KVConnectorMetadata",
+    "MLAAttentionSpec",
     "RequestOutputKind",
     "SamplingParams",
     "SupportsHMA",
+    "UniformTypeKVCacheSpecs",
     "VLLMError",
     "VllmCPUWorker",
     "VllmGPUWorker",
@@ -86,6 +90,7 @@ __all__ = [
     "choose_custom_ops",
     "create_scheduler_connector",
     "default_loading_by",
+    "envs",
     "get_model_loader",
     "get_pp_group",
     "get_tp_group",
@@ -94,11 +99,6 @@ __all__ = [
     "load_compiled",
     "model_utils",
     "process_weights_after_loading",
-    "pulls_by_nixl",
-    "refusal_of_config",
-    "refusal_of_first_layers",
-    "refusal_of_groups",
-    "refusal_of_kv_copy",
     "reset_compile_wrapper",
     "safetensors_files",
     "set_current_vllm_config",
@@ -210,42 +210,6 @@ def check_connector() -> str:
     return ""
 
 
-def refusal_of_kv_copy(scheduler: Any) -> str:
-    """Return why the KV cache of this ``Scheduler``'s requests cannot be handed over, in words, or nothing."""
-    config, groups = scheduler.vllm_config, scheduler.kv_cache_config.kv_cache_groups
-    specs = [type(group.kv_cache_spec) for group in groups]
-    features = [
-        *_refused_of_connector(config),
-        ("speculative decoding", config.speculative_config is not None),  # it writes what it may take back
-        ("data parallelism", config.parallel_config.data_parallel_size > 1),
-        ("context parallelism", _context_parallel(config.parallel_config)),
-        ("KV caches that are cleared before use", bool(scheduler.needs_kv_cache_zeroing)),
-        (f"{len(groups)} KV cache groups", len(groups) != 1),
-        (f"a KV cache of type {specs[0].__name__}", specs[0] not in (FullAttentionSpec, MLAAttentionSpec)),
-    ]
-    found = [name for name, present in features if present]
-    return f"no KV cache is copied with {', '.join(found)}" if found else ""
-
-
-def pulls_by_nixl(config: Any) -> bool:
-    """Return whether a ``VllmConfig`` names vLLM's NIXL connector that reads from another vLLM."""
-    transfer = config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector in _PULL_BY_NIXL
-
-
-def _refused_of_connector(config: Any) -> list[tuple[str, bool]]:
-    """What of a KV connector that the configuration names is in the way."""
-    transfer = config.kv_transfer_config
-    if not pulls_by_nixl(config):
-        return [("a KV connector of its own (--kv-transfer-config)", transfer is not None)]
-    ranks = config.parallel_config.pipeline_parallel_size
-    return [
-        (f"NIXL in one direction (kv_role {transfer.kv_role} is not kv_both)", transfer.kv_role != "kv_both"),
-        ("NIXL without a prefix cache", not config.cache_config.enable_prefix_caching),
-        (f"NIXL over {ranks} pipeline ranks", ranks > 1),
-    ]
-
-
 def create_scheduler_connector(config: Any, kv_cache_config: Any, *, name: str, module: str) -> Any:
     """Return a connector of class ``name`` in ``module`` for a ``VllmConfig`` that names none."""
     named = copy(config)
@@ -253,78 +217,6 @@ def create_scheduler_connector(config: Any, kv_cache_config: Any, *, name: str, 
         kv_connector=name, kv_connector_module_path=module, kv_role="kv_consumer"
     )
     return KVConnectorFactory.create_connector(named, KVConnectorRole.SCHEDULER, kv_cache_config)
-
-
-def refusal_of_config(config: Any) -> str:
-    """Return the feature of a ``VllmConfig`` that moves in place do not support, in words, or nothing."""
-    model, parallel = config.model_config, config.parallel_config
-    features = [
-        ("one pipeline rank (pipeline_parallel_size 1)", parallel.pipeline_parallel_size == 1),
-        (f"quantisation ({model.quantization})", model.quantization is not None),
-        ("LoRA", config.lora_config is not None),
-        ("multimodal models", bool(model.is_multimodal_model)),
-        ("speculative decoding", config.speculative_config is not None),
-        ("data parallelism", parallel.data_parallel_size > 1),
-        ("context parallelism", _context_parallel(parallel)),
-        ("expert parallelism", bool(parallel.enable_expert_parallel)),
-        ("KV connectors", config.kv_transfer_config is not None),
-        ("model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)", bool(config.use_v2_model_runner)),
-        ("attention-free and hybrid models", bool(model.is_attention_free or model.is_hybrid)),
-        ("asynchronous scheduling", bool(config.scheduler_config.async_scheduling)),
-        *_refused_of_compiled_mode(config),
-    ]
-    found = [name for name, present in features if present]
-    return f"moves in place are not supported with {', '.join(found)}" if found else ""
-
-
-def refusal_of_first_layers(config: Any) -> str:
-    """Return the feature of a ``VllmConfig`` that is in the way of first layers from host memory, or nothing."""
-    model, parallel, offload = config.model_config, config.parallel_config, config.offload_config
-    features = [
-        (f"quantisation ({model.quantization})", model.quantization is not None),
-        ("multimodal models", bool(model.is_multimodal_model)),
-        ("speculative decoding", config.speculative_config is not None),
-        ("context parallelism", _context_parallel(parallel)),
-        ("expert parallelism", bool(parallel.enable_expert_parallel)),
-        ("attention-free and hybrid models", bool(model.is_attention_free or model.is_hybrid)),
-        ("offloaded weights", bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size)),
-    ]
-    found = [name for name, present in features if present]
-    return f"they are not kept with {', '.join(found)}" if found else ""
-
-
-def _refused_of_compiled_mode(config: Any) -> list[tuple[str, bool]]:
-    """What of compiled mode and CUDA graphs is not supported. On the CPU vLLM traces once, for all batch sizes."""
-    compilation = config.compilation_config
-    graphs = has_cuda_graphs(config)
-    known = (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
-    frozen = bool(compilation.inductor_compile_config.get("max_autotune"))
-    compiled = compilation.mode not in (None, CompilationMode.NONE)
-    saved = bool(envs.VLLM_USE_AOT_COMPILE) and not envs.VLLM_DISABLE_COMPILE_CACHE and compilation.backend != "eager"
-    return [
-        (f"compilation mode {compilation.mode}", compiled and compilation.mode not in known),
-        # What is compiled outside the worker reaches it through this cache.
-        ("compiled mode without vLLM's compile cache (VLLM_USE_AOT_COMPILE)", compiled and not saved),
-        ("max_autotune (it freezes weights into the code)", compiled and frozen),
-        ("breakable CUDA graphs", graphs and bool(envs.VLLM_USE_BREAKABLE_CUDAGRAPH)),
-        ("CUDA graphs of micro-batches", graphs and bool(config.parallel_config.use_ubatching)),
-    ]
-
-
-def _context_parallel(parallel: Any) -> bool:
-    sizes = ("prefill_context_parallel_size", "decode_context_parallel_size")
-    return any(getattr(parallel, name, 1) > 1 for name in sizes)
-
-
-def refusal_of_groups(config: Any) -> str:
-    """Return why the KV cache of a ``KVCacheConfig`` cannot move layer by layer, or nothing."""
-    groups = config.kv_cache_groups
-    if len(groups) != 1:
-        return f"moves in place are not supported with {len(groups)} KV cache groups (hybrid attention)"
-    spec = groups[0].kv_cache_spec
-    if isinstance(spec, UniformTypeKVCacheSpecs) or not isinstance(spec, AttentionSpec):
-        return f"moves in place are not supported with a KV cache of type {type(spec).__name__}"
-    return ""
 
 
 def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[str] | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from flexpiped_served.staging import bind_datagram
 
-from flexpiped_vllm import internals
+from flexpiped_vllm import internals, refusals
 from flexpiped_vllm.kv_rank import ANSWERS
 
 _NO_REPLY = -1000  # no rank has this number, so none answers through vLLM's queue
@@ -62,8 +62,8 @@ class KvTransfers:
         self._block_tokens = int(core.vllm_config.cache_config.block_size)
         self._block_bytes = sum(rank["kv_block_bytes"] for rank in ranks)
         self._blocks_at_once = max(1, slice_bytes // max(1, *(rank["kv_block_bytes"] for rank in ranks)))
-        self.refusal = internals.check_connector() or internals.refusal_of_kv_copy(core.scheduler)
-        self.by_nixl = internals.pulls_by_nixl(core.vllm_config)
+        self.refusal = internals.check_connector() or refusals.of_kv_copy(core.scheduler)
+        self.by_nixl = refusals.pulls_by_nixl(core.vllm_config)
         self.form = "" if self.refusal else self._form_of(ranks)
         self._numbers = count(1)
         self._exports: dict[int, _Export] = {}

@@ -11,7 +11,7 @@ import torch
 from flexpiped_served.first_layers import FirstLayers, say
 from flexpiped_served.keeping import KeptLayers
 
-from flexpiped_vllm import internals
+from flexpiped_vllm import internals, refusals
 from flexpiped_vllm.layers import CannotMove, MadeLayers, find_layers
 from flexpiped_vllm.loading import key_of_layer, load_layer
 from flexpiped_vllm.settings import Settings
@@ -31,7 +31,7 @@ class Starting:
         if not self._settings.parameters:
             yield
             return
-        refusal = internals.check() or internals.refusal_of_first_layers(self._config)
+        refusal = internals.check() or refusals.of_first_layers(self._config)
         if refusal:
             say(f"all layers come from the files: {refusal}")
             yield

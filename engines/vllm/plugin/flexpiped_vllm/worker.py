@@ -20,7 +20,7 @@ from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
 from flexpiped_served.weights import WeightHelper
 
-from flexpiped_vllm import internals
+from flexpiped_vllm import internals, refusals
 from flexpiped_vllm.compiled import CompiledForward
 from flexpiped_vllm.compiling import CompileFailed, CompileHelper, Model
 from flexpiped_vllm.cuda_graphs import GraphedForward
@@ -51,7 +51,7 @@ class ResidentRank(KvRank):
         self._busy_s = 0.0
         self._epoch = 0
         self._failpoints = Failpoints()
-        self._refusal = internals.check() or internals.refusal_of_config(self.vllm_config)
+        self._refusal = internals.check() or refusals.of_moves(self.vllm_config)
         self._layers: LayerStore | None = None
         self._moving: Moving | None = None
         self._compiled: CompiledForward | None = None
@@ -64,7 +64,7 @@ class ResidentRank(KvRank):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
-        self._refusal = self._refusal or internals.refusal_of_groups(kv_cache_config)
+        self._refusal = self._refusal or refusals.of_groups(kv_cache_config)
         if self._refusal:
             return
         try:
