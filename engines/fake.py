@@ -57,6 +57,7 @@ RICH_CAPABILITIES = replace(
 )
 _DECODER_BYTES = 1 << 20
 _KV_BLOCK_BYTES = 1 << 10
+_ADAPTER_BYTES = 1 << 10
 
 
 class FakeEngine:
@@ -250,11 +251,16 @@ class FakeEngine:
         self._batch.resize_kv(blocks)
         return max(0, fewer) * _KV_BLOCK_BYTES
 
-    # AdapterChanges, for capabilities that say so. A directory whose name begins with "broken" has none.
+    # AdapterChanges, for capabilities that say so. A directory whose name begins with "broken" has none; one that comes
+    # takes so much of each device.
 
     @property
     def adapter_directories(self) -> Mapping[str, str]:
         return self._adapters
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(_ADAPTER_BYTES for directory in self._adapters.values() if directory)
 
     async def load_adapter(self, name: str, directory: str) -> None:
         self._ensure_alive()

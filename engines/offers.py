@@ -109,6 +109,10 @@ class AdapterChanges(Protocol):
     def adapter_directories(self) -> Mapping[str, str]:
         """The directory of each LoRA adapter, by the name that requests give."""
 
+    @property
+    def adapter_bytes(self) -> int:
+        """What each device of the engine holds of those that came while it served, wherever layers are."""
+
     async def load_adapter(self, name: str, directory: str) -> None:
         """Have one more LoRA adapter, while serving: once it returns, ``capabilities.adapters`` has its name.
 

@@ -60,6 +60,11 @@ class AdapterSet:
         """Those that engines still have, and no request may name any more."""
         return frozenset(self._leaving)
 
+    @property
+    def device_bytes(self) -> int:
+        """What each device holds of those that came while engines served. May be asked for in any thread."""
+        return sum(engine.adapter_bytes for engine in tuple(self._engines))
+
     def all(self) -> tuple[ServedAdapter, ...]:
         """Return those that engines have. Raises ``UnsupportedByEngine``, ``EngineDied``: there is no engine yet."""
         self._ensure_can_change()

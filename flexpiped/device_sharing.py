@@ -43,6 +43,17 @@ def topology_beside(topology: HostTopology, held: Held) -> HostTopology:
     return replace(topology, devices=devices_beside(topology.devices, held)) if held else topology
 
 
+def topology_without(topology: HostTopology, reserved_bytes: int) -> HostTopology:
+    """Return the host with so much less of each device, that the model itself has there beside layers and KV cache."""
+    if not reserved_bytes:
+        return topology
+    devices = tuple(
+        replace(each, memory_reserved_bytes=each.memory_reserved_bytes + min(reserved_bytes, each.memory_usable_bytes))
+        for each in topology.devices
+    )
+    return replace(topology, devices=devices)
+
+
 def _beside(device: Device, held_bytes: int) -> Device:
     taken = min(held_bytes, device.memory_usable_bytes)
     return replace(

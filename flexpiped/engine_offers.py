@@ -41,6 +41,7 @@ class EngineOffers:
         on_news: Told what operators should know of an engine that runs, one sentence each.
         on_plan: Told how many seconds each plan took, in the thread that planned.
         held: What other models hold of the devices, asked anew for each plan in the thread that plans.
+        adapter_bytes: What each device has of adapters that came while engines served; asked for likewise.
         survivors: Engines that were there before the daemon, and outlive it.
         parameters: Keeps some in the memory of the host.
     """
@@ -54,12 +55,14 @@ class EngineOffers:
         on_news: Callable[[str], object] = ignore_news,
         on_plan: Callable[[float], object] = lambda _took_s: None,
         held: Callable[[], Held] = dict,
+        adapter_bytes: Callable[[], int] = lambda: 0,
         survivors: Survivors | None = None,
         parameters: ParameterKeeper | None = None,
     ) -> None:
         self._parameters = parameters
         self._on_plan = on_plan
         self._held = held
+        self._adapter_bytes = adapter_bytes
         self._survivors = survivors
         self._settings = settings
         self._source = source
@@ -119,7 +122,9 @@ class EngineOffers:
                 settings, model, on_news=self._on_news, survivors=self._survivors, parameters=address
             ),
             resolver=PlannerResolver(
-                lambda: question_here(self._planned_for(settings), model.graph, held=self._held()),
+                lambda: question_here(
+                    self._planned_for(settings), model.graph, held=self._held(), adapter_bytes=self._adapter_bytes()
+                ),
                 on_plan=self._on_plan,
             ),
             starts=start_times_of(

@@ -185,7 +185,9 @@ class ModelService:
         """Return what it holds of each device, and what a change under way is about to take."""
         replicas = () if self._in_force.replicas is None else self._in_force.replicas.pipelines
         pipelines = (*replicas, *self.refactorings.coming, *self._in_force.coming)
-        return self._in_force.offer().resolver.held_by(pipelines) if pipelines else {}
+        if not pipelines:
+            return {}
+        return self._in_force.offer().resolver.held_by(pipelines, adapter_bytes=self.adapters.device_bytes)
 
     async def plan(self, stages: int | Auto) -> dict[str, Any]:
         """Return what the planner would do now, with every candidate; moves nothing.

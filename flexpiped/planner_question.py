@@ -11,7 +11,7 @@ from engines.sglang.pipelining import one_rank_reason
 from engines.vllm.options import num_kv_blocks_of
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs, costs_of
-from flexpiped.device_sharing import Held, topology_beside
+from flexpiped.device_sharing import Held, topology_beside, topology_without
 from flexpiped.hardware import host_topology
 from flexpiped.kv_capacity import native_kv_size, served_kv_bytes
 from flexpiped.profiles import ProfileStore, profile_folder
@@ -36,16 +36,19 @@ _GUESS: Final = DeviceSpec(
 )
 
 
-def question_here(settings: Settings, graph: ModelGraph, *, held: Held | None = None) -> PlanQuestion:
+def question_here(
+    settings: Settings, graph: ModelGraph, *, held: Held | None = None, adapter_bytes: int = 0
+) -> PlanQuestion:
     """Return the question for the devices that are here, as they are now, with the best times that are known. Blocks.
 
     Args:
         held: By other models of this daemon.
+        adapter_bytes: What each device has of adapters of this one, wherever layers are.
 
     Raises:
         UnsupportedByEngine: GPUs are asked for, and there are none or the engine does not take them.
     """
-    topology = topology_beside(host_topology(settings), held or {})
+    topology = topology_without(topology_beside(host_topology(settings), held or {}), adapter_bytes)
     costs = known_costs(settings, graph=graph, topology=topology)
     return question_of(settings, graph=graph, topology=topology, costs=costs)
 

@@ -49,6 +49,7 @@ class NativeEngine:
         self._adopted = outliving if isinstance(outliving, AdoptedCore) else None
         self._outliving = outliving.outliving if isinstance(outliving, AdoptedCore) else outliving
         self._adapters = dict(options.adapters)  # name and directory of each
+        self._adapter_bytes = 0  # of those that came while it served
         self._capabilities: EngineCapabilities | None = None
         self._link = CoreLink(options.python, self._outliving, on_report=self._handle, on_end=self._ended)
         self._streams = Streams()
@@ -176,6 +177,10 @@ class NativeEngine:
     def adapter_directories(self) -> Mapping[str, str]:
         return self._adapters
 
+    @property
+    def adapter_bytes(self) -> int:
+        return self._adapter_bytes if self._end is None else 0
+
     async def load_adapter(self, name: str, directory: str) -> None:
         await self._change_adapters(lambda call: c.LoadAdapter(call=call, name=name, directory=directory))
         self._have_adapters(self._adapters | {name: directory})
@@ -189,6 +194,7 @@ class NativeEngine:
 
     async def _change_adapters(self, build: Callable[[int], c.ClientCommand]) -> None:
         reply: c.AdapterChanged = await self._call(build)
+        self._adapter_bytes = reply.adapter_bytes
         if reply.error:
             raise getattr(errors, reply.error)(reply.message)
 
@@ -245,7 +251,7 @@ class NativeEngine:
         """Begin where the daemon before this one has left: the layout in force is what the engine says."""
         self._end = None
         self._pipeline, self._epoch = adopted.report.pipeline, adopted.report.epoch
-        self._adapters = adopted.report.adapters
+        self._adapters, self._adapter_bytes = adopted.report.adapters, adopted.report.adapter_bytes
         self._link.adopt(adopted)
         self._become_ready(adopted.report.ready)
         self._link.send(c.Outlive(adopt_within_s=adopted.outliving.adopt_within_s))

@@ -53,6 +53,11 @@ class Adapters:
         """What each worker has of its own. Those of its fork are one copy for all."""
         return sum(self._bytes.values())
 
+    @property
+    def bytes_that_stay(self) -> int:
+        """The same without those that go as soon as no sequence uses them."""
+        return sum(size for number, size in self._bytes.items() if number not in self._leaving)
+
     def number_of(self, name: str) -> int | None:
         """Return the number of an adapter, 0 for no name; None: there is no such adapter."""
         return self._numbers.get(name) if name else 0

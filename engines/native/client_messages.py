@@ -173,7 +173,8 @@ class KvRangeChanged(FromCore, frozen=True, kw_only=True, tag=True):
 class Adopted(FromCore, frozen=True, kw_only=True, tag=True):
     """What the engine is: ``ready`` as at its start, the layout in force, and what it was started with.
 
-    ``adapters``: the directory of each LoRA adapter, by its name, as they are now.
+    ``adapters``: the directory of each LoRA adapter, by its name, as they are now. ``adapter_bytes``: as in
+    ``AdapterChanged``.
     """
 
     ready: Ready
@@ -181,6 +182,7 @@ class Adopted(FromCore, frozen=True, kw_only=True, tag=True):
     epoch: int
     options: NativeOptions
     adapters: dict[str, str] = {}
+    adapter_bytes: int = 0
 
 
 class StartFailed(FromCore, frozen=True, kw_only=True, tag=True):
@@ -245,11 +247,16 @@ class KvResized(FromCore, frozen=True, kw_only=True, tag=True):
 
 
 class AdapterChanged(FromCore, frozen=True, kw_only=True, tag=True):
-    """The end of ``LoadAdapter`` or ``UnloadAdapter``: ``error`` is empty, or names the class of engines.errors."""
+    """The end of ``LoadAdapter`` or ``UnloadAdapter``: ``error`` is empty, or names the class of engines.errors.
+
+    ``adapter_bytes``: what each worker has of its own of those that came since the fork and requests may name, as it is
+    now.
+    """
 
     call: int
     error: str
     message: str
+    adapter_bytes: int
 
 
 class Checked(FromCore, frozen=True, kw_only=True, tag=True):

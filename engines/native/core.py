@@ -184,6 +184,7 @@ class CoreServer:
                         epoch=core.epoch,
                         options=self._boot.options,
                         adapters=dict(core.adapters.directories),
+                        adapter_bytes=core.adapters.bytes_that_stay,
                     )
                 )
             case c.StartCore() | c.Shutdown():
@@ -230,7 +231,8 @@ class CoreServer:
                 adapters.unload(command.name, when_adopted=command.when_adopted)
         except EngineError as refusal:
             error, message = type(refusal).__name__, str(refusal)
-        self._emit(c.AdapterChanged(call=command.call, error=error, message=message))
+        held = adapters.bytes_that_stay
+        self._emit(c.AdapterChanged(call=command.call, error=error, message=message, adapter_bytes=held))
 
     async def _run_handover(self, command: c.Refactor) -> None:
         core = self._core

@@ -178,7 +178,9 @@ async def test_what_adapters_take_of_every_device_is_counted_before_layers_move(
         check = await engine.check_refactor(even(1))
         assert not check.feasible
         assert "too few" in check.sentences[0]
+        assert engine.adapter_bytes > 0
         await engine.unload_adapter("late")
+        assert engine.adapter_bytes == 0
         assert (await engine.check_refactor(even(1))).feasible
 
 
@@ -203,6 +205,7 @@ async def test_a_stream_finishes_with_one_that_is_taken_away(
             await engine.unload_adapter("late")
         tokens += chunk.token_ids
     assert tokens == expected_late[0]
+    assert engine.adapter_bytes == 0  # as soon as no request may name it
 
 
 async def test_what_cannot_be_read_is_refused_and_changes_nothing(

@@ -82,6 +82,9 @@ async def test_one_that_comes_is_there_in_every_engine_and_in_those_to_come(stan
     assert [engine.capabilities.adapters for engine in stand.workshop.engines] == [("sql", "de")] * 3
     assert stand.names == ("sql", "de")
     assert await stand.tokens(WITH_DE) == await undisturbed()
+    assert stand.adapters.device_bytes == sum(engine.adapter_bytes for engine in stand.workshop.engines) > 0
+    await stand.adapters.unload("de")
+    assert stand.adapters.device_bytes == 0
 
 
 async def test_the_engine_that_takes_a_dead_ones_place_has_what_was_changed(stand: AdaptedStand) -> None:

@@ -12,7 +12,7 @@ from engines.vllm.adapter import VllmEngine
 from flexpiped.engine_factory import find_files
 from flexpiped.engine_offers import EngineOffers
 from flexpiped.models import model_source
-from flexpiped.settings import EngineKind, EnginesSettings, Settings, VllmSettings
+from flexpiped.settings import DeviceSettings, DevicesKind, EngineKind, EnginesSettings, Settings, VllmSettings
 from planner.memory import KvBudget
 from planner.parameter_cache import KeptLayer, KeptLayers
 from planner.start_times import Origin
@@ -48,6 +48,24 @@ def test_its_kv_cache_counts_in_the_check_of_memory() -> None:
     assert same.held_bytes == other.held_bytes
     assert same.gained_kv_bytes < other.gained_kv_bytes == 8 * MIB
     assert same.gained_live_kv_bytes == other.gained_live_kv_bytes
+
+
+def test_what_adapters_take_of_each_device_is_not_there_for_layers() -> None:
+    one, source = even_pipeline(1), model_source(Settings())
+    layers_bytes = offers(Settings()).of("native").resolver.held_by([one])["cpu:0"]
+    devices = DeviceSettings(kind=DevicesKind.CPU, cpu_count=2, cpu_memory_bytes=2 * layers_bytes)
+    settings = replace(Settings(), devices=devices)
+    taken_bytes = 0
+    known = EngineOffers(
+        settings, source=source, model=find_files(settings, source=source), adapter_bytes=lambda: taken_bytes
+    )
+    resolver = known.of("native").resolver
+    assert resolver.broken_rules(one, current=None) == ()
+    taken_bytes = layers_bytes * 3 // 2
+    [broken] = resolver.broken_rules(one, current=None)
+    assert "cpu:0 offers" in broken
+    held = resolver.held_by([one], adapter_bytes=taken_bytes)  # as other models are told
+    assert held == {"cpu:0": layers_bytes + taken_bytes, "cpu:1": taken_bytes}
 
 
 @pytest.mark.parametrize(

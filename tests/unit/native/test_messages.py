@@ -167,7 +167,7 @@ READY = c.Ready(
 CORE_REPORTS: list[c.CoreReport] = [
     c.Starting(message="loading"),
     READY,
-    c.Adopted(ready=READY, pipeline=PIPELINE, epoch=3, options=OPTIONS, adapters={"sql": "/srv/sql"}),
+    c.Adopted(ready=READY, pipeline=PIPELINE, epoch=3, options=OPTIONS, adapters={"sql": "/srv/sql"}, adapter_bytes=9),
     c.StartFailed(reason="no such model", unsupported=True),
     c.Outputs(
         keys=[1, 2],
@@ -180,7 +180,7 @@ CORE_REPORTS: list[c.CoreReport] = [
     c.Progress(call=2, progress=PROGRESS),
     c.Refactored(call=2, error="RefactoringAborted", message="cancelled"),
     c.Checked(call=2, check=RefactorCheck(feasible=False, sentences=("too big",), moves=("a",))),
-    c.AdapterChanged(call=2, error="AdapterRefused", message="not loaded"),
+    c.AdapterChanged(call=2, error="AdapterRefused", message="not loaded", adapter_bytes=7),
     c.KvResized(call=2, error="RefactoringBusy", message="busy", returned_bytes=0),
     c.Cancelled(call=2, accepted=True),
     c.Counters(call=2, counters=COUNTERS),
