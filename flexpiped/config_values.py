@@ -113,12 +113,16 @@ def number(minimum: float, maximum: float | None = None, *, above: bool = False)
     return Reader(parse=read, schema={"type": "number", **bounds})
 
 
-def _optional_seconds(value: object) -> float | None:
-    """Read a positive number of seconds; the empty string means none."""
-    return None if value == "" else seconds(value)
+def or_empty(reader: Reader[T]) -> Reader[T | None]:
+    """Return a reader that takes the empty string, which means none, besides what ``reader`` takes."""
+
+    def read(value: object) -> T | None:
+        return None if value == "" else reader(value)
+
+    return Reader(parse=read, schema={"anyOf": [{"const": ""}, reader.schema]})
 
 
-optional_seconds: Final = Reader(parse=_optional_seconds, schema={"anyOf": [{"const": ""}, seconds.schema]})
+optional_seconds: Final = or_empty(seconds)
 
 
 def _text(value: object) -> str:

@@ -98,6 +98,7 @@ class EngineStart:
             on_news=lambda news: self._events.publish(EventKind.ENGINE, news),
             on_plan=self._on_plan,
             held=self._held,
+            adapter_bytes=lambda: self._adapters.device_bytes,
             survivors=self._survivors,
             parameters=self._parameters,
         )
@@ -120,8 +121,11 @@ class EngineStart:
         settings = self._settings()
         configured = offers.of(settings.engine.value)
         async with self._planning:
-            pipeline = await asyncio.to_thread(configured.resolver.first, settings.stages)
+            pipeline, why = await asyncio.to_thread(configured.resolver.begin, settings.stages)
             self._in_force.coming = (pipeline,)
+        if why:
+            log_events.another_number_of_stages(stages=pipeline.granularity, reason=why)
+            self._events.publish(EventKind.DAEMON, f"{layouts_in_words([pipeline.granularity])} at start: {why}")
         return await self._supervise(
             stack,
             Beginning(offer=configured, engine=settings.engine.value, pipeline=pipeline, reason="as configured"),

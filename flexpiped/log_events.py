@@ -139,6 +139,11 @@ def kv_resized(*, replica: int, before: int, after: int, reason: str) -> None:
     _log.info("KV cache resized", replica=replica, before=before, after=after, reason=reason)
 
 
+def another_number_of_stages(*, stages: int, reason: str) -> None:
+    """No number is configured, and the usual one cannot be."""
+    _log.info("another number of stages than usual", stages=stages, reason=reason)
+
+
 def layout_restored(*, engine: str, stages: Sequence[int], reason: str) -> None:
     _log.info("last layout restored", engine=engine, stages=list(stages), reason=reason)
 

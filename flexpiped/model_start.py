@@ -45,7 +45,7 @@ def check_start(settings: Settings, *, source: str, held: Callable[[], Held]) ->
     """
     model = find_files(settings, source=source)
     offers = EngineOffers(settings, source=source, model=model, held=held)
-    offers.of(settings.engine.value).resolver.first(settings.stages)
+    offers.of(settings.engine.value).resolver.begin(settings.stages)
 
 
 def sampling_defaults_of(settings: Settings, model: Model, *, on_odd: Callable[[str], object]) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from flexpiped.config_values import (
     optional_seconds,
     optional_text,
     or_auto,
+    or_empty,
     seconds,
     size_bytes,
     text,
@@ -311,7 +312,7 @@ class Settings:
     model: Annotated[str, text] = DEMO_MODEL
     served_model_name: Annotated[str | None, optional_text] = None
     engine: Annotated[EngineKind, choice(EngineKind)] = EngineKind.NATIVE
-    stages: Annotated[int | Auto, or_auto(integer(1))] = 2
+    stages: Annotated[int | Auto | None, or_empty(or_auto(integer(1)))] = None
     dtype: Annotated[DType, choice(DType)] = DType.AUTO
     max_model_len: Annotated[int | Auto, or_auto(integer(1))] = Auto.AUTO
     sampling_defaults: Annotated[SamplingDefaults, choice(SamplingDefaults)] = SamplingDefaults.MODEL

@@ -3,10 +3,10 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from flexpiped.config_values import Auto
-from flexpiped.device_sharing import Held, held_by
+from flexpiped.device_sharing import Held, held_by, together
 from flexpiped.handover_records import Wanted
 from planner import prediction
 from planner.candidate_plan import PlanAnswer
@@ -19,6 +19,8 @@ from planner.routing import Pace
 
 if TYPE_CHECKING:
     from planner.replanner import PlanSession
+
+USUAL_STAGES: Final = 2  # layers can move between two, and few devices are taken
 
 
 class PlannerResolver:
@@ -43,6 +45,7 @@ class PlannerResolver:
         first = question()
         self._graph = first.graph
         self._engine = first.engine
+        self._device_ids = tuple(device.id for device in first.topology.devices)
         self.max_stages = first.engine.max_stages  # the engine's own limit and the devices'
         self._session: PlanSession | None = None
 
@@ -51,10 +54,25 @@ class PlannerResolver:
         """What a token takes in the KV cache of the whole model."""
         return self._graph.kv_bytes_per_token
 
-    def held_by(self, pipelines: Iterable[Pipeline]) -> Held:
-        """Return what pipelines of this model hold of each device."""
+    def held_by(self, pipelines: Iterable[Pipeline], *, adapter_bytes: int = 0) -> Held:
+        """Return what pipelines of this model hold of each device, with ``adapter_bytes`` on all of them."""
         engine = self._engine
-        return held_by(pipelines, self._graph, kv_tokens=engine.kv_tokens or 0, kv_device_bytes=engine.kv_device_bytes)
+        layers = held_by(
+            pipelines, self._graph, kv_tokens=engine.kv_tokens or 0, kv_device_bytes=engine.kv_device_bytes
+        )
+        return together([layers, dict.fromkeys(self._device_ids, adapter_bytes)]) if adapter_bytes else layers
+
+    def begin(self, stages: int | Auto | None) -> tuple[Pipeline, str]:
+        """Return the pipeline to start with, and why it has not the usual number of stages where None is asked for.
+
+        Raises as ``first``.
+        """
+        if stages is not None:
+            return self.first(stages), ""
+        try:
+            return self.first(USUAL_STAGES), ""
+        except NoFeasiblePlan as error:  # one device, an engine that has one stage, a model too large for two
+            return self.first(Auto.AUTO), f"{USUAL_STAGES} stages cannot be: {error}"
 
     def first(self, stages: int | Auto) -> Pipeline:
         """Return the pipeline to start with.

@@ -87,6 +87,24 @@ async def test_streams_do_not_notice_that_sglang_serves_them_and_moves_its_layer
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("is_tied", [True, False])
+async def test_engine_and_interpreter_are_all_that_a_user_changes(tmp_path: Path, is_tied: bool) -> None:
+    """Of a model whose head is tied, as of the one that comes with flexpiped, SGLang makes one rank: no mistake."""
+    own = "" if is_tied else f'model = "{make_untied(tmp_path / "untied", of=demo_model_places()[0])}"\n'
+    async with (
+        started(tmp_path, ready=True, engine="sglang", stages=None, more=own + sglang()) as daemon,
+        aiohttp.ClientSession() as session,
+    ):
+        status = await daemon.ask("/status")
+        assert (status["engine"], len(status["stages"])) == ("sglang", 1 if is_tied else 2)
+        assert ("2 stages cannot be" in daemon.output.read_text()) == is_tied
+        texts = await Client(session, status["api_url"]).texts()
+        assert all(texts.values())
+        if not is_tied:
+            await move_in_place(daemon)
+
+
+@pytest.mark.long
 @pytest.mark.vllm
 async def test_streams_go_from_sglang_to_vllm_and_back_and_to_more_ranks(tmp_path: Path) -> None:
     vllm = f'[engines.vllm]\npython = "{ensure_there(VLLM)}"\n'

@@ -125,10 +125,12 @@ async def run_until_exit(config: Path) -> tuple[int, str]:
     return await process.wait(), output.read_text()
 
 
-def write_config(folder: Path, *, port: int = 0, stages: int = 2, engine: str = "fake", more: str = "") -> Path:
+def write_config(folder: Path, *, port: int = 0, stages: int | None = 2, engine: str = "fake", more: str = "") -> Path:
+    """Write a configuration file; with None for the stages it says nothing of their number."""
     config = folder / "my.toml"
     socket_path = folder / "admin.sock"
-    ours = f'engine = "{engine}"\nstages = {stages}\nhttp.port = {port}\nadmin.socket = "{socket_path}"\n'
+    number = "" if stages is None else f"stages = {stages}\n"
+    ours = f'engine = "{engine}"\n{number}http.port = {port}\nadmin.socket = "{socket_path}"\n'
     config.write_text(ours + more)
     return config
 
@@ -141,7 +143,7 @@ def bind_afresh(channel: socket.socket, address: str) -> None:
 
 @asynccontextmanager
 async def started(
-    folder: Path, *, ready: bool, engine: str = "fake", stages: int = 2, more: str = ""
+    folder: Path, *, ready: bool, engine: str = "fake", stages: int | None = 2, more: str = ""
 ) -> AsyncIterator[Daemon]:
     """Start a daemon; ``more`` are further lines of its configuration file."""
     config, address = write_config(folder, engine=engine, stages=stages, more=more), str(folder / "notify")

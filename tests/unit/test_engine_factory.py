@@ -176,6 +176,19 @@ def test_stages_and_layout_files_become_pipelines(resolver: PlannerResolver) -> 
     assert resolver.resolve(Wanted(stages=Auto.AUTO), current=four) == four  # nothing would serve better
 
 
+def test_without_a_number_there_are_two_stages_or_what_can_be(model: Model, resolver: PlannerResolver) -> None:
+    two, why = resolver.begin(None)
+    assert (two, why) == (resolver.first(2), "")
+    topology = HostTopology(host_id="h", devices=devices_of(DEFAULTS)[:1])
+    costs = Costs(alone=FlatCosts(), beside=FlatCosts())
+    question = question_of(DEFAULTS, graph=model.graph, topology=topology, costs=costs)
+    alone = PlannerResolver(lambda: question)
+    one, why = alone.begin(None)
+    assert (one.granularity, why.partition(":")[0]) == (1, "2 stages cannot be")
+    with pytest.raises(NoFeasiblePlan, match="at most 1 stage"):
+        alone.begin(2)  # what is asked for is not replaced by something else
+
+
 def test_each_plan_begins_with_what_the_last_one_found(model: Model) -> None:
     """With no time for more than a guess, what an earlier plan found is that guess."""
     devices = [replace(device, name=f"kind {index}") for index, device in enumerate(devices_of(DEFAULTS))]
