@@ -3,7 +3,8 @@
 Two ways: events of an engine's own server (the stand-in of ``tests.bench.sse_backend``), which an ingress passes on
 without the daemon; and tokens that the daemon sends, which an ingress makes text and events of. Where cores are too few
 for client, stand-in, daemon and ingress processes together, more of them cannot be faster, and the program says so:
-then CPU time per token tells how many of them one daemon could feed, each on a core of its own.
+then CPU time per token tells how many of them one daemon could feed, each on a core of its own, and ``--share 0.1``
+gives each ingress a tenth of a core, as if cores were that much slower for them and there were more.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from engines.process import usable_cores
+from tests.bench.cpu_share import NoShares, shares
 from tests.bench.plain_server import plain_server
 from tests.bench.processes import ROOT, command_of, cpu_s, descendants
 from tests.bench.program import parser, run, whole_numbers
@@ -71,6 +73,7 @@ def _options() -> argparse.Namespace:
     made.add_argument("--connections", type=int, default=256)
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--tokens", type=int, default=150_000, help="of all streams of a turn together")
+    made.add_argument("--share", type=float, help="of a core, that each ingress has with its text process; needs root")
     options = made.parse_args()
     if options.short:
         options.processes, options.rounds, options.tokens = (0, 2), 1, 12_800
@@ -147,6 +150,13 @@ def _pids() -> dict[str, tuple[int, ...]]:
     return {who: tuple(pids) for who, pids in found.items()}
 
 
+def _held_back(share: float | None) -> AbstractContextManager[None]:
+    """Return a scope in which each ingress has no more than this share of a core, with its text process."""
+    if share is None:
+        return nullcontext()
+    return shares([[pid, *descendants(pid)] for pid in _pids().get("ingress", ())], share)
+
+
 async def _turn(way: str, url: str, seen: Seen, options: argparse.Namespace) -> None:
     pids = _pids()
     before = {who: cpu_s(each) for who, each in pids.items()}
@@ -169,21 +179,23 @@ async def _rounds(options: argparse.Namespace) -> dict[tuple[str, int], Seen]:
             shift = number % len(options.processes)
             for count in [*options.processes[shift:], *options.processes[:shift]]:
                 async with _front(count, socket) as url:
-                    for way in (EVENTS, TOKENS):
-                        await _turn(way, url, Seen(), options)  # warms up
-                        await _turn(way, url, seen.setdefault((way, count), Seen()), options)
+                    with _held_back(options.share):
+                        for way in (EVENTS, TOKENS):
+                            await _turn(way, url, Seen(), options)  # warms up
+                            await _turn(way, url, seen.setdefault((way, count), Seen()), options)
             say(f"round {number + 1} of {options.rounds}")
     return seen
 
 
-def _print(seen: Mapping[tuple[str, int], Seen]) -> None:
+def _print(seen: Mapping[tuple[str, int], Seen], *, share: float | None) -> None:
     rows = []
     for (way, count), each in sorted(seen.items()):
         through = {0: "the daemon alone", 1: "1 ingress process"}.get(count, f"{count} ingress processes")
         shares = [f"{each.us_per_token(who):.1f}" for who in _SHOWN]
         rows.append([f"{way}, {through}", f"{median(each.rates):.0f}", f"{each.cores_busy:.2f}", *shares])
     head = ["CPU us/token of", "tokens/s", "cores busy", *_SHOWN]
-    table(f"streams through ingress processes, {usable_cores()} cores for everything", head, rows)
+    held = "" if share is None else f", of one of them {share:.0%} for each ingress"
+    table(f"streams through ingress processes, {usable_cores()} cores for everything{held}", head, rows)
 
 
 def _bounds(seen: Mapping[tuple[str, int], Seen]) -> list[Bound]:
@@ -201,10 +213,16 @@ def _bounds(seen: Mapping[tuple[str, int], Seen]) -> list[Bound]:
 
 async def main() -> int:
     options = _options()
-    if usable_cores() < max(options.processes) + 3:
+    if options.share is not None:
+        options.processes = tuple(count for count in options.processes if count)  # the daemon alone is not held back
+    elif usable_cores() < max(options.processes) + 3:
         say(f"{usable_cores()} cores: too few for client, stand-in, daemon and {max(options.processes)} processes")
-    seen = await _rounds(options)
-    _print(seen)
+    try:
+        seen = await _rounds(options)
+    except NoShares as error:
+        say(f"--share: {error}")
+        return 1
+    _print(seen, share=options.share)
     bounds = _bounds(seen)
     verdicts(bounds)
     write_json(options.json, {f"{way}, {count}": each.to_wire() for (way, count), each in seen.items()}, bounds)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -28,7 +29,9 @@ async def replicas() -> AsyncIterator[Replicas]:
     await replicas.close()
 
 
-async def test_streams_go_on_at_once_at_the_other_replica(replicas: Replicas) -> None:
+async def test_streams_go_on_at_once_at_the_other_replica(
+    replicas: Replicas, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Token-exactly, and before the engine that was killed is back."""
     made = Made()
     first = await replicas.add(layout(4), factory=made)
@@ -37,6 +40,7 @@ async def test_streams_go_on_at_once_at_the_other_replica(replicas: Replicas) ->
     for dies, other, victim in ((second, first, "the last scheduler"), (first, second, "the API server")):
         streams = Streams(replicas, count=STREAMS)
         await streams.begin(max_tokens=LENGTH)
+        killed_s = time.monotonic()
         await kill(dies, replicas, victim)
         await streams.gain(TOKENS)
         assert dies.engine is None, "it was back before the streams had gone on"
@@ -44,6 +48,10 @@ async def test_streams_go_on_at_once_at_the_other_replica(replicas: Replicas) ->
         await streams.stop()
         rounds.append(streams)
         await until(lambda dies=dies: dies.engine is not None, timeout_s=BACK_S)
+        back_s = time.monotonic() - killed_s
+        with capsys.disabled():
+            gaps = " ".join(f"{gap_s:.2f}" for gap_s in streams.gaps_s)
+            print(f"\n{victim} killed: longest gap of each stream {gaps} s; its engine was back after {back_s:.0f} s")
     assert len(made.engines) == 4
 
     lengths = [max(map(len, tokens)) for tokens in zip(*(streams.tokens for streams in rounds), strict=True)]

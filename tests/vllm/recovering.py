@@ -1,6 +1,7 @@
 """Streams that go on when their engine is replaced, through what serves requests."""
 
 import asyncio
+import time
 
 from engines.closing import closing
 from flexpiped.api.backend import Serving
@@ -9,7 +10,10 @@ from tests.vllm.streams import Result, stream
 
 
 class Streams:
-    """Streams through one supervised engine or several. ``stop`` ends each at its next token."""
+    """Streams through one supervised engine or several. ``stop`` ends each at its next token.
+
+    ``gaps_s`` has the longest time from one token to the next, of each stream.
+    """
 
     def __init__(self, serving: Serving, *, count: int) -> None:
         self._serving = serving
@@ -17,6 +21,7 @@ class Streams:
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.gaps_s = [0.0] * count
 
     async def begin(self, max_tokens: int = ENDLESS) -> None:
         """Start all and return when each has a token."""
@@ -24,9 +29,14 @@ class Streams:
         await self.gain(1)
 
     async def _read(self, index: int, max_tokens: int) -> None:
+        before_s: float | None = None
         try:
             async with closing(self._serving.generate(stream(index, max_tokens=max_tokens))) as chunks:
                 async for chunk in chunks:
+                    now_s = time.monotonic()
+                    if before_s is not None:
+                        self.gaps_s[index] = max(self.gaps_s[index], now_s - before_s)
+                    before_s = now_s
                     self.tokens[index] += chunk.token_ids
                     self._news.set()
                     if self._stopped:
