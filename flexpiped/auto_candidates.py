@@ -17,6 +17,7 @@ from planner.policy_candidates import Granularity, candidates_for, granularities
 from planner.policy_state import known
 from planner.start_times import ExpectedStart
 from planner.workload import Slo, Workload
+from topology.device import Device
 
 _Asked = tuple[str, Pipeline, tuple[Pipeline, ...]]  # engine, main pipeline, all pipelines
 PLAN_AGE_S: Final = 300.0  # then devices may have other neighbours
@@ -36,8 +37,8 @@ class Answers(Protocol):
     ) -> PlanAnswer:
         """Return the whole plan on devices that are not ``taken``, with every candidate. Raises ``PlannerError``."""
 
-    def free_devices(self, *, taken: frozenset[str]) -> int:
-        """Return how many devices are not ``taken``."""
+    def devices(self) -> Sequence[Device]:
+        """Return the devices as they are now."""
 
 
 class PlannedCandidates:
@@ -117,8 +118,10 @@ class PlannedCandidates:
         """Return what is planned for the main replica, and how many devices no replica has."""
         resolver, current = self._resolver(), engine.pipeline
         answer = resolver.answer(Auto.AUTO, current=current, resident=engine.capabilities.resident, taken=taken)
-        planned = tuple(self._with_start(each) for each in granularities_of(answer))
-        return planned, resolver.free_devices(taken=taken | set(current.device_ids))
+        devices, held = resolver.devices(), taken | set(current.device_ids)
+        shared = frozenset(each.id for each in devices if each.is_shared)
+        planned = tuple(self._with_start(each) for each in granularities_of(answer, shared=shared))
+        return planned, sum(each.id not in held for each in devices)
 
     def _with_start(self, found: Granularity) -> Granularity:
         start = self._start(found.num_stages)

@@ -16,6 +16,7 @@ from planner.layout_file import parse_layout
 from planner.memory import KvBudget, MemoryCheck, check_memory
 from planner.question import PlanQuestion
 from planner.routing import Pace
+from topology.device import Device
 
 if TYPE_CHECKING:
     from planner.replanner import PlanSession
@@ -154,9 +155,9 @@ class PlannerResolver:
         finally:
             self._on_plan(self._clock() - began_s)
 
-    def free_devices(self, *, taken: frozenset[str]) -> int:
-        """Return how many devices are not ``taken``."""
-        return sum(device.id not in taken for device in self._ask().topology.devices)
+    def devices(self) -> Sequence[Device]:
+        """Return the devices as they are now: what other models hold of them counts as taken by others."""
+        return self._ask().topology.devices
 
     def pace_of(self, pipeline: Pipeline) -> Pace:
         """Return how fast a pipeline is predicted to be, for requests such as are expected.

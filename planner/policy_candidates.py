@@ -4,7 +4,7 @@ nu_k is the CV at which a granularity does best against the others (``prediction
 can serve and that is high enough for bursts to matter: the rate asked for, or half of what the slowest serves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, log2
 
@@ -33,23 +33,28 @@ class Granularity:
     room: int | None = None
 
 
-def granularities_of(answer: PlanAnswer) -> tuple[Granularity, ...]:
-    """Return what the plan found, one for each number of stages: of several degrees the one with fewest devices."""
+def granularities_of(answer: PlanAnswer, *, shared: Container[str] = ()) -> tuple[Granularity, ...]:
+    """Return what the plan found, one for each number of stages: of several degrees the one with fewest devices.
+
+    ``shared``: ids of the devices that other tenants use.
+    """
     found: dict[int, Granularity] = {}
     for plan in answer.candidates:
         if plan.found is not None and plan.found.times is not None:
-            made = _granularity(plan.num_stages, plan.found, plan.found.times)
+            made = _granularity(plan.num_stages, plan.found, plan.found.times, shared)
             if plan.num_stages not in found or made.devices < found[plan.num_stages].devices:
                 found[plan.num_stages] = made
     return tuple(found[count] for count in sorted(found))
 
 
-def _granularity(num_stages: int, found: Found, times: PipelineTimes) -> Granularity:
+def _granularity(num_stages: int, found: Found, times: PipelineTimes, shared: Container[str]) -> Granularity:
+    device_ids = found.pipelines[0].device_ids
     return Granularity(
         num_stages=num_stages,
         times=times,
         change_s=found.costs.change_s,
-        devices=len(found.pipelines[0].device_ids),
+        devices=len(device_ids),
+        shared_devices=sum(device_id in shared for device_id in device_ids),
         most_replicas=len(found.pipelines),
     )
 

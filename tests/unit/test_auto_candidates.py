@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from engines.fake import FakeEngine
+from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from flexpiped.auto_candidates import PLAN_AGE_S, PlannedCandidates, workload_seen
 from flexpiped.config_values import Auto
 from planner.candidate_plan import PlanAnswer
+from planner.granularity import Candidate, ScoreConstants, scores
 from planner.layout import Pipeline, pipeline_of
 from planner.load import LoadMonitor
 from planner.planning import plan
@@ -18,39 +19,44 @@ from planner.workload import Slo, Workload
 from tests.support.costs import FlatCosts
 from tests.support.graphs import SMALL_LLAMA, graph_of
 from tests.support.layouts import even_pipeline
-from topology.device import cpu_devices
+from topology.device import Device, cpu_devices
 from topology.topology import HostTopology
-from topology.units import GIB
+from topology.units import GIB, MIB
 
 GRAPH = graph_of(SMALL_LLAMA)
 EXPECTED = Workload(rate_per_s=1.0, prompt_tokens_mean=20, output_tokens_mean=10)
 
 
 class Planner:
-    """Plans for four CPU devices, and counts how often."""
+    """Plans for four CPU devices, of which others use some, and notes what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: frozenset[str] = frozenset()) -> None:
         self.plans = 0
         self.taken: frozenset[str] = frozenset()
+        self.resident: Sequence[tuple[str, ...]] = ()
+        self._shared = shared
 
-    def free_devices(self, *, taken: frozenset[str]) -> int:
-        return 4 - len(taken)
+    def devices(self) -> Sequence[Device]:
+        return [
+            replace(each, memory_reserved_bytes=MIB, memory_others_bytes=MIB) if each.id in self._shared else each
+            for each in cpu_devices(count=4, memory_bytes=GIB)
+        ]
 
     def answer(
         self,
         stages: int | Auto,
         *,
         current: Pipeline | None,  # noqa: ARG002
-        resident: Sequence[tuple[str, ...]] = (),  # noqa: ARG002
+        resident: Sequence[tuple[str, ...]] = (),
         taken: frozenset[str] = frozenset(),
     ) -> PlanAnswer:
         assert stages is Auto.AUTO
         self.plans += 1
-        self.taken = taken
+        self.taken, self.resident = taken, resident
         question = PlanQuestion(
             graph=GRAPH,
             costs=FlatCosts(),
-            topology=HostTopology(host_id="h", devices=cpu_devices(count=4, memory_bytes=GIB)),
+            topology=HostTopology(host_id="h", devices=tuple(self.devices())),
             engine=EngineLimits(max_stages=4),
         )
         return plan(question, clock=lambda: 0.0)
@@ -124,3 +130,26 @@ async def test_further_replicas_have_the_devices_that_nobody_has(engine: FakeEng
     serving.append(other)
     assert [each.most_replicas for each in await source.of(engine, seen)] == [3, 2, 2, 2]
     assert (planner.plans, planner.taken) == (2, {"cpu:2"})
+
+
+async def test_what_others_use_of_the_devices_costs_a_granularity_its_score(engine: FakeEngine) -> None:
+    seen, constants = LoadMonitor(began_s=0.0).observe(1.0), ScoreConstants()
+
+    async def widest(planner: Planner) -> Candidate:
+        source = PlannedCandidates(resolver=lambda: planner, expected=EXPECTED, slo=Slo())
+        return (await source.of(engine, seen))[-1]
+
+    alone, beside = await widest(Planner()), await widest(Planner(shared=frozenset({"cpu:3"})))
+    assert [(each.num_stages, each.devices, each.shared_devices) for each in (alone, beside)] == [(4, 4, 0), (4, 4, 1)]
+    lost = scores([alone], cv=3.0, constants=constants)[0] - scores([beside], cv=3.0, constants=constants)[0]
+    assert lost == pytest.approx(constants.shared * (1 + constants.shared_per_cv2 * 9) / 4, rel=0.01)
+
+
+async def test_ranks_that_are_resident_are_planned_with() -> None:
+    ranks, planner = (("cpu:0",), ("cpu:1",)), Planner()
+    engine = FakeEngine(pipeline=even_pipeline(2), capabilities=replace(FAKE_CAPABILITIES, resident=ranks))
+    await engine.start(on_progress=lambda _: None)
+    source = PlannedCandidates(resolver=lambda: planner, expected=EXPECTED, slo=Slo())
+    await source.of(engine, LoadMonitor(began_s=0.0).observe(1.0))
+    assert planner.resident == ranks
+    await engine.close()

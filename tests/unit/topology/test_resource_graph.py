@@ -97,3 +97,10 @@ def test_heat_never_grows_by_waiting(actions: list[tuple[str, float]], wait_s: f
 
     for device_id in ALL:
         assert 0 <= graph.heat(device_id, now_s=now_s + wait_s) <= graph.heat(device_id, now_s=now_s)
+
+
+def test_on_one_host_marks_tell_no_path_from_another() -> None:
+    """So a daemon, which is one host, has nothing to tell its planner of recent scaling."""
+    graph = ResourceGraph(cluster=merge([host("a", "1")])).scaled(["a/cpu:0"], now_s=0)
+    assert graph.heat("a/cpu:0", now_s=0) == graph.heat("a/cpu:1", now_s=0) > 0
+    assert graph.heats(now_s=0) == {}
