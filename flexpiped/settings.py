@@ -297,6 +297,7 @@ class AutoSettings:
     guard_s: Annotated[float, seconds] = 30.0
     guard_tolerance: Annotated[float, number(0)] = 0.25
     bar_s: Annotated[float, seconds] = 600.0
+    add_again_s: Annotated[float, seconds] = 60.0
     min_replicas: Annotated[int, integer(0)] = 1
     max_replicas: Annotated[int, integer(1)] = 1
     late_share: Annotated[float, number(0, 1, above=True)] = 0.05

@@ -6,9 +6,10 @@ The first of these that applies decides, and gives the reason:
 
 1. an action is under way: one at a time
 2. the last change is due to be judged: worse than predicted, and than the old layout would be, is undone;
-   both for the requests that were there and have come (``planner.guard``)
+   both for the requests that were there and have come (``planner.guard``). An undo that was not done is judged again
 3. something that has to be known is not
-4. nothing serves: a request wakes a replica
+4. nothing serves: a request wakes a replica, however many changes there were, as it has nothing else to wait for;
+   the wake counts as one of them for all that follows
 5. nobody came for long: all replicas go, where that is allowed
 6. too many changes in the last minute, or one too short ago
 7. ``planner.proposal``: more replicas, another granularity, or fewer replicas, once that has looked right for a while
@@ -31,13 +32,15 @@ from planner.policy_state import (
     Fleet,
     PolicyConstants,
     PolicyState,
+    Proposed,
     Verb,
     Watch,
     Wish,
 )
 from planner.policy_view import View, look
 from planner.policy_words import action_in_words, milliseconds, stages
-from planner.proposal import Proposed, propose, quickest
+from planner.proposal import propose
+from planner.ranking import quickest
 
 Outcome = tuple[PolicyState, Decision]
 _MINUTE_S = 60.0
@@ -79,10 +82,10 @@ def settle(
         return state
     match ending:
         case Ending.BUSY:
-            return replace(state, changes_s=state.changes_s[:-1], bias=None)
+            watch = _later(state.watch, now_s, constants) if action.verb is Verb.UNDO else state.watch
+            return replace(state, changes_s=state.changes_s[:-1], bias=None, watch=watch)
         case Ending.FAILED:
-            is_change = action.verb is Verb.CHANGE
-            return replace(_bar(state, action.num_stages, now_s, constants) if is_change else state, bias=None)
+            return replace(_failed(state, action, now_s, constants), bias=None)
         case Ending.DONE:
             return _done(state, action, now_s, constants)
         case _:
@@ -140,8 +143,8 @@ def _judge(view: View) -> Outcome | None:
     if view.is_limited:
         return None
     told = f"{took} a request with {stages(watch.action.num_stages)}, {predicted} were predicted"
-    state = replace(view.state, watch=None, bias=None)
-    return begin(replace(view, state=state), undo, told, numbers)
+    # The watch stays until it is undone: whatever keeps that from happening, it is judged again.
+    return begin(replace(view, state=replace(view.state, bias=None)), undo, told, numbers)
 
 
 def _something_unknown(view: View) -> Outcome | None:
@@ -236,9 +239,32 @@ def _done(state: PolicyState, action: Action, now_s: float, constants: PolicyCon
             watch = Watch(action=action, due_s=now_s + constants.guard_s, bias=state.bias)
             return replace(_dwelt(state, now_s), watch=watch, bias=None)
         case Verb.UNDO:
-            return _bar(replace(state, since_s=now_s), action.from_stages, now_s, constants)
+            undone = replace(state, since_s=now_s, watch=None)
+            return _bar(undone, Verb.CHANGE, action.from_stages, now_s, for_s=constants.bar_s)
+        case Verb.ADD:
+            return replace(state, barred=_others(state, Verb.ADD, action.num_stages))
         case _:
             return state
+
+
+def _failed(state: PolicyState, action: Action, now_s: float, constants: PolicyConstants) -> PolicyState:
+    match action.verb:
+        case Verb.CHANGE:
+            return _bar(state, Verb.CHANGE, action.num_stages, now_s, for_s=constants.bar_s)
+        case Verb.UNDO:
+            return replace(state, watch=_later(state.watch, now_s, constants, has_failed=True))
+        case Verb.ADD:
+            return _bar(state, Verb.ADD, action.num_stages, now_s, for_s=constants.add_again_s)
+        case _:
+            return state
+
+
+def _later(watch: Watch | None, now_s: float, constants: PolicyConstants, *, has_failed: bool = False) -> Watch | None:
+    """Return the watch over a change whose undo was not done: due again, twice as late each time that undo failed."""
+    if watch is None:
+        return None
+    failures = watch.failures + has_failed
+    return replace(watch, due_s=now_s + constants.guard_s * 2**failures, failures=failures)
 
 
 def begin(view: View, action: Action, reason: str, numbers: Mapping[str, float | str]) -> Outcome:
@@ -266,7 +292,12 @@ def _dwelt(state: PolicyState, now_s: float) -> PolicyState:
     return replace(state, since_s=now_s, dwell_s=mean_s)
 
 
-def _bar(state: PolicyState, num_stages: int, now_s: float, constants: PolicyConstants) -> PolicyState:
-    before = next((each.times for each in state.barred if each.num_stages == num_stages), 0)
-    barred = Barred(num_stages=num_stages, until_s=now_s + constants.bar_s * 2**before, times=before + 1)
-    return replace(state, barred=(*(each for each in state.barred if each.num_stages != num_stages), barred))
+def _bar(state: PolicyState, verb: Verb, num_stages: int, now_s: float, *, for_s: float) -> PolicyState:
+    """Return the state in which that is not tried for so long, twice as long each time after."""
+    before = next((each.times for each in state.barred if each.is_of(verb, num_stages)), 0)
+    barred = Barred(verb=verb, num_stages=num_stages, until_s=now_s + for_s * 2**before, times=before + 1)
+    return replace(state, barred=(*_others(state, verb, num_stages), barred))
+
+
+def _others(state: PolicyState, verb: Verb, num_stages: int) -> tuple[Barred, ...]:
+    return tuple(each for each in state.barred if not each.is_of(verb, num_stages))

@@ -54,6 +54,16 @@ class Decision:
         return Verb.KEEP if self.action is None else self.action.verb
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposed:
+    """An action that would be right, or None, with the reason; and how long it must look right before it is begun."""
+
+    action: Action | None
+    reason: str
+    confirm_s: float = 0.0
+    numbers: Mapping[str, float | str] = field(default_factory=dict)
+
+
 class Ending(Enum):
     """How an action ended."""
 
@@ -69,20 +79,29 @@ class Watch:
     Attributes:
         bias: Measured over predicted latency before the change, where that is more than 1: how far off predictions are
             here anyway. None: it could not be told, so the prediction counts as it is.
+        failures: How often an undo of it has failed.
     """
 
     action: Action
     due_s: float
     bias: float | None
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Barred:
-    """A granularity that was undone, until when it is not tried again, and how often that has happened."""
+    """What did not do, until when it is not tried again, and how often that has happened.
 
+    ``verb``: to change to the granularity (that failed, or was undone), or to add a replica of it (which failed).
+    """
+
+    verb: Verb
     num_stages: int
     until_s: float
     times: int
+
+    def is_of(self, verb: Verb, num_stages: int) -> bool:
+        return (self.verb, self.num_stages) == (verb, num_stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +158,15 @@ class PolicyConstants:
         dwell_s: How long a granularity stays at least, but under overload: with the guard's undo this is what makes
             more than two changes a minute impossible.
         cool_down_s: Between any two actions, failed ones included.
-        changes_per_min: The limit in any 60 s, whatever the others say; DynoPipe stays below 2.
+        changes_per_min: The limit in any 60 s, whatever the others say; DynoPipe stays below 2. A wake may exceed it.
         expected_dwell_s: Taken for how long a change will pay, before dwells have been seen: the CV window, since it
             takes one to see that the traffic has changed back.
         guard_s: After a change, so long until its result is judged: handover effects are over and requests have ended.
         guard_tolerance: How much worse than predicted it may be: profiles are within 5 to 15 % here.
-        bar_s: So long an undone granularity is not tried again; twice as long each time after.
+        bar_s: So long a granularity that failed or was undone is not changed to again; twice as long each time after.
+        add_again_s: So long no replica is added of a granularity of which one did not start; twice as long each time
+            after, until one starts. Shorter than ``bar_s``, since who is overloaded waits for it, and others may have
+            had the memory for a moment only.
         late_share: From this share of late requests on, one more replica is asked for; none is removed above half of
             it. 5 %, as goodput is mostly asked for at 95 % and more. Only where there are targets.
         reclaim_s: A surplus of replicas must last so long before one is removed: FlexPipe's reclamation window.
@@ -166,6 +188,7 @@ class PolicyConstants:
     guard_s: float = 30.0
     guard_tolerance: float = 0.25
     bar_s: float = 600.0
+    add_again_s: float = 60.0
     late_share: float = 0.05
     reclaim_s: float = 300.0
     idle_s: float = 300.0

@@ -7,7 +7,7 @@ from planner.arrivals import Absence
 from planner.granularity import Candidate, expected_latency_s, replica_rate_per_s
 from planner.guard import latency_in_queue_s
 from planner.load import Observation
-from planner.policy_state import Decision, PolicyConstants, PolicyState, known
+from planner.policy_state import Decision, PolicyConstants, PolicyState, Verb, known
 
 _OUTPUT_TOKENS = 128.0  # of a request, before one has ended
 _BY_CHANCE = 1.0  # the CV of arrivals that are too few to have one
@@ -85,6 +85,11 @@ class View:
         if found.room is not None:
             return found.room
         return max(0, found.most_replicas - self.state.fleet.count(num_stages))
+
+    def barred_for_s(self, verb: Verb, num_stages: int) -> float:
+        """Return for how long something is not tried again; 0 where it may be."""
+        barred = next((each for each in self.state.barred if each.is_of(verb, num_stages)), None)
+        return 0.0 if barred is None else max(0.0, barred.until_s - self.now_s)
 
     @property
     def numbers(self) -> Mapping[str, float | str]:

@@ -62,7 +62,8 @@ THREE = (TWO, FOUR, EIGHT)
 class Run:
     """What happened: every decision, and when each action began.
 
-    ``latency_s``: what requests are measured to take with so many stages; None: nothing is measured.
+    ``latency_s``: what requests are measured to take with so many stages; None: nothing is measured. ``ending``: how
+    actions end.
     """
 
     constants: PolicyConstants
@@ -72,7 +73,7 @@ class Run:
     queue: int = 0
     slo: Slo = field(default_factory=Slo)
     action_s: float = 0.5
-    ending: Ending = Ending.DONE
+    ending: Callable[[Action], Ending] = lambda _action: Ending.DONE
     decisions: list[Decision] = field(default_factory=list)
     actions: list[tuple[float, Action]] = field(default_factory=list)
 
@@ -80,20 +81,27 @@ class Run:
         """Run until ``until_s`` and return the last state."""
         monitor, state = LoadMonitor(began_s=0.0, slo=self.slo), initial_state(self.fleet, now_s=0.0)
         coming, number, due = iter(arrivals_s), 0, None
+        waiting: list[int] = []  # for a replica that wakes
         next_s = next(coming, inf)
         for cycle in range(1, int(until_s / interval_s) + 1):
             now_s = cycle * interval_s
             while next_s <= now_s:
                 number += 1
                 monitor.arrived(number, next_s)
-                if state.main is not None:  # else it waits
+                if state.main is None:
+                    waiting.append(number)
+                else:
                     self._serve(monitor, number, next_s, state.main)
                 next_s = next(coming, inf)
             monitor.sampled(now_s, EngineSample(running=0, waiting=self.queue, kv_use=0.1))
             if due is not None and now_s >= due[0]:
-                after = due[1].on(state.fleet) if self.ending is Ending.DONE else state.fleet
-                state = settle(state, now_s=due[0], fleet=after, ending=self.ending, constants=self.constants)
-                monitor.layout_changed(due[0])
+                ending = self.ending(due[1])
+                after = due[1].on(state.fleet) if ending is Ending.DONE else state.fleet
+                state = settle(state, now_s=due[0], fleet=after, ending=ending, constants=self.constants)
+                if ending is Ending.DONE:
+                    monitor.layout_changed(due[0])
+                while waiting and state.main is not None:
+                    self._serve(monitor, waiting.pop(0), due[0], state.main)
                 due = None
             state, decision = decide(state, monitor.observe(now_s), self.candidates, now_s, self.constants)
             self.decisions.append(decision)
@@ -114,6 +122,12 @@ class Run:
         """The most actions that began within any 60 s."""
         times_s = [at_s for at_s, _action in self.actions]
         return max((sum(first <= each < first + 60 for each in times_s) for first in times_s), default=0)
+
+    def beyond(self, most: int) -> list[Decision]:
+        """Return the decisions to act although ``most`` actions had begun within the 60 s before."""
+        acted = [each for each in self.decisions if each.action is not None]
+        times_s = [each.at_s for each in acted]
+        return [each for each in acted if sum(each.at_s - 60 < at_s < each.at_s for at_s in times_s) >= most]
 
 
 def square_wave(*, low_per_s: float, high_per_s: float, period_s: float, until_s: float) -> Iterable[float]:

@@ -151,10 +151,10 @@ def test_one_action_at_a_time() -> None:
 
 
 def test_what_failed_is_not_tried_again_for_a_while() -> None:
-    run = Run(CONSTANTS, candidates=(TWO, FOUR), ending=Ending.FAILED)
+    run = Run(CONSTANTS, candidates=(TWO, FOUR), ending=lambda _action: Ending.FAILED)
     run.through(steady(12.0, 600), until_s=600)
     assert len(run.actions) == 1
-    busy = Run(CONSTANTS, candidates=(TWO, FOUR), ending=Ending.BUSY)
+    busy = Run(CONSTANTS, candidates=(TWO, FOUR), ending=lambda _action: Ending.BUSY)
     busy.through(steady(12.0, 120), until_s=120)
     assert len(busy.actions) > 1
 
