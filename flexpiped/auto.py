@@ -22,6 +22,7 @@ from flexpiped.refactoring import Refactorings
 from flexpiped.settings import AutoMode, AutoSettings
 from planner.errors import PlannerError
 from planner.granularity import Candidate, ScoreConstants
+from planner.layout import Pipeline
 from planner.load import Observation
 from planner.policy import changed_by_others, decide, initial_state, settle
 from planner.policy_state import Action, Decision, Ending, Fleet, PolicyConstants, PolicyState, Verb
@@ -44,6 +45,10 @@ class Rest(Protocol):
 
     @property
     def is_asleep(self) -> bool: ...
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The main pipeline; of an engine that sleeps the one that it wakes up with."""
 
     def sleep(self, reason: str) -> bool:
         """End the engine until the next request. False where it is in use."""
@@ -129,7 +134,7 @@ class AutoControl:
             await self._look()
         except (EngineError, PlannerError) as error:
             return None if self.mode is AutoMode.OFF else self._keep(str(error))
-        return None if self.mode is AutoMode.OFF else self._decide(self._load.observe())
+        return None if self.mode is AutoMode.OFF else self._decide()
 
     async def _look(self) -> None:
         """Ask the engine, if there is one; while it sleeps, what was known still counts, but for how long it starts."""
@@ -141,16 +146,18 @@ class AutoControl:
         if self.mode is not AutoMode.OFF:
             self._found = await self._candidates.of(engine, self._load.observe())
 
-    def _decide(self, seen: Observation) -> Decision:
+    def _decide(self) -> Decision:
         fleet = self._fleet()
         if fleet is None:
             return self._keep("no engine serves now")
         now_s = self._clock()
         state = self._state or initial_state(fleet, now_s=now_s)
-        if state.under_way is None:
+        if state.under_way is None and fleet != state.fleet:
+            self._load.layout_changed()  # what was measured is of what served until then
             state = changed_by_others(state, now_s=now_s, fleet=fleet)
+        seen = self._load.observe()
         began_s = time.perf_counter()
-        state, decision = decide(state, seen, self._found, now_s, self._constants)
+        state, decision = decide(state, seen, self._open, now_s, self._constants)
         self._record(decision, took_s=time.perf_counter() - began_s)
         if decision.action is not None and self.mode is AutoMode.DRY_RUN:
             state = settle(state, now_s=now_s, fleet=fleet, ending=Ending.BUSY, constants=self._constants)
@@ -163,6 +170,14 @@ class AutoControl:
     def _is_asleep(self) -> bool:
         rest = self._rest()
         return rest is not None and rest.is_asleep
+
+    @property
+    def _open(self) -> tuple[Candidate, ...]:
+        """What may be decided for: what sleeps wakes up as it was, since requests wake it before a decision does."""
+        rest = self._rest()
+        if rest is None or not rest.is_asleep:
+            return self._found
+        return tuple(each for each in self._found if each.num_stages == rest.pipeline.granularity)
 
     def _fleet(self) -> Fleet | None:
         """Return what serves now; None between two engines, when nothing should be decided."""
@@ -182,7 +197,6 @@ class AutoControl:
         except (EngineError, PlannerError) as error:
             why = str(error)
         finally:  # whatever ended it: nothing is decided while an action counts as under way
-            self._load.layout_changed()
             self._acting = None
             self._settle(ending, why)
 
@@ -191,6 +205,8 @@ class AutoControl:
             return
         now_s, fleet = self._clock(), self._fleet()
         after = self._state.fleet if fleet is None else fleet
+        if ending is Ending.DONE or after != self._state.fleet:
+            self._load.layout_changed()
         self._state = settle(self._state, now_s=now_s, fleet=after, ending=ending, constants=self._constants)
         if ending is not Ending.DONE:
             self._record(Decision(action=None, reason=f"not done: {why}", at_s=now_s), took_s=0.0)

@@ -191,6 +191,8 @@ async def test_a_refused_change_is_told_and_not_tried_again(stand: Stand) -> Non
 class Bed:
     """Sleeps when told so, unless somebody has come."""
 
+    pipeline = even_pipeline(2)
+
     def __init__(self) -> None:
         self.is_asleep = False
         self.is_used = False
