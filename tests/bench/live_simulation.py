@@ -24,7 +24,7 @@ from tests.bench.simulator_fidelity import simulated, times_of
 
 DURATIONS: Final = (
     *("cv_window_s", "confirm_s", "dwell_s", "cool_down_s"),
-    *("expected_dwell_s", "guard_s", "bar_s", "reclaim_s"),
+    *("expected_dwell_s", "guard_s", "bar_s", "add_again_s", "reclaim_s"),
 )
 _PREPARE_S, _PAUSE_S = 0.25, 0.003  # of a change: the README's figures
 

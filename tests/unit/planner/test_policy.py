@@ -317,6 +317,17 @@ def test_a_queue_that_makes_nobody_late_asks_for_nothing_and_keeps_no_replica() 
     assert state.fleet == (2,)
 
 
+@pytest.mark.parametrize(("queue", "added"), [(0, []), (9, [1]), (64, [1])])
+def test_a_queue_alone_asks_for_replicas_without_overload_and_without_targets(queue: int, added: list[int]) -> None:
+    """Eq 11: of the 8 that there may be, evenly spaced requests that wait ask for 30 %, however many they are."""
+    run = Run(MANY, candidates=(FLEET[0],), queue=queue)
+    run.through(steady(2.0, 60), until_s=60)
+    assert [action.count for _at_s, action in run.actions if action.verb is Verb.ADD] == added
+    reasons = [each.reason for each in run.decisions if each.action]
+    assert all(f"2 replicas instead of 1: {queue} requests wait, CV 0.00" in each for each in reasons)
+    assert max(float(each.numbers["load"]) for each in run.decisions) < 0.3
+
+
 def test_where_no_more_of_what_serves_fits_finer_replicas_come() -> None:
     full, finer = replace(FLEET[0], most_replicas=2, room=0), replace(FLEET[1], room=1)
     run = Run(MANY, candidates=(full, finer), fleet=(2, 2))
