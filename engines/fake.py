@@ -95,6 +95,7 @@ class FakeEngine:
         self._capabilities = capabilities
         self._adapters = dict.fromkeys(capabilities.adapters, "")  # their directories, by name
         self.announced: set[str] = set()  # adapters that are to be unloaded
+        self.busy: dict[int, float] = {}  # share of the time that stages compute; one that is not in it does not say
         self._batch = Batch(
             capabilities=capabilities,
             next_token=next_token or hashed_tokens(capabilities.vocab_size),
@@ -207,7 +208,9 @@ class FakeEngine:
 
     async def stages(self) -> tuple[StageStatus, ...]:
         self._ensure_alive()
-        return tuple(status_of(index, stage) for index, stage in enumerate(self._pipeline.stages))
+        return tuple(
+            status_of(index, stage, busy=self.busy.get(index)) for index, stage in enumerate(self._pipeline.stages)
+        )
 
     async def check_refactor(self, target: Pipeline) -> RefactorCheck:
         self._ensure_alive()
@@ -349,7 +352,7 @@ class FakeEngine:
                 self._wake()
 
 
-def status_of(index: int, stage: Stage) -> StageStatus:
+def status_of(index: int, stage: Stage, *, busy: float | None) -> StageStatus:
     return StageStatus(
         index=index,
         device_ids=stage.device_ids,
@@ -358,5 +361,5 @@ def status_of(index: int, stage: Stage) -> StageStatus:
         pids=(),
         weights_bytes=stage.num_decoders * _DECODER_BYTES,
         kv_mapped_bytes=0,
-        busy=None,
+        busy=busy,
     )

@@ -26,6 +26,7 @@ from planner.layout import Pipeline
 from planner.load import Observation
 from planner.policy import changed_by_others, decide, initial_state, settle
 from planner.policy_state import Action, Decision, Ending, Fleet, PolicyConstants, PolicyState, Verb
+from planner.scaling import ScaleConstants
 
 DECISIONS_KEPT: Final = 2000
 
@@ -281,8 +282,9 @@ class AutoControl:
 
 def constants_of(settings: AutoSettings) -> PolicyConstants:
     """Return the policy's constants."""
-    names = [name for name in PolicyConstants.__dataclass_fields__ if hasattr(settings, name)]
+    own = PolicyConstants.__dataclass_fields__.keys() - {"score", "scale"}
     return PolicyConstants(
         score=ScoreConstants(**{name: getattr(settings, name) for name in ScoreConstants.__dataclass_fields__}),
-        **{name: getattr(settings, name) for name in names},
+        scale=ScaleConstants(**{name: getattr(settings, name) for name in ScaleConstants.__dataclass_fields__}),
+        **{name: getattr(settings, name) for name in own},
     )

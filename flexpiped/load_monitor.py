@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 from engines.errors import EngineError
 from engines.protocol import Engine, EngineCounters, StageStatus
-from flexpiped.total_counters import total_counters
 from planner.arrivals import Absence, Reading
 from planner.load import WINDOWS_S, EngineSample, LoadMonitor, Observation
 from planner.workload import Slo
+from topology.device import Device
 
 _NO_TARGETS = Slo()
 
@@ -58,14 +58,18 @@ class LoadSampler:
         """Another layout is in force: latencies of requests that come from here on are its own."""
         self._monitor.layout_changed(self._clock())
 
+    def devices_seen(self, devices: Sequence[Device]) -> None:
+        """Somebody has looked at the devices."""
+        self._monitor.devices_seen(self._clock(), {each.id: each.memory_others_bytes for each in devices})
+
     async def sample(self, *engines: Engine) -> None:
         """Ask the engines of all replicas. One that is gone says nothing, and what was said last becomes stale."""
         try:
-            counters = await total_counters(engines)
+            counters = [await engine.counters() for engine in engines]
             stages = [stage for engine in engines for stage in await engine.stages()]
         except EngineError:
             return
-        if counters is not None:
+        if counters:
             self._monitor.sampled(self._clock(), sample_of(counters, stages))
 
     def observe(self) -> Observation:
@@ -73,13 +77,13 @@ class LoadSampler:
         return self._monitor.observe(self._clock())
 
 
-def sample_of(counters: EngineCounters, stages: Sequence[StageStatus]) -> EngineSample:
-    """Return an engine's counters and stages in the planner's words."""
-    capacity = counters.kv_blocks_capacity
+def sample_of(counters: Sequence[EngineCounters], stages: Sequence[StageStatus]) -> EngineSample:
+    """Return counters of each engine, and the stages of all, in the planner's words."""
+    kv_uses = [each.kv_blocks_used / each.kv_blocks_capacity for each in counters if each.kv_blocks_capacity]
     return EngineSample(
-        running=counters.running,
-        waiting=counters.waiting,
-        kv_use=counters.kv_blocks_used / capacity if capacity else Absence.UNSUPPORTED,
+        running=sum(each.running for each in counters),
+        waiting=sum(each.waiting for each in counters),
+        kv_use=max(kv_uses, default=Absence.UNSUPPORTED),
         stage_busy=tuple(_busy(stage) for stage in stages),
     )
 

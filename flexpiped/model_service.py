@@ -22,7 +22,7 @@ from flexpiped.auto_candidates import PlannedCandidates
 from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
 from flexpiped.daemon_parts import DaemonParts
-from flexpiped.device_sharing import Held, devices_beside
+from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import find_files
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_start import EngineStart
@@ -31,7 +31,7 @@ from flexpiped.intent import Intent, IntentKeeper, basis_of
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.model_start import check_start, sampling_defaults_of, start_both
 from flexpiped.model_state import ModelState
-from flexpiped.neighbourhood import Neighbourhood
+from flexpiped.neighbourhood import Neighbourhood, constants_of
 from flexpiped.plan_wire import answer_to_wire, starts_to_wire
 from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings, Started
@@ -42,7 +42,6 @@ from flexpiped.supervision import SHUTTING_DOWN, Supervision, SupervisorState
 from flexpiped.tracing import TracedLoad
 from flexpiped.watches import watch_text
 from planner.layout import Pipeline
-from planner.neighbourhood import NeighbourConstants
 from topology.device import Device
 
 
@@ -297,12 +296,13 @@ class ModelService:
         self._parts.journal.got_ready()
 
     def _neighbourhood(self, devices: Callable[[], Sequence[Device]]) -> Neighbourhood:
-        own = self._settings.devices
         return Neighbourhood(
-            NeighbourConstants(keep_free_bytes=own.keep_free_bytes, grow_after_s=own.grow_after_s),
+            constants_of(self._settings.devices),
             replicas=lambda: self._in_force.known_replicas().all,
             kv_bytes_per_token=lambda: self._in_force.offer().resolver.kv_bytes_per_token,
-            devices=lambda: devices_beside(devices(), self._parts.held()),
+            devices=devices,
+            held=self._parts.held,
+            on_devices=self.load.devices_seen,
             refactorings=self.refactorings,
             events=self._events,
             parameters=self._parts.parameters,

@@ -14,11 +14,13 @@ from engines.offers import KvResizing
 from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import Engine, StageStatus
 from flexpiped import log_events
+from flexpiped.device_sharing import Held, devices_beside
 from flexpiped.events import EventKind, EventLog
 from flexpiped.handover_records import Proposal, Wanted
 from flexpiped.memory_pools import pool_names, pools_of, replica_kv
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica import Replica
+from flexpiped.settings import DeviceSettings
 from planner.errors import PlannerError
 from planner.neighbourhood import (
     Change,
@@ -48,6 +50,8 @@ class Neighbourhood:
         replicas: Those of now; raises ``EngineError`` before there are any.
         kv_bytes_per_token: Of the model, over all decoders.
         devices: Looks at the devices; may block, and is called in a thread.
+        held: What other models of the daemon hold of them.
+        on_devices: Told what was seen of the devices, with what other models hold as taken by others.
         parameters: Keeps some in the memory of the host, and gives them up for others.
         host: Looks at the memory of the host; likewise.
     """
@@ -61,6 +65,8 @@ class Neighbourhood:
         devices: Callable[[], Sequence[Device]],
         refactorings: Refactorings,
         events: EventLog,
+        held: Callable[[], Held] = dict,
+        on_devices: Callable[[Sequence[Device]], object] = lambda _devices: None,
         parameters: ParameterKeeper | None = None,
         host: Callable[[], FreeMemory | None] = free_host_memory,
         clock: Callable[[], float] = time.monotonic,
@@ -69,6 +75,8 @@ class Neighbourhood:
         self._replicas = replicas
         self._kv_bytes_per_token = kv_bytes_per_token
         self._devices = devices
+        self._held = held
+        self._on_devices = on_devices
         self._refactorings = refactorings
         self._events = events
         self._parameters = parameters
@@ -86,6 +94,7 @@ class Neighbourhood:
     async def look(self) -> tuple[Change, ...]:
         """Look at the memory, and carry out what follows; return that."""
         devices, host = await asyncio.to_thread(self._look_around)
+        self._on_devices(devices)
         host = await self._with_parameters_given_up((), host)
         names = pool_names(devices, host)
         try:
@@ -108,7 +117,7 @@ class Neighbourhood:
         """Look at the host, and at GPUs: CPU devices are what the configuration says, and stay that."""
         if not self._seen or any(each.kind is not DeviceKind.CPU for each in self._seen):
             self._seen = self._devices()
-        return self._seen, self._host()
+        return devices_beside(self._seen, self._held()), self._host()
 
     async def _with_parameters_given_up(self, kvs: Sequence[ReplicaKv], host: FreeMemory | None) -> FreeMemory | None:
         """Give up idle parameters of what is missing on the host, before any KV cache; return what is free then."""
@@ -189,3 +198,8 @@ class Neighbourhood:
     def _tell(self, change: Change, message: str) -> None:
         fields = {"change": change.verb.value, "replica": change.number, "kv_blocks": change.blocks}
         self._events.publish(EventKind.DEVICES, message, **fields)
+
+
+def constants_of(settings: DeviceSettings) -> NeighbourConstants:
+    """Return the constants that are configured."""
+    return NeighbourConstants(**{name: getattr(settings, name) for name in NeighbourConstants.__dataclass_fields__})

@@ -164,6 +164,9 @@ class DeviceSettings:
     parameter_cache_bytes: Annotated[int | Auto, or_auto(size_bytes(0)), Named(word="parameter_cache")] = Auto.AUTO
     keep_free_bytes: Annotated[int, size_bytes(0), Named(word="keep_free")] = 512 * MIB
     grow_after_s: Annotated[float, number(0)] = 30.0
+    slack: Annotated[float, number(0, 0.9)] = 0.1
+    move_after_s: Annotated[float, number(0)] = 10.0
+    move_again_s: Annotated[float, number(0)] = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +307,13 @@ class AutoSettings:
     reclaim_s: Annotated[float, number(0)] = 300.0
     deadline_s: Annotated[float, seconds] = 30.0
     idle_s: Annotated[float, seconds] = 300.0
+    beta: Annotated[float, number(0), Named(word="queue_beta")] = 7 / 3
+    gamma: Annotated[float, number(0), Named(word="queue_gamma")] = 3.045
+    queue_full: Annotated[float, number(0, above=True)] = 64.0
+    due_share: Annotated[float, number(0, above=True)] = 1.0
+    held_weight: Annotated[float, number(0)] = 1.0
+    held_fades_per_s: Annotated[float, number(0)] = 0.00231
+    free_weight: Annotated[float, number(0)] = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,13 +6,14 @@ stale is an ``Absence``, which the policy has to treat as such.
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
 
 from planner.arrivals import Absence, Arrivals, ArrivalStatistics, Reading
 from planner.guard import SinceChange
 from planner.workload import Slo
 
+T = TypeVar("T")
 WINDOWS_S: Final = (30.0, 180.0, 1800.0)
 _MOST_REMEMBERED: Final = 2048  # requests of which lengths and times are kept
 _NO_TARGETS: Final = Slo()
@@ -25,14 +26,12 @@ class EngineSample:
     Attributes:
         kv_use: Share of the KV cache in use, of the fullest replica.
         stage_busy: Share of the time that each stage computed; an ``Absence`` for one that does not say.
-        taken_bytes: Memory that others hold, by device.
     """
 
     running: int
     waiting: int
     kv_use: Reading
     stage_busy: tuple[Reading, ...] = ()
-    taken_bytes: Mapping[str, Reading] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,8 @@ class Observation:
         ttft_s, tpot_s: Means over the requests of the monitor's memory that came since then; ``ttft_p99_s`` likewise.
         late_share: Of the requests of the monitor's memory, how many missed a target; those count that still wait for
             longer than they should. Unsupported where there are no targets.
-        running, queue_length, kv_use, stage_busy, taken_bytes: As the engines said last.
+        running, queue_length, kv_use, stage_busy: As the engines said last.
+        taken_bytes: Memory that others hold, by device, as it was seen last.
     """
 
     windows: tuple[ArrivalStatistics, ...]
@@ -64,7 +64,7 @@ class Observation:
     late_share: Reading = Absence.UNSUPPORTED
     kv_use: Reading = Absence.NOT_YET
     stage_busy: tuple[Reading, ...] = ()
-    taken_bytes: Mapping[str, Reading] = field(default_factory=dict)
+    taken_bytes: Mapping[str, int] | Absence = Absence.NOT_YET
 
     def window(self, window_s: float) -> ArrivalStatistics:
         """Return the window whose length is nearest to ``window_s``."""
@@ -128,7 +128,8 @@ class LoadMonitor:
     Args:
         windows_s: Of the arrivals.
         memory_s: Over which lengths and latencies are averaged.
-        stale_after_s: Without a new sample for so long, what the engines said last is no longer believed.
+        stale_after_s: Without a new sample for so long, what the engines said last is no longer believed; likewise what
+            was seen of the devices.
         slo: The targets that requests should meet.
     """
 
@@ -148,6 +149,7 @@ class LoadMonitor:
         self._prompts, self._outputs = _Recent(max(windows_s)), _Recent(max(windows_s))
         self._ttfts, self._tpots = _Recent(memory_s), _Recent(memory_s)
         self._sample: tuple[float, EngineSample] | None = None
+        self._taken: tuple[float, Mapping[str, int]] | None = None
         self._changed: SinceChange | None = None  # without those that came since, which are beside it
         self._came_s: list[float] = []
 
@@ -185,24 +187,28 @@ class LoadMonitor:
         """The engines were asked."""
         self._sample = (now_s, sample)
 
+    def devices_seen(self, now_s: float, taken_bytes: Mapping[str, int]) -> None:
+        """The devices were looked at: so many bytes of each are held by others."""
+        self._taken = (now_s, taken_bytes)
+
     def layout_changed(self, now_s: float) -> None:
         """Another layout is in force: latencies of requests that come from here on are its own."""
         self._ttfts.forget()
         self._tpots.forget()
-        sample, _ = self._believed(now_s)
-        there = 0.0 if sample is None else float(sample.running + sample.waiting)
+        sample = self._believed(self._sample, now_s)
+        there = 0.0 if isinstance(sample, Absence) else float(sample.running + sample.waiting)
         self._changed = SinceChange(at_s=now_s, inherited=max(there, float(len(self._waiting))))
         self._came_s = []
 
     def observe(self, now_s: float) -> Observation:
         """Return what is known at ``now_s``."""
         oldest_s = next(iter(self._waiting.values()), None)
-        sample, absence = self._believed(now_s)
+        sample = self._believed(self._sample, now_s)
         return Observation(
             windows=self._arrivals.statistics(now_s),
             awaiting=len(self._waiting),
-            running=absence if sample is None else float(sample.running),
-            queue_length=absence if sample is None else float(sample.waiting),
+            running=sample if isinstance(sample, Absence) else float(sample.running),
+            queue_length=sample if isinstance(sample, Absence) else float(sample.waiting),
             queue_age_s=0.0 if oldest_s is None else now_s - oldest_s,
             since_change=self._changed and replace(self._changed, came_s=tuple(self._came_s)),
             prompt_tokens_mean=self._prompts.mean(now_s),
@@ -211,9 +217,9 @@ class LoadMonitor:
             ttft_p99_s=self._ttfts.percentile(now_s, 0.99),
             tpot_s=self._tpots.mean(now_s),
             late_share=self._late_share(now_s),
-            kv_use=absence if sample is None else sample.kv_use,
-            stage_busy=() if sample is None else sample.stage_busy,
-            taken_bytes={} if sample is None else sample.taken_bytes,
+            kv_use=sample if isinstance(sample, Absence) else sample.kv_use,
+            stage_busy=() if isinstance(sample, Absence) else sample.stage_busy,
+            taken_bytes=self._believed(self._taken, now_s),
         )
 
     def _late_share(self, now_s: float) -> Reading:
@@ -233,8 +239,9 @@ class LoadMonitor:
             return Absence.UNSUPPORTED
         return max((late / seen for late, seen in shares if seen), default=Absence.NOT_YET)
 
-    def _believed(self, now_s: float) -> tuple[EngineSample | None, Absence]:
-        if self._sample is None:
-            return None, Absence.NOT_YET
-        at_s, sample = self._sample
-        return (None, Absence.STALE) if now_s - at_s > self._stale_after_s else (sample, Absence.NOT_YET)
+    def _believed(self, told: tuple[float, T] | None, now_s: float) -> T | Absence:
+        """Return what was told last, unless that is too long ago."""
+        if told is None:
+            return Absence.NOT_YET
+        at_s, value = told
+        return Absence.STALE if now_s - at_s > self._stale_after_s else value

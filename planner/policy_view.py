@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.arrivals import Absence
+from planner.arrivals import Absence, Reading
 from planner.granularity import Candidate, expected_latency_s, replica_rate_per_s
 from planner.guard import latency_in_queue_s
 from planner.load import Observation
@@ -104,9 +104,11 @@ class View:
         for window in seen.windows:
             found |= {f"rate_per_s_{window.window_s:g}s": _told(window.rate_per_s)}
             found |= {f"cv_{window.window_s:g}s": _told(window.cv)}
+            found |= {f"gradient_per_s2_{window.window_s:g}s": _told(window.gradient_per_s2)}
         for name in ("queue_length", "queue_age_s", "running", "kv_use", "ttft_s", "tpot_s", "late_share"):
             found[name] = _told(getattr(seen, name))
-        return found
+        found["busiest_stage"] = _told(_busiest(seen.stage_busy))
+        return found | _taken(seen.taken_bytes)
 
     def candidate(self, num_stages: int) -> Candidate | None:
         """Return what is known of a granularity."""
@@ -174,3 +176,17 @@ def look(
 
 def _told(reading: float | Absence) -> float | str:
     return reading.value if isinstance(reading, Absence) else reading
+
+
+def _busiest(stages: Sequence[Reading]) -> Reading:
+    """Return the share of the time that the busiest stage computed, of those that say it."""
+    known_shares = [each for each in stages if not isinstance(each, Absence)]
+    return max(known_shares, default=next(iter(stages), Absence.NOT_YET))
+
+
+def _taken(taken_bytes: Mapping[str, int] | Absence) -> dict[str, float | str]:
+    """Return what others hold of the devices in all, and of each where they hold any."""
+    if isinstance(taken_bytes, Absence):
+        return {"taken_bytes": taken_bytes.value}
+    found: dict[str, float | str] = {"taken_bytes": sum(taken_bytes.values())}
+    return found | {f"taken_bytes_{device_id}": held for device_id, held in taken_bytes.items() if held}

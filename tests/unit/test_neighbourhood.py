@@ -34,6 +34,8 @@ class MemoryStand(ScaleStand):
         self.free = 10_000 * MIB
         self.now_s = 0.0
         self.devices: tuple[Device, ...] = cpu_devices(count=8, memory_bytes=512 * MIB)
+        self.held: dict[str, int] = {}  # by other models
+        self.seen: list[Sequence[Device]] = []
         self.neighbourhood = self.watching()
 
     def watching(self, *, parameters: ParameterKeeper | None = None) -> Neighbourhood:
@@ -43,6 +45,8 @@ class MemoryStand(ScaleStand):
             replicas=lambda: self.replicas.all,
             kv_bytes_per_token=lambda: KV_BYTES_PER_TOKEN,
             devices=lambda: self.devices,
+            held=lambda: self.held,
+            on_devices=self.seen.append,
             refactorings=self.refactorings,
             events=self.events,
             parameters=parameters,
@@ -164,6 +168,16 @@ async def test_where_no_other_layout_is_better_that_is_told(stand: MemoryStand) 
         stand.now_s += 2.0
     _, not_done = (event.message for event in stand.events.since(0))
     assert not_done == "replica 2: not done: this layout is in force already"
+
+
+async def test_what_is_seen_of_the_devices_is_told_with_what_other_models_hold_then(stand: MemoryStand) -> None:
+    await stand.neighbourhood.look()
+    stand.held = {"cpu:1": 5 * MIB}  # a model has started since
+    await stand.neighbourhood.look()
+    assert [[each.memory_others_bytes for each in devices[:3]] for devices in stand.seen] == [
+        [0, 0, 0],
+        [0, 5 * MIB, 0],
+    ]
 
 
 def test_gpus_have_memory_of_their_own_less_what_we_hold_and_cpu_devices_that_of_the_host() -> None:
