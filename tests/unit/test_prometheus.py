@@ -7,13 +7,18 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from engines.parameters.keeper import ParameterKeeper
 from engines.protocol import EngineCounters, StageStatus
+from flexpiped.admission import Admission, AdmissionLimits
+from flexpiped.api.app import create_app
+from flexpiped.api.backends import Backends
 from flexpiped.api.metrics import Endpoint, Levels, Metrics, Outcome
 from flexpiped.loop_lag import LoopLag
-from flexpiped.status import ServiceState
+from flexpiped.servers import listen_tcp, serving, url_of
+from flexpiped.status import Health, ServiceState
 from topology.device import cpu_devices
 
 ETC = Path(__file__).parents[2] / "etc"
@@ -108,6 +113,32 @@ def test_alerts_fire_when_they_should() -> None:
 
     said = checked.stderr + tested.stdout + tested.stderr
     assert (checked.returncode, tested.returncode) == (0, 0), f"{version()}: {said}"
+
+
+async def probed(state: ServiceState) -> int:
+    """Return what ``/readyz`` answers in a state."""
+    backends = Backends(
+        models=dict,
+        are_named=lambda: False,
+        health=lambda: Health(state=state),
+        admission=Admission(limits=AdmissionLimits()),
+    )
+    listener = listen_tcp("127.0.0.1", 0)
+    async with (
+        serving(create_app(backends), listener, shutdown_s=1.0),
+        aiohttp.ClientSession(url_of(listener)) as session,
+        session.get("/readyz") as answer,
+    ):
+        return answer.status
+
+
+@pytest.mark.real_loop
+async def test_the_alert_and_the_probe_agree_on_who_serves() -> None:
+    rules = (ETC / "prometheus" / "flexpiped.rules.yml").read_text(encoding="utf-8")
+    [states] = re.findall(r'flexpiped_state\{state=~"([a-z|]+)"\}', rules)
+
+    ready = {state.value for state in ServiceState if await probed(state) == 200}
+    assert ready == set(states.split("|"))
 
 
 @pytest.mark.parametrize("file", ["prometheus/flexpiped.rules.yml", "grafana/flexpiped.json"])
