@@ -9,13 +9,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from flexpiped.config_file import ConfigError, load_config
 from flexpiped.config_text import schema, toml_value
 from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import Colour, Paint
-from flexpiped.keys import KeyFileError, load_keys
+from flexpiped.reload import compare
+from flexpiped.settings import Settings
 
 
 def show(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
@@ -26,10 +26,10 @@ def show(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
 
 
 def check(_client: AdminClient, screen: Screen, options: Namespace) -> Exit:
-    """Say whether a file is right."""
-    problems = _problems_of(Path(options.file))
+    """Say whether a file is right, with the files that it names, as a reload would find it."""
+    problems = compare(Settings(), Path(options.file)).problems
     if options.json:
-        screen.write([json.dumps({"file": options.file, "problems": problems})])
+        screen.write([json.dumps({"file": options.file, "problems": list(problems)})])
     elif problems:
         print("\n".join(problems), file=sys.stderr)
     else:
@@ -56,19 +56,6 @@ def reload(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     if not answer["changes"] and not options.json:
         return Exit.DONE
     return _show_report(answer, screen, as_json=options.json)
-
-
-def _problems_of(file: Path) -> list[str]:
-    """Return what is wrong with a file, or with the file of API keys that it names."""
-    try:
-        settings = load_config(file)
-        if settings.http.api_keys is not None:
-            load_keys(settings.http.api_keys)
-    except ConfigError as error:
-        return [str(problem) for problem in error.problems]
-    except KeyFileError as error:
-        return [f"http.api_keys: {error}"]
-    return []
 
 
 def _show_report(report: dict[str, Any], screen: Screen, *, as_json: bool) -> Exit:
