@@ -15,6 +15,7 @@ from flexpiped.config_file import load_config
 from flexpiped.models import demo_model_places
 from flexpiped.reload import ReloadReport, compare
 from flexpiped.service import Service
+from tests.support.metrics import undocumented
 from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
@@ -129,11 +130,13 @@ async def test_two_models_are_picked_by_name_and_one_stops_and_starts(tmp_path: 
         async with stand.api.get("/readyz") as answer:
             assert answer.status == 200  # what was stopped by hand is not missed
         async with stand.api.get("/metrics") as answer:
-            lines = (await answer.text()).splitlines()
+            text = await answer.text()
+        lines = text.splitlines()
         assert 'flexpiped_requests_total{endpoint="completions",model="b",outcome="done"} 2.0' in lines
         assert 'flexpiped_model_state{model="a",state="stopped"} 1.0' in lines
         families = [line for line in lines if line.startswith("# TYPE")]
         assert len(families) == len(set(families))
+        assert undocumented(text) == []
 
     async with daemon(tmp_path) as stand:  # again: what was stopped stays so
         assert {name: each["state"] for name, each in (await stand.models()).items()} == {"a": "stopped", "b": "ready"}
