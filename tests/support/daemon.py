@@ -1,6 +1,7 @@
 """The real daemon as a process."""
 
 import asyncio
+import hashlib
 import json
 import os
 import socket
@@ -133,6 +134,14 @@ def write_config(folder: Path, *, port: int = 0, stages: int | None = 2, engine:
     ours = f'engine = "{engine}"\n{number}http.port = {port}\nadmin.socket = "{socket_path}"\n'
     config.write_text(ours + more)
     return config
+
+
+def write_keys(folder: Path, key: str) -> Path:
+    """Write a file of API keys with this one in it, which opens all but changes."""
+    file = folder / "keys.toml"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    file.write_text(f'[[keys]]\nname = "a"\nsha256 = "{digest}"\nscopes = ["infer", "read"]\n')
+    return file
 
 
 def bind_afresh(channel: socket.socket, address: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from flexpiped.admin_socket import take_socket
 from flexpiped.servers import listen_tcp
-from tests.support.daemon import ROOT, Daemon, run_until_exit, started, write_config
+from tests.support.daemon import ROOT, Daemon, run_until_exit, started, write_config, write_keys
 from tests.support.fake_vllm import fake_interpreter
 from tests.support.until import until
 
@@ -56,6 +56,27 @@ async def test_its_life(tmp_path: Path) -> None:
         log = await daemon.ended()
         assert daemon.process.returncode == 0, log
         assert not daemon.admin.exists()
+
+
+async def test_a_reload_reads_the_file_of_keys_again(tmp_path: Path) -> None:
+    more = f'http.api_keys = "{write_keys(tmp_path, "old")}"\n'
+    async with started(tmp_path, ready=True, more=more) as daemon, aiohttp.ClientSession() as session:
+        url = (await daemon.ask("/status"))["api_url"]
+
+        async def answered(key: str) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            async with session.post(
+                f"{url}/completions", json={"prompt": "Once", "max_tokens": 2}, headers=headers
+            ) as answer:
+                return answer.status
+
+        assert [await answered(key) for key in ("old", "new")] == [200, 401]
+        write_keys(tmp_path, "new")
+        assert [await answered(key) for key in ("old", "new")] == [200, 401]  # not before it is told
+        daemon.process.send_signal(signal.SIGHUP)
+        await daemon.notification("RELOADING=1")
+        await daemon.notification("READY=1")
+        assert [await answered(key) for key in ("old", "new")] == [401, 200]
 
 
 async def test_asked_to_stop_while_starting(tmp_path: Path) -> None:

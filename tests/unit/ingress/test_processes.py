@@ -4,7 +4,6 @@ Both serve, one is killed under streams while the other's go on, both are told o
 """
 
 import asyncio
-import hashlib
 import json
 import os
 import signal
@@ -19,8 +18,9 @@ import pytest
 
 from tests.support.adoption import family, runs
 from tests.support.certificates import make_certificate
-from tests.support.daemon import started
+from tests.support.daemon import started, write_keys
 from tests.support.doors import Door, ingresses_of
+from tests.support.metrics import undocumented
 from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
@@ -85,6 +85,7 @@ class Port:
 async def readings(port: Port) -> dict[str, float]:
     status, text = await port.whole("GET", "/metrics")
     assert status == 200, text
+    assert undocumented(text) == []
     return samples(text)
 
 
@@ -104,13 +105,6 @@ async def settled(port: Port) -> dict[str, float]:
             ):
                 return now
             await asyncio.sleep(0.05)
-
-
-def write_keys(folder: Path, key: str) -> Path:
-    file = folder / "keys.toml"
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    file.write_text(f'[[keys]]\nname = "a"\nsha256 = "{digest}"\nscopes = ["infer", "read"]\n')
-    return file
 
 
 async def all_answer(port: Port, status: int) -> None:
