@@ -1,16 +1,23 @@
 """The real daemon as a process, with the fake engine: after a restart it is what it was last asked to be."""
 
 import asyncio
+import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.support.daemon import Daemon, started, write_config
+from tests.support.bursts import decisions_of
+from tests.support.daemon import Daemon, completed, started, write_config
+from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
+SLEEPY = """
+auto = { mode = "on", min_replicas = 0, idle_s = 1.0, interval_s = 0.25, windows_s = [1.0, 4.0], cool_down_s = 0.1 }
+"""
 
 
 async def stages_of(daemon: Daemon) -> int:
@@ -93,6 +100,30 @@ async def test_history_goes_over_restarts_and_the_configuration_has_the_last_wor
         told = [event["message"] for event in history["events"]]
         assert "last layout not restored: stages was 2 and is 3 in the configuration now" in told
         assert history["intent"] is None
+
+
+async def test_what_was_decided_is_told_after_a_restart_with_its_reason(tmp_path: Path) -> None:
+    async with started(tmp_path, ready=True, more=SLEEPY) as daemon, aiohttp.ClientSession() as http:
+        await completed(http, (await daemon.ask("/status"))["api_url"], {"prompt": "Once", "max_tokens": 2})
+
+        async def is_told() -> bool:
+            return bool((await daemon.ask("/history?kind=decision"))["events"])
+
+        await until(is_told)
+        [decided] = [each for each in await decisions_of(daemon) if each["fields"]["verb"] != "keep"]
+        await kill(daemon)
+
+    async with started(tmp_path, ready=True) as daemon:
+        code, shown, said = await daemon.flexctl("history", "--kind", "decision", "--json")
+        assert code == 0, said
+        [told] = json.loads(shown)["events"]
+        assert re.fullmatch(r"remove 1 replica of 2 stages: no request for [1-9]\d* s", told["message"])
+        assert told["message"] == decided["message"]
+        assert told["fields"] == decided["fields"]
+        assert told["fields"]["numbers"]["idle_s"] >= 1.0
+        code, shown, _ = await daemon.flexctl("history", "--kind", "decision")
+        assert re.search(f"decision +{told['message']}", shown), shown
+        await kill(daemon)
 
 
 async def test_all_replicas_come_back_also_after_an_end_in_the_middle_of_that(tmp_path: Path) -> None:
