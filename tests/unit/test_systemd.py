@@ -58,9 +58,12 @@ def test_engines_have_the_sandbox_of_the_daemon() -> None:
     assert sandbox(ENGINE) == sandbox(UNIT)
 
 
-def test_engines_may_compile_and_reach_gpus() -> None:
-    keys = [line.partition("=")[0] for line in UNIT.read_text().splitlines()]
+def test_engines_may_compile_and_reach_gpus_and_no_other_device() -> None:
+    lines = [line.partition("=") for line in UNIT.read_text().splitlines()]
+    values = {key: [value for name, _, value in lines if name == key] for key, _, _ in lines}
 
-    assert "MemoryDenyWriteExecute" not in keys
-    assert "PrivateDevices" not in keys
-    assert "DeviceAllow" in keys
+    assert "MemoryDenyWriteExecute" not in values
+    assert "PrivateDevices" not in values
+    assert values["DevicePolicy"] == ["closed"]
+    assert {"char-nvidia rw", "char-nvidia-uvm rw", "char-nvidia-caps rw"} <= set(values["DeviceAllow"])
+    assert [each for each in values["DeviceAllow"] if not re.fullmatch(r"char-nvidia(-[a-z]+)? rw", each)] == []
