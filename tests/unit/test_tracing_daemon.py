@@ -1,15 +1,29 @@
 """Traces of a real daemon: what a collector gets of it, and what is said where the library is missing."""
 
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from flexpiped.servers import listen_tcp, serving, url_of
-from tests.support.daemon import spawn, started, write_config
+from tests.support.daemon import completed, spawn, started, write_config
 
 pytestmark = pytest.mark.real_loop
+
+
+def spans_in(bodies: list[bytes]) -> list[Any]:
+    """Return the spans that came, as OTLP has them."""
+    wire = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    sent = [wire.ExportTraceServiceRequest.FromString(body) for body in bodies]
+    return [
+        span
+        for request in sent
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
 
 
 async def test_a_collector_gets_the_traces_of_a_daemon(tmp_path: Path) -> None:
@@ -26,18 +40,27 @@ async def test_a_collector_gets_the_traces_of_a_daemon(tmp_path: Path) -> None:
     async with serving(collector, listener, shutdown_s=1.0), started(tmp_path, ready=True, more=more) as daemon:
         url = (await daemon.ask("/status"))["api_url"]
         async with aiohttp.ClientSession() as session:
-            body = {"prompt": "Once", "max_tokens": 60, "stream": True, "ignore_eos": True}
-            async with session.post(f"{url}/completions", json=body) as answer:
+            await completed(session, url, {"prompt": "Once", "max_tokens": 3})
+            body = {"prompt": "Once", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+            async with session.post(f"{url}/completions", json=body) as answer:  # left when the layout has changed
                 await answer.content.readline()
                 code, out, err = await daemon.flexctl("rebalance", "--stages", "4", "--wait")
                 assert code == 0, out + err
-                await answer.read()
         daemon.process.terminate()
         assert await daemon.process.wait() == 0
-    told = b"".join(bodies)
-    for word in (b"POST /v1/completions", b"queue", b"prefill", b"decode"):
-        assert word in told
-    assert b"Once" not in told
+    spans = spans_in(bodies)
+    requests = [each for each in spans if each.name == "POST /v1/completions"]
+    whole, left = sorted(requests, key=lambda each: each.start_time_unix_nano)
+    assert names_in(spans, whole) == ["decode", "prefill", "queue"]
+    assert names_in(spans, left) == ["decode", "handover", "prefill", "queue"]
+    [handover] = [each for each in spans if each.name == "handover"]
+    told = {each.key: each.value.string_value for each in handover.attributes}
+    assert (told["flexpiped.change"], told["flexpiped.result"]) == ("2 -> 4 stages", "done")
+    assert b"Once" not in b"".join(bodies)
+
+
+def names_in(spans: list[Any], request: Any) -> list[str]:
+    return sorted(each.name for each in spans if each.parent_span_id == request.span_id)
 
 
 async def test_without_the_library_it_says_what_to_install(tmp_path: Path) -> None:
