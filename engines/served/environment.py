@@ -41,14 +41,15 @@ def common_environment(
         f"{told}_NICE": str(nice),
         f"{told}_SLICE_BYTES": str(options.slice_bytes),
         "TOKENIZERS_PARALLELISM": "false",
+        # All ranks are on this host: they need not listen where others reach them.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
     if options.parameters:
         of = kept_under(package, options.model_directory)
         env |= {f"{told}_PARAMETERS": options.parameters, f"{told}_PARAMETERS_OF": of}
     if options.cuda:
         env |= visible_environment(options.device_ids)
-    else:
-        env["GLOO_SOCKET_IFNAME"] = "lo"
     if Path(options.model_directory).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if hf_token:

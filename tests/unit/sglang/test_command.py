@@ -63,7 +63,17 @@ def test_keys_are_in_no_command_line(options: SglangOptions) -> None:
 def test_ranks_find_each_other_by_a_file(options: SglangOptions) -> None:
     found = env(options)
     assert found["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == "file:///tmp/run/rendezvous"
-    assert found["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_nothing_of_theirs_is_to_be_reached_from_other_hosts(options: SglangOptions, cuda: bool) -> None:
+    """Unless somebody says so in the configuration: what the host's environment says is of other jobs."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    asked = replace(options, cuda=cuda, device_ids=("GPU-b", "GPU-a") if cuda else options.device_ids)
+    found = env(asked, NCCL_SOCKET_IFNAME="eth0")
+    assert [found[name] for name in names] == ["lo", "lo"]
+    found = env(replace(asked, env={"NCCL_SOCKET_IFNAME": "eth1"}))
+    assert [found[name] for name in names] == ["lo", "eth1"]
 
 
 @pytest.mark.parametrize("flag", sorted(OWNED))
