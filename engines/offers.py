@@ -18,6 +18,7 @@ class OwnServer:
     every_chat: str = ""  # the option that makes every chat its own to render and to read; empty: there is none
     # In bodies for it, of whatever route: there one token id that is not in the vocabulary would end the engine.
     token_id_names: frozenset[str] = frozenset()
+    prompt_names: frozenset[str] = frozenset()  # of these, those whose value may be text instead
     # An adapter is named MODEL + this + ADAPTER, and the server takes any other name for the model itself. Empty: it
     # knows the names.
     adapter_mark: str = ""

@@ -33,7 +33,9 @@ ELSEWHERE: Final = frozenset(
     {"bootstrap_host", "bootstrap_port", "bootstrap_room", "disagg_prefill_dp_rank", "routed_dp_rank"}
     | {"data_parallel_rank"}
 )
-_TOKEN_IDS: Final = frozenset({"prompt", "input_ids", "input", "query", "items", "label_token_ids"})
+_PROMPTS: Final = frozenset({"prompt", "input", "query", "items"})
+# Of stop tokens, those that ``min_tokens`` holds back are looked up. The ids of ``logit_bias`` it checks itself.
+_TOKEN_IDS: Final = _PROMPTS | {"input_ids", "stop_token_ids", "label_token_ids"}
 # With one of these, SGLang renders or reads a chat in a way that the daemon does not know.
 _OF_CHATS: Final = (
     "--chat-template",
@@ -51,6 +53,7 @@ def own_server(args: Sequence[str]) -> OwnServer:
         chat_parameters=_CHAT,
         every_chat=next((flag for flag in flags if flag in _OF_CHATS), ""),
         token_id_names=_TOKEN_IDS,
+        prompt_names=_PROMPTS,
         adapter_mark=":",
         tokenizes=False,
     )

@@ -1,5 +1,7 @@
 """What the daemon looks at in a request for the engine's own server, because that server does not. Pure."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from engines.protocol import EngineCapabilities
@@ -22,7 +24,8 @@ def refuse_unfit(body: Body, *, served: str, capabilities: EngineCapabilities) -
     if own.adapter_mark and isinstance(model, str) and not model.startswith(served + own.adapter_mark):
         ensure_model(model, served=served)
     for name in own.token_id_names & body.keys():
-        if _has_foreign_id(body[name], vocab_size=capabilities.vocab_size):
+        ids = _ids_in(body[name], is_prompt=name in own.prompt_names)
+        if not all(0 <= token_id < capabilities.vocab_size for token_id in ids):
             raise invalid(
                 f"{name}: token ids must be from 0 to {capabilities.vocab_size - 1}", param=name, code="invalid_value"
             )
@@ -48,8 +51,18 @@ def refuse_lost(body: Body, *, names: frozenset[str], neutral: NeutralValues, be
         )
 
 
-def _has_foreign_id(value: Any, *, vocab_size: int) -> bool:
-    """Return whether a token id of ``value``, a number or lists of them, is not in the vocabulary."""
+def _ids_in(value: Any, *, is_prompt: bool) -> Iterator[float]:
+    """Yield the token ids of ``value``, a number or lists of them, as such a server reads it: "5" and 5.0 are 5, too.
+
+    A prompt may be text, or a list of texts; one that holds a number as well is one of token ids.
+    """
     if isinstance(value, list):
-        return any(_has_foreign_id(each, vocab_size=vocab_size) for each in value)
-    return isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < vocab_size
+        if not (is_prompt and all(isinstance(each, str) for each in value)):
+            for each in value:
+                yield from _ids_in(each, is_prompt=False)
+    elif isinstance(value, str):
+        if not is_prompt:
+            with suppress(ValueError):
+                yield float(value)
+    elif isinstance(value, int | float):
+        yield value

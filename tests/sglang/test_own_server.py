@@ -112,6 +112,12 @@ class TestOwnServer:
         [
             ("/v1/completions", {"prompt": [[5], [10**6]], "max_tokens": 2}, "prompt"),
             ("/v1/completions", {"prompt": [5, -1], "n": 2, "max_tokens": 2}, "prompt"),
+            ("/v1/completions", {"prompt": [5, "1000000"], "n": 2, "max_tokens": 2}, "prompt"),
+            (
+                "/v1/completions",
+                {"prompt": [5], "regex": "yes|no", "min_tokens": 1, "stop_token_ids": [10**6]},
+                "stop_token_ids",
+            ),
             (
                 "/v1/chat/completions",
                 {"messages": [{"role": "user", "content": "x"}], "input_ids": [10**6]},
