@@ -16,6 +16,8 @@ from engines.native.text_part import text_part
 from engines.outliving import Outliving
 from engines.protocol import Engine
 from engines.records import Purpose
+from engines.sglang import pipelining as sglang_pipelining
+from engines.vllm import pipelining as vllm_pipelining
 from flexpiped.config_values import Auto
 from flexpiped.hardware import host_topology, memory_of_one
 from flexpiped.native_interpreter import engine_python
@@ -24,7 +26,7 @@ from flexpiped.survivors import Survivors, purpose_of, refuse_what_cannot_surviv
 from planner.errors import UnsupportedModel
 from planner.estimated_graph import estimate_model_graph
 from planner.layout import Pipeline
-from planner.model_graph import ModelGraph, build_model_graph
+from planner.model_graph import LayerKind, ModelGraph, build_model_graph
 from topology.device import Device, DeviceKind
 
 # They run code that comes with a model, and models whose layers the planner does not know.
@@ -74,11 +76,24 @@ def _graph(settings: Settings, checkpoint: Checkpoint) -> ModelGraph:
     if settings.engine is EngineKind.NATIVE:
         checkpoint = text_part(checkpoint)
     try:
-        return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+        graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
     except UnsupportedModel:
         if not runs_all:
             raise
-        return estimate_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+        graph = estimate_model_graph(checkpoint.config, checkpoint.tensors, dtype=settings.dtype.value)
+    return replace(graph, on_every_stage=_on_every_stage(settings.engine, graph.model_type))
+
+
+def _on_every_stage(engine: EngineKind, model_type: str) -> frozenset[LayerKind]:
+    match engine:
+        case EngineKind.VLLM:
+            return vllm_pipelining.on_every_rank(model_type)
+        case EngineKind.SGLANG:
+            return sglang_pipelining.on_every_rank(model_type)
+        case EngineKind.NATIVE | EngineKind.FAKE:
+            return frozenset()
+        case _:
+            assert_never(engine)
 
 
 def devices_of(settings: Settings) -> tuple[Device, ...]:

@@ -1,6 +1,6 @@
 """What each device holds under a pipeline: the common ground of moves and of the memory check."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from planner.layout import Pipeline
@@ -17,9 +17,20 @@ class Holding:
 
 
 def holdings(pipeline: Pipeline, graph: ModelGraph) -> dict[str, tuple[Holding, ...]]:
-    """Return what each device of ``pipeline`` holds, by device id, in the order of the layers."""
+    """Return what each device of ``pipeline`` has in memory, by device id, in the order of the layers."""
+    return _by_device(pipeline, graph.held_layers)
+
+
+def placed(pipeline: Pipeline, graph: ModelGraph) -> dict[str, tuple[Holding, ...]]:
+    """Return the same without what a stage only has because the engine has it on every stage: that never moves."""
+    return _by_device(pipeline, graph.stage_layers)
+
+
+def _by_device(
+    pipeline: Pipeline, layers_of: Callable[[Pipeline, int], tuple[Layer, ...]]
+) -> dict[str, tuple[Holding, ...]]:
     return {
-        device: tuple(Holding(layer, rank, len(stage.device_ids)) for layer in graph.stage_layers(pipeline, index))
+        device: tuple(Holding(layer, rank, len(stage.device_ids)) for layer in layers_of(pipeline, index))
         for index, stage in enumerate(pipeline.stages)
         for rank, device in enumerate(stage.device_ids)
     }

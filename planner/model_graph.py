@@ -73,7 +73,8 @@ class ModelGraph:
     """The layers in order: embedding, decoders, head. A cut ``c`` makes decoder ``c`` the first of a stage.
 
     ``shared_bytes`` is the table that a tied embedding and head have in common: both layers count it, and a device that
-    holds both holds it once.
+    holds both holds it once. Those of the two that are ``on_every_stage`` the engine has in memory there, although only
+    the first or the last computes with them.
     """
 
     model_type: str
@@ -84,6 +85,7 @@ class ModelGraph:
     hidden_size: int
     vocab_size: int
     max_context_tokens: int
+    on_every_stage: frozenset[LayerKind] = frozenset()
 
     @property
     def embedding(self) -> Layer:
@@ -110,6 +112,11 @@ class ModelGraph:
         return self.weight_bytes(self.layers)
 
     @property
+    def copied_bytes(self) -> int:
+        """What is on every stage, whatever its layers are."""
+        return self.weight_bytes([layer for layer in self.layers if layer.kind in self.on_every_stage])
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return sum(layer.kv_bytes_per_token for layer in self.layers)
 
@@ -122,11 +129,22 @@ class ModelGraph:
         both = self.embedding in layers and self.head in layers
         return sum(layer.weight_bytes for layer in layers) - (self.shared_bytes if both else 0)
 
+    def placed_bytes(self, layers: Collection[Layer]) -> int:
+        """Return the weights of ``layers`` that are on a device because they were placed there, each by itself."""
+        return sum(layer.weight_bytes for layer in layers if layer.kind not in self.on_every_stage)
+
     def stage_layers(self, pipeline: Pipeline, index: int) -> tuple[Layer, ...]:
-        """Return the layers that stage ``index`` of ``pipeline`` holds, in order."""
+        """Return the layers that stage ``index`` of ``pipeline`` computes with, in order."""
+        return self._layers_of(pipeline, index, frozenset())
+
+    def held_layers(self, pipeline: Pipeline, index: int) -> tuple[Layer, ...]:
+        """Return the layers that stage ``index`` of ``pipeline`` has in memory, in order."""
+        return self._layers_of(pipeline, index, self.on_every_stage)
+
+    def _layers_of(self, pipeline: Pipeline, index: int, everywhere: frozenset[LayerKind]) -> tuple[Layer, ...]:
         stage = pipeline.stages[index]
-        first = (self.embedding,) if index == 0 else ()
-        last = (self.head,) if index == pipeline.granularity - 1 else ()
+        first = (self.embedding,) if index == 0 or LayerKind.EMBEDDING in everywhere else ()
+        last = (self.head,) if index == pipeline.granularity - 1 or LayerKind.HEAD in everywhere else ()
         return first + self.decoders[stage.first_decoder : stage.end_decoder] + last
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from planner.errors import InvalidLayout
-from planner.holdings import Holding, holdings, kv_bytes, weight_bytes
+from planner.holdings import Holding, kv_bytes, placed, weight_bytes
 from planner.layout import Pipeline
 from planner.model_graph import Layer, LayerKind, ModelGraph
 from topology.units import format_bytes
@@ -32,9 +32,9 @@ def moves(current: Pipeline, target: Pipeline, graph: ModelGraph, *, live_kv_slo
     """
     for pipeline in (current, target):
         require_decoders(pipeline, graph)
-    before = holdings(current, graph)
+    before = placed(current, graph)
     found: list[Move] = []
-    for device, wanted in holdings(target, graph).items():
+    for device, wanted in placed(target, graph).items():
         there = before.get(device, ())
         for holding in wanted:
             if holding not in there:

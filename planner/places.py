@@ -92,7 +92,7 @@ def _by_piece(
             layers += [graph.embedding] if piece == 0 else []
             layers += [graph.head] if piece == last_piece else []
             kv = sum(layer.kv_bytes_per_token for layer in layers) * slots
-            pieces[piece] = sum(layer.weight_bytes for layer in layers) + kv
+            pieces[piece] = graph.placed_bytes(layers) + kv
         found[current.stages[index].device_ids] = pieces
     return found
 
@@ -154,7 +154,7 @@ class Places:
             device_ids=group,
             speed_class=list(self.classes).index(key),
             free_bytes=len(group) * min(free),
-            fixed_bytes=len(group) * (self._fixed_bytes + self._kv_budget_to_add(group)),
+            fixed_bytes=len(group) * (self._fixed_bytes + self._reserved_to_add(group)),
             host=island.host_id,
             rack=island.rack,
             island=island.name,
@@ -162,9 +162,14 @@ class Places:
             arrival_bytes_per_s=self._arrival_bytes_per_s(group),
         )
 
-    def _kv_budget_to_add(self, group: tuple[str, ...]) -> int:
-        """Return what is reserved for KV cache on each device of a group, unless the layout in force has it there."""
-        return 0 if group in self._held.on_group else self._question.engine.kv_device_bytes
+    def _reserved_to_add(self, group: tuple[str, ...]) -> int:
+        """Return what each device of a group has whatever its layers are, unless the layout in force has it there.
+
+        That is a budget for KV cache, and its share of what the engine has on every stage.
+        """
+        if group in self._held.on_group:
+            return 0
+        return self._question.engine.kv_device_bytes + -(-self._question.graph.copied_bytes // len(group))
 
     def _free_bytes(self, device_id: str) -> int:
         device = self._by_id[device_id]

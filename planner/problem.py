@@ -135,6 +135,7 @@ class Posed:
             pieces = self.problem.pieces[stage.first : stage.end]
             whole = len(pieces) == len(self.problem.pieces)
             weights = sum(piece.weight_bytes for piece in pieces) - (self.problem.tied_bytes if whole else 0)
+            weights += self.question.graph.copied_bytes
             kv = kv_tokens * sum(piece.kv_bytes_per_token for piece in pieces)
             found.append(
                 StageMemory(
@@ -208,7 +209,7 @@ def pose(question: PlanQuestion, *, num_stages: int, degree: int) -> Posed:
         charges=places.charges(),
         risk_ns=round(question.risk_s * _NS) if question.current is not None else 0,
         fixed_order=bool(question.engine.resident),
-        tied_bytes=graph.shared_bytes,
+        tied_bytes=0 if len(graph.on_every_stage) > 1 else graph.shared_bytes,  # else counted in ``copied_bytes``
     )
     return Posed(question=question, problem=problem, degree=degree, bounds=bounds)
 
@@ -248,7 +249,7 @@ def _piece(question: PlanQuestion, layers: list[Layer]) -> Piece:
     tokens = question.sequence_tokens
     windows = not question.engine.is_kv_reserved  # a configured capacity is reserved in full for every layer
     kv = [-(-layer.kv_bytes(tokens) // tokens) if windows else layer.kv_bytes_per_token for layer in layers]
-    return Piece(weight_bytes=sum(layer.weight_bytes for layer in layers), kv_bytes_per_token=sum(kv))
+    return Piece(weight_bytes=question.graph.placed_bytes(layers), kv_bytes_per_token=sum(kv))
 
 
 def _seconds(groups: DeviceGroups, layers: list[Layer], group: tuple[str, ...], step: ReferenceStep) -> float:

@@ -1,6 +1,8 @@
-"""What SGLang cannot cut into several pipeline ranks. Pure."""
+"""What SGLang cannot cut into several pipeline ranks, and what it does not divide between them. Pure."""
 
 from typing import Final
+
+from planner.model_graph import LayerKind
 
 # Their classes in SGLang 0.5.23 take the embedding for the head where config.json ties the two, and of several ranks
 # the last has no embedding: the first token ends SGLang. Other families give the last rank a table of its own.
@@ -24,3 +26,18 @@ def one_rank_reason(model_type: str, *, tied: bool) -> str:
         "the last fails at the first token): set stages = 1, with engines.sglang.tensor_parallel for more devices, or "
         "take another engine"
     )
+
+
+# Where the classes of SGLang 0.5.23 make the embedding on the first rank only, and the head on the last.
+_ONE_EMBEDDING: Final = frozenset(
+    {"llama", "mistral", "ministral3", "phi3", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss", "glm4"}
+    | {"glm4_moe", "exaone4", "exaone_moe", "apertus", "bailing_moe", "granitemoehybrid", "solar", "orion"}
+)
+_ONE_HEAD: Final = frozenset({"qwen2", "qwen3", "exaone4", "glm4", "minimax_m2", "solar", "orion", "deepseek_v3"})
+
+
+def on_every_rank(model_type: str) -> frozenset[LayerKind]:
+    """Return what each pipeline rank has in memory, whether it computes with it or not; of families not known, all."""
+    embedding = set() if model_type in _ONE_EMBEDDING else {LayerKind.EMBEDDING}
+    head = set() if model_type in _ONE_HEAD else {LayerKind.HEAD}
+    return frozenset(embedding | head)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from engines.errors import UnsupportedByEngine
-from engines.sglang.pipelining import one_rank_reason
+from engines.sglang.pipelining import on_every_rank, one_rank_reason
 from flexpiped.engine_factory import engine_factory, find_files
 from flexpiped.models import model_source
 from flexpiped.planner_question import engine_limits
 from flexpiped.settings import EngineKind, EnginesSettings, Settings, SglangSettings
 from planner.layout import pipeline_of
+from planner.model_graph import LayerKind
 from tests.support.daemon import run_until_exit, write_config
 from tests.support.lone_flexctl import alone
 from topology.device import cpu_devices
@@ -31,6 +32,28 @@ def test_it_is_the_family_and_its_head(model_type: str, tied: bool, refused: boo
     reason = one_rank_reason(model_type, tied=tied)
     assert (WORDS in reason) is refused
     assert ("set stages = 1" in reason) is refused
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds"),
+    [
+        ("llama", {LayerKind.HEAD}),
+        ("mixtral", {LayerKind.HEAD}),
+        ("qwen3", set()),
+        ("unheard_of", {LayerKind.EMBEDDING, LayerKind.HEAD}),
+    ],
+)
+def test_what_each_rank_holds_goes_by_the_family(model_type: str, kinds: set[LayerKind]) -> None:
+    assert on_every_rank(model_type) == kinds
+
+
+def test_the_graph_says_what_its_engine_has_on_every_rank() -> None:
+    found = {
+        engine: find_files(replace(SETTINGS, engine=engine), source=model_source(SETTINGS)).graph.on_every_stage
+        for engine in (EngineKind.NATIVE, EngineKind.VLLM, EngineKind.SGLANG)
+    }
+    assert set(found.values()) == {frozenset(), frozenset({LayerKind.HEAD})}
+    assert found[EngineKind.SGLANG] == {LayerKind.HEAD}
 
 
 def test_the_planner_is_told_and_no_engine_is_made_with_more_ranks() -> None:
