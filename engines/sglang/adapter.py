@@ -191,7 +191,7 @@ class SglangEngine(ServedEngine):
             else:
                 await self._http.freeze_garbage()
             info["pids"] = await self._find_processes(server)
-            self._ensure_room(info)
+            ensure_room(self._options, info)
         except BaseException:
             await channel.close()
             raise
@@ -239,14 +239,6 @@ class SglangEngine(ServedEngine):
             "detokenizers": [pid for pid in members if _title_of(pid).startswith("sglang::detoken")],
         }
 
-    def _ensure_room(self, info: Message) -> None:
-        """SGLang gives itself less than it is told when memory is short, and says nothing of it."""
-        wanted, given = num_kv_tokens(self._options), info["num_kv_blocks"] * info["kv_block_tokens"]
-        if given < wanted:
-            raise EngineStartFailed(
-                f"engines.sglang.kv_cache: there is memory for {given} tokens of KV cache, {wanted} are asked for"
-            )
-
 
 def put(stream: Stream, event: Event, stops: frozenset[int]) -> None:
     """Put what came into the stream; a stop token among it ends it there.
@@ -263,6 +255,19 @@ def put(stream: Stream, event: Event, stops: frozenset[int]) -> None:
     else:
         finish = _FINISH.get(event.finish, FinishReason.ABORT) if event.finish else None
         stream.add(event.token_ids, event.logprobs, finish)
+
+
+def ensure_room(options: SglangOptions, info: Message) -> None:
+    """Return when SGLang has the KV cache that it was told to have: of less, where memory is short, it says nothing.
+
+    Raises:
+        EngineStartFailed
+    """
+    wanted, given = num_kv_tokens(options), info["num_kv_blocks"] * info["kv_block_tokens"]
+    if given < wanted:
+        raise EngineStartFailed(
+            f"engines.sglang.kv_cache: there is memory for {given} tokens of KV cache, {wanted} are asked for"
+        )
 
 
 def _write_keys(path: Path, *, key: str, admin_key: str) -> None:

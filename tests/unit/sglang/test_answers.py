@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from engines.errors import EngineStartFailed
 from engines.protocol import FinishReason
 from engines.served.streams import Stream
-from engines.sglang.adapter import put
+from engines.sglang.adapter import ensure_room, put
 from engines.sglang.http import Event, Refused, RequestFailed, SglangHttp
+from engines.sglang.options import SglangOptions
 from tests.support.fake_own_server import FakeOwnServer, fake_own_server, refusal, streaming
 
 pytestmark = pytest.mark.real_loop
@@ -118,3 +120,24 @@ async def test_requests_are_ended_with_the_key_that_may(sglang: SglangHttp, serv
     await sglang.abort("some")
     (asked,) = server.asked
     assert (asked.path, asked.headers["Authorization"]) == ("/abort_request", "Bearer a")
+
+
+@pytest.mark.parametrize("page_tokens", [1, 16])
+def test_a_kv_cache_that_is_smaller_than_asked_for_is_no_start(page_tokens: int) -> None:
+    options = SglangOptions(
+        python="python",
+        model_directory="model",
+        device_ids=("cpu:0",),
+        num_decoders=8,
+        kv_bytes_per_token=512,
+        kv_cache_bytes=8 * 512 * 1600,
+        kv_block_tokens=page_tokens,
+    )
+    there = {"num_kv_blocks": 1600 // page_tokens, "kv_block_tokens": page_tokens}
+    ensure_room(options, there)
+    short = there | {"num_kv_blocks": there["num_kv_blocks"] - 1}
+    words = (
+        rf"engines\.sglang\.kv_cache: there is memory for {1600 - page_tokens} tokens of KV cache, 1600 are asked for"
+    )
+    with pytest.raises(EngineStartFailed, match=words):
+        ensure_room(options, short)
