@@ -1,8 +1,10 @@
-"""HTTP connections: how large and how slow the head of a request may be, and errors that no handler sees.
+"""HTTP connections: how large and how slow requests and their readers may be, and errors that no handler sees.
 
 aiohttp would log the bytes that it does not understand, which may be a key, and answer in words of its own.
 """
 
+import asyncio
+import math
 import traceback
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,15 +20,56 @@ _TOO_LARGE: Final = 431  # Request Header Fields Too Large
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """What a client may take before its request is known.
+    """What a client may take before its request is known, and while it is answered.
 
     ``header_deadline_s``: from when a connection is made, or its last answer was sent, the whole head of its next
     request must have come in this time; else it is closed. ``max_header_line_bytes``: of the request line and of each
-    header, of which there may be 128.
+    header, of which there may be 128. ``send_deadline_s``: see ``SendWatch``; infinite: none.
     """
 
     header_deadline_s: float = 75.0
     max_header_line_bytes: int = 8192
+    send_deadline_s: float = math.inf
+
+
+class SendWatch:
+    """Ends a connection whose client takes nothing of what waits to be sent to it, ``deadline_s`` long.
+
+    A handler that writes waits only while more waits than the transport wants to hold, and only then is there a timer:
+    what is sent to a client that reads costs nothing more. The end of the connection cancels the handler, which gives
+    back all that its request has.
+    """
+
+    __slots__ = ("_deadline_s", "_timer")
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, transport: asyncio.Transport) -> None:
+        """More waits now than the transport wants to hold."""
+        if not math.isinf(self._deadline_s):
+            self._look_later(transport, transport.get_write_buffer_size())
+
+    def end(self) -> None:
+        """No more than that waits, or the connection is gone. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look_later(self, transport: asyncio.Transport, waiting_bytes: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._deadline_s, self._look, transport, waiting_bytes)
+
+    def _look(self, transport: asyncio.Transport, before_bytes: int) -> None:
+        """Where less waits than before the client reads; where more does, the handler is not held up by it yet."""
+        waiting_bytes = transport.get_write_buffer_size()
+        if waiting_bytes != before_bytes:
+            self._look_later(transport, waiting_bytes)
+            return
+        self._timer = None
+        log_events.client_stopped_reading(waiting_bytes=waiting_bytes)
+        transport.abort()
 
 
 class Runner(web.AppRunner):
@@ -41,6 +84,7 @@ class Runner(web.AppRunner):
             keepalive_timeout=limits.header_deadline_s,
             max_line_size=limits.max_header_line_bytes,
             max_field_size=limits.max_header_line_bytes,
+            send_deadline_s=limits.send_deadline_s,  # aiohttp hands on to a connection what it does not know
         )
 
     async def _make_server(self) -> web.Server:
@@ -59,7 +103,24 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    __slots__ = ()
+    __slots__ = ("_watch",)
+
+    def __init__(self, manager: web.Server, *, send_deadline_s: float, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._watch = SendWatch(send_deadline_s)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.transport is not None:
+            self._watch.begin(self.transport)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch.end()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._watch.end()
+        super().connection_lost(exc)
 
     def handle_error(
         self,

@@ -142,7 +142,9 @@ class HttpPort:
             self._listener.dup(),
             shutdown_s=shutdown_s,
             limits=ConnectionLimits(
-                header_deadline_s=http.header_deadline_s, max_header_line_bytes=http.max_header_line_bytes
+                header_deadline_s=http.header_deadline_s,
+                max_header_line_bytes=http.max_header_line_bytes,
+                send_deadline_s=http.send_deadline_s,
             ),
             tls=self._tls,
         )

@@ -81,6 +81,11 @@ def request_failed(*, method: str, error: str, frames: Sequence[str]) -> None:
     _log.error("request failed", method=method, error=error, frames=list(frames))
 
 
+def client_stopped_reading(*, waiting_bytes: int) -> None:
+    """Its connection was closed, and its request ended; it counts as one whose client has gone."""
+    _log.info("client stopped reading, connection closed", waiting_bytes=waiting_bytes)
+
+
 def text_process_died(*, reason: str) -> None:
     _log.warning("text process died, starting it again", reason=reason)
 

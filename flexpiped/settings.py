@@ -121,6 +121,7 @@ class HttpSettings:
     body_deadline_s: Annotated[float, seconds] = 60.0
     max_header_line_bytes: Annotated[int, size_bytes(1024)] = 8 * KIB
     header_deadline_s: Annotated[float, seconds] = 75.0
+    send_deadline_s: Annotated[float, seconds] = 60.0
     drain_deadline_s: Annotated[float, seconds, Live()] = 30.0
     tls_certificate: Annotated[Path | None, optional_path, Live()] = None
     tls_key: Annotated[Path | None, optional_path, Live()] = None

@@ -138,6 +138,7 @@ class Welcome(msgspec.Struct, tag=1, array_like=True, frozen=True):
     body_deadline_s: float
     max_header_line_bytes: int
     header_deadline_s: float
+    send_deadline_s: float
 
 
 class Model(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

@@ -120,4 +120,5 @@ def _welcome(number: int, http: HttpSettings, *, listener: socket.socket, socket
         http.body_deadline_s,
         http.max_header_line_bytes,
         http.header_deadline_s,
+        http.send_deadline_s,
     )

@@ -100,7 +100,9 @@ class Ingress:
             listen_shared(welcome.family, tuple(welcome.address)),
             shutdown_s=welcome.drain_deadline_s,
             limits=ConnectionLimits(
-                header_deadline_s=welcome.header_deadline_s, max_header_line_bytes=welcome.max_header_line_bytes
+                header_deadline_s=welcome.header_deadline_s,
+                max_header_line_bytes=welcome.max_header_line_bytes,
+                send_deadline_s=welcome.send_deadline_s,
             ),
             tls=None if self._tls is None else self._tls.front,
         )

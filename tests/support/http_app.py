@@ -1,5 +1,7 @@
 """The HTTP application over a real socket, with the fake engine behind it."""
 
+import math
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +22,7 @@ from flexpiped.api.app import create_app
 from flexpiped.api.backend import Backend
 from flexpiped.api.metrics import Metrics
 from flexpiped.api.tool_syntax import ToolCalls
+from flexpiped.connections import ConnectionLimits
 from flexpiped.keys import KeyRing
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.servers import listen_tcp, serving, url_of
@@ -139,10 +142,12 @@ async def http_app(
     sampling_defaults: Mapping[str, Any] = _NONE,
     tool_calls: ToolCalls | None = None,
     port: int = 0,
+    send_deadline_s: float = math.inf,
+    send_buffer_bytes: int | None = None,
 ) -> AsyncIterator[HttpApp]:
     """Serve on 127.0.0.1 while the scope lasts, at any free port if none is given.
 
-    Seeds are 7, the time of creation is fixed.
+    Seeds are 7, the time of creation is fixed. ``send_buffer_bytes``: the kernel's, of each connection.
     """
     engines = engines or FakeEngines(next_token=saying("Once upon a time"))
     supervisor = Supervisor(factory=engines.make, pipeline=ONE, policy=policy)
@@ -164,11 +169,14 @@ async def http_app(
         death_noticed_s=0.1,
     )
     listener = listen_tcp("127.0.0.1", port)
+    if send_buffer_bytes is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    connections = ConnectionLimits(send_deadline_s=send_deadline_s)
     url = url_of(listener)
     outermost = () if spans is None else (traced(spans, handovers=handovers or Handovers(), paths=TRACED),)
     app: web.Application = create_app(backend, max_body_bytes=max_body_bytes, outermost=outermost)
     try:
-        async with serving(app, listener, shutdown_s=1.0):
+        async with serving(app, listener, shutdown_s=1.0, limits=connections):
             yield HttpApp(url=url, backend=backend, engines=engines, app=app)
     finally:
         await supervisor.close()

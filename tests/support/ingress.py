@@ -1,6 +1,7 @@
 """An ingress in the process of the test, before an application under test: both ends of a real socket, on one loop."""
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from engines.protocol import EngineCapabilities
 from engines.text.local import LocalText, PlainTokenizer
 from flexpiped.api.backend import Backend
 from flexpiped.api.backends import BACKENDS, Backends, Served
+from flexpiped.connections import ConnectionLimits
 from flexpiped.ingress.app import ingress_app
 from flexpiped.ingress.channel import Channel, down_channel, up_channel
 from flexpiped.ingress.desk import Desk
@@ -46,12 +48,18 @@ class InFront:
 
 @asynccontextmanager
 async def in_front_of(
-    app: HttpApp, *, max_body_bytes: int = 1 << 20, serial: int | None = None
+    app: HttpApp,
+    *,
+    max_body_bytes: int = 1 << 20,
+    serial: int | None = None,
+    send_deadline_s: float = math.inf,
+    send_buffer_bytes: int | None = None,
 ) -> AsyncIterator[InFront]:
     """Serve on 127.0.0.1 before ``app`` while the scope lasts, as an ingress process does.
 
     Args:
         serial: Of the backend that it knows; by default that of ``app``.
+        send_buffer_bytes: The kernel's, of each connection.
     """
     ours, theirs = socket.socketpair()
     behind = app.app[BACKENDS]
@@ -73,8 +81,11 @@ async def in_front_of(
         backends = _remote(known, behind, link, text)
         front = ingress_app(backends, relay=Relay(daemon).passed_on, max_body_bytes=max_body_bytes)
         listener = listen_tcp("127.0.0.1", 0)
+        if send_buffer_bytes is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+        limits = ConnectionLimits(send_deadline_s=send_deadline_s)
         try:
-            async with serving_at(app.app, daemon), serving(front, listener, shutdown_s=1.0):
+            async with serving_at(app.app, daemon), serving(front, listener, shutdown_s=1.0, limits=limits):
                 yield InFront(url=url_of(listener), desk=desk, link=link, text=text, kill=up.close, app=app)
         finally:
             up.close()

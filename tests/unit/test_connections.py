@@ -1,17 +1,22 @@
-"""Heads of requests that are too large or too slow, and errors that no handler sees, over real sockets."""
+"""Heads that are too large or too slow, clients that take nothing, errors that no handler sees; over real sockets."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from aiohttp import web
 from structlog.testing import capture_logs
 
 from flexpiped.connections import ConnectionLimits
 from flexpiped.servers import listen_tcp, serving
+from flexpiped.tls import LiveTls, load_tls
+from tests.support.certificates import make_certificate
 
 pytestmark = pytest.mark.real_loop
 SECRET = "sk-very-secret"
@@ -120,3 +125,46 @@ async def test_bytes_that_trickle_in_do_not_put_it_off(port: int) -> None:
             assert await reader.read() == b""
     trickling.cancel()
     writer.close()
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_client_that_takes_nothing_ends_its_handler(
+    tmp_path: Path, new_loop: Callable[[], asyncio.AbstractEventLoop], is_tls: bool
+) -> None:
+    """On the loop that the daemon has, and on the other, which have transports of their own."""
+    front, trusted = tls_of(tmp_path) if is_tls else (None, None)
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def for_ever(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        began.set()
+        try:
+            while True:
+                await response.write(b"x" * 10_000)
+        finally:
+            ended.set()
+
+    async def ask_and_take_nothing() -> None:
+        app, listener = web.Application(), listen_tcp("127.0.0.1", 0)
+        app.add_routes([web.get("/", for_ever)])
+        port, limits = listener.getsockname()[1], ConnectionLimits(send_deadline_s=0.2)
+        async with serving(app, listener, shutdown_s=1.0, limits=limits, tls=front):
+            _reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusted)  # takes 128 KiB
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            async with asyncio.timeout(30.0):
+                await began.wait()
+                await ended.wait()
+            writer.transport.abort()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(ask_and_take_nothing())
+
+
+def tls_of(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return what the server has, and a client that trusts it."""
+    certificate, key = make_certificate(folder, "server")
+    context = load_tls(certificate, key)
+    assert context is not None
+    return LiveTls(context).front, ssl.create_default_context(cafile=certificate)

@@ -127,7 +127,7 @@ class Rig:
         return Fleet(
             count,
             backends=BACKENDS,
-            welcome=lambda number: Welcome(number, 2, ("127.0.0.1", 1), "/run/x", 30.0, 1024, 60.0, 8192, 75.0),
+            welcome=lambda number: Welcome(number, 2, ("127.0.0.1", 1), "/run/x", 30.0, 1024, 60.0, 8192, 75.0, 60.0),
             now=lambda: self.now,
             on_news=self.news.append,
             on_given_up=self.given_up.append,

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from flexpiped.api.metrics import Endpoint
 from flexpiped.keys import Client, KeyRing, Scope
 from tests.support.fake_own_server import cut, fake_own_server, for_ever
 from tests.support.hanging_up import leave_at_random
-from tests.support.http_app import FakeEngines, http_app, saying
+from tests.support.http_app import CAPABILITIES, FakeEngines, http_app, saying
 from tests.support.ingress import InFront, in_front_of
+from tests.support.unread import LEAST_BUFFER_BYTES, unread
 from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
@@ -110,6 +112,22 @@ async def test_a_deadline_ends_the_request_there_too(session: aiohttp.ClientSess
         async with session.post(f"{front.url}/v1/completions", json=FOREVER, headers=headers) as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "deadline_exceeded")
         await until(front.is_idle)
+
+
+async def test_a_client_that_reads_nothing_leaves_nothing_behind() -> None:
+    most = 10_000
+    capabilities = replace(CAPABILITIES, max_model_len=most + 50)
+    engines = FakeEngines(next_token=saying("", then=[40]), capabilities=capabilities)
+    async with (
+        http_app(engines=engines) as app,
+        in_front_of(app, send_deadline_s=0.2, send_buffer_bytes=LEAST_BUFFER_BYTES) as front,
+        unread(front.url, FOREVER | {"max_tokens": most}),
+    ):
+        await until(lambda: front.desk.requests_in_flight == 1)
+        await until(front.is_idle)
+        shown = app.backend.metrics.render(None).decode().splitlines()
+
+    assert 'flexpiped_requests_total{endpoint="completions",outcome="disconnected"} 1.0' in shown
 
 
 async def test_a_deadline_counts_while_others_are_served(session: aiohttp.ClientSession) -> None:

@@ -113,7 +113,7 @@ UP: list[Up] = [
     Finished(7, "tiny", Endpoint.CHAT, 0.5, Outcome.DONE, 2, 3, 3, 0.125),
 ]
 DOWN: list[Down] = [
-    Welcome(1, 2, ("127.0.0.1", 8100), "/run/x.http", 30.0, 1024, 60.0, 8192, 75.0),
+    Welcome(1, 2, ("127.0.0.1", 8100), "/run/x.http", 30.0, 1024, 60.0, 8192, 75.0, 60.0),
     NOW,
     Done(1),
     Refused(2, 429, ErrorType.OVERLOADED, "later", None, "too_many", 3),
