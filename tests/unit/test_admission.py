@@ -8,16 +8,9 @@ import pytest
 
 from flexpiped.admission import Admission, AdmissionLimits, Overloaded, OverloadReason, Releases
 from flexpiped.keys import Client
+from tests.support.clock import Clock
 
 LIMITS = AdmissionLimits(max_requests_in_flight=2, max_tokens_in_flight=100)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

@@ -18,19 +18,13 @@ from planner.errors import NoFeasiblePlan
 from planner.granularity import Candidate
 from planner.load import Observation
 from planner.policy_state import Action, Ending, PolicyConstants, Verb
+from tests.support.clock import Clock
 from tests.support.layouts import EvenResolver, even_pipeline
 from tests.support.until import until
 from tests.unit.planner.policies import FOUR, TWO
 from tests.unit.test_scaling import ScaleStand
 
 SETTINGS = AutoSettings(mode=AutoMode.ON, confirm_s=0.0, dwell_s=10.0, cool_down_s=1.0, guard_s=5.0)
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class Given:
@@ -77,7 +71,7 @@ class Stand:
 async def stand() -> AsyncIterator[Stand]:
     engine = FakeEngine(pipeline=even_pipeline(2))
     await engine.start(on_progress=lambda _: None)
-    clock, given = Clock(), Given()
+    clock, given = Clock(100.0), Given()
 
     def serving() -> Engine:
         if not stand.is_there:
@@ -265,7 +259,7 @@ class FleetStand:
 
 @pytest.fixture
 async def fleet_stand() -> AsyncIterator[FleetStand]:
-    clock, given, scale = Clock(), Given(), ScaleStand()
+    clock, given, scale = Clock(100.0), Given(), ScaleStand()
     await scale.add(even_pipeline(2))
     given.candidates = (replace(TWO, most_replicas=3), replace(FOUR, most_replicas=1))
     load = LoadSampler(clock=clock)

@@ -4,18 +4,11 @@ import io
 from pathlib import Path
 
 from flexpiped.banner import Banner, flexctl_command
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.support.clock import Clock
 
 
 def test_a_quick_start_says_what_is_served_where_and_what_to_type_next() -> None:
-    out, clock = io.StringIO(), Clock()
+    out, clock = io.StringIO(), Clock(100.0)
     banner = Banner(out, command=".venv/bin/flexctl", clock=clock)
     banner.starting(version="0.1.0", engine="native", devices="8 CPU devices", model="etc/demo-model")
     clock.now_s += 1.0
@@ -40,7 +33,7 @@ def test_a_quick_start_says_what_is_served_where_and_what_to_type_next() -> None
 
 
 def test_a_slow_start_shows_how_it_goes() -> None:
-    out, clock = io.StringIO(), Clock()
+    out, clock = io.StringIO(), Clock(100.0)
     banner = Banner(out, command="flexctl", clock=clock)
     banner.progress("planning the layout")
     clock.now_s += 2.0
@@ -75,7 +68,7 @@ def test_flexctl_is_named_as_it_can_be_typed(tmp_path: Path) -> None:
 def test_of_several_models_the_one_to_try_is_named() -> None:
     out = io.StringIO()
     socket = Path("/run/flexpiped/admin.sock")
-    Banner(out, command="flexctl", clock=Clock()).ready(
+    Banner(out, command="flexctl", clock=Clock(100.0)).ready(
         facts="a (2 stages), b (1 stage)", api_url="http://h/v1", admin=socket, next_stages=4, model="a"
     )
 

@@ -19,6 +19,7 @@ from flexpiped.start_times import StartMeter, StartTimes, start_times_of
 from flexpiped.supervisor import Supervisor
 from planner.layout import Pipeline
 from planner.start_times import ExpectedStart, Origin, StartRecord
+from tests.support.clock import Clock
 from tests.support.graphs import SMALL_LLAMA, graph_of
 from tests.support.layouts import even_pipeline
 from tests.support.until import until
@@ -78,14 +79,6 @@ def test_what_cannot_be_read_is_measured_again_and_what_cannot_be_kept_is_told(t
     with capture_logs() as logs:
         known_in(tmp_path / "file").note(record(1.0))
     assert [each["event"] for each in logs] == ["start time not kept"]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class SlowEngine(FakeEngine):
