@@ -125,6 +125,7 @@ class ModelService:
             fleet=lambda: () if self._in_force.replicas is None else self._in_force.replicas.status(),
             auto=lambda: {"mode": self.auto.mode.value, "decision": self.auto.last},
             parameters=lambda: parts.parameters.figures,
+            arrivals=lambda: self.load.observe().windows,
         )
 
     # --- what it is ---

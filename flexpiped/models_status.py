@@ -45,6 +45,7 @@ def _absent(entry: Entry | None, api_url: str) -> dict[str, Any]:
         "reason": reason,
         "ttft": None,
         "tpot": None,
+        "arrivals": [],
         "under_way": None,
         "auto": None,
         "last_handover": None,

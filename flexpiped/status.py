@@ -17,6 +17,7 @@ from flexpiped.handover_records import record_to_wire
 from flexpiped.refactoring import Refactorings
 from flexpiped.throughput import TokenRate
 from flexpiped.total_counters import total_counters
+from planner.arrivals import ArrivalStatistics, reading_to_wire
 
 SAMPLE_PERIOD_S = 1.0
 
@@ -91,6 +92,7 @@ class DaemonStatus:
         latencies: None while nothing measures them.
         auto: Mode and last decision of automatic control; None before there is any.
         parameters: What stays in host memory of layers; None where nothing is to.
+        arrivals: Of the load monitor's windows, the shortest first; none where nobody counts.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class DaemonStatus:
         auto: Callable[[], Mapping[str, Any] | None] = lambda: None,
         fleet: Callable[[], Sequence[ReplicaStatus]] = tuple,
         parameters: Callable[[], CacheFigures | None] = lambda: None,
+        arrivals: Callable[[], Sequence[ArrivalStatistics]] = tuple,
         monotonic_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -116,6 +119,7 @@ class DaemonStatus:
         self._auto = auto
         self._fleet = fleet
         self._parameters = parameters
+        self._arrivals = arrivals
         self._monotonic_clock = monotonic_clock
         self._started_s = monotonic_clock()
         self._rate = TokenRate()
@@ -128,12 +132,16 @@ class DaemonStatus:
     async def sample_forever(self) -> None:
         """Read the engine's token counter once a second."""
         while True:
-            counters = await self._counters()
-            if counters is None:
-                self._rate.clear()
-            else:
-                self._rate.add(self._monotonic_clock(), counters.generated_tokens_total)
+            await self.sample()
             await asyncio.sleep(SAMPLE_PERIOD_S)
+
+    async def sample(self) -> None:
+        """Read the engine's token counter."""
+        counters = await self._counters()
+        if counters is None:
+            self._rate.clear()
+        else:
+            self._rate.add(self._monotonic_clock(), counters.generated_tokens_total)
 
     async def _counters(self) -> EngineCounters | None:
         """Return those of all engines together."""
@@ -174,6 +182,7 @@ class DaemonStatus:
             "reason": health.reason,
             "ttft": _percentiles_to_wire(latencies.ttft if latencies else None),
             "tpot": _percentiles_to_wire(latencies.tpot if latencies else None),
+            "arrivals": arrivals_to_wire(self._arrivals()),
             "under_way": self._refactorings.under_way,
             "auto": self._auto(),
             "parameter_cache": None if parameters is None else asdict(parameters),
@@ -222,6 +231,18 @@ def stages_to_wire(stages: Sequence[StageStatus]) -> list[dict[str, Any]]:
             "workers": [{"pid": pid, "pss_bytes": memory_pss_bytes(pid)} for pid in stage.pids],
         }
         for stage in stages
+    ]
+
+
+def arrivals_to_wire(windows: Sequence[ArrivalStatistics]) -> list[dict[str, float | str]]:
+    """Return rate and CV of each window; one that is missing is the reason in words, as in decisions."""
+    return [
+        {
+            "window_s": window.window_s,
+            "requests_per_s": reading_to_wire(window.rate_per_s),
+            "cv": reading_to_wire(window.cv),
+        }
+        for window in windows
     ]
 
 

@@ -22,6 +22,11 @@ class Absence(Enum):
 Reading = float | Absence
 
 
+def reading_to_wire(reading: Reading) -> float | str:
+    """Return a reading as a JSON value: a number, or in words why there is none."""
+    return reading.value if isinstance(reading, Absence) else reading
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivalStatistics:
     """One window. ``rate_per_s`` is 0 where nobody came: that is known, and not missing."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.arrivals import Absence, Reading
+from planner.arrivals import Absence, Reading, reading_to_wire
 from planner.granularity import Candidate, expected_latency_s, replica_rate_per_s
 from planner.guard import latency_in_queue_s
 from planner.load import Observation
@@ -102,12 +102,12 @@ class View:
             "fleet": ", ".join(map(str, self.state.fleet)),
         }
         for window in seen.windows:
-            found |= {f"rate_per_s_{window.window_s:g}s": _told(window.rate_per_s)}
-            found |= {f"cv_{window.window_s:g}s": _told(window.cv)}
-            found |= {f"gradient_per_s2_{window.window_s:g}s": _told(window.gradient_per_s2)}
+            found |= {f"rate_per_s_{window.window_s:g}s": reading_to_wire(window.rate_per_s)}
+            found |= {f"cv_{window.window_s:g}s": reading_to_wire(window.cv)}
+            found |= {f"gradient_per_s2_{window.window_s:g}s": reading_to_wire(window.gradient_per_s2)}
         for name in ("queue_length", "queue_age_s", "running", "kv_use", "ttft_s", "tpot_s", "late_share"):
-            found[name] = _told(getattr(seen, name))
-        found["busiest_stage"] = _told(_busiest(seen.stage_busy))
+            found[name] = reading_to_wire(getattr(seen, name))
+        found["busiest_stage"] = reading_to_wire(_busiest(seen.stage_busy))
         return found | _taken(seen.taken_bytes)
 
     def candidate(self, num_stages: int) -> Candidate | None:
@@ -172,10 +172,6 @@ def look(
         cv=cv,
         cv_in_words=words,
     )
-
-
-def _told(reading: float | Absence) -> float | str:
-    return reading.value if isinstance(reading, Absence) else reading
 
 
 def _busiest(stages: Sequence[Reading]) -> Reading:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from flexpiped.flexctl.topology_lines import labels_of, link_name
-from planner.arrivals import Absence, Reading
+from planner.arrivals import Absence, reading_to_wire
 from planner.load import Observation
 from topology.snapshot import from_json
 from topology.topology import HostTopology, pairs
@@ -38,17 +38,13 @@ def point_of(seen: Observation, *, time_unix_s: float, tokens_per_s: float | Non
     return Point(
         time_unix_s=time_unix_s,
         tokens_per_s=tokens_per_s,
-        requests_per_s=_plain(seen.windows[0].rate_per_s) if seen.windows else Absence.NOT_YET.value,
-        ttft_s=_plain(seen.ttft_s),
-        ttft_p99_s=_plain(seen.ttft_p99_s),
-        tpot_s=_plain(seen.tpot_s),
-        kv_use=_plain(seen.kv_use),
-        cvs=tuple(_plain(window.cv) for window in seen.windows),
+        requests_per_s=reading_to_wire(seen.windows[0].rate_per_s) if seen.windows else Absence.NOT_YET.value,
+        ttft_s=reading_to_wire(seen.ttft_s),
+        ttft_p99_s=reading_to_wire(seen.ttft_p99_s),
+        tpot_s=reading_to_wire(seen.tpot_s),
+        kv_use=reading_to_wire(seen.kv_use),
+        cvs=tuple(reading_to_wire(window.cv) for window in seen.windows),
     )
-
-
-def _plain(reading: Reading) -> float | str:
-    return reading.value if isinstance(reading, Absence) else reading
 
 
 class Series:

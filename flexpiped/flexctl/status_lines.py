@@ -1,6 +1,7 @@
 """``flexctl status``: from what the admin API says to lines for people. Pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 from flexpiped.flexctl.rebalance_lines import is_scaling
@@ -30,6 +31,7 @@ def status_lines(status: Mapping[str, Any], *, now_unix_s: float, paint: Paint =
     if status["engine_counters"] is not None:
         lines.append(f"  {_traffic(status)}")
         lines += _prefixes(status["engine_counters"])
+    lines += _load(status.get("arrivals", ()))
     lines += _replicas(status) if len(status.get("replicas", ())) > 1 else _stage_table(status)
     if status["under_way"]:
         lines.append(f"now            {status['under_way']}")
@@ -78,6 +80,27 @@ def _prefixes(counters: Mapping[str, Any]) -> list[str]:
         return []
     kept = plural(counters.get("kv_blocks_cached") or 0, "KV block")
     return [f"  prefix cache   {hit / queried:.0%} hits ({hit:,} of {queried:,} tokens)   {kept} kept"]
+
+
+def _load(windows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how often requests come (over the shortest window) and how unevenly over each; windows that say the same
+    are named together. Nothing where nobody counts.
+    """
+    if not windows:
+        return []
+    rate = windows[0]["requests_per_s"]
+    came = f"requests/s {rate}" if isinstance(rate, str) else f"{rate:.2f} requests/s"
+    cvs = [f"{cv} ({_lengths(alike)})" for cv, alike in groupby(windows, key=_cv)]
+    return [f"  load   {came}   CV " + "  ".join(cvs)]
+
+
+def _lengths(windows: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{window['window_s']:g} s" for window in windows)
+
+
+def _cv(window: Mapping[str, Any]) -> str:
+    cv = window["cv"]
+    return cv if isinstance(cv, str) else f"{cv:.2f}"
 
 
 def _percentiles(name: str, values: Mapping[str, float] | None) -> str:

@@ -31,6 +31,10 @@ async def test_its_life(tmp_path: Path) -> None:
             body = {"prompt": "Once", "max_tokens": 3, "ignore_eos": True}
             async with session.post(f"{status['api_url']}/completions", json=body) as answer:
                 assert (await answer.json())["usage"]["completion_tokens"] == 3
+        arrivals = (await daemon.ask("/status"))["arrivals"]
+        assert [each["window_s"] for each in arrivals] == [30.0, 180.0, 1800.0]
+        assert all(each["requests_per_s"] > 0 for each in arrivals)
+        assert {each["cv"] for each in arrivals} == {"too few requests to say"}
 
         write_config(tmp_path, stages=3)
         daemon.process.send_signal(signal.SIGHUP)

@@ -110,6 +110,35 @@ def test_how_much_of_the_prompts_was_in_the_kv_cache() -> None:
         assert not any("prefix" in line for line in status_lines(SERVING | {"engine_counters": silent}, now_unix_s=0.0))
 
 
+def window(window_s: float, cv: float | str, *, requests_per_s: float | str = 3.2) -> dict[str, float | str]:
+    return {"window_s": window_s, "requests_per_s": requests_per_s, "cv": cv}
+
+
+def test_how_requests_come_over_each_window() -> None:
+    arrivals = [window(30.0, 1.1), window(180.0, 2.4, requests_per_s=0.9)]
+    lines = status_lines(SERVING | {"arrivals": arrivals}, now_unix_s=0.0)
+    assert lines[2] == "  load   3.20 requests/s   CV 1.10 (30 s)  2.40 (180 s)"
+
+    starting = status_lines(STARTING | {"arrivals": arrivals}, now_unix_s=0.0)
+    assert starting[2] == lines[2]  # those who wait for it count as well
+
+
+def test_of_arrivals_that_say_nothing_the_reason_is_said() -> None:
+    few = "too few requests to say"
+    arrivals = [window(30.0, few), window(180.0, few), window(1800.0, 1.9)]
+    lines = status_lines(SERVING | {"arrivals": arrivals}, now_unix_s=0.0)
+    assert lines[2] == f"  load   3.20 requests/s   CV {few} (30 s, 180 s)  1.90 (1800 s)"
+
+    unmeasured = [window(30.0, few, requests_per_s="not measured yet")]
+    lines = status_lines(SERVING | {"arrivals": unmeasured}, now_unix_s=0.0)
+    assert lines[2] == f"  load   requests/s not measured yet   CV {few} (30 s)"
+
+
+def test_where_nobody_counts_arrivals_nothing_is_said_of_them() -> None:
+    for status in (SERVING, SERVING | {"arrivals": []}):
+        assert not any("load" in line for line in status_lines(status, now_unix_s=0.0))
+
+
 def test_before_it_is_ready_the_reason_is_said_and_nothing_unmeasured_shown() -> None:
     lines = status_lines(STARTING, now_unix_s=0.0)
 
