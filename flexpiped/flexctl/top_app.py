@@ -1,8 +1,10 @@
 """The screen of ``flexctl top``: what the daemon does, read anew every second. Only this module imports textual."""
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, Final, Protocol
 from urllib.parse import quote
 
@@ -13,9 +15,13 @@ from textual.widgets import Footer, RichLog, Sparkline, Static
 
 from flexpiped.flexctl.client import CtlError
 from flexpiped.flexctl.commands import event_line
+from flexpiped.flexctl.rebalance_lines import View
 from flexpiped.flexctl.status_lines import status_lines
-from flexpiped.flexctl.top_lines import change_line, stage_map
+from flexpiped.flexctl.top_lines import change_lines, follow, stage_map
 from flexpiped.flexctl.which_model import several_note, status_of
+from topology.errors import BadSnapshot
+from topology.snapshot import from_json
+from topology.topology import Topology
 
 _RATES_KEPT: Final = 120
 
@@ -63,6 +69,9 @@ class TopApp(App[None]):
         self._rates: list[float] = []
         self._last_event = 0
         self._num_stages = 0
+        self._progress = View()  # of the change under way
+        self._topology: Topology | None = None
+        self._known_devices: set[str] = set()  # those that had a stage when the topology was asked for
 
     def compose(self) -> ComposeResult:
         """Lay the screen out, the answer first."""
@@ -92,22 +101,39 @@ class TopApp(App[None]):
             happened = await asyncio.to_thread(self._daemon.events_since, self._last_event)
         except CtlError as error:
             self._last_event = 0  # one that comes back counts from the beginning
+            self._progress, self._known_devices = View(), set()
             self._say("#now", str(error))
             return
+        links = await self._links_of(status)
         if not self.query("#now"):
             return  # the user has left while the daemon was asked
         self._num_stages = len(status["stages"])
         note = several_note(answer)
         self._shown = status["model"]["name"] if note else ""
         self._say("#now", "\n".join([*([note] if note else []), *status_lines(status, now_unix_s=time.time())]))
-        self._say("#stages", "\n".join(stage_map(status)))
-        self._say("#change", change_line(status))
+        self._take(happened)
+        self._say("#stages", "\n".join(stage_map(status, links)))
+        self._say("#change", "\n".join(change_lines(status, self._progress)))
         if status["tokens_per_s"] is not None:
             self._rates = [*self._rates, status["tokens_per_s"]][-_RATES_KEPT:]
             self.query_one("#rate", Sparkline).data = self._rates
+
+    def _take(self, happened: list[dict[str, Any]]) -> None:
         for event in happened:
             self._last_event = event["sequence"]
             self.query_one("#events", RichLog).write(event_line(event))
+            if event["fields"].get("model", self._shown) == self._shown:
+                self._progress = follow(self._progress, event["fields"])
+
+    async def _links_of(self, status: Mapping[str, Any]) -> Topology | None:
+        """Return what joins the devices; it is asked for when one has a stage that had none before."""
+        devices = {each for stage in status["stages"] for each in stage["device_ids"]}
+        if not devices <= self._known_devices:
+            self._known_devices |= devices
+            with suppress(CtlError, BadSnapshot):  # the screen does without
+                answer = await asyncio.to_thread(self._daemon.call, "GET", "/topology")
+                self._topology = from_json(json.dumps(answer["topology"]), file="the daemon's answer")
+        return self._topology
 
     async def action_more(self) -> None:
         """Have one stage more."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from flexpiped.servers import serving_at
 from flexpiped.settings import DeviceSettings, Settings
 from flexpiped.status import DaemonStatus, Health, Identity, Latencies, Percentiles, ServiceState
 from flexpiped.supervisor import Supervisor
+from planner.arrivals import ArrivalStatistics
 from tests.support.layouts import EvenResolver, even_pipeline
 from topology.units import MIB
 
@@ -53,17 +54,28 @@ class AdminStand:
     engine: FakeEngine
     events: EventLog
     refactorings: Refactorings
+    status: DaemonStatus
 
 
 @asynccontextmanager
-async def admin_stand(folder: Path, *, stages: int = 2, cpu_count: int = 8) -> AsyncIterator[AdminStand]:
+async def admin_stand(
+    folder: Path,
+    *,
+    stages: int = 2,
+    cpu_count: int = 8,
+    max_running: int = 256,
+    arrivals: Sequence[ArrivalStatistics] = (),
+) -> AsyncIterator[AdminStand]:
     """Serve the admin API of a fake engine with ``stages`` stages at ``folder/admin.sock``."""
-    engine = FakeEngine(pipeline=even_pipeline(stages))
+    engine = FakeEngine(pipeline=even_pipeline(stages), max_running=max_running)
     await engine.start(on_progress=lambda _: None)
     events = EventLog()
     refactorings = Refactorings(engine=lambda: engine, resolver=EvenResolver, events=events)
-    async with _served(folder, lambda: engine, events=events, refactorings=refactorings, cpu_count=cpu_count):
-        yield AdminStand(socket=folder / "admin.sock", engine=engine, events=events, refactorings=refactorings)
+    status = _status(lambda: engine, refactorings=refactorings, arrivals=arrivals)
+    async with _served(folder, status, events=events, refactorings=refactorings, cpu_count=cpu_count):
+        yield AdminStand(
+            socket=folder / "admin.sock", engine=engine, events=events, refactorings=refactorings, status=status
+        )
     await engine.close()
 
 
@@ -116,23 +128,30 @@ async def replica_stand(
         refactorings=refactorings,
         may_start=may_start,
     )
-    async with _served(folder, lambda: stand.engine, events=events, refactorings=refactorings):
+    status = _status(lambda: stand.engine, refactorings=refactorings)
+    async with _served(folder, status, events=events, refactorings=refactorings):
         yield stand
     await supervisor.close()
 
 
-@asynccontextmanager
-async def _served(
-    folder: Path, engine: Callable[[], Engine], *, events: EventLog, refactorings: Refactorings, cpu_count: int = 8
-) -> AsyncIterator[None]:
-    status = DaemonStatus(
+def _status(
+    engine: Callable[[], Engine], *, refactorings: Refactorings, arrivals: Sequence[ArrivalStatistics] = ()
+) -> DaemonStatus:
+    return DaemonStatus(
         identity=Identity(model_name="demo", model_path="/srv/demo", api_url="http://127.0.0.1:1/v1"),
         engine_name=lambda: engine().capabilities.name,
         health=lambda: Health(state=ServiceState.READY),
         engine=engine,
         refactorings=refactorings,
         latencies=lambda: Latencies(ttft=Percentiles(p50_s=0.02, p99_s=0.05), tpot=None),
+        arrivals=lambda: arrivals,
     )
+
+
+@asynccontextmanager
+async def _served(
+    folder: Path, status: DaemonStatus, *, events: EventLog, refactorings: Refactorings, cpu_count: int = 8
+) -> AsyncIterator[None]:
     hardware = Hardware(
         Settings(devices=DeviceSettings(cpu_count=cpu_count)), python=sys.executable, state=folder / "links.json"
     )
