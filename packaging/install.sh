@@ -7,6 +7,8 @@
 #   bin, share/man, share/doc, share/bash-completion, share/zsh, lib/systemd, lib/sysusers.d, lib/tmpfiles.d
 #   $SYSCONFDIR/flexpiped/flexpiped.toml
 #
+# An installation that is there already is replaced once the new one is complete; if that fails, it stays as it is.
+#
 # PYTHON      the interpreter of that environment
 # WITH        "native": also torch and transformers, so that one environment has the native engine, too
 # PIP_FLAGS   further flags for pip
@@ -15,14 +17,15 @@ set -eu
 : "${DESTDIR:=}" "${PREFIX:=/usr/local}" "${SYSCONFDIR:=/etc}" "${PYTHON:=python3}" "${WITH:=}" "${PIP_FLAGS:=}"
 source=$(cd "$(dirname "$0")/.." && pwd)
 root=$DESTDIR$PREFIX
-venv=$root/lib/flexpiped
+place=$root/lib/flexpiped
+venv=$place.new # until it is complete
 config=$DESTDIR$SYSCONFDIR/flexpiped/flexpiped.toml
 
 make_environment() {
+    copy=$(mktemp -d) # setuptools builds beside the sources: not in the checkout
+    trap 'rm -rf "$copy" "$venv"' EXIT
     rm -rf "$venv"
     "$PYTHON" -m venv "$venv"
-    copy=$(mktemp -d) # setuptools builds beside the sources: not in the checkout
-    trap 'rm -rf "$copy"' EXIT
     for name in pyproject.toml README.md LICENSE flexpiped engines planner topology; do
         cp -R "$source/$name" "$copy/"
     done
@@ -43,7 +46,8 @@ forget_the_place() {
     sed -i '/^command = /d' "$venv/pyvenv.cfg"
     find "$venv" -name direct_url.json -path '*flexpiped*' -delete
     find "$venv" -name __pycache__ -prune -exec rm -rf {} +
-    "$venv/bin/python" -m compileall -q -j 0 -s "${DESTDIR:-/}" -p / "$venv/lib" || true # files of tests may be no Python 3
+    # Tracebacks name the place where it will be; files of tests may be no Python 3.
+    "$venv/bin/python" -m compileall -q -j 0 -s "$venv" -p "$PREFIX/lib/flexpiped" "$venv/lib" || true
 }
 
 launcher() { # name module
@@ -79,8 +83,15 @@ install_for_shells() {
     "$venv/bin/python" -P -m flexpiped.flexctl.man_page flexpiped > "$root/share/man/man8/flexpiped.8"
     bash=$root/share/bash-completion/completions zsh=$root/share/zsh/site-functions
     mkdir -p "$bash" "$zsh"
-    "$root/bin/flexctl" completion bash > "$bash/flexctl"
-    "$root/bin/flexctl" completion zsh > "$zsh/_flexctl"
+    "$venv/bin/flexctl" completion bash > "$bash/flexctl"
+    "$venv/bin/flexctl" completion zsh > "$zsh/_flexctl"
+}
+
+take_the_place() { # whoever looks finds one that is complete; what runs keeps the files that it has opened
+    rm -rf "$place.old"
+    [ ! -e "$place" ] || mv "$place" "$place.old"
+    mv "$venv" "$place"
+    rm -rf "$place.old"
 }
 
 install_units() {
@@ -95,7 +106,7 @@ install_units() {
 }
 
 uninstall() {
-    rm -rf "$venv" "$root/share/doc/flexpiped"
+    rm -rf "$place" "$place.old" "$venv" "$root/share/doc/flexpiped"
     rm -f "$root/bin/flexpiped" "$root/bin/flexctl" "$root/share/flexpiped" \
         "$root/share/man/man1/flexctl.1" "$root/share/man/man8/flexpiped.8" \
         "$root/share/bash-completion/completions/flexctl" "$root/share/zsh/site-functions/_flexctl" \
@@ -122,6 +133,7 @@ install)
     launcher flexctl flexpiped.flexctl.__main__
     install_data
     install_for_shells
+    take_the_place
     install_units
     ;;
 uninstall) uninstall ;;

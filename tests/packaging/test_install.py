@@ -1,5 +1,6 @@
 """``make install`` puts everything where a host looks for it, and it runs; ``make uninstall`` leaves nothing."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -73,11 +74,39 @@ def test_the_dashboard_is_in_it(place: Path) -> None:
 
 
 def test_nothing_in_it_names_the_place_where_it_was_made(place: Path) -> None:
-    named = subprocess.run(
-        ["grep", "-rlF", place.with_name("made"), place], capture_output=True, text=True, check=False
-    )
+    places = ("-e", place.with_name("made"), "-e", "lib/flexpiped.new")  # where it was installed; where it was built
+    named = subprocess.run(["grep", "-rlF", *places, place], capture_output=True, text=True, check=False)
 
     assert named.stdout == ""
+
+
+def test_an_upgrade_that_fails_leaves_what_is_there(place: Path) -> None:
+    command = ["make", "-C", ROOT, "install", f"DESTDIR={place}", "prefix=/usr"]
+    environment = {**os.environ, "PIP_FLAGS": "--no-such-flag"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert (ran.returncode, "no such option: --no-such-flag" in ran.stderr) == (2, True), ran.stderr
+    assert run(place / "usr/bin/flexctl", "--version").startswith("flexctl ")
+    assert environments_in(place) == ["flexpiped"]
+
+
+def test_an_upgrade_takes_the_place_of_what_is_there(place: Path) -> None:
+    config, of_before = place / "etc/flexpiped/flexpiped.toml", place / "usr/lib/flexpiped/of-before"
+    shipped = config.read_text()
+    config.write_text(shipped + "# changed\n")
+    of_before.touch()
+
+    make("install", place)
+
+    assert config.read_text() == shipped + "# changed\n"
+    assert not of_before.exists()
+    assert run(place / "usr/bin/flexctl", "--version").startswith("flexctl ")
+    assert environments_in(place) == ["flexpiped"]
+    config.write_text(shipped)
+
+
+def environments_in(place: Path) -> list[str]:
+    return [path.name for path in (place / "usr/lib").glob("flexpiped*")]
 
 
 def test_uninstall_leaves_nothing_but_a_configuration_that_was_changed(place: Path) -> None:

@@ -40,7 +40,7 @@ def test_set_up_as_the_readme_says_it_serves(machine: Machine) -> None:
 
 
 def test_uninstalled_only_the_changed_configuration_is_left(machine: Machine) -> None:
-    machine.do("systemctl", "disable", "--now", "flexpiped")
+    machine.do("systemctl", "disable", "--now", "flexpiped", "flexpiped-engine.socket")
     assert len(ours(machine)) > 10
 
     said = machine.do("/srv/source/packaging/install.sh", "uninstall")  # what make does, and there is no make
