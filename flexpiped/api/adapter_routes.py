@@ -16,7 +16,8 @@ from flexpiped.api.backends import BACKENDS
 from flexpiped.api.errors import ApiError, ErrorType, invalid
 from flexpiped.api.fields import Body, Reader, integer, parse_object, refuse_unknown, text
 from flexpiped.api.handlers import observed, read_body
-from flexpiped.api.metrics import Endpoint, Outcome
+from flexpiped.api.metrics import Endpoint
+from flexpiped.api.outcomes import Outcome
 from flexpiped.api.unsupported import NeutralValues, refuse_unsupported
 
 LOAD_READERS: Final[Mapping[str, Reader[Any]]] = {"lora_name": text, "lora_path": text, "model": text}

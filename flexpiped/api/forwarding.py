@@ -19,7 +19,8 @@ from flexpiped.api.backend import Backend, Reached, backend_of
 from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.fields import Body
-from flexpiped.api.metrics import Observation, Outcome, outcome_of
+from flexpiped.api.metrics import Observation
+from flexpiped.api.outcomes import Outcome, outcome_of
 from flexpiped.api.own_answer import Answer, asked
 from flexpiped.api.own_bodies import refuse_unfit
 from flexpiped.api.wire import error_event
@@ -201,9 +202,11 @@ async def _pass_on(
                 await response.write(data)
                 _count_events(data, observation)
         except _Unanswered as error:
-            died = EngineDied(f"the engine died during the answer, which only its own server could go on with: {error}")
-            await response.write(error_event(from_engine_error(died)))
-            observation.outcome = Outcome.FAILED
+            died = from_engine_error(
+                EngineDied(f"the engine died during the answer, which only its own server could go on with: {error}")
+            )
+            await response.write(error_event(died))
+            observation.outcome = outcome_of(died.status, died.code)
             return response
         observation.outcome = Outcome.DONE
     except ClientConnectionResetError:

@@ -25,7 +25,8 @@ from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
 from flexpiped.api.generation import Job, ReadsCalls, choices_of, reads_calls
 from flexpiped.api.inputs import Prompt
 from flexpiped.api.jobs import jobs_of
-from flexpiped.api.metrics import Endpoint, Observation, outcome_of
+from flexpiped.api.metrics import Endpoint, Observation
+from flexpiped.api.outcomes import outcome_of
 from flexpiped.api.parameters import (
     DEFAULT_COMPLETION_TOKENS,
     Parameters,
@@ -247,11 +248,11 @@ def errors_translated(observation: Observation) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        observation.outcome = outcome_of(error.status)
+        observation.outcome = outcome_of(error.status, error.code)
         raise
     except (EngineError, Overloaded) as error:
         translated = from_overloaded(error) if isinstance(error, Overloaded) else from_engine_error(error)
-        observation.outcome = outcome_of(translated.status)
+        observation.outcome = outcome_of(translated.status, translated.code)
         raise translated from error
     except web.HTTPException as error:
         observation.outcome = outcome_of(error.status)

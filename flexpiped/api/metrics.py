@@ -20,6 +20,7 @@ from engines.parameters.figures import CacheFigures
 from engines.protocol import EngineCounters, StageStatus
 from flexpiped.api.engine_metrics import DevicesCollector, ParametersCollector, StagesCollector
 from flexpiped.api.exposition import exposition
+from flexpiped.api.outcomes import Outcome
 from flexpiped.status import Latencies, Percentiles, ServiceState
 from topology.device import Device
 
@@ -35,21 +36,6 @@ class Endpoint(Enum):
     COMPLETIONS = "completions"
     CHAT = "chat"
     ENGINE = "engine"  # routes that only the engine's own server has
-
-
-class Outcome(Enum):
-    DONE = "done"
-    REFUSED = "refused"  # 4xx
-    OVERLOADED = "overloaded"  # 429
-    FAILED = "failed"  # 5xx, or an error event
-    DISCONNECTED = "disconnected"
-
-
-def outcome_of(status: int) -> Outcome:
-    """Return what a request counts as that was answered with an error."""
-    if status == 429:
-        return Outcome.OVERLOADED
-    return Outcome.REFUSED if status < 500 else Outcome.FAILED
 
 
 class RequestListener(Protocol):

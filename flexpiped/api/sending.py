@@ -9,7 +9,8 @@ from engines.errors import EngineError
 from flexpiped.api.call_parser import CallDelta, joined
 from flexpiped.api.errors import ApiError, from_engine_error
 from flexpiped.api.generation import Piece
-from flexpiped.api.metrics import Observation, Outcome
+from flexpiped.api.metrics import Observation
+from flexpiped.api.outcomes import Outcome, outcome_of
 from flexpiped.api.token_reports import TokenReport
 from flexpiped.api.wire import DONE, AnswerWire, Usage, Whole, error_event
 
@@ -107,8 +108,9 @@ async def send_events(
                 if data:
                     await response.write(data)
         except (ApiError, EngineError) as error:
-            await response.write(error_event(error if isinstance(error, ApiError) else from_engine_error(error)))
-            observation.outcome = Outcome.FAILED
+            told = error if isinstance(error, ApiError) else from_engine_error(error)
+            await response.write(error_event(told))
+            observation.outcome = outcome_of(told.status, told.code)
             return response
         await response.write((wire.usage(usage_of(observation)) if include_usage else b"") + DONE)
         observation.outcome = Outcome.DONE

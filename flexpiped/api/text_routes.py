@@ -15,7 +15,8 @@ from flexpiped.api.fields import Body, Reader, boolean, parse_object, refuse_unk
 from flexpiped.api.forwarding import forward
 from flexpiped.api.handlers import observed, read_body
 from flexpiped.api.inputs import MESSAGES, MESSAGES_WITH_TOOLS
-from flexpiped.api.metrics import Endpoint, Outcome
+from flexpiped.api.metrics import Endpoint
+from flexpiped.api.outcomes import Outcome
 from flexpiped.api.parameters import ensure_in_vocabulary, ensure_model, taken_here
 from flexpiped.api.tools import READERS as TOOL_READERS
 from flexpiped.api.tools import TOOLS

@@ -14,7 +14,8 @@ from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest
 from engines.text.wire import FrameReader as FrameReader
 from engines.text.wire import frame
 from flexpiped.api.errors import ApiError, ErrorType
-from flexpiped.api.metrics import Endpoint, Outcome
+from flexpiped.api.metrics import Endpoint
+from flexpiped.api.outcomes import Outcome
 from flexpiped.keys import Client, KeyRing
 
 # --- from the ingress ---

@@ -7,7 +7,8 @@ from engines.protocol import EngineCounters, StageStatus
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.backends import Backends
 from flexpiped.api.exposition import exposition, labelled
-from flexpiped.api.metrics import Endpoint, Levels, Metrics, Outcome, daemon_families, model_states
+from flexpiped.api.metrics import Endpoint, Levels, Metrics, daemon_families, model_states
+from flexpiped.api.outcomes import Outcome
 from flexpiped.handover_records import HandoverResult
 from flexpiped.ingress.fleet import Fleet
 from flexpiped.loop_lag import LoopLag

@@ -15,7 +15,8 @@ from engines.protocol import EngineCounters, StageStatus
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backends import Backends
-from flexpiped.api.metrics import Endpoint, Levels, Metrics, Outcome
+from flexpiped.api.metrics import Endpoint, Levels, Metrics
+from flexpiped.api.outcomes import Outcome
 from flexpiped.loop_lag import LoopLag
 from flexpiped.servers import listen_tcp, serving, url_of
 from flexpiped.status import Health, ServiceState

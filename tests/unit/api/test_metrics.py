@@ -6,7 +6,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.protocol import EngineCounters
-from flexpiped.api.metrics import Endpoint, Metrics, Outcome, percentiles_of
+from flexpiped.api.metrics import Endpoint, Metrics, percentiles_of
+from flexpiped.api.outcomes import Outcome
 from flexpiped.status import Percentiles
 
 COUNTERS = EngineCounters(

@@ -14,7 +14,8 @@ from engines.protocol import (
     TokenChunk,
 )
 from flexpiped.api.errors import ErrorType
-from flexpiped.api.metrics import Endpoint, Outcome
+from flexpiped.api.metrics import Endpoint
+from flexpiped.api.outcomes import Outcome
 from flexpiped.ingress.messages import (
     Admit,
     Arrived,
