@@ -215,6 +215,7 @@ class SglangEngine(ServedEngine):
             refactors_in_place=not info["refactor_refusal"] and self._graph is not None,
             max_stages=self._ranks.count,
             tensor_parallel=True,
+            resumes_seeded=info.get("resumes_seeded", True),  # an adopted engine may have a plugin that does not say
             engine_params=ENGINE_PARAMS,
             own_server=own_server(self._options.args),
             caches_prefixes="--disable-radix-cache" not in self._options.args,

@@ -1,15 +1,37 @@
-"""What the scheduler of rank 0 has done, over all micro-batches: SGLang's own figures are of one."""
+"""What the scheduler of rank 0 has done, over all micro-batches: SGLang's own figures are of one.
+
+Of a scheduler that is not understood nothing is counted: it serves all the same.
+"""
 
 from functools import wraps
 from typing import Any
 
+_COUNTED = (
+    *("running", "waiting", "kv_blocks_used", "prompt_tokens_total", "generated_tokens_total", "preemptions_total"),
+    "steps_total",
+)
+
+
+class Uncounted:
+    """Says what there is, and nothing of what is done with it."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def counters(self) -> dict[str, int]:
+        """Return the same as ``Counting``. From any thread."""
+        page = int(self._scheduler.page_size)
+        capacity = int(self._scheduler.max_total_num_tokens) // page
+        return dict.fromkeys(_COUNTED, 0) | {"kv_blocks_capacity": capacity, "kv_block_tokens": page}
+
 
 class Counting:
-    """Counts from when it is made."""
+    """Counts from when it is made. Raises: AttributeError, TypeError, LookupError: the scheduler is another one."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._prompt_tokens = self._generated_tokens = self._preemptions = self._steps = 0
+        self.counters()  # before anything is changed: what is not there is missed now, not in a step
         self._watch_queue()
         self._watch_results()
 
@@ -46,12 +68,12 @@ class Counting:
         add = self._scheduler._add_request_to_queue
 
         @wraps(add)
-        def add_request_to_queue(req: Any, is_retracted: bool = False) -> Any:
-            if is_retracted:
+        def add_request_to_queue(req: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("is_retracted", any(args[:1])):
                 self._preemptions += 1
             else:
                 self._prompt_tokens += len(req.origin_input_ids)
-            return add(req, is_retracted)
+            return add(req, *args, **kwargs)
 
         self._scheduler._add_request_to_queue = add_request_to_queue
 
@@ -59,10 +81,10 @@ class Counting:
         process = self._scheduler.process_batch_result
 
         @wraps(process)
-        def process_batch_result(batch: Any, result: Any) -> Any:
+        def process_batch_result(batch: Any, *args: Any, **kwargs: Any) -> Any:
             requests = list(batch.reqs)
             before = sum(len(request.output_ids) for request in requests)
-            answer = process(batch, result)
+            answer = process(batch, *args, **kwargs)
             self._generated_tokens += sum(len(request.output_ids) for request in requests) - before
             self._steps += 1
             return answer

@@ -4,16 +4,24 @@ SGLang's own choice is to poll for requests all the time, or to look at nothing 
 either way.
 """
 
+import inspect
 from functools import wraps
 from typing import Any
+
+from flexpiped_sglang.optional import expect
 
 _IDLE_MS = 10
 
 
 def sleep_briefly() -> None:
-    """Bound how long a scheduler waits for its next request before it goes through its slots again."""
+    """Bound how long a scheduler waits for its next request before it goes through its slots again.
+
+    Raises:
+        ImportError, AttributeError: Nothing is changed: this SGLang waits in another way.
+    """
     from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 
+    expect("self.poller.poll(" in inspect.getsource(IdleSleeper.maybe_sleep), "idle schedulers wait in another way")
     original = IdleSleeper.__init__
 
     @wraps(original)

@@ -20,6 +20,8 @@ try:  # what only moves in place need: an SGLang without it is served all the sa
     from sglang.srt.layers.utils import PPMissingLayer
     from sglang.srt.managers.schedule_batch import NextBatchPlan, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+    from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
     from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
@@ -79,6 +81,16 @@ def _expectations() -> list[tuple[str, bool]]:
             "Scheduler.get_next_batch_to_run(running_batch, last_batch)",
             _parameters(Scheduler.get_next_batch_to_run) == ["self", "running_batch", "last_batch"],
         ),
+        (
+            "Scheduler.process_batch_result(batch, result)",
+            _parameters(Scheduler.process_batch_result) == ["self", "batch", "result"],
+        ),
+        (
+            "Scheduler._add_request_to_queue(req, is_retracted)",
+            _parameters(Scheduler._add_request_to_queue) == ["self", "req", "is_retracted"],
+        ),
+        ("PoolStats.get_kv_token_stats()", _parameters(PoolStats.get_kv_token_stats) == ["self"]),
+        ("IdleSleeper.poller", _in_order(IdleSleeper.maybe_sleep, "self.poller.poll(")),
         ("Scheduler.run_batch(batch, ...)", _parameters(Scheduler.run_batch)[:2] == ["self", "batch"]),
         (
             "Scheduler._pp_microbatches_drained()",
@@ -92,11 +104,12 @@ def _expectations() -> list[tuple[str, bool]]:
             "Scheduler.event_loop_pp (batches of a slot, its requests, those sent on, the choice of what runs)",
             _in_order(
                 getattr(Scheduler, "event_loop_pp", None),
-                "self.running_batch = ",
-                "self.last_batch = ",
+                "self.running_batch = self.running_mbs[",
+                "self.last_batch = self.last_mbs[",
                 "self.ingest_requests(",
                 "self._pp_send_pyobj_to_next_stage(",
                 "self.get_next_batch_to_run(",
+                "self.mbs[mb_id] = ",
             ),
         ),
         ("NextBatchPlan", set(NextBatchPlan.__struct_fields__) == {"batch_to_run", "running_batch"}),

@@ -21,9 +21,11 @@ from flexpiped_served.weights import WeightHelper
 
 from flexpiped_sglang import internals
 from flexpiped_sglang.answers import Answer, AnswerReceiver, AnswerSender
+from flexpiped_sglang.attributes import OF_ALLOCATOR, OF_PARALLEL, OF_POOL, OF_SCHEDULER, refusal_without
 from flexpiped_sglang.conductor import Conductor
-from flexpiped_sglang.counting import Counting
+from flexpiped_sglang.counting import Counting, Uncounted
 from flexpiped_sglang.layers import CannotMove, LayerStore
+from flexpiped_sglang.optional import has
 from flexpiped_sglang.sending import Sending
 from flexpiped_sglang.settings import Settings
 from flexpiped_sglang.slots import Command, Slots
@@ -36,23 +38,24 @@ _SWITCH_S = 0.0005  # so that a thread's bits of Python never hold a step up for
 class Rank:
     """Added to one scheduler when it is ready. Without a refusal it can gain and lose layers."""
 
-    def __init__(self, scheduler: Any, settings: Settings) -> None:
+    def __init__(self, scheduler: Any, settings: Settings, *, resumes_seeded: bool) -> None:
         sys.setswitchinterval(_SWITCH_S)
         self._scheduler = scheduler
         self._settings = settings
+        self._resumes_seeded = resumes_seeded
         self._busy_s = 0.0
         self._epoch = 0
         self._failpoints = Failpoints()
         parallel = internals.get_parallel()
         self._number = parallel.pp_rank * parallel.tp_size + parallel.tp_rank
         self._answers = AnswerSender(settings.directory, self._number)
-        self._refusal = internals.check() or internals.refusal_of(scheduler)
+        self._refusal = internals.check() or _odd(scheduler, parallel) or internals.refusal_of(scheduler)
         self._moving: Moving | None = None
         self._sending: Sending | None = None
         self._conductor: Conductor | None = None
         if not self._refusal:
             self._make_movable(parallel)
-        self._watch_steps()
+        has(self._watch_steps, without="how busy ranks are is not known")
         if not internals.check():
             self._slots = Slots(
                 scheduler,
@@ -73,6 +76,9 @@ class Rank:
         scheduler, directory = self._scheduler, self._settings.directory
         runner, allocator = scheduler.tp_worker.model_runner, scheduler.token_to_kv_pool_allocator
         pool = allocator.get_kvcache()
+        self._refusal = refusal_without(allocator, OF_ALLOCATOR) or refusal_without(pool, OF_POOL)
+        if self._refusal:
+            return
         try:
             layers = LayerStore(runner.model, pool)
         except CannotMove as error:
@@ -96,7 +102,8 @@ class Rank:
 
     def _lead(self, parallel: Any) -> None:
         """Begin to answer for all ranks: this is the first."""
-        self._counting = Counting(self._scheduler)
+        self._counting: Counting | Uncounted = Uncounted(self._scheduler)
+        has(self._count, without="what its scheduler does is not counted")
         if not internals.check():
             num_layers = self._scheduler.model_config.num_hidden_layers
             self._conductor = Conductor(
@@ -112,6 +119,9 @@ class Rank:
             self._receiver = AnswerReceiver(self._settings.directory, self._conductor.on_answer)
         core = self._settings.directory / "engine.sock"
         self._core = SideChannel(core, self._answer_core, greeting=self._ready)
+
+    def _count(self) -> None:
+        self._counting = Counting(self._scheduler)
 
     def _watch_steps(self) -> None:
         """Be told of each batch: just before it runs, and when its results are in."""
@@ -244,12 +254,17 @@ class Rank:
             "pp_size": parallel.pp_size,
             "tp_size": parallel.tp_size,
             "refactor_refusal": self._refusal,
+            "resumes_seeded": self._resumes_seeded,
             "kv_form": "",
             "kv_refusal": "KV caches of single requests do not leave SGLang",
             "num_kv_blocks": int(scheduler.max_total_num_tokens) // page,
             "kv_block_tokens": page,
             "layout": [] if self._conductor is None else self._conductor.layout,
         }
+
+
+def _odd(scheduler: Any, parallel: Any) -> str:
+    return refusal_without(scheduler, OF_SCHEDULER) or refusal_without(parallel, OF_PARALLEL)
 
 
 def _layout(num_layers: int, pp_size: int) -> list[int]:

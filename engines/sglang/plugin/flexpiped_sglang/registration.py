@@ -10,6 +10,7 @@ from typing import Any
 
 from flexpiped_served.processes import die_with_parent
 
+from flexpiped_sglang.optional import has
 from flexpiped_sglang.settings import Settings
 
 
@@ -23,8 +24,8 @@ def register() -> None:
     from flexpiped_sglang.idling import sleep_briefly
     from flexpiped_sglang.seeds import draw_by_seed
 
-    draw_by_seed()
-    sleep_briefly()
+    resumes_seeded = has(draw_by_seed, without="a seeded draw goes on differently after a replay")
+    has(sleep_briefly, without="a move through idle schedulers takes seconds")
     from flexpiped_sglang import internals
 
     if not internals.check():
@@ -33,7 +34,7 @@ def register() -> None:
 
         record_layers()
         keep_first_layers(settings)
-    _extend_scheduler(settings)
+    _extend_scheduler(settings, resumes_seeded=resumes_seeded)
 
 
 def _serve_on_a_socket(path: str) -> None:
@@ -53,7 +54,7 @@ def _serve_on_a_socket(path: str) -> None:
     uvicorn.Config.__init__ = init
 
 
-def _extend_scheduler(settings: Settings) -> None:
+def _extend_scheduler(settings: Settings, *, resumes_seeded: bool) -> None:
     """Give each scheduler a rank of ours, from when it is ready until it ends."""
     from sglang.srt.managers.scheduler import Scheduler
 
@@ -64,7 +65,7 @@ def _extend_scheduler(settings: Settings) -> None:
     @wraps(original)
     def run_event_loop(self: Any) -> None:
         os.nice(max(0, settings.nice - os.nice(0)))
-        self.flexpiped = Rank(self, settings)
+        self.flexpiped = Rank(self, settings, resumes_seeded=resumes_seeded)
         original(self)
 
     Scheduler.run_event_loop = run_event_loop

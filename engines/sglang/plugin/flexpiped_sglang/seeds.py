@@ -5,19 +5,31 @@ allows a few attention backends, none of them for the CPU, and turns the prefix 
 neither: with the seed set, a request goes on after a replay as it would have.
 """
 
+import inspect
 import zlib
 from functools import wraps
 from typing import Any
 
 import torch
 
+from flexpiped_sglang.optional import expect
+
+_SAMPLER_TAKES = ["probs", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed", "positions"]
+
 
 def draw_by_seed() -> None:
-    """Set the seed of every request, and have its draws depend on nothing else than that and its position."""
+    """Set the seed of every request, and have its draws depend on nothing else than that and its position.
+
+    Raises:
+        ImportError, AttributeError: Nothing is changed: this SGLang samples in a way that is not understood.
+    """
     from sglang.srt.layers import sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     describe = SamplingBatchInfo.from_schedule_batch.__func__  # type: ignore[attr-defined]  # a class method
+    sample, draw = sampler.top_k_top_p_min_p_sampling_from_probs_torch, sampler.multinomial_with_seed
+    expect(list(inspect.signature(sample).parameters)[:7] == _SAMPLER_TAKES, "the sampler takes other arguments")
+    expect(hasattr(SamplingBatchInfo, "sampling_seed"), "batches have no seeds")
 
     @wraps(describe)
     def from_schedule_batch(cls: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,9 +40,7 @@ def draw_by_seed() -> None:
         return info
 
     SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
-    sampler.top_k_top_p_min_p_sampling_from_probs_torch = _by_token(
-        sampler.top_k_top_p_min_p_sampling_from_probs_torch, sampler.multinomial_with_seed
-    )
+    sampler.top_k_top_p_min_p_sampling_from_probs_torch = _by_token(sample, draw)
 
 
 def seed_of(given: int | None, *, request_id: str) -> int:
