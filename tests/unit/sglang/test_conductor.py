@@ -119,7 +119,8 @@ class Row:
         if rank == self.late:
             for earlier, held_up in self.held_up:
                 self.conductor.on_answer(earlier, rank, held_up)
-        answer = self.answer_of.get("switch", [{}] * len(self.slots))[rank]
+        given = self.answer_of.get("switch", [{}] * len(self.slots))[rank]
+        answer = {"slot": self.slots[rank].number} | given
         if "error" not in answer:
             self.slots[rank].held_by.discard(holder)
         self.conductor.on_answer(ticket, rank, answer)
@@ -256,6 +257,15 @@ def test_a_daemon_that_comes_waits_for_the_commit_that_the_one_before_has_begun(
     committed, settled = row.replies
     assert committed["result"]["epoch"] == 1
     assert settled["result"] == {"epoch": 1, "layout": NEW_LAYOUT, "last_number": 1, "crash": ""}
+
+
+def test_ranks_that_switch_at_different_slots_are_noticed(row: Row) -> None:
+    """Then some batch has run under two layouts."""
+    row.answer_of["switch"] = [{"slot": 7}, {"slot": 7}, {"slot": 8}]
+    begun(row).ask("commit", 1, 1.0, False)
+    row.run(10)
+    reason = "a rank failed while it switched: slot 7, 7, 8, by rank, where it must be the same"
+    assert row.replies[-1]["result"]["crash"] == reason
 
 
 def test_a_daemon_that_comes_learns_of_a_commit_that_went_wrong(row: Row) -> None:

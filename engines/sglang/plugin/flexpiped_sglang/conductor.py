@@ -256,7 +256,7 @@ class Conductor:
         self._pause_s = None
         self._switching = (self._asking.next_ticket, tell_crash)
         try:
-            yield from self._asking.ask("switch", number, self._epoch, _MOVE)
+            _switched_together((yield from self._asking.ask("switch", number, self._epoch, _MOVE)))
             _agree((yield from self._asking.answers(copy_ticket)))  # of those that nobody waited for, too
         except RuntimeError as error:
             self._crash = _failed_switch(error)
@@ -291,6 +291,13 @@ def _agree(answers: list[Answer]) -> None:
     """All ranks must have the same KV blocks live. Raises: RuntimeError."""
     if len({answer["live"] for answer in answers}) != 1:
         raise RuntimeError("the ranks do not agree about which KV blocks are live")
+
+
+def _switched_together(answers: list[Answer]) -> None:
+    """Each batch runs under one layout on all ranks. Raises: RuntimeError."""
+    slots = [answer["slot"] for answer in answers]
+    if len(set(slots)) != 1:
+        raise RuntimeError(f"slot {', '.join(map(str, slots))}, by rank, where it must be the same")
 
 
 def _compare(answers: list[Answer], *, group: int) -> None:

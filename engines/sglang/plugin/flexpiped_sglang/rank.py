@@ -187,7 +187,7 @@ class Rank:
         answer = sending.switch(number)
         self._epoch = epoch
         self._slots.held_by.discard(holder)
-        return answer
+        return answer | {"slot": self._slots.number}
 
     def _try(self, ticket: int, work: Callable[[Sending], Answer]) -> None:
         """Do a piece of a handover and answer. An exception would end the scheduler, so it becomes an answer."""

@@ -42,6 +42,7 @@ class Slots:
         self._would_run = would_run
         self._outbox: list[Command] = []
         self._inbox: list[Command] = []
+        self.number = 0  # of the slot that this scheduler is in: on every rank the same, as each passes through all
         self.held_by: set[str] = set()  # while there is any, no batch is begun
         # Batches whose requests join the running ones of their slot when it goes on.
         self._unjoined: dict[int, Any] = {}
@@ -111,6 +112,7 @@ class Slots:
 
     def _do_commands(self) -> None:
         """By now the requests of this slot have been sent on: no rank waits for what an earlier one does for a move."""
+        self.number += 1
         commands, self._inbox = self._inbox, []
         for command in commands:
             self._on_command(command)
