@@ -1,7 +1,7 @@
 """A request of ours in SGLang's words. Pure.
 
 The plugin inside SGLang draws by seed and position, so a request that goes on after tokens were produced elsewhere is
-one with a longer prompt, and goes on as it would have; only penalties of output tokens begin anew.
+one with a longer prompt, and goes on as it would have. It is told how much of that prompt penalties count as output.
 """
 
 from typing import Any, Final
@@ -20,6 +20,8 @@ _NAMES: Final = {
     "min_tokens": "min_new_tokens",
 }
 ENGINE_PARAMS: Final = frozenset(_NAMES)
+_PENALTIES: Final = frozenset({"frequency_penalty", "presence_penalty", "repetition_penalty"})
+_REPLAYED: Final = "flexpiped_replayed"  # as the plugin reads it
 
 
 def to_sglang(request: GenerationRequest, *, max_tokens: int) -> dict[str, Any]:
@@ -47,6 +49,8 @@ def to_sglang(request: GenerationRequest, *, max_tokens: int) -> dict[str, Any]:
         wire[_NAMES[name]] = value
     if "min_new_tokens" in wire:
         wire["min_new_tokens"] = max(0, wire["min_new_tokens"] - len(request.generated_token_ids))
+    if request.generated_token_ids and wire.keys() & _PENALTIES:
+        wire["custom_params"] = {_REPLAYED: len(request.generated_token_ids)}
     return wire
 
 

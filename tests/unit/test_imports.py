@@ -79,10 +79,10 @@ def test_some_libraries_are_imported_by_one_module(library: str) -> None:
 
 
 def test_what_moves_touch_of_sglang_stands_in_one_module() -> None:
-    """Else its check at start would not see all; others of the plugin touch the start, seeds and idling only."""
+    """Else its check at start would not see all; others touch the start, draws, penalties and idling only."""
     plugin = ROOT / "engines" / "sglang" / "plugin" / "flexpiped_sglang"
     users = {path.name for path in plugin.glob("*.py") if "sglang" in tops(path)}
-    assert users == {"internals.py", "registration.py", "seeds.py", "idling.py"}
+    assert users == {"internals.py", "registration.py", "seeds.py", "penalties.py", "idling.py"}
 
 
 def test_nothing_imports_the_tests() -> None:

@@ -64,6 +64,7 @@ def test_it_serves_without_what_it_has_not(tmp_path: Path) -> None:
     assert (said["counters"]["kv_blocks_capacity"], said["counters"]["running"]) == (16, 0)
     for without in (
         "a seeded draw goes on differently after a replay",
+        "penalties of output begin anew after a replay",
         "a move through idle schedulers takes seconds",
         "how busy ranks are is not known",
         "what its scheduler does is not counted",

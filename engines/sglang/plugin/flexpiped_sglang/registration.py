@@ -22,9 +22,11 @@ def register() -> None:
     settings = Settings.of_environment()
     _serve_on_a_socket(str(settings.directory / "http.sock"))
     from flexpiped_sglang.idling import sleep_briefly
+    from flexpiped_sglang.penalties import go_on_counting
     from flexpiped_sglang.seeds import draw_by_seed
 
     resumes_seeded = has(draw_by_seed, without="a seeded draw goes on differently after a replay")
+    has(go_on_counting, without="penalties of output begin anew after a replay")
     has(sleep_briefly, without="a move through idle schedulers takes seconds")
     from flexpiped_sglang import internals
 
