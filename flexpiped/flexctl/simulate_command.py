@@ -3,7 +3,7 @@
 import json
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from flexpiped.flexctl.text import bar, format_age
 from flexpiped.flexctl.traffic_options import add_traffic, count, slo_of, trace_of
 
 if TYPE_CHECKING:
+    from flexpiped.settings import AutoSettings
     from flexpiped.simulation.scenario import Scenario
-    from planner.simulation.run import Outcome
+    from planner.simulation.outcome import Outcome
     from planner.simulation.system import System
     from planner.traces import Trace
 
@@ -53,7 +54,7 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
         raise BadUsage("bad_input", f"--occupancy: from 0 to below 1, not {options.occupancy:g}")
     options.slo_ttft = options.slo_ttft or _TARGET_TTFT_S
     options.slo_tpot = options.slo_tpot or _TARGET_TPOT_S
-    trace = trace_of(options)
+    trace, auto = trace_of(options), _auto(options)
     scenario = _scenario(options, trace)
     setting = Setting(
         trace=trace,
@@ -61,6 +62,8 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
         slo=slo_of(options),
         memory_changes=scenario.memory_changes,
         expected=workload_of(trace),
+        interval_s=auto.interval_s,
+        windows_s=auto.windows_s,
     )
     began_s, shown_s = time.monotonic(), 0.0
 
@@ -73,9 +76,20 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
                 f"{shown_s - began_s:.0f} s"
             )
 
-    outcome = run(setting, scenario.pool(), _system(options, scenario, trace), on_progress=show)
+    outcome = run(setting, scenario.pool(), _system(options, auto, scenario, trace), on_progress=show)
     _tell(screen, options, scenario, outcome, took_s=time.monotonic() - began_s)
     return Exit.DONE
+
+
+def _auto(options: Namespace) -> "AutoSettings":
+    """Return what the daemon would go by: [auto] of the configuration, or the defaults."""
+    from flexpiped.config_file import ConfigError, load_config
+    from flexpiped.settings import AutoSettings
+
+    try:
+        return load_config(Path(options.config)).auto if options.config else AutoSettings()
+    except ConfigError as error:
+        raise BadUsage("bad_input", str(error)) from None
 
 
 def _scenario(options: Namespace, trace: "Trace") -> "Scenario":
@@ -110,8 +124,8 @@ def _scenario(options: Namespace, trace: "Trace") -> "Scenario":
         raise Refused("infeasible", str(error)) from None
 
 
-def _system(options: Namespace, scenario: "Scenario", trace: "Trace") -> "System":
-    from planner.policy_state import PolicyConstants
+def _system(options: Namespace, auto: "AutoSettings", scenario: "Scenario", trace: "Trace") -> "System":
+    from flexpiped.auto import constants_of
     from planner.simulation.baselines import BestStatic, FastColdStart, Oracle, Static
     from planner.simulation.outlooks import Outlooks
     from planner.simulation.own_policy import Flexpiped
@@ -134,7 +148,8 @@ def _system(options: Namespace, scenario: "Scenario", trace: "Trace") -> "System
         case "oracle":
             return Oracle(outlooks=outlooks, expected=expected, arrivals_s=[each.arrival_s for each in trace])
         case _:
-            constants = PolicyConstants(min_replicas=1, max_replicas=most)
+            most = options.replicas or (auto.max_replicas if options.config else most)
+            constants = constants_of(replace(auto, min_replicas=min(auto.min_replicas, most), max_replicas=most))
             return Flexpiped(constants=constants, outlooks=outlooks, expected=expected)
 
 

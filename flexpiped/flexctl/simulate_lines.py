@@ -1,7 +1,7 @@
 """What a simulation took of the devices, as lines (pure)."""
 
 from flexpiped.flexctl.text import format_duration, table
-from planner.simulation.run import Outcome
+from planner.simulation.outcome import Outcome
 
 
 def fleet_facts(outcome: Outcome) -> list[tuple[str, str]]:
@@ -17,7 +17,11 @@ def fleet_facts(outcome: Outcome) -> list[tuple[str, str]]:
             f"most; always on {outcome.always_on:.0%} of the most; {outcome.utilisation:.0%} of the time in use",
         ),
         ("efficiency", f"{outcome.goodput_per_device_s:.4f} requests in time for each reserved device-second"),
-        ("changes", f"{outcome.changes} of granularity, {outcome.changes_per_min:.2f} a minute"),
+        (
+            "decisions",
+            f"{outcome.decisions} that changed something, at most {outcome.most_decisions_per_min} a minute",
+        ),
+        ("changes", f"{outcome.changes} of granularity"),
         ("starts", f"{outcome.starts}{start}; {outcome.evicted} replicas gave way to neighbours"),
     ]
 

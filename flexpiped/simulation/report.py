@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from planner.simulation.run import Outcome, Sample
+from planner.simulation.outcome import Outcome, Sample
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 900, 150, 60, 20
 _COLOURS = ("#1f6fb2", "#d2691e", "#2e8b57", "#8b3a8b", "#b22222", "#666666")

@@ -24,13 +24,14 @@ class MemberState(Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Member:
-    """One replica of the fleet. ``target``: the shape and devices that it changes to."""
+    """One replica of the fleet. ``target``: shape and devices that it changes to; ``gone``: whom to tell of its end."""
 
     replica: Replica
     shape: Shape
     placed: Placed
     state: MemberState
     target: tuple[Shape, Placed] | None = None
+    gone: Callable[[bool], None] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,10 +45,11 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetEvents:
-    """Whom to tell: a request's first token and end."""
+    """Whom to tell: a request's first token and end, and that others serve now than before."""
 
     on_first: Callable[[SimulatedRequest], None] = lambda _request: None
     on_end: Callable[[SimulatedRequest], None] = lambda _request: None
+    on_layout: Callable[[], None] = lambda: None
 
 
 class Fleet:
@@ -73,6 +75,7 @@ class Fleet:
         self.busy_s = 0.0  # of replicas that are gone
         self.starts_s: list[float] = []
         self.changes = 0
+        self.begun = 0  # replicas that were told to come, go or change
         self.evicted = 0
         self._events = events
         self._counted_s = 0.0
@@ -149,6 +152,7 @@ class Fleet:
             replica=self._replica(shape, placed.kv_tokens), shape=shape, placed=placed, state=MemberState.STARTING
         )
         self.members.append(member)
+        self.begun += 1
         self._count()
         takes_s = (shape.warm_s if placed.is_warm else shape.cold_s) if start_s is None else start_s
         self.starts_s.append(takes_s)
@@ -156,18 +160,17 @@ class Fleet:
         return True
 
     def remove(self, num_stages: int, *, done: Callable[[bool], None] | None = None) -> bool:
-        """Drain the least busy replica of a granularity and end it. False: there is none."""
+        """Drain the least busy replica of a granularity and end it; ``done`` hears it then. False: there is none."""
         having = [each for each in self._changeable() if each.shape.num_stages == num_stages]
         if not having:
             if done is not None:
                 done(False)
             return False
         member = min(having, key=lambda each: each.replica.live)
-        member.state = MemberState.DRAINING
+        member.state, member.gone = MemberState.DRAINING, done
+        self.begun += 1
         self._open = None
         self._end_if_drained(member)
-        if done is not None:
-            done(True)
         return True
 
     def change(
@@ -184,6 +187,7 @@ class Fleet:
             return False
         member.target = (shape, placed)
         self.changes += 1
+        self.begun += 1
         takes_s = 0.0 if free else shape.prepare_s
         self.clock.at(self.clock.now_s + takes_s, lambda: self._commit(member, 0.0 if free else shape.pause_s, done))
         return True
@@ -192,6 +196,10 @@ class Fleet:
         """Return where a replica would go in the place of one that serves, the one that leaves it most KV cache."""
         found = [placed for each in self._changeable() if (placed := self._find_beside(each, shape)) is not None]
         return max(found, key=lambda placed: placed.kv_tokens, default=None)
+
+    def layout_changed(self) -> None:
+        """Tell that others serve now than before."""
+        self._events.on_layout()
 
     def busy_total_s(self) -> float:
         """Return the seconds that stages have computed, all together."""
@@ -230,8 +238,12 @@ class Fleet:
         self.members.remove(member)
         self._open = None
         self.evicted += 1
+        if member.state is MemberState.SERVING:
+            self.layout_changed()
         for request in requests:
             self.submit(request)
+        if member.gone is not None:
+            member.gone(True)
 
     def _changeable(self) -> list[Member]:
         return [each for each in self.members if each.state is MemberState.SERVING and each.target is None]
@@ -307,6 +319,8 @@ class Fleet:
                 self.busy_s += member.replica.busy_s
                 self.members.remove(member)
                 self._count()
+                if member.gone is not None:
+                    member.gone(True)
             case MemberState.STARTING | MemberState.SERVING | MemberState.DRAINING:
                 pass
             case _:

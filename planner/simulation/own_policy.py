@@ -5,12 +5,12 @@ from typing import assert_never
 
 from planner.granularity import Candidate
 from planner.load import Observation
-from planner.policy import decide, initial_state, settle
+from planner.policy import changed_by_others, decide, initial_state, settle
 from planner.policy_state import Action, Decision, Ending, PolicyConstants, PolicyState, Verb, known
 from planner.prediction import Prediction
 from planner.simulation.fleet import Fleet, MemberState
 from planner.simulation.outlooks import Outlooks, fewest_devices
-from planner.simulation.shape import Shape
+from planner.simulation.shape import Shape, Shapes
 from planner.workload import Slo, Workload
 
 
@@ -26,6 +26,7 @@ class Flexpiped:
     outlooks: Outlooks
     expected: Workload
     decisions: list[Decision] = field(default_factory=list)
+    _asleep_with: int = 0  # stages of the replicas that went last, when none was left
 
     def begin(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -42,6 +43,8 @@ class Flexpiped:
         self._state: PolicyState = initial_state(fleet.stages, now_s=0.0)
 
     def tick(self, observation: Observation, now_s: float) -> str:
+        if self._state.under_way is None:
+            self._state = changed_by_others(self._state, now_s=now_s, fleet=self._fleet.stages)
         candidates = self._candidates(observation)
         self._state, decision = decide(self._state, observation, candidates, now_s, self.constants)
         self.decisions.append(decision)
@@ -55,14 +58,7 @@ class Flexpiped:
         def done(well: bool) -> None:
             ended.append(well)
             if len(ended) == action.count:
-                ending = Ending.DONE if any(ended) else Ending.FAILED
-                self._state = settle(
-                    self._state,
-                    now_s=self._fleet.clock.now_s,
-                    fleet=self._fleet.stages,
-                    ending=ending,
-                    constants=self.constants,
-                )
+                self._settle(action, Ending.DONE if all(ended) else Ending.FAILED)
 
         for _ in range(action.count):
             match action.verb:
@@ -77,6 +73,15 @@ class Flexpiped:
                 case _:
                     assert_never(action.verb)
 
+    def _settle(self, action: Action, ending: Ending) -> None:
+        after = self._fleet.stages
+        if ending is Ending.DONE or after != self._state.fleet:
+            self._fleet.layout_changed()
+        if after or action.verb is Verb.REMOVE:
+            self._asleep_with = 0 if after else action.num_stages
+        now_s = self._fleet.clock.now_s
+        self._state = settle(self._state, now_s=now_s, fleet=after, ending=ending, constants=self.constants)
+
     def _candidates(self, observation: Observation) -> list[Candidate]:
         workload = Workload(
             rate_per_s=max(1e-3, known(observation.window(self.constants.cv_window_s).rate_per_s, 1e-3)),
@@ -86,8 +91,14 @@ class Flexpiped:
             output_tokens_cv=self.expected.output_tokens_cv,
         )
         cvs = self.outlooks.best_cvs(workload)
-        found = (self._candidate(shape, workload, cvs[stages]) for stages, shape in self._fleet.shapes.items())
+        found = (self._candidate(shape, workload, cvs[stages]) for stages, shape in self._open.items())
         return [each for each in found if each is not None]
+
+    @property
+    def _open(self) -> Shapes:
+        """What may be decided for: what sleeps wakes up as it was."""
+        shapes = self._fleet.shapes
+        return shapes if self._state.fleet or not self._asleep_with else {self._asleep_with: shapes[self._asleep_with]}
 
     def _candidate(self, shape: Shape, workload: Workload, best_cv: float | None) -> Candidate | None:
         fleet, pool = self._fleet, self._fleet.pool

@@ -1,15 +1,16 @@
 """One simulation: a trace, devices, shapes and a system that decides; what the requests saw and what it took."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, isfinite
 from statistics import fmean, median
 
 from planner.arrivals import Absence, Reading
 from planner.load import WINDOWS_S, EngineSample, LoadMonitor
-from planner.request_figures import Figures, RequestTimes, figures
+from planner.request_figures import RequestTimes, figures
 from planner.simulation.clock import Clock
 from planner.simulation.fleet import Fleet, FleetEvents, MemberState
+from planner.simulation.outcome import Outcome, Sample, most_in_a_minute, stall_lengths
 from planner.simulation.pool import DevicePool, Placing
 from planner.simulation.replica import SimulatedRequest
 from planner.simulation.shape import Shapes
@@ -18,7 +19,6 @@ from planner.traces import TraceRequest
 from planner.workload import Slo, Workload
 
 _CV_WINDOW_S = 180.0
-_STALL_BEGINS, _STALL_ENDS = 1.5, 1.2  # times the 25th percentile of latency: FlexPipe's measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,67 +28,6 @@ class MemoryChange:
     at_s: float
     device: int
     num_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """The timeline at one moment. ``ttft_s`` and ``latency_s``: means over requests that ended since the last one."""
-
-    at_s: float
-    replicas: dict[int, int]  # that serve, by number of stages
-    coming: int
-    cv: float | None
-    rate_per_s: float
-    queue: int  # requests without their first token
-    running: int
-    ttft_s: float | None
-    latency_s: float | None
-    devices: int  # reserved
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a simulation came to.
-
-    Attributes:
-        figures: Of all requests; those that had not ended when it was broken off count as failed.
-        queue_mean: Requests without their first token, over time.
-        stall_recovery_s: Median length of stalls: from latency above 1.5 times its 25th percentile to below 1.2 times.
-        reserved_device_s, reserved_share_s: Devices held by replicas over time, and the share of their memory.
-        busy_device_s: That stages computed.
-        always_on: The fewest devices reserved at any time, over the most.
-    """
-
-    figures: Figures
-    queue_mean: float
-    queue_most: int
-    stall_recovery_s: float | None
-    stalls: int
-    reserved_device_s: float
-    reserved_share_s: float
-    busy_device_s: float
-    most_devices: int
-    always_on: float
-    changes: int
-    changes_per_min: float
-    starts: int
-    mean_start_s: float | None
-    evicted: int
-    events: int
-    simulated_s: float
-    samples: tuple[Sample, ...] = field(repr=False)
-    requests: tuple[RequestTimes, ...] = field(repr=False)
-
-    @property
-    def goodput_per_device_s(self) -> float:
-        """Requests served within the targets for each device-second that was reserved."""
-        good = self.figures.attainment * self.figures.requests
-        return good / self.reserved_device_s if self.reserved_device_s else 0.0
-
-    @property
-    def utilisation(self) -> float:
-        return self.busy_device_s / self.reserved_device_s if self.reserved_device_s else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +77,7 @@ class _Run:
             self._clock,
             pool,
             setting.shapes,
-            FleetEvents(on_first=self._first, on_end=self._ended),
+            FleetEvents(on_first=self._first, on_end=self._ended, on_layout=self._layout_changed),
             placing=setting.placing,
             expected=setting.expected,
         )
@@ -146,6 +85,7 @@ class _Run:
         self._since: list[SimulatedRequest] = []  # ended since the last sample
         self._left = len(setting.trace)
         self._samples: list[Sample] = []
+        self._decided_s: list[float] = []  # when something was begun
         self._last_s = setting.trace[-1].arrival_s if setting.trace else 0.0
         self._end_s = self._last_s + setting.drain_s
 
@@ -192,6 +132,9 @@ class _Run:
         tpot_s = (request.end_s - request.first_token_s) / (request.output_tokens - 1) if several else None
         self._monitor.ended(request.number, self._clock.now_s, output_tokens=request.output_tokens, tpot_s=tpot_s)
 
+    def _layout_changed(self) -> None:
+        self._monitor.layout_changed(self._clock.now_s)
+
     def _memory(self, change: MemoryChange) -> None:
         device = self._fleet.pool.devices[change.device]
         device.others_bytes = min(device.total_bytes, max(0, device.others_bytes + change.num_bytes))
@@ -205,10 +148,10 @@ class _Run:
         kv_use: Reading = max((each.kv_use for each in serving), default=Absence.NOT_YET, key=_value)
         self._monitor.sampled(now_s, EngineSample(running=running, waiting=queue, kv_use=kv_use))
         observation = self._monitor.observe(now_s)
-        changes = fleet.changes
+        begun = fleet.begun
         reason = self._system.tick(observation, now_s)
-        if fleet.changes != changes:
-            self._monitor.layout_changed(now_s)
+        if fleet.begun != begun:
+            self._decided_s.append(now_s)
         window = observation.window(_CV_WINDOW_S)
         ended, self._since = self._since, []
         self._samples.append(
@@ -248,7 +191,8 @@ class _Run:
             most_devices=reserved.most_devices,
             always_on=min(devices) / max(1, reserved.most_devices),
             changes=fleet.changes,
-            changes_per_min=fleet.changes / max(1e-9, self._clock.now_s / 60),
+            decisions=len(self._decided_s),
+            most_decisions_per_min=most_in_a_minute(self._decided_s),
             starts=len(fleet.starts_s),
             mean_start_s=fmean(fleet.starts_s) if fleet.starts_s else None,
             evicted=fleet.evicted,
@@ -273,24 +217,3 @@ def _times_of(request: SimulatedRequest) -> RequestTimes:
         output_tokens=request.output_tokens if ended else request.done_tokens,
         failure="" if ended else "not ended when the simulation was",
     )
-
-
-def stall_lengths(requests: Sequence[RequestTimes]) -> list[float]:
-    """Return the seconds of each stall, by time to the first token in order of arrival.
-
-    A stall begins when it exceeds 1.5 times its 25th percentile and ends when it is below 1.2 times (FlexPipe, which
-    does not say of which latency; that to the first token does not depend on the length of answers).
-    """
-    seen = [(each.first_token_s, each.ttft_s) for each in requests if each.first_token_s is not None]
-    points = sorted((at_s, ttft_s) for at_s, ttft_s in seen if ttft_s is not None)
-    if not points:
-        return []
-    base_s = sorted(ttft_s for _, ttft_s in points)[len(points) // 4]
-    lengths, began_s = [], None
-    for at_s, ttft_s in points:
-        if began_s is None and ttft_s > _STALL_BEGINS * base_s:
-            began_s = at_s
-        elif began_s is not None and ttft_s < _STALL_ENDS * base_s:
-            lengths.append(at_s - began_s)
-            began_s = None
-    return lengths

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Final
 
 from planner.request_figures import Figures, RequestTimes, figures
+from planner.simulation.outcome import most_in_a_minute
 from planner.traces import Trace, TraceRequest, drawn_trace
 from planner.workload import Slo, Workload
 from tests.bench.tables import Bound, ms, table
@@ -76,11 +77,6 @@ def devices_over_time(marks: Sequence[Mapping[str, Any]], *, begins_with: int, u
         counts.append(int(found[1]) if found else counts[-1])
     ats = [0.0, *(float(each["after_s"]) for each in marks), until_s]
     return sum(count * max(0.0, after - before) for count, (before, after) in zip(counts, pairwise(ats), strict=True))
-
-
-def most_in_a_minute(ats_s: Sequence[float]) -> int:
-    """Return how many of these moments lie within one minute, at most."""
-    return max((sum(begin <= at < begin + 60.0 for at in ats_s) for begin in ats_s), default=0)
 
 
 def fixed_name(stages: int) -> str:

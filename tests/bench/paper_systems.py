@@ -7,10 +7,11 @@ from math import inf
 
 from planner.policy_state import PolicyConstants
 from planner.simulation.baselines import FastColdStart, Full, Oracle, Static
+from planner.simulation.outcome import Outcome
 from planner.simulation.outlooks import Outlooks
 from planner.simulation.own_policy import Flexpiped
 from planner.simulation.pool import DevicePool
-from planner.simulation.run import Outcome, Setting, simulate
+from planner.simulation.run import Setting, simulate
 from planner.simulation.shape import Shapes
 from planner.simulation.system import System
 from planner.simulation.variants import multiplexed, sharing_tensors

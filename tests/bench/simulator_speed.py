@@ -14,10 +14,11 @@ from typing import Final
 from planner.policy_state import PolicyConstants
 from planner.simulation import opt_66b
 from planner.simulation.cluster import FLEXPIPE_OCCUPANCY, hosts_of, occupied_devices
+from planner.simulation.outcome import Outcome
 from planner.simulation.outlooks import Outlooks
 from planner.simulation.own_policy import Flexpiped
 from planner.simulation.pool import DevicePool
-from planner.simulation.run import Outcome, Setting, simulate
+from planner.simulation.run import Setting, simulate
 from planner.traces import drawn_trace
 from planner.workload import Slo, Workload
 from tests.bench.paper_systems import MOST_REPLICAS

@@ -9,6 +9,7 @@ from planner.load import EngineSample, LoadMonitor
 from planner.policy import decide, initial_state, settle
 from planner.policy_state import Action, Decision, Ending, PolicyConstants, PolicyState
 from planner.prediction import Prediction
+from planner.simulation.outcome import most_in_a_minute
 from planner.workload import Slo
 
 OUTPUT_TOKENS = 32
@@ -63,14 +64,14 @@ class Run:
     """What happened: every decision, and when each action began.
 
     ``latency_s``: what requests are measured to take with so many stages; None: nothing is measured. ``ending``: how
-    actions end.
+    actions end. ``queue``: what the engine says that it has, always or at a time.
     """
 
     constants: PolicyConstants
     candidates: tuple[Candidate, ...] = THREE
     fleet: tuple[int, ...] = (2,)
     latency_s: Callable[[int], float] | None = None
-    queue: int = 0
+    queue: int | Callable[[float], int] = 0
     slo: Slo = field(default_factory=Slo)
     action_s: float = 0.5
     ending: Callable[[Action], Ending] = lambda _action: Ending.DONE
@@ -93,7 +94,7 @@ class Run:
                 else:
                     self._serve(monitor, number, next_s, state.main)
                 next_s = next(coming, inf)
-            monitor.sampled(now_s, EngineSample(running=0, waiting=self.queue, kv_use=0.1))
+            monitor.sampled(now_s, EngineSample(running=0, waiting=self._waiting(now_s), kv_use=0.1))
             if due is not None and now_s >= due[0]:
                 ending = self.ending(due[1])
                 after = due[1].on(state.fleet) if ending is Ending.DONE else state.fleet
@@ -110,6 +111,9 @@ class Run:
                 due = (now_s + self.action_s, decision.action)
         return state
 
+    def _waiting(self, now_s: float) -> int:
+        return self.queue if isinstance(self.queue, int) else self.queue(now_s)
+
     def _serve(self, monitor: LoadMonitor, number: int, at_s: float, num_stages: int) -> None:
         if self.latency_s is None:
             monitor.ended(number, at_s)
@@ -120,8 +124,7 @@ class Run:
     @property
     def most_in_a_minute(self) -> int:
         """The most actions that began within any 60 s."""
-        times_s = [at_s for at_s, _action in self.actions]
-        return max((sum(first <= each < first + 60 for each in times_s) for first in times_s), default=0)
+        return most_in_a_minute([at_s for at_s, _action in self.actions])
 
     def beyond(self, most: int) -> list[Decision]:
         """Return the decisions to act although ``most`` actions had begun within the 60 s before."""

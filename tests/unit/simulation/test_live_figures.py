@@ -2,8 +2,9 @@
 
 import pytest
 
+from planner.simulation.outcome import most_in_a_minute
 from planner.traces import workload_of
-from tests.bench.live_figures import Phase, devices_over_time, most_in_a_minute, phased
+from tests.bench.live_figures import Phase, devices_over_time, phased
 
 
 def test_the_cv_jumps_and_comes_back_at_the_same_rate() -> None:

@@ -1,4 +1,4 @@
-"""Whole simulations: no request is lost, the policy adapts, memory that neighbours take is given up in time."""
+"""Whole simulations: no request is lost, and memory that neighbours take is given up in time."""
 
 from dataclasses import replace
 
@@ -14,17 +14,16 @@ from planner.simulation.baselines import BestStatic, FastColdStart, Oracle, Stat
 from planner.simulation.clock import Clock
 from planner.simulation.cluster import hosts_of, mostly_free, occupied_devices
 from planner.simulation.fleet import Fleet, FleetEvents
+from planner.simulation.outcome import Outcome, stall_lengths
 from planner.simulation.outlooks import Outlooks
 from planner.simulation.own_policy import Flexpiped
 from planner.simulation.pool import DevicePool, Placed, Placing, PoolDevice
 from planner.simulation.replica import SimulatedRequest
-from planner.simulation.run import MemoryChange, Outcome, Setting, simulate, stall_lengths
-from planner.simulation.shape import Shape
+from planner.simulation.run import MemoryChange, Setting, simulate
 from planner.simulation.system import System
 from planner.simulation.variants import multiplexed, sharing_tensors
 from planner.traces import drawn_trace
 from planner.workload import Slo, Workload
-from tests.support.simulated import pipeline_of
 
 SLO = Slo(ttft_s=5.0, tpot_s=0.4)
 CALM = Workload(rate_per_s=4.0, prompt_tokens_mean=512, output_tokens_mean=64)
@@ -84,55 +83,6 @@ def test_the_seed_decides_everything() -> None:
     first, again = (simulate(SETTING, pool(occupancy=0.3), own()) for _ in range(2))
 
     assert first == again
-
-
-def test_the_policy_adds_replicas_when_more_comes_and_removes_them_after() -> None:
-    burst = drawn_trace(replace(CALM, rate_per_s=25.0), duration_s=120.0, seed=2)
-    trace = (
-        *TRACE,
-        *(replace(each, arrival_s=each.arrival_s + 200) for each in burst),
-        *(replace(each, arrival_s=each.arrival_s + 320) for each in drawn_trace(CALM, duration_s=900.0, seed=3)),
-    )
-    system = own(reclaim_s=60.0)
-
-    outcome = simulate(replace(SETTING, trace=trace), pool(devices=64), system)
-
-    assert outcome.figures.failed == 0
-    counts = [sum(each.replicas.values()) for each in outcome.samples]
-    assert max(counts) > counts[0]
-    assert counts[-1] < max(counts)
-    assert any("instead of" in each.reason for each in system.decisions)
-
-
-def test_the_policy_knows_a_layout_that_fits_only_in_the_place_of_the_one_in_force() -> None:
-    """Two devices: beside a stage on one of them there is no room for two stages, but instead of it there is."""
-    shapes = {stages: small_shape(stages) for stages in (1, 2)}
-    calm = Workload(rate_per_s=1.0, prompt_tokens_mean=64, output_tokens_mean=64)
-    busy = drawn_trace(replace(calm, rate_per_s=25.0), duration_s=600.0, seed=2)
-    constants = PolicyConstants(min_replicas=1, max_replicas=1, cv_window_s=30.0, dwell_s=30.0, expected_dwell_s=300.0)
-    system = Flexpiped(constants=constants, outlooks=Outlooks(shapes, SLO), expected=calm)
-    setting = Setting(trace=busy, shapes=shapes, slo=SLO, expected=calm, windows_s=(30.0,))
-    devices = DevicePool(devices=[PoolDevice(index=index, host="here", total_bytes=100) for index in range(2)])
-
-    outcome = simulate(setting, devices, system)
-
-    assert next(iter(outcome.samples[0].replicas)) == 1
-    assert any(each.replicas == {2: 1} for each in outcome.samples)
-    assert any("1 -> 2 stages" in each.reason for each in system.decisions)
-    assert outcome.figures.failed == 0
-
-
-def small_shape(stages: int) -> Shape:
-    return Shape(
-        num_stages=stages,
-        times=pipeline_of(stages, slots=16),
-        stage_weight_bytes=60,
-        stage_kv_bytes_per_token=0.0,
-        min_kv_tokens=1,
-        cold_s=1.0,
-        warm_s=1.0,
-        pause_s=0.01,
-    )
 
 
 def test_scale_to_zero_and_a_request_that_wakes_it() -> None:
