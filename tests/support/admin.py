@@ -12,7 +12,9 @@ from engines.errors import EngineDied
 from engines.fake import FakeEngine
 from engines.protocol import Engine
 from flexpiped.admin import admin_app
+from flexpiped.admin_auto import auto_routes
 from flexpiped.admin_changes import Changes
+from flexpiped.auto import AutoControl
 from flexpiped.config_values import Auto
 from flexpiped.events import EventLog
 from flexpiped.hardware import Hardware
@@ -71,8 +73,8 @@ async def admin_stand(
     await engine.start(on_progress=lambda _: None)
     events = EventLog()
     refactorings = Refactorings(engine=lambda: engine, resolver=EvenResolver, events=events)
-    status = _status(lambda: engine, refactorings=refactorings, arrivals=arrivals)
-    async with _served(folder, status, events=events, refactorings=refactorings, cpu_count=cpu_count):
+    status = admin_status(lambda: engine, refactorings=refactorings, arrivals=arrivals)
+    async with serving_admin(folder, status, events=events, refactorings=refactorings, cpu_count=cpu_count):
         yield AdminStand(
             socket=folder / "admin.sock", engine=engine, events=events, refactorings=refactorings, status=status
         )
@@ -128,15 +130,20 @@ async def replica_stand(
         refactorings=refactorings,
         may_start=may_start,
     )
-    status = _status(lambda: stand.engine, refactorings=refactorings)
-    async with _served(folder, status, events=events, refactorings=refactorings):
+    status = admin_status(lambda: stand.engine, refactorings=refactorings)
+    async with serving_admin(folder, status, events=events, refactorings=refactorings):
         yield stand
     await supervisor.close()
 
 
-def _status(
-    engine: Callable[[], Engine], *, refactorings: Refactorings, arrivals: Sequence[ArrivalStatistics] = ()
+def admin_status(
+    engine: Callable[[], Engine],
+    *,
+    refactorings: Refactorings,
+    arrivals: Sequence[ArrivalStatistics] = (),
+    auto: AutoControl | None = None,
 ) -> DaemonStatus:
+    """Return what the daemon would say of an engine, and of automatic control if there is one."""
     return DaemonStatus(
         identity=Identity(model_name="demo", model_path="/srv/demo", api_url="http://127.0.0.1:1/v1"),
         engine_name=lambda: engine().capabilities.name,
@@ -145,19 +152,31 @@ def _status(
         refactorings=refactorings,
         latencies=lambda: Latencies(ttft=Percentiles(p50_s=0.02, p99_s=0.05), tpot=None),
         arrivals=lambda: arrivals,
+        auto=lambda: None if auto is None else {"mode": auto.mode.value, "decision": auto.last},
     )
 
 
 @asynccontextmanager
-async def _served(
-    folder: Path, status: DaemonStatus, *, events: EventLog, refactorings: Refactorings, cpu_count: int = 8
+async def serving_admin(
+    folder: Path,
+    status: DaemonStatus,
+    *,
+    events: EventLog,
+    refactorings: Refactorings,
+    cpu_count: int = 8,
+    auto: AutoControl | None = None,
 ) -> AsyncIterator[None]:
+    """Serve the admin API at ``folder/admin.sock``, with automatic control if there is one."""
     hardware = Hardware(
         Settings(devices=DeviceSettings(cpu_count=cpu_count)), python=sys.executable, state=folder / "links.json"
     )
     changes = Changes(refactorings=refactorings, events=events, plans=CannedPlans())
-    app = admin_app(status=status, changes=changes, events=events, hardware=hardware)
+    further = () if auto is None else tuple(auto_routes(lambda _request: auto, events=events))
+    app = admin_app(status=status, changes=changes, events=events, hardware=hardware, further=further)
     async with serving_at(app, folder / "admin.sock"):
         yield
         events.close()
+        if auto is not None:
+            auto.decided.close()
+            await auto.close()
         await refactorings.close()

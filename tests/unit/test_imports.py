@@ -85,6 +85,36 @@ def test_what_moves_touch_of_sglang_stands_in_one_module() -> None:
     assert users == {"internals.py", "registration.py", "seeds.py", "penalties.py", "idling.py"}
 
 
+DECISIONS = {  # what the simulator must have from the daemon, and from where
+    "own_policy.py": {"planner.policy.decide", "planner.policy.settle", "planner.policy.changed_by_others"},
+    "fleet.py": {"planner.routing.choose_replica", "planner.prediction.Pipeline"},
+    "outlooks.py": {"planner.prediction.Pipeline", "planner.prediction.best_cvs"},
+    "step_times.py": {"planner.prediction.PipelineTimes"},
+    "run.py": {"planner.load.LoadMonitor"},
+    "host_memory.py": {f"planner.parameter_cache.{each}" for each in ("added", "left", "taken")},
+    "pool.py": {"planner.scaling.host_affinity"},
+}
+DECIDED_ELSEWHERE = ("policy", "policy_state", "policy_view", "proposal", "guard", "granularity", "scaling", "routing",
+    "prediction", "queueing", "load", "arrivals")  # fmt: skip
+
+
+def test_the_simulator_decides_routes_and_predicts_by_the_daemons_own_code() -> None:
+    folder = ROOT / "planner" / "simulation"
+    for name, needed in DECISIONS.items():
+        assert needed <= modules_imported((folder / name).read_text(), "planner.simulation"), name
+    elsewhere = {each for part in DECIDED_ELSEWHERE for each in defined_in(ROOT / "planner" / f"{part}.py")}
+    assert {"decide", "settle", "choose_replica", "best_cvs", "LoadMonitor", "scores", "propose"} <= elsewhere
+    own = {path.name: defined_in(path) & elsewhere for path in folder.glob("*.py")}
+    assert {name: sorted(found) for name, found in own.items() if found} == {}
+
+
+def defined_in(path: Path) -> set[str]:
+    """Return the public functions and classes of a module."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    body = ast.parse(path.read_text()).body
+    return {each.name for each in body if isinstance(each, kinds) and not each.name.startswith("_")}
+
+
 def test_nothing_imports_the_tests() -> None:
     assert [name_of(path) for path in sources() if "tests" in tops(path)] == []
 

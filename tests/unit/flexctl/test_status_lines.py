@@ -178,6 +178,23 @@ def test_a_refactoring_under_way_is_shown() -> None:
     assert "now            handover #13, in phase sync" in lines
 
 
+def test_the_last_decision_of_automatic_control_is_shown_unless_that_is_off() -> None:
+    decided = {"message": "2 -> 4 stages: load 95%", "fields": {"verb": "change"}}
+
+    def shown(mode: str, decision: dict[str, Any] | None) -> list[str]:
+        auto = {"mode": mode, "decision": decision}
+        lines = status_lines(SERVING | {"auto": auto}, now_unix_s=0.0)
+        assert f"2 stages   auto {mode}  " in lines[0]
+        return [line for line in lines if line.startswith("decision")]
+
+    assert shown("on", decided) == ["decision       2 -> 4 stages: load 95%"]
+    assert shown("dry-run", decided) == ["decision       2 -> 4 stages: load 95%   (auto dry-run)"]
+    assert shown("on", None) == ["decision       none yet"]
+    assert shown("off", decided) == []
+    plain = status_lines(SERVING, now_unix_s=0.0)
+    assert not any("auto" in line or "decision" in line for line in plain)
+
+
 def test_colour_changes_no_word() -> None:
     plain = status_lines(SERVING, now_unix_s=0.0)
     painted = status_lines(SERVING, now_unix_s=0.0, paint=Paint(enabled=True))

@@ -5,7 +5,9 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import pytest
 
@@ -69,6 +71,24 @@ async def test_a_trace_is_replayed(tmp_path: Path) -> None:
         ran = await flexctl("bench", "--url", app.url, "--trace", str(trace), "--speed", "100", "--json")
 
     assert (ran.code, json.loads(ran.out)["requests"]) == (0, 4), ran.err
+
+
+async def test_the_cv_of_the_arrivals_is_the_one_asked_for(tmp_path: Path) -> None:
+    async def cv_of(name: str, *more: str) -> float:
+        details = tmp_path / name
+        drawn = ("--rate", "200", "--duration", "2", "--prompt", "4", "--output", "2", "--seed", "1")
+        ran = await flexctl("bench", "--url", app.url, *drawn, *more, "--details", str(details))
+        assert ran.code == 0, ran.err
+        arrivals_s = [json.loads(line)["arrival_s"] for line in details.read_text().splitlines()]
+        gaps_s = [after - before for before, after in pairwise(sorted(arrivals_s))]
+        return pstdev(gaps_s) / fmean(gaps_s)
+
+    async with http_app() as app:
+        even, usual, bursty = [await cv_of(*each) for each in (("0", "--cv", "0"), ("1",), ("4", "--cv", "4"))]
+
+    assert even == pytest.approx(0.0, abs=1e-6)
+    assert usual == pytest.approx(1.0, rel=0.2)
+    assert bursty > 2
 
 
 @pytest.mark.parametrize(
