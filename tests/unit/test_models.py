@@ -196,3 +196,18 @@ async def test_what_does_not_fit_beside_the_other_is_refused_with_numbers_or_tak
     async with daemon(tmp_path, small + full) as stand:  # what was asked for by hand stays
         b = (await stand.models())["b"]
         assert (b["path"], b["state"], b["is_as_configured"]) == (str(other), "ready", False)
+
+
+async def test_what_the_other_model_holds_of_the_devices_stands_in_the_decisions_of_each(tmp_path: Path) -> None:
+    """a has one stage, on cpu:0, and b two, on cpu:0 and cpu:1."""
+    async with daemon(tmp_path, 'auto = { mode = "dry-run", interval_s = 0.2 }\n' + TWO) as stand:
+        for model, taken in (("a", {"cpu:0", "cpu:1"}), ("b", {"cpu:0"})):
+
+            async def is_told(model: str = model, taken: set[str] = taken) -> bool:
+                _, said = await stand.ask(f"/decisions?model={model}")
+                numbers = said[-1]["fields"]["numbers"] if isinstance(said, list) and said else {}
+                return {name for name in numbers if name.startswith("taken_bytes_")} == {
+                    f"taken_bytes_{device}" for device in taken
+                }
+
+            await until(is_told)
