@@ -6,18 +6,22 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from engines.errors import RefactoringAborted, RefactoringRefused
 from engines.parameters.keeper import ParameterKeeper
+from engines.served.logs import LogLine
 from engines.sglang.adapter import SglangEngine
+from engines.sglang.pipelining import on_every_rank
 from planner.handover import HandoverPhase
+from planner.holdings import holdings, weight_bytes
 from planner.layout import Pipeline
 from tests.contract.engine_contract import assert_idle
 from tests.sglang.conftest import Shared
 from tests.support.until import until
-from tests.support.vllm import layout
+from tests.support.vllm import graph_of, layout, llama
 from tests.vllm.streams import (
     assert_same,
     check_found_again,
@@ -75,6 +79,16 @@ async def test_what_cannot_be_is_refused_before_anything_moves(
     with pytest.raises(RefactoringRefused, match=reason):
         await move(engine, target)
     assert (engine.pipeline, engine.epoch) == before
+
+
+async def test_a_rank_holds_what_plans_and_checks_count(engine: SglangEngine) -> None:
+    await move(engine, EVEN)
+    graph = replace(graph_of(llama()), on_every_stage=on_every_rank("llama"))
+    counted = [weight_bytes(held, graph) for held in holdings(EVEN, graph).values()]
+    held = [stage.weights_bytes for stage in await engine.stages()]
+    assert held == pytest.approx(
+        counted, abs=4 * graph.hidden_size
+    )  # the norm before the head, which the last rank has
 
 
 async def test_a_cancelled_move_is_as_if_it_had_not_been(engine: SglangEngine) -> None:
@@ -144,6 +158,14 @@ async def test_layers_are_adopted_in_short_slices(engine: SglangEngine) -> None:
 
 async def test_nobody_has_ever_asked_it_whether_it_is_healthy(shared: Shared) -> None:
     """Not at the start, in a move, nor between: ``/health`` generates, and says that it is well in a pause."""
-    asked = {found[1] for line in shared.log if (found := re.search(r'"[A-Z]+ (/\S*) HTTP', line.message))}
-    assert {"/model_info", "/generate"} <= asked
-    assert [path for path in asked if path.startswith(("/health", "/ready"))] == []
+    streams = asyncio.create_task(run_streams(shared.engine, count=1, max_tokens=40))
+    for target in (on_ranks(5, 3), EVEN):
+        await move(shared.engine, target)
+    await streams
+    await until(lambda: {"/model_info", "/generate"} <= asked_of(shared.log))
+    assert [path for path in asked_of(shared.log) if path.startswith(("/health", "/ready"))] == []
+
+
+def asked_of(log: list[LogLine]) -> set[str]:
+    """Return the routes that the API server has noted."""
+    return {found[1] for line in log if (found := re.search(r'"[A-Z]+ (/\S*) HTTP', line.message))}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -214,6 +215,11 @@ class TestProcesses:
             assert {f"{name}={value}" for name, value in ENV.items()} <= set(has)
         begun = [line for line in shared.log if "Memory pool end" in line.message]
         assert {line.process for line in begun} == {"PP0", "PP1"}  # understood in the form that ENV asks for, too
+
+    async def test_what_computes_is_as_nice_as_it_is_configured_to_be(self, engine: SglangEngine) -> None:
+        nice = {pid: os.getpriority(os.PRIO_PROCESS, pid) for pid in engine.pids["workers"]}
+        ours = os.getpriority(os.PRIO_PROCESS, 0)  # what they begin with
+        assert set(nice.values()) == {max(ours, engine.options.nice)}
 
     async def test_its_routes_ask_for_keys_that_only_the_daemon_has(self, engine: SglangEngine) -> None:
         connector = aiohttp.UnixConnector(str(engine.own_routes_socket))

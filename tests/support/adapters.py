@@ -63,6 +63,16 @@ def generated(model: Any, prompt: tuple[int, ...], *, max_tokens: int) -> list[i
     return tokens
 
 
+def logprobs_of(model: Any, prompt: tuple[int, ...], output: list[int]) -> list[float]:
+    """Return the log-probability of each token of an output, given all before it."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1]
+    found: list[float] = logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None]).flatten().tolist()
+    return found
+
+
 def _model(directory: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
