@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
 from flexpiped import log_events
-from flexpiped.api.errors import from_http_status
+from flexpiped.api.errors import ClientStoppedReading, from_http_status
 
 _TOO_LARGE: Final = 431  # Request Header Fields Too Large
 
@@ -68,8 +68,13 @@ class SendWatch:
             self._look_later(transport, waiting_bytes)
             return
         self._timer = None
-        log_events.client_stopped_reading(waiting_bytes=waiting_bytes)
-        transport.abort()
+        give_up(transport)
+
+
+def give_up(transport: asyncio.Transport) -> None:
+    """Close a connection without sending what waits, which nobody takes."""
+    log_events.client_stopped_reading(waiting_bytes=transport.get_write_buffer_size())
+    transport.abort()
 
 
 class Runner(web.AppRunner):
@@ -133,6 +138,10 @@ class _Connection(web.RequestHandler):
 
         What either says in words may be a part of the request.
         """
+        if isinstance(exc, ClientStoppedReading):
+            if self.transport is not None:
+                give_up(self.transport)
+            raise ConnectionError("the client does not read") from exc
         if status >= 500:
             frames = traceback.format_tb(exc.__traceback__) if exc is not None else []
             log_events.request_failed(method=request.method, error=type(exc).__name__, frames=frames)

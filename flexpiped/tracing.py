@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from flexpiped.api.errors import ClientStoppedReading
 from flexpiped.api.metrics import RequestListener
 from flexpiped.events import Event, EventKind
 
@@ -66,7 +67,7 @@ class Spans(Protocol):
         """Begin a trace, or go on with the one that ``headers`` name."""
 
     def end(self, trace: RequestTrace, *, status: int | None, handovers: tuple[HandoverTrace, ...]) -> None:
-        """End it. ``status`` None: the client left."""
+        """End it. ``status`` None: the client left, or does not read."""
 
 
 _CURRENT: Final[ContextVar[RequestTrace | None]] = ContextVar("trace", default=None)
@@ -157,7 +158,7 @@ def traced(spans: Spans, *, handovers: Handovers, paths: frozenset[str]) -> Midd
             response = await handler(request)
             status = response.status
             return response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ClientStoppedReading):
             status = None
             raise
         finally:

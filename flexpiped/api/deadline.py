@@ -1,18 +1,18 @@
 """``X-Request-Deadline-Ms``: how long a client will wait for the whole of its answer, from its arrival on.
 
-Of a request for an engine's own server only the waiting for its turn counts.
+A scope keeps to the deadline until the answer begins, and being late is a status then; a second one takes over where it
+has begun, and being late is an event of the stream.
 """
 
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from aiohttp import web
 
-from engines.closing import closing
-from flexpiped.api.errors import invalid, too_late
-from flexpiped.api.generation import Piece
+from flexpiped.api.errors import ApiError, ClientStoppedReading, invalid, too_late
 
 HEADER: Final = "X-Request-Deadline-Ms"
 LONGEST_MS: Final = 24 * 3600 * 1000
@@ -33,23 +33,43 @@ def deadline_of(http: web.Request) -> float:
     return asyncio.get_running_loop().time() + int(given) / 1000
 
 
-def until(deadline_s: float, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
-    """Pass the pieces on until the deadline.
+@asynccontextmanager
+async def in_time(deadline_s: float) -> AsyncIterator[asyncio.Timeout]:
+    """Keep a scope to the deadline, until ``in_mid_stream`` takes over the limit that it yields.
 
     Raises:
-        ApiError: 503, it has come before the last of them.
+        ApiError: 503, the deadline has come first.
     """
-    return pieces if math.isinf(deadline_s) else _until(deadline_s, pieces)
+    limit = asyncio.timeout_at(None if math.isinf(deadline_s) else deadline_s)
+    try:
+        async with limit:
+            yield limit
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise _late() from None
 
 
-async def _until(deadline_s: float, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
-    async with closing(pieces):
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    piece = await anext(pieces)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise too_late(f"the answer was not complete when {HEADER} had passed") from None
-            yield piece
+@asynccontextmanager
+async def in_mid_stream(limit: asyncio.Timeout, http: web.Request) -> AsyncIterator[None]:
+    """Take a limit over for what is sent, which may wait for the client for ever: after the scope it holds no more.
+
+    Raises:
+        ApiError: 503, the deadline has come first.
+        ClientStoppedReading: Likewise, and nothing more can be said to the client.
+    """
+    rest = asyncio.timeout_at(limit.when())
+    limit.reschedule(None)
+    try:
+        async with rest:
+            yield
+    except TimeoutError:
+        if not rest.expired():
+            raise
+        if http.protocol.writing_paused:
+            raise ClientStoppedReading from None
+        raise _late() from None
+
+
+def _late() -> ApiError:
+    return too_late(f"the answer was not complete when {HEADER} had passed")

@@ -1,6 +1,7 @@
 """Errors of the API, and what they look like on the wire.
 
-ApiError    an answer with a status, in OpenAI's shape; every foreign error becomes one here
+ApiError              an answer with a status, in OpenAI's shape; every foreign error becomes one here
+ClientStoppedReading  the answer has begun, and nothing more can be said: its connection is to be closed
 """
 
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ class ApiError(Exception):
         """Return the JSON body."""
         error = {"message": self.message, "type": self.type.value, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
+
+
+class ClientStoppedReading(Exception):
+    """The client takes nothing of its answer, and its deadline has come."""
 
 
 def invalid(message: str, *, param: str | None, code: str | None = None) -> ApiError:

@@ -16,7 +16,7 @@ from engines.errors import EngineDied, EngineError
 from engines.offers import OwnRoutes
 from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend, Reached, backend_of
-from flexpiped.api.deadline import deadline_of
+from flexpiped.api.deadline import deadline_of, in_mid_stream, in_time
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.fields import Body
 from flexpiped.api.metrics import Observation
@@ -67,25 +67,36 @@ async def forward(
 
     Raises:
         ApiError, EngineError, Overloaded: Before anything was sent.
+        ClientStoppedReading
     """
     backend = backend_of(http)
     max_model_len = backend.ensure_serving().max_model_len
     observation.asks()
-    async with backend.admission.admit(client_of(http), deadline_s=deadline_of(http)) as lease:
+    deadline_s = deadline_of(http)
+    async with backend.admission.admit(client_of(http), deadline_s=deadline_s) as lease:
         tokens = tokens_expected(body, num_bytes=len(raw), default=default_tokens, max_model_len=max_model_len)
         await backend.admission.reserve(lease, tokens=tokens)
         observation.admitted()
-        engine: Reached | None = None
-        for _ in range(FRUITLESS_DEATHS):
-            engine = await backend.serving.ready_engine(other_than=engine)
-            if engine.capabilities.own_server is None:  # the kind of engine was changed while the request waited
-                raise no_such_route(http.path, engine=engine.capabilities.name)
-            refuse_unfit(body, served=backend.model, capabilities=engine.capabilities)
-            try:
-                return await _answer_of(engine, http, observation, raw)
-            except _Unanswered as lost:
-                if not await _is_gone(engine, backend):
-                    raise EngineError(f"the engine's own server ended the connection: {lost}") from lost
+        async with in_time(deadline_s) as limit:
+            return await _answered(http, observation, raw, body, limit)
+
+
+async def _answered(
+    http: web.Request, observation: Observation, raw: bytes, body: Body, limit: asyncio.Timeout
+) -> web.StreamResponse:
+    """Ask one engine after the other until one has an answer. Raises: ApiError, EngineError, ClientStoppedReading."""
+    backend = backend_of(http)
+    engine: Reached | None = None
+    for _ in range(FRUITLESS_DEATHS):
+        engine = await backend.serving.ready_engine(other_than=engine)
+        if engine.capabilities.own_server is None:  # the kind of engine was changed while the request waited
+            raise no_such_route(http.path, engine=engine.capabilities.name)
+        refuse_unfit(body, served=backend.model, capabilities=engine.capabilities)
+        try:
+            return await _answer_of(engine, http, observation, raw, limit)
+        except _Unanswered as lost:
+            if not await _is_gone(engine, backend):
+                raise EngineError(f"the engine's own server ended the connection: {lost}") from lost
     raise EngineDied(f"the engine died {FRUITLESS_DEATHS} times in a row over this request")
 
 
@@ -113,7 +124,9 @@ async def _is_gone(engine: Reached, backend: Backend) -> bool:
     return not backend.serving.is_in_force(engine)
 
 
-async def _answer_of(engine: Reached, http: web.Request, observation: Observation, raw: bytes) -> web.StreamResponse:
+async def _answer_of(
+    engine: Reached, http: web.Request, observation: Observation, raw: bytes, limit: asyncio.Timeout
+) -> web.StreamResponse:
     """Ask this engine. Leaving on any path closes the connection, so its server aborts the request.
 
     Raises:
@@ -125,7 +138,7 @@ async def _answer_of(engine: Reached, http: web.Request, observation: Observatio
     async with _asked(engine, http, raw) as answer:
         if answer.content_type == "text/event-stream":
             async with aclosing(_events(answer)) as events:
-                return await _pass_on(http, answer, events, observation)
+                return await _pass_on(http, answer, events, observation, limit)
         try:
             whole = await answer.read()
         except OSError as error:
@@ -184,11 +197,13 @@ async def _pass_on(
     answer: Answer,
     events: AsyncGenerator[bytes, None],
     observation: Observation,
+    limit: asyncio.Timeout,
 ) -> web.StreamResponse:
     """Send events as they come. The head waits for the first of them, so that until then the request can go elsewhere.
 
     Raises:
         _Unanswered: Before the first event.
+        ClientStoppedReading
     """
     first = await anext(events, b"")
     observation.began()
@@ -196,22 +211,26 @@ async def _pass_on(
     try:
         await response.prepare(http)
         try:
-            await response.write(first)
-            _count_events(first, observation)
-            async for data in events:
-                await response.write(data)
-                _count_events(data, observation)
-        except _Unanswered as error:
-            died = from_engine_error(
-                EngineDied(f"the engine died during the answer, which only its own server could go on with: {error}")
-            )
-            await response.write(error_event(died))
-            observation.outcome = outcome_of(died.status, died.code)
+            async with in_mid_stream(limit, http):
+                await response.write(first)
+                _count_events(first, observation)
+                async for data in events:
+                    await response.write(data)
+                    _count_events(data, observation)
+        except (ApiError, _Unanswered) as error:
+            told = error if isinstance(error, ApiError) else _died(error)
+            await response.write(error_event(told))
+            observation.outcome = outcome_of(told.status, told.code)
             return response
         observation.outcome = Outcome.DONE
     except ClientConnectionResetError:
         observation.outcome = Outcome.DISCONNECTED
     return response
+
+
+def _died(lost: _Unanswered) -> ApiError:
+    died = EngineDied(f"the engine died during the answer, which only its own server could go on with: {lost}")
+    return from_engine_error(died)
 
 
 def _without(names: Iterable[str], headers: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend, backend_of, choose
 from flexpiped.api.backends import BACKENDS
 from flexpiped.api.bad_words import bad_words_as_tokens
-from flexpiped.api.deadline import deadline_of, until
+from flexpiped.api.deadline import deadline_of, in_time
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
 from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
@@ -163,10 +163,16 @@ async def answer(
             if choices.echo:
                 lead = await backend.text.decode(prompt.token_ids) if prompt.text is None else prompt.text
             jobs += jobs_of(parameters, request, ending=ending, lead=lead, first=len(jobs), reads=reads)
-        async with closing(until(deadline_s, choices_of(backend, jobs))) as pieces:
+        async with in_time(deadline_s) as limit, closing(choices_of(backend, jobs)) as pieces:
             if parameters.stream:
                 return await send_events(
-                    http, pieces, wire, observation, include_usage=parameters.include_usage, choices=made
+                    http,
+                    pieces,
+                    wire,
+                    observation,
+                    limit=limit,
+                    include_usage=parameters.include_usage,
+                    choices=made,
                 )
             return await send_whole(
                 pieces, wire, observation, made=choices.best_of, wanted=choices.n, prompts=len(requests)

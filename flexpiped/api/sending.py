@@ -1,5 +1,6 @@
 """Giving an answer: as server-sent events or whole."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineError
 from flexpiped.api.call_parser import CallDelta, joined
+from flexpiped.api.deadline import in_mid_stream
 from flexpiped.api.errors import ApiError, from_engine_error
 from flexpiped.api.generation import Piece
 from flexpiped.api.metrics import Observation
@@ -85,6 +87,7 @@ async def send_events(
     wire: AnswerWire,
     observation: Observation,
     *,
+    limit: asyncio.Timeout,
     include_usage: bool,
     choices: int = 1,
 ) -> web.StreamResponse:
@@ -92,8 +95,12 @@ async def send_events(
 
     An error after that is sent as an event and ends the stream; a client that has gone is no error.
 
+    Args:
+        limit: Of the whole answer, in force.
+
     Raises:
         ApiError, EngineError: Before the first token.
+        ClientStoppedReading
     """
     first = await anext(pieces)
     response = web.StreamResponse(headers=_SSE_HEADERS)
@@ -101,18 +108,19 @@ async def send_events(
     try:
         await response.prepare(http)
         try:
-            heads = b"".join(wire.first(index) for index in range(choices))
-            await response.write(heads + _event_of(first, wire, counts, observation))
-            async for piece in pieces:
-                data = _event_of(piece, wire, counts, observation)
-                if data:
-                    await response.write(data)
+            async with in_mid_stream(limit, http):
+                heads = b"".join(wire.first(index) for index in range(choices))
+                await response.write(heads + _event_of(first, wire, counts, observation))
+                async for piece in pieces:
+                    data = _event_of(piece, wire, counts, observation)
+                    if data:
+                        await response.write(data)
+                await response.write((wire.usage(usage_of(observation)) if include_usage else b"") + DONE)
         except (ApiError, EngineError) as error:
             told = error if isinstance(error, ApiError) else from_engine_error(error)
             await response.write(error_event(told))
             observation.outcome = outcome_of(told.status, told.code)
             return response
-        await response.write((wire.usage(usage_of(observation)) if include_usage else b"") + DONE)
         observation.outcome = Outcome.DONE
     except ClientConnectionResetError:
         observation.outcome = Outcome.DISCONNECTED

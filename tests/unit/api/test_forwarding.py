@@ -18,6 +18,7 @@ from tests.support.fake_own_server import (
     EVENTS,
     USAGE,
     WHOLE,
+    Answer,
     EngineWithServer,
     FakeOwnServer,
     cut,
@@ -115,10 +116,6 @@ async def test_events_come_as_they_are_made(
 async def test_a_client_that_leaves_before_the_answer(
     app: HttpApp, server: FakeOwnServer, session: aiohttp.ClientSession, streams: bool
 ) -> None:
-    async def never(http: web.Request) -> web.StreamResponse:
-        await for_ever(http)
-        raise AssertionError
-
     server.answer = streaming(then=for_ever) if streams else never
     asking = asyncio.create_task(session.post(f"{app.url}/v1/completions", data=STREAM if streams else RAW))
     await until(lambda: server.open == 1)
@@ -269,6 +266,62 @@ async def test_admission_counts_them(server: FakeOwnServer, session: aiohttp.Cli
             async with session.post(f"{app.url}/v1/completions", data=RAW) as second:
                 assert (second.status, second.headers["Retry-After"]) == (429, "1")
         await app.becomes_idle()
+
+
+IN_TIME = {"X-Request-Deadline-Ms": "300"}
+
+
+async def never(http: web.Request) -> web.StreamResponse:
+    await for_ever(http)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("answer", [never, streaming(then=for_ever)], ids=["no head", "no event"])
+async def test_a_deadline_before_the_answer(
+    app: HttpApp, server: FakeOwnServer, session: aiohttp.ClientSession, answer: Answer
+) -> None:
+    server.answer = answer
+    async with session.post(f"{app.url}/v1/completions", data=STREAM, headers=IN_TIME) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["code"], response.headers["Retry-After"]) == (503, "deadline_exceeded", "1")
+    await until(lambda: server.open == 0)
+    await app.becomes_idle()
+    assert 'flexpiped_requests_total{endpoint="completions",outcome="late"} 1.0' in samples(app)
+
+
+async def test_a_deadline_in_mid_stream_is_an_event(
+    app: HttpApp, server: FakeOwnServer, session: aiohttp.ClientSession
+) -> None:
+    server.answer = streaming(EVENTS[0], EVENTS[1][:9], then=for_ever)
+    async with session.post(f"{app.url}/v1/completions", data=STREAM, headers=IN_TIME) as response:
+        first, last, rest = (await response.read()).split(b"\n\n")
+    assert (response.status, first + b"\n\n", rest) == (200, EVENTS[0], b"")
+    error: dict[str, Any] = json.loads(last.removeprefix(b"data: "))["error"]
+    assert (error["type"], error["code"]) == ("service_unavailable_error", "deadline_exceeded")
+    await until(lambda: server.open == 0)
+    await app.becomes_idle()
+    assert 'flexpiped_requests_total{endpoint="completions",outcome="late"} 1.0' in samples(app)
+
+
+async def test_a_deadline_while_the_engine_recovers(server: FakeOwnServer, session: aiohttp.ClientSession) -> None:
+    engines = FakeEngines(own_socket=server.socket)
+    async with http_app(engines=engines, policy=RestartPolicy(first_delay_s=60.0)) as app:
+        engines.last.kill("killed by the test")
+        await until(lambda: not app.backend.serving.engines)
+        async with session.post(f"{app.url}/v1/completions", data=RAW, headers=IN_TIME) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["code"]) == (503, "deadline_exceeded")
+        assert (app.backend.admission.requests_in_flight, server.asked) == (0, [])
+
+
+async def test_an_answer_in_time_is_left_alone(
+    app: HttpApp, server: FakeOwnServer, session: aiohttp.ClientSession
+) -> None:
+    server.answer = streaming(*EVENTS, DONE)
+    headers = {"X-Request-Deadline-Ms": "60000"}
+    async with session.post(f"{app.url}/v1/completions", data=STREAM, headers=headers) as response:
+        assert await response.read() == b"".join([*EVENTS, DONE])
+    assert 'flexpiped_requests_total{endpoint="completions",outcome="done"} 1.0' in samples(app)
 
 
 @pytest.mark.parametrize(

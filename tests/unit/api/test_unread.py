@@ -1,5 +1,6 @@
 """A client that stays and reads nothing frees what its request holds, as one that leaves does."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,11 @@ pytestmark = pytest.mark.real_loop
 MAX_TOKENS = 10_000
 LONG = {"prompt": "x", "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": True}
 OWN = LONG | {"n": 2}  # only the engine's own server has that
+LIMITS = pytest.mark.parametrize(
+    ("send_deadline_s", "headers"),
+    [(0.2, {}), (math.inf, {"X-Request-Deadline-Ms": "1500"})],
+    ids=["nothing taken", "its own deadline"],
+)
 
 
 def talkative() -> FakeEngines:
@@ -34,11 +40,12 @@ async def nothing_is_left(app: HttpApp) -> None:
     } <= shown
 
 
-async def test_of_a_stream_of_ours() -> None:
+@LIMITS
+async def test_of_a_stream_of_ours(send_deadline_s: float, headers: dict[str, str]) -> None:
     with capture_logs() as logs:
         async with (
-            http_app(engines=talkative(), send_deadline_s=0.2, send_buffer_bytes=LEAST_BUFFER_BYTES) as app,
-            unread(app.url, LONG) as client,
+            http_app(engines=talkative(), send_deadline_s=send_deadline_s, send_buffer_bytes=LEAST_BUFFER_BYTES) as app,
+            unread(app.url, LONG, headers=headers) as client,
         ):
             await until(lambda: app.backend.admission.tokens_in_flight > 0)
             await nothing_is_left(app)
@@ -49,12 +56,15 @@ async def test_of_a_stream_of_ours() -> None:
     assert [each["event"] for each in logs] == ["client stopped reading, connection closed"]
 
 
-async def test_of_a_stream_of_the_engines_own_server(tmp_path: Path) -> None:
+@LIMITS
+async def test_of_a_stream_of_the_engines_own_server(
+    tmp_path: Path, send_deadline_s: float, headers: dict[str, str]
+) -> None:
     async with fake_own_server(tmp_path, answer=streaming(*[EVENTS[0] * 100] * 10_000)) as server:
         engines = FakeEngines(own_socket=server.socket)
         async with (
-            http_app(engines=engines, send_deadline_s=0.2, send_buffer_bytes=LEAST_BUFFER_BYTES) as app,
-            unread(app.url, OWN) as client,
+            http_app(engines=engines, send_deadline_s=send_deadline_s, send_buffer_bytes=LEAST_BUFFER_BYTES) as app,
+            unread(app.url, OWN, headers=headers) as client,
         ):
             await until(lambda: server.open == 1)
             await until(lambda: server.open == 0)

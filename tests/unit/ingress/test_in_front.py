@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from aiohttp import web
 from flexpiped.admission import AdmissionLimits
 from flexpiped.api.metrics import Endpoint
 from flexpiped.keys import Client, KeyRing, Scope
-from tests.support.fake_own_server import cut, fake_own_server, for_ever
+from tests.support.fake_own_server import EVENTS, cut, fake_own_server, for_ever, streaming
 from tests.support.hanging_up import leave_at_random
 from tests.support.http_app import CAPABILITIES, FakeEngines, http_app, saying
 from tests.support.ingress import InFront, in_front_of
@@ -114,20 +115,41 @@ async def test_a_deadline_ends_the_request_there_too(session: aiohttp.ClientSess
         await until(front.is_idle)
 
 
-async def test_a_client_that_reads_nothing_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize(
+    ("send_deadline_s", "headers"),
+    [(0.2, {}), (math.inf, {"X-Request-Deadline-Ms": "1500"})],
+    ids=["nothing taken", "its own deadline"],
+)
+async def test_a_client_that_reads_nothing_leaves_nothing_behind(
+    send_deadline_s: float, headers: dict[str, str]
+) -> None:
     most = 10_000
     capabilities = replace(CAPABILITIES, max_model_len=most + 50)
     engines = FakeEngines(next_token=saying("", then=[40]), capabilities=capabilities)
     async with (
         http_app(engines=engines) as app,
-        in_front_of(app, send_deadline_s=0.2, send_buffer_bytes=LEAST_BUFFER_BYTES) as front,
-        unread(front.url, FOREVER | {"max_tokens": most}),
+        in_front_of(app, send_deadline_s=send_deadline_s, send_buffer_bytes=LEAST_BUFFER_BYTES) as front,
+        unread(front.url, FOREVER | {"max_tokens": most}, headers=headers),
     ):
         await until(lambda: front.desk.requests_in_flight == 1)
         await until(front.is_idle)
         shown = app.backend.metrics.render(None).decode().splitlines()
 
     assert 'flexpiped_requests_total{endpoint="completions",outcome="disconnected"} 1.0' in shown
+
+
+async def test_a_deadline_of_what_the_engines_own_server_answers(
+    session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    server = fake_own_server(tmp_path, answer=streaming(EVENTS[0], then=for_ever))
+    async with server as own, fronted(engines=FakeEngines(own_socket=own.socket)) as front:
+        headers = {"X-Request-Deadline-Ms": "300"}
+        async with session.post(f"{front.url}/v1/completions", json=FOREVER | {"n": 2}, headers=headers) as answer:
+            first, last, rest = (await answer.read()).split(b"\n\n")
+        assert (answer.status, first + b"\n\n", rest) == (200, EVENTS[0], b"")
+        assert b'"code":"deadline_exceeded"' in last
+        await until(lambda: own.open == 0)
+        await until(front.is_idle)
 
 
 async def test_a_deadline_counts_while_others_are_served(session: aiohttp.ClientSession) -> None:
