@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from flexpiped.status import DaemonStatus, Health, Identity, Latencies, ServiceS
 from planner.layout import Pipeline
 from planner.layout_file import parse_layout
 from tests.support.admin import CannedPlans
+from tests.support.clock import Clock
 from tests.support.layouts import EvenResolver, even_pipeline
 
 
@@ -56,6 +57,9 @@ class DashboardStand:
     decisions: EventLog
     refactorings: Refactorings
     plans: CannedPlans
+    status: DaemonStatus
+    load: LoadSampler
+    load_clock: Clock  # of the load alone, which stands still until a test sets it
     url: str = ""
     mode: DashboardMode = DashboardMode.CONTROL
     ring: KeyRing | None = None
@@ -68,14 +72,21 @@ async def dashboard_stand(folder: Path, *, stages: int = 2, period_s: float = 0.
     """Serve the dashboard of a fake engine with ``stages`` stages on 127.0.0.1 and any free port."""
     engine = FakeEngine(pipeline=even_pipeline(stages))
     await engine.start(on_progress=lambda _: None)
-    events, decisions, plans = EventLog(), EventLog(), CannedPlans()
+    events, decisions, plans, clock = EventLog(), EventLog(), CannedPlans(), Clock()
     refactorings = Refactorings(engine=lambda: engine, resolver=FileResolver, events=events)
-    feed = Feed(
-        _sources(folder, engine=lambda: engine, events=events, decisions=decisions, refactorings=refactorings),
-        period_s=period_s,
-    )
+    status, load = _status(engine, refactorings), LoadSampler(clock=clock)
+    sources = _sources(folder, status=status, load=load, events=events, decisions=decisions)
+    feed = Feed(sources, period_s=period_s)
     stand = DashboardStand(
-        engine=engine, events=events, decisions=decisions, refactorings=refactorings, plans=plans, feed=feed
+        engine=engine,
+        events=events,
+        decisions=decisions,
+        refactorings=refactorings,
+        plans=plans,
+        status=status,
+        load=load,
+        load_clock=clock,
+        feed=feed,
     )
     pages = Dashboard(
         feed=feed,
@@ -96,31 +107,28 @@ async def dashboard_stand(folder: Path, *, stages: int = 2, period_s: float = 0.
     assert stand.failures == []
 
 
-def _sources(
-    folder: Path,
-    *,
-    engine: Callable[[], FakeEngine],
-    events: EventLog,
-    decisions: EventLog,
-    refactorings: Refactorings,
-) -> Sources:
-    status = DaemonStatus(
+def _status(engine: FakeEngine, refactorings: Refactorings) -> DaemonStatus:
+    return DaemonStatus(
         identity=Identity(model_name="demo", model_path="/srv/demo", api_url="http://127.0.0.1:1/v1"),
-        engine_name=lambda: engine().capabilities.name,
+        engine_name=lambda: engine.capabilities.name,
         health=lambda: Health(state=ServiceState.READY),
-        engine=engine,
+        engine=lambda: engine,
         refactorings=refactorings,
         latencies=lambda: Latencies(ttft=None, tpot=None),
     )
+
+
+def _sources(
+    folder: Path, *, status: DaemonStatus, load: LoadSampler, events: EventLog, decisions: EventLog
+) -> Sources:
     hardware = Hardware(
         Settings(devices=DeviceSettings(cpu_count=8)), python=sys.executable, state=folder / "links.json"
     )
-    sampler = LoadSampler()
     return Sources(
         status=status,
         models=lambda: ("demo",),
         tokens_per_s=lambda _model: status.tokens_per_s,
-        load=lambda _model: sampler.observe(),
+        load=lambda _model: load.observe(),
         events=events,
         decisions=decisions,
         topology=hardware.look,

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from engines.closing import closing
+from engines.protocol import GenerationRequest, SamplingParams
+from flexpiped.events import EventKind
 from flexpiped.flexctl.status_lines import layers_text
 from flexpiped.flexctl.text import format_age, format_duration, format_latency
 from flexpiped.keys import Client, KeyRing, Scope
@@ -21,6 +24,16 @@ pytestmark = [pytest.mark.browser, pytest.mark.real_loop, pytest.mark.asyncio(lo
 WIDTHS = (320, 375, 768, 1080, 1400, 2200)
 IS_LIVE = "document.getElementById('live').dataset.live === 'yes' && document.querySelectorAll('.layer').length === 10"
 SCRIPTS_OF_PAGE = "import('/dashboard/app/{name}').then(({{ {functions} }}) => {expression})"
+# By the title of a plot: how many of its curves can be seen.
+CURVES = """
+Object.fromEntries([...document.querySelectorAll("#plots .plot")].map((plot) => [
+  plot.querySelector("h3").textContent,
+  [...plot.querySelectorAll("path.curve")].filter((curve) => curve.getTotalLength() > 0).length,
+]))
+"""
+LABELS = "[...document.querySelectorAll('#plots svg')].map((plot) => plot.getAttribute('aria-label'))"
+# Newest first, without the verb.
+REASONS = "[...document.querySelectorAll('#decisions li > p:not(.meta)')].map((each) => each.textContent)"
 # The contrast of each text with what is behind it, where it is less than WCAG 2 AA asks for.
 TOO_FAINT = """
 (() => {
@@ -108,6 +121,64 @@ async def test_it_fits_every_width_and_can_be_read(page: Page, stand: DashboardS
         assert over == [], f"{width} px"
         assert await page.run("document.documentElement.scrollWidth") <= width
         assert await page.run(TOO_FAINT) == [], f"{width} px, {'dark' if dark else 'light'}"
+
+
+async def some_load(stand: DashboardStand) -> None:
+    """Twenty requests at uneven times, 50 ms to each one's first token and 10 ms to every other."""
+    await stand.status.sample()
+    sampling = SamplingParams(max_tokens=50, ignore_eos=True)
+    request = GenerationRequest(request_id="load", prompt_token_ids=(1, 2, 3), sampling=sampling)
+    async with closing(stand.engine.generate(request)) as chunks:
+        async for _ in chunks:
+            pass
+    await stand.status.sample()
+    for number in range(20):
+        stand.load_clock.now_s += 0.5 if number % 2 else 1.5
+        stand.load.arrived(number)
+        stand.load_clock.now_s += 0.05
+        stand.load.first_token(number)
+        stand.load.ended(number, prompt_tokens=3, output_tokens=50, tpot_s=0.01)
+
+
+async def test_after_some_load_every_plot_has_its_curves_and_says_what_they_are(
+    page: Page, stand: DashboardStand
+) -> None:
+    await page.open(f"{stand.url}/")
+    await page.until(IS_LIVE)
+    assert await page.run(CURVES) == {
+        "Time to first token": 0,
+        "Time per output token": 0,
+        "Tokens per second": 0,
+        "CV of the arrivals": 0,
+    }
+    await page.until(f"({LABELS})[0] === 'Time to first token: mean not measured yet, p99 not measured yet'")
+
+    await some_load(stand)
+    await page.until(f"Object.values({CURVES}).every((count) => count > 0)")
+    assert await page.run(CURVES) == {
+        "Time to first token": 2,
+        "Time per output token": 1,
+        "Tokens per second": 1,
+        "CV of the arrivals": 3,
+    }
+    labels = await page.run(LABELS)
+    assert [*labels[:2], labels[3]] == [
+        "Time to first token: mean 50 ms, p99 50 ms",
+        "Time per output token: mean 10 ms",
+        "CV of the arrivals: 30 s 0.49, 3 min 0.49, 30 min 0.49",
+    ]
+
+
+async def test_decisions_say_their_reason_in_words(page: Page, stand: DashboardStand) -> None:
+    said = "keep: 2 stages serve what comes, CV 0.49 (180 s)"
+    stand.decisions.publish(EventKind.DECISION, said, verb="keep", mode="on", numbers={"cv": 0.49})
+    await page.open(f"{stand.url}/")
+    await page.until(IS_LIVE)
+    assert await page.run(REASONS) == [said.removeprefix("keep: ")]
+    stand.decisions.publish(EventKind.DECISION, "change: 2 -> 4 stages, CV 4", verb="change", mode="on", numbers={})
+    await page.until(f"{REASONS}.length === 2")
+    assert (await page.run(REASONS))[0] == "2 \N{RIGHTWARDS ARROW} 4 stages, CV 4"
+    assert await page.run("document.querySelector('#decisions .tag').textContent") == "change"
 
 
 async def focused(page: Page) -> str:
