@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest_asyncio
 
 from tests.support.browser import Page, browser_page
 from tests.support.daemon import Daemon, started
-from tests.unit.dashboard.test_browser import TOO_FAINT
+from tests.unit.dashboard.test_browser import CURVES, REASONS, TOO_FAINT
 
 pytestmark = [
     *(pytest.mark.browser, pytest.mark.engine, pytest.mark.real_loop),
@@ -40,6 +41,15 @@ async def answers(url: str, *, count: int, tokens: int) -> list[str]:
                 return str((await answer.json())["choices"][0]["text"])
 
         return await asyncio.gather(*(one(number) for number in range(count)))
+
+
+async def decided(daemon: Daemon) -> set[str]:
+    """Return the reasons of all decisions so far, written as the page does."""
+    code, out, err = await daemon.flexctl("decisions", "--json")
+    assert code == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
+    plain = [event["message"].replace(f"{event['fields']['verb']}: ", "", 1) for event in events]
+    return {message.replace("->", "\N{RIGHTWARDS ARROW}") for message in plain}
 
 
 async def shots(page: Page, name: str) -> None:
@@ -77,6 +87,8 @@ async def test_a_handover_is_seen_as_it_happens(daemon: Daemon, tmp_path: Path) 
         texts = await running
         await page.until("document.querySelectorAll('#stages tbody tr').length === 4")
         await page.until("document.querySelectorAll('#decisions details').length > 0")
+        await page.until(f"Object.values({CURVES}).length === 4 && Object.values({CURVES}).every((count) => count > 0)")
+        reasons = await page.run(REASONS)
         shown = await page.run(
             "[...document.querySelectorAll('#stages tbody tr')].map((row) => row.cells[1].textContent)"
         )
@@ -88,6 +100,8 @@ async def test_a_handover_is_seen_as_it_happens(daemon: Daemon, tmp_path: Path) 
     assert planned == moving > 0
     assert shown == [stage["device_ids"][0] for stage in (await daemon.ask("/status"))["stages"]]
     assert phases == ["done"] * 4
+    assert reasons != []
+    assert {*reasons} <= await decided(daemon)
     assert CANARY not in words
     assert all(text[:40] not in words for text in texts)
     assert (faint, problems) == ([], [])
