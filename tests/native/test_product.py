@@ -16,16 +16,18 @@ from tests.native.test_failures import alive
 from tests.support.daemon import Daemon, rebalanced_to_its_plan, started
 from tests.support.hanging_up import LEVELS, leave_at_random
 from tests.support.metrics import metrics_of
+from tests.support.secrets import DEBUG, assert_not_logged
 from tests.support.until import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="module")]
 
 Json = dict[str, Any]
+CANARY = "A quokka named Zanzibar whispered"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def daemon(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    async with started(tmp_path_factory.mktemp("daemon"), ready=True, engine="native") as daemon:
+    async with started(tmp_path_factory.mktemp("daemon"), ready=True, engine="native", more=DEBUG) as daemon:
         yield daemon
 
 
@@ -100,6 +102,21 @@ async def test_the_openai_client_gets_choices_log_probabilities_and_json(client:
     with pytest.raises(openai.BadRequestError) as caught:
         await client.chat.completions.create(model="demo-model", messages=question, response_format=wanted)
     assert (caught.value.param, caught.value.code) == ("response_format", "invalid_grammar")
+
+
+async def test_neither_prompts_nor_answers_are_in_the_log(daemon: Daemon, client: openai.AsyncOpenAI) -> None:
+    streaming = asyncio.create_task(stream(client, prompt=CANARY, max_tokens=600, extra_body={"ignore_eos": True}))
+    for stages in (4, 2):
+        code, _, err = await daemon.flexctl("rebalance", "--stages", str(stages), "--wait")
+        assert code == 0, err
+    completed = "".join(await streaming)
+    question: Any = [{"role": "user", "content": CANARY}]
+    answer = await client.chat.completions.create(
+        model="demo-model", messages=question, max_tokens=60, extra_body={"ignore_eos": True}
+    )
+    with pytest.raises(openai.BadRequestError):
+        await stream(client, prompt=CANARY, temperature=-1)
+    assert_not_logged(daemon, CANARY, completed, answer.choices[0].message.content or "")
 
 
 async def test_the_openai_client_chats(client: openai.AsyncOpenAI) -> None:

@@ -16,7 +16,8 @@ from tests.engines.install_vllm import VLLM
 from tests.engines.interpreter import ensure_there
 from tests.support.checkpoints import make_untied
 from tests.support.daemon import Daemon, started
-from tests.support.engine_change import TAKEN, Client, changed
+from tests.support.engine_change import PROMPTS, TAKEN, Client, changed
+from tests.support.secrets import DEBUG, assert_not_logged
 from tests.support.sglang import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop]
@@ -30,7 +31,7 @@ async def through(folder: Path, *engines: str, more: str, ranks: int = 0) -> Non
     """
     # of a head that is tied to the embedding, as the demo model has it, SGLang makes no several pipeline ranks
     model = make_untied(folder / "untied", of=demo_model_places()[0])
-    more = f'model = "{model}"\ndtype = "float32"\nmax_model_len = 2048\n{more}'
+    more = f'model = "{model}"\ndtype = "float32"\nmax_model_len = 2048\n{DEBUG}{more}'
     async with (
         started(folder, ready=True, engine=engines[0], more=more) as daemon,
         aiohttp.ClientSession() as session,
@@ -47,6 +48,7 @@ async def through(folder: Path, *engines: str, more: str, ranks: int = 0) -> Non
             async with client.busy(expected):
                 await take_more_ranks(daemon, ranks)
         assert await client.complete("Once", min_p=0.1) == (200, expected["Once"])  # it changes nothing that is greedy
+        assert_not_logged(daemon, PROMPTS[1], *expected.values())
 
 
 async def move_in_place(daemon: Daemon) -> None:

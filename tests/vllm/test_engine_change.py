@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 
 from tests.support.daemon import rebalanced_to_its_plan, run_until_exit, started, write_config
-from tests.support.engine_change import TAKEN, Client, changed
+from tests.support.engine_change import PROMPTS, TAKEN, Client, changed
+from tests.support.secrets import DEBUG, assert_not_logged
 from tests.support.vllm import interpreter
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.real_loop]
@@ -24,7 +25,7 @@ ANY_TEXT = {"regex": r"[\s\S]*"}
 
 async def test_streams_do_not_notice_which_engine_serves_them(tmp_path: Path) -> None:
     own = f'[engines.vllm]\npython = "{interpreter()}"\nkv_cache = "32 MiB"\n'
-    more = f'dtype = "float32"\nhttp.ingress_processes = 2\n{own}'
+    more = f'dtype = "float32"\nhttp.ingress_processes = 2\n{DEBUG}{own}'
     async with (
         started(tmp_path, ready=True, engine="native", stages=2, more=more) as daemon,
         aiohttp.ClientSession() as session,
@@ -50,6 +51,7 @@ async def test_streams_do_not_notice_which_engine_serves_them(tmp_path: Path) ->
 
         async with client.busy(expected), client.busy(long, max_tokens=LONG, min_p=0.1):  # which both engines know
             assert re.fullmatch(TAKEN, await changed(daemon, "native", stages=best))
+        assert_not_logged(daemon, PROMPTS[1], *expected.values(), longest)
 
 
 async def assert_second_daemons_are_told_off(folder: Path, url: str, more: str) -> None:
