@@ -1,12 +1,16 @@
 """Engines that outlive the daemon: a restarted one adopts them, and no model is loaded again."""
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
+import openai
 import pytest
 
 from flexpiped.models import demo_model_places
@@ -23,6 +27,7 @@ SURVIVE = "engines.survive_restart = true\nengines.adopt_within_s = 60.0\n"
 KEPT = 'dtype = "bfloat16"\ndevices.parameter_cache = "64 MiB"\n'
 HELD = ("layers", "held_bytes", "idle_layers")
 BODY = {"prompt": "Once", "max_tokens": 60, "temperature": 0.8, "seed": 7}
+LONG: dict[str, Any] = BODY | {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
 
 
 def modes(folder: Path) -> list[int]:
@@ -30,9 +35,9 @@ def modes(folder: Path) -> list[int]:
 
 
 @asynccontextmanager
-async def lasting(folder: Path, *, more: str = "", stages: int = 2) -> AsyncIterator[Daemon]:
+async def lasting(folder: Path, *, more: str = "", stages: int = 2, port: int = 0) -> AsyncIterator[Daemon]:
     """Start a daemon whose engines outlive it."""
-    async with started(folder, ready=True, engine="native", stages=stages, more=SURVIVE + more) as daemon:
+    async with started(folder, ready=True, engine="native", stages=stages, port=port, more=SURVIVE + more) as daemon:
         yield daemon
 
 
@@ -117,6 +122,30 @@ async def test_the_next_daemon_goes_on_with_the_same_processes(folder: Path, num
 
     assert records(folder) == []
     await until(lambda: not any(alive(pid) for pid in processes))
+
+
+async def test_a_client_that_tries_again_is_answered_by_the_adopted_engine(folder: Path) -> None:
+    """Its connection breaks with the daemon, and for a while nobody listens; nothing but its own retries helps it."""
+    async with lasting(folder) as daemon:
+        url = (await daemon.ask("/status"))["api_url"]
+        client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=20)
+        expected = await client.completions.create(model="demo-model", **LONG)
+        [record] = records(folder)
+        asked = asyncio.create_task(client.completions.create(model="demo-model", **LONG))
+        await until(lambda: runs_one(daemon))
+        await end(daemon, signal.SIGKILL)
+        assert not asked.done()
+
+    async with lasting(folder, port=urlsplit(url).port or 0) as daemon, client:
+        assert (await asked).choices[0].text == expected.choices[0].text
+        assert "engine adopted" in daemon.output.read_text()
+        assert [each["pid"] for each in records(folder)] == [record["pid"]]
+        assert (await daemon.ask("/status"))["api_url"] == url
+        await end(daemon, signal.SIGINT)
+
+
+async def runs_one(daemon: Daemon) -> bool:
+    return bool((await daemon.ask("/status"))["engine_counters"]["running"] == 1)
 
 
 @pytest.mark.long

@@ -152,10 +152,11 @@ def bind_afresh(channel: socket.socket, address: str) -> None:
 
 @asynccontextmanager
 async def started(
-    folder: Path, *, ready: bool, engine: str = "fake", stages: int | None = 2, more: str = ""
+    folder: Path, *, ready: bool, engine: str = "fake", stages: int | None = 2, port: int = 0, more: str = ""
 ) -> AsyncIterator[Daemon]:
     """Start a daemon; ``more`` are further lines of its configuration file."""
-    config, address = write_config(folder, engine=engine, stages=stages, more=more), str(folder / "notify")
+    config = write_config(folder, port=port, engine=engine, stages=stages, more=more)
+    address = str(folder / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         bind_afresh(notified, address)
         notified.setblocking(False)
