@@ -3,8 +3,8 @@
 import asyncio
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,3 +96,26 @@ async def reach(record: EngineRecord, process: FoundProcess) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+@asynccontextmanager
+async def connected(
+    record: EngineRecord, process: FoundProcess, *, deadline_s: float
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to an engine whose process is held, for what both say first: it is closed only where that fails.
+
+    Raises:
+        NotAdopted: It does not answer in time, or another process answers.
+    """
+    try:
+        async with asyncio.timeout(deadline_s):
+            reader, writer = await asyncio.open_connection(sock=await reach(record, process))
+            try:
+                yield reader, writer
+            except BaseException:
+                writer.close()
+                raise
+    except TimeoutError:
+        raise NotAdopted(f"it has not answered within {deadline_s:g} s") from None
+    except OSError as error:
+        raise NotAdopted(f"{record.socket}: {error.strerror or error}") from error

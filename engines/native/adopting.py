@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engines.found_process import FoundProcess
 from engines.frames import read_frame, write_frame
 from engines.native import client_messages as c
-from engines.outliving import NotAdopted, Outliving, reach
+from engines.outliving import NotAdopted, Outliving, connected
 from engines.records import EngineRecord
 from planner.layout import Pipeline
 
@@ -40,24 +40,12 @@ async def adopt(
     Raises:
         NotAdopted: It does not answer in time, another process answers, or it was started with other options.
     """
-    try:
-        async with asyncio.timeout(deadline_s):
-            reader, writer = await asyncio.open_connection(sock=await reach(record, process))
-            try:
-                write_frame(writer, c.encode(c.AdoptCore(parameters=outliving.parameters)))
-                raw = await read_frame(reader)
-            except BaseException:
-                writer.close()
-                raise
-    except TimeoutError:
-        raise NotAdopted(f"it has not answered within {deadline_s:g} s") from None
-    except OSError as error:
-        raise NotAdopted(f"{record.socket}: {error.strerror or error}") from error
-    report = None if raw is None else c.decode_report(raw)
-    if not isinstance(report, c.Adopted):
-        writer.close()
-        raise NotAdopted("it has ended" if report is None else f"it answers {type(report).__name__}")
-    if c.options_digest(report.options) != record.purpose.options:
-        writer.close()
-        raise NotAdopted("it says that it was started with other options")
+    async with connected(record, process, deadline_s=deadline_s) as (reader, writer):
+        write_frame(writer, c.encode(c.AdoptCore(parameters=outliving.parameters)))
+        raw = await read_frame(reader)
+        report = None if raw is None else c.decode_report(raw)
+        if not isinstance(report, c.Adopted):
+            raise NotAdopted("it has ended" if report is None else f"it answers {type(report).__name__}")
+        if c.options_digest(report.options) != record.purpose.options:
+            raise NotAdopted("it says that it was started with other options")
     return AdoptedCore(process=process, reader=reader, writer=writer, report=report, outliving=outliving)

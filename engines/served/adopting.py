@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engines.found_process import FoundProcess
 from engines.frames import read_frame
-from engines.outliving import NotAdopted, Outliving, reach
+from engines.outliving import NotAdopted, Outliving, connected
 from engines.records import EngineRecord
 from engines.served import keeper_messages as k
 from engines.served.channel import CallFailed, ChannelClosed, Message
@@ -76,18 +76,9 @@ async def adopt(
         NotAdopted: It does not answer in time, another process answers, or its ranks disagree.
     """
     try:
-        async with asyncio.timeout(deadline_s):
-            reader, writer = await asyncio.open_connection(sock=await reach(record, process))
-            try:
-                kept, memo = await _first_word(reader)
-                settled = await settle(Path(kept.directory), memo, parameters=outliving.parameters)
-            except BaseException:
-                writer.close()
-                raise
-    except TimeoutError:
-        raise NotAdopted(f"it has not answered within {deadline_s:g} s") from None
-    except OSError as error:
-        raise NotAdopted(f"{record.socket}: {error.strerror or error}") from error
+        async with connected(record, process, deadline_s=deadline_s) as (reader, writer):
+            kept, memo = await _first_word(reader)
+            settled = await settle(Path(kept.directory), memo, parameters=outliving.parameters)
     except (ChannelClosed, CallFailed) as error:
         raise NotAdopted(str(error)) from error
     hosted = InKeeping(process, reader, writer, kept)
