@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "/etc/flexpiped/flexpiped.toml"
 START_DEADLINE_S = 180.0
 DEMO_MODEL = "/usr/share/flexpiped/demo-model"
+SERVES = f'engine = "native"\nstages = 2\n[engines.native]\npython = "{ENGINE_PYTHON}"\n'
+# As unattended-upgrades does it: an operator's configuration stays, and nobody answers questions.
+UNATTENDED = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-yo", "Dpkg::Options::=--force-confold", "install")
 ASK = """
 import json, sys, urllib.request
 body = json.dumps({"prompt": "Once", "max_tokens": 20, "temperature": 0}).encode()
@@ -57,6 +60,22 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(built.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="session")
+def newer(package: Path) -> Path:
+    """Return another version of the package, which comes with another configuration."""
+    unpacked, out = package.with_name("newer"), package.with_name("newer.deb")
+    subprocess.run(["dpkg-deb", "--raw-extract", package, unpacked], check=True)
+    for file, line, instead in (
+        ("DEBIAN/control", r"^Version: (.*)$", r"Version: \1+newer"),
+        (CONFIG.removeprefix("/"), r'^#mode = "off"$', '#mode = "dry-run"'),
+    ):
+        text, count = re.subn(line, instead, (unpacked / file).read_text(), flags=re.MULTILINE)
+        assert count == 1
+        (unpacked / file).write_text(text)
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-Zzstd", "-z1", "--build", unpacked, out], check=True)
+    return out
+
+
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("machine")
@@ -92,6 +111,7 @@ def completion(machine: Machine) -> str:
 
 def test_the_package_is_there_and_nothing_runs_before_it_is_configured(machine: Machine) -> None:
     assert machine.do("flexctl", "--version").startswith("flexctl ")
+    assert machine.do("find", "/usr/lib/flexpiped", "-path", "*/site-packages/torch*") == ""  # engines have their own
     assert shown(machine, "ActiveState") == "inactive"
     assert machine.do("stat", "-c", "%a %U %G", "/etc/flexpiped").split() == ["750", "root", "flexpiped"]
     assert machine.do("stat", "-c", "%a %U %G", CONFIG).split() == ["640", "root", "flexpiped"]
@@ -108,7 +128,7 @@ def test_without_an_engine_it_says_what_to_do(machine: Machine) -> None:
 
 
 def test_it_starts_and_serves(machine: Machine) -> None:
-    machine.write(CONFIG, f'engine = "native"\nstages = 2\n[engines.native]\npython = "{ENGINE_PYTHON}"\n')
+    machine.write(CONFIG, SERVES)
     assert machine.do("flexctl", "config", "check", CONFIG) == f"{CONFIG}: ok\n"
 
     started(machine)
@@ -207,14 +227,22 @@ def test_the_watchdog_ends_one_that_hangs(machine: Machine) -> None:
     assert completion(machine).strip()
 
 
-def test_an_upgrade_keeps_the_configuration_and_restarts_it(machine: Machine, package: Path) -> None:
-    before, config = shown(machine, "MainPID"), machine.do("cat", CONFIG)
+def test_an_unattended_upgrade_keeps_the_configuration_and_restarts_it(machine: Machine, newer: Path) -> None:
+    machine.write(CONFIG, SERVES)
+    started(machine)
+    before, old = shown(machine, "MainPID"), version_in(machine)
 
-    said = machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
+    said = machine.do("timeout", "300", *UNATTENDED, f"/srv/dist/{newer.name}")
 
+    assert version_in(machine) == f"{old}+newer"
     assert came_back(machine, instead_of=before), said + machine.last_words()
-    assert machine.do("cat", CONFIG) == config
+    assert machine.do("cat", CONFIG) == SERVES
+    assert '#mode = "dry-run"\n' in machine.do("cat", f"{CONFIG}.dpkg-dist")  # what the new one would have had
     assert completion(machine).strip()
+
+
+def version_in(machine: Machine) -> str:
+    return machine.do("dpkg-query", "--show", "--showformat=${Version}", "flexpiped")
 
 
 def test_enabled_it_is_there_after_a_reboot(machine: Machine) -> None:
