@@ -149,7 +149,7 @@ def test_the_load_monitor_hears_nothing_of_a_change_that_fails() -> None:
 def test_a_replica_that_neighbours_drive_out_is_missed_by_the_policy() -> None:
     taken = [MemoryChange(at_s=50.0, device=index, num_bytes=70 * 10**9) for index in range(4)]
 
-    system = Overheard(system=own())
+    system = Overheard(system=own(max_replicas=1))
     outcome = simulate(replace(SETTING, memory_changes=taken), pool(devices=8), system)
 
     assert (outcome.evicted, outcome.starts, outcome.figures.failed) == (1, 2, 0)
