@@ -21,7 +21,8 @@ from topology.units import KIB, MIB
 
 sys.path.append(str(SHARED))  # as the interpreter of an engine has it
 
-from flexpiped_served.first_layers import FirstLayers
+from flexpiped_served.finding import CannotMove
+from flexpiped_served.first_layers import FirstLayers, where_layers_are
 from flexpiped_served.keeping import KeptLayers
 from flexpiped_served.settings import PluginSettings
 from flexpiped_served.weights import Manifest
@@ -235,3 +236,25 @@ async def test_a_fork_has_a_connection_of_its_own(keeper: ParameterKeeper, file:
         assert again is not None
         os.close(again[0])
         assert keeper.figures.idle_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (("layers", None), "which are not in the safetensors format"),
+        (CannotMove("it does not use make_layers"), ": it does not use make_layers"),
+        (OSError("no such file"), ": no such file"),
+    ],
+)
+def test_why_all_layers_come_from_the_files_is_said(
+    capsys: pytest.CaptureFixture[str], found: tuple[str, None] | Exception, reason: str
+) -> None:
+    def find() -> tuple[str, list[Path] | None]:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    assert where_layers_are(find) is None
+    assert "all layers come from the files" in (said := capsys.readouterr().err)
+    assert said.endswith(f"{reason}\n")
+    assert where_layers_are(lambda: ("layers", [Path("a")])) == ("layers", [Path("a")])

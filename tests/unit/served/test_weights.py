@@ -4,15 +4,17 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engines.served.plugin_path import SHARED
 
 sys.path.append(str(SHARED))  # as the interpreter of an engine has it
 
-from flexpiped_served.weights import HelperFailed, Manifest, WeightHelper, lay_out
+from flexpiped_served.weights import HelperFailed, Manifest, WeightHelper, lay_out, layer_weights
 
 pytestmark = pytest.mark.real_loop
 DEADLY, WRONG = 7, 8
@@ -71,3 +73,12 @@ def test_a_layer_that_kills_each_that_loads_it_is_an_error(helper: WeightHelper)
     with pytest.raises(HelperFailed, match="has ended"):
         helper.load(DEADLY)
     assert helper.load(3)["w"].tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("is_safetensors", [True, False])
+def test_of_a_checkpoint_the_tensors_of_one_layer_are_read(tmp_path: Path, is_safetensors: bool) -> None:
+    tensors = {f"model.layers.{index}.w": torch.tensor([float(index)]) for index in (1, 10, 11)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    files = [tmp_path / "model.safetensors"] if is_safetensors else None
+    found = dict(layer_weights("model.layers", 1, files=files, read_all=tensors.items))
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"model.layers.1.w": [1.0]}

@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from flexpiped_served.finding import CannotMove
 from flexpiped_served.keeping import KeptLayers
 from flexpiped_served.weights import Manifest, lay_out, mapped, others_pattern, read_file
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 _EXPECTED = (OSError, RuntimeError, ValueError)  # a start goes on without the keeper, whatever is wrong with it
+AnyFound = TypeVar("AnyFound")
+AnyFiles = TypeVar("AnyFiles")
 
 
 class FirstLayers:
@@ -107,6 +110,22 @@ class FirstLayers:
         except _EXPECTED as error:
             say(f"no more layers are kept in the memory of the host: {type(error).__name__}: {error}")
         return num_kept
+
+
+def where_layers_are(find: Callable[[], tuple[AnyFound, AnyFiles | None]]) -> tuple[AnyFound, AnyFiles] | None:
+    """Return what ``find`` does: how the layers were made, and the checkpoint. None: all come from its files.
+
+    Then the log says why.
+    """
+    try:
+        found, files = find()
+    except (CannotMove, *_EXPECTED) as error:
+        say(f"all layers come from the files: {error}")
+        return None
+    if files is None:
+        say("all layers come from the files, which are not in the safetensors format")
+        return None
+    return found, files
 
 
 def _give(layer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -280,3 +280,20 @@ def read_file(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, torch.
             if (8 + length + start) % dtype.itemsize:
                 raw = raw.clone()
             yield name, raw.view(dtype).view(entry["shape"])
+
+
+def layer_weights(
+    prefix: str, index: int, *, files: Iterable[Path] | None, read_all: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the checkpoint's tensors of one layer, as the engine's loader names them.
+
+    Args:
+        files: In the safetensors format; None: the checkpoint has another one.
+        read_all: Returns all tensors, of which those are kept that are wanted.
+    """
+    wanted = layer_pattern(prefix, index)
+    if files is None:
+        yield from ((name, tensor) for name, tensor in read_all() if wanted.search(name))
+        return
+    for file in files:
+        yield from read_file(file, wanted)

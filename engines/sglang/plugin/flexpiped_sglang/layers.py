@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from flexpiped_served.finding import found_in
 from flexpiped_served.kv import CacheForm
 from flexpiped_served.processes import trim_heap
 
@@ -111,10 +112,6 @@ def _make_layers(
         if not first <= index < end:
             made.modules[index] = missing()
     return made.modules, first, end
-
-
-class CannotMove(Exception):
-    """This model's layers cannot be moved; the message says why."""
 
 
 class LayerStore:
@@ -235,9 +232,4 @@ class LayerStore:
 
 def find_layers(model: torch.nn.Module) -> tuple[MadeLayers, Any]:
     """Return how the layers were made, and the module whose forward runs them. Raises: CannotMove."""
-    for made in _made:
-        for module in model.modules():
-            holds = any(child is made.modules for child in module.children())
-            if holds and hasattr(module, "start_layer") and hasattr(module, "end_layer"):
-                return made, module
-    raise CannotMove(f"moves in place are not supported with {type(model).__name__}: it does not use make_layers")
+    return found_in(model, _made)

@@ -1,11 +1,10 @@
 """In the helper process: has the model's own ``load_weights`` fill one layer."""
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import torch
 from flexpiped_served.keeping import layer_key
-from flexpiped_served.weights import Manifest, lay_out, layer_pattern, read_file
+from flexpiped_served.weights import Manifest, lay_out, layer_weights
 
 from flexpiped_sglang import internals
 from flexpiped_sglang.layers import MadeLayers
@@ -21,7 +20,9 @@ def load_layer(
     made.modules[index] = made.layers[index]
     core.start_layer, core.end_layer = index, index + 1  # load_weights passes over the others
     try:
-        model.load_weights(_weights_of(model, made.prefix, loader, model_config, index))
+        files = internals.safetensors_files(loader, model_config, model)
+        read_all = partial(internals.all_weights, loader, model_config, model)
+        model.load_weights(layer_weights(made.prefix, index, files=files, read_all=read_all))
     finally:
         made.modules[index] = made.missing()
         made.empty(index)
@@ -41,18 +42,3 @@ def key_of_layer(model: Any, made: MadeLayers, loader: Any, model_config: Any, i
         *(parallel.tp_rank, parallel.tp_size, index, forms),
         files=files,
     )
-
-
-def _weights_of(
-    model: Any, prefix: str, loader: Any, model_config: Any, index: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the checkpoint's tensors of one layer, as SGLang's loader names them."""
-    wanted = layer_pattern(prefix, index)
-    files = internals.safetensors_files(loader, model_config, model)
-    if files is None:  # another format: read all, keep what is wanted
-        for name, tensor in internals.all_weights(loader, model_config, model):
-            if wanted.search(name):
-                yield name, tensor
-        return
-    for file in files:
-        yield from read_file(file, wanted)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.finding import CannotMove
 from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
 from flexpiped_served.weights import WeightHelper
@@ -24,7 +25,7 @@ from flexpiped_sglang.answers import Answer, AnswerReceiver, AnswerSender
 from flexpiped_sglang.attributes import OF_ALLOCATOR, OF_PARALLEL, OF_POOL, OF_SCHEDULER, refusal_without
 from flexpiped_sglang.conductor import Conductor
 from flexpiped_sglang.counting import Counting, Uncounted
-from flexpiped_sglang.layers import CannotMove, LayerStore
+from flexpiped_sglang.layers import LayerStore
 from flexpiped_sglang.optional import has
 from flexpiped_sglang.sending import Sending
 from flexpiped_sglang.settings import Settings

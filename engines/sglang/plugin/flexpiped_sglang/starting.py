@@ -1,14 +1,16 @@
 """A rank's first layers: kept in the memory of the host, where the daemon keeps any."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from flexpiped_served.first_layers import FirstLayers, say
+from flexpiped_served.finding import CannotMove
+from flexpiped_served.first_layers import FirstLayers, where_layers_are
 from flexpiped_served.keeping import KeptLayers
 
 from flexpiped_sglang import internals
-from flexpiped_sglang.layers import CannotMove, MadeLayers, find_layers
+from flexpiped_sglang.layers import MadeLayers, find_layers
 from flexpiped_sglang.loading import key_of_layer, load_layer
 from flexpiped_sglang.settings import Settings
 
@@ -44,18 +46,17 @@ def _load(settings: Settings, loader: Any, model_config: Any, model: Any, load: 
 
 
 def _first_layers(settings: Settings, loader: Any, model_config: Any, model: Any) -> FirstLayers | None:
-    try:
-        refusal = internals.refusal_of_first_layers(model_config)
-        if refusal:
-            raise CannotMove(refusal)
-        made, core = find_layers(model)
-        files = internals.safetensors_files(loader, model_config, model)
-    except (CannotMove, OSError, RuntimeError, ValueError) as error:
-        say(f"all layers come from the files: {error}")
+    found = where_layers_are(partial(_find, loader, model_config, model))
+    if found is None:
         return None
-    if files is None:
-        say("all layers come from the files, which are not in the safetensors format")
-        return None
+    (made, core), files = found
     loader.flexpiped_kept = kept = kept_layers(settings, model, made, core, loader, model_config)
     layers = {index: made.layers[index] for index in range(made.first, made.end)}
     return FirstLayers(kept, layers, prefix=made.prefix, files=files)
+
+
+def _find(loader: Any, model_config: Any, model: Any) -> tuple[tuple[MadeLayers, Any], list[Path] | None]:
+    refusal = internals.refusal_of_first_layers(model_config)
+    if refusal:
+        raise CannotMove(refusal)
+    return find_layers(model), internals.safetensors_files(loader, model_config, model)

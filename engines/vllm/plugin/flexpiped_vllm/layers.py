@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from flexpiped_served.finding import found_in
 from flexpiped_served.kv import CacheForm
 from flexpiped_served.processes import trim_heap
 
@@ -57,10 +58,6 @@ def record_layers() -> None:
 def parameter_bytes(module: torch.nn.Module) -> int:
     """Return the bytes of a module's parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-class CannotMove(Exception):
-    """This model's layers cannot be moved; the message says why."""
 
 
 class LayerStore:
@@ -235,9 +232,4 @@ def build_layer(made: MadeLayers, index: int, config: Any, device: torch.device)
 
 def find_layers(model: torch.nn.Module) -> tuple[MadeLayers, Any]:
     """Return how the layers were made, and the module whose forward runs them. Raises: CannotMove."""
-    for made in _made:
-        for module in model.modules():
-            holds = any(child is made.modules for child in module.children())
-            if holds and hasattr(module, "start_layer") and hasattr(module, "end_layer"):
-                return made, module
-    raise CannotMove(f"moves in place are not supported with {type(model).__name__}: it does not use make_layers")
+    return found_in(model, _made)

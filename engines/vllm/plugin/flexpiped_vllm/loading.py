@@ -1,12 +1,12 @@
 """In the helper process: builds a layer as vLLM would, and has the model's own ``load_weights`` fill it."""
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from flexpiped_served.keeping import layer_key
-from flexpiped_served.weights import Manifest, lay_out, layer_pattern, read_file
+from flexpiped_served.weights import Manifest, lay_out, layer_weights
 
 from flexpiped_vllm import internals
 from flexpiped_vllm.layers import MadeLayers, build_layer
@@ -25,7 +25,11 @@ def load_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: int
     internals.model_utils._model_to_pp_missing_layer_names.clear()
     try:
         with internals.set_current_vllm_config(config, check_compile=False):
-            model.load_weights(_weights_of(model, made, config, index))
+            loader = internals.get_model_loader(config.load_config)
+            files = internals.safetensors_files(loader, config.model_config, model)
+            read_all = partial(loader.get_all_weights, config.model_config, model)
+            paths = None if files is None else map(Path, files)
+            model.load_weights(layer_weights(made.prefix, index, files=paths, read_all=read_all))
     finally:
         made.modules[index] = kept
         for parameter in named.values():
@@ -45,17 +49,3 @@ def key_of_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: i
         *(group.rank_in_group, group.world_size, index, made.forms[index]),
         files=map(Path, files),
     )
-
-
-def _weights_of(model: Any, made: MadeLayers, config: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the checkpoint's tensors of one layer, as vLLM's loader names them."""
-    wanted = layer_pattern(made.prefix, index)
-    loader = internals.get_model_loader(config.load_config)
-    files = internals.safetensors_files(loader, config.model_config, model)
-    if files is None:  # another format: read all, keep what is wanted
-        for name, tensor in loader.get_all_weights(config.model_config, model):
-            if wanted.search(name):
-                yield name, tensor
-        return
-    for file in files:
-        yield from read_file(Path(file), wanted)

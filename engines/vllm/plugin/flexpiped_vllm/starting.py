@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flexpiped_served.first_layers import FirstLayers, say
+from flexpiped_served.first_layers import FirstLayers, say, where_layers_are
 from flexpiped_served.keeping import KeptLayers
 
 from flexpiped_vllm import internals, refusals
-from flexpiped_vllm.layers import CannotMove, MadeLayers, find_layers
+from flexpiped_vllm.layers import MadeLayers, find_layers
 from flexpiped_vllm.loading import key_of_layer, load_layer
 from flexpiped_vllm.settings import Settings
 
@@ -49,15 +49,10 @@ class Starting:
             load()
 
     def _first_layers(self, loader: Any, model: Any, model_config: Any) -> FirstLayers | None:
-        try:
-            made, _ = find_layers(model)
-            files = internals.safetensors_files(loader, model_config, model)
-        except (CannotMove, OSError, RuntimeError, ValueError) as error:
-            say(f"all layers come from the files: {error}")
+        found = where_layers_are(lambda: (find_layers(model), internals.safetensors_files(loader, model_config, model)))
+        if found is None:
             return None
-        if files is None:
-            say("all layers come from the files, which are not in the safetensors format")
-            return None
+        (made, _), files = found
         self.kept = kept_layers(self._settings, model, made, self._config)
         layers = {index: made.modules[index] for index in sorted(made.forms)}
         return FirstLayers(self.kept, layers, prefix=made.prefix, files=[Path(file) for file in files])

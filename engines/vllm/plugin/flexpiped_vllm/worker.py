@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from flexpiped_served.answering import EXPECTED, RankAnswers
 from flexpiped_served.failpoints import Failpoints
+from flexpiped_served.finding import CannotMove
 from flexpiped_served.kv import CacheForm
 from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
@@ -25,7 +26,7 @@ from flexpiped_vllm.compiled import CompiledForward
 from flexpiped_vllm.compiling import CompileFailed, CompileHelper, Model
 from flexpiped_vllm.cuda_graphs import GraphedForward
 from flexpiped_vllm.kv_rank import KvRank
-from flexpiped_vllm.layers import CannotMove, LayerStore, find_layers
+from flexpiped_vllm.layers import LayerStore, find_layers
 from flexpiped_vllm.settings import Settings
 from flexpiped_vllm.starting import Starting, kept_layers
 
