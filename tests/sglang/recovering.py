@@ -7,13 +7,14 @@ from tests.support.vllm import graph_of, llama
 
 
 class Made:
-    """Makes engines with as many ranks as the pipeline has stages, and remembers them."""
+    """Makes engines with as many ranks as the pipeline has stages, and remembers them; other options by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: object) -> None:
+        self._options = options
         self.engines: list[SglangEngine] = []
 
     def __call__(self, pipeline: Pipeline, epoch: int) -> SglangEngine:
-        options = options_for(llama(), ranks=pipeline.granularity)
+        options = options_for(llama(), ranks=pipeline.granularity, **self._options)
         self.engines.append(SglangEngine(options, pipeline, epoch=epoch, graph=graph_of(llama())))
         return self.engines[-1]
 

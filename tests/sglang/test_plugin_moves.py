@@ -131,6 +131,14 @@ async def test_forty_moves_between_two_ranks_change_nothing() -> None:
         await check_moves(driver, 40, await run_streams(driver), targets)
 
 
+@pytest.mark.long
+async def test_moves_of_pages_of_several_tokens_change_nothing() -> None:
+    paged = (*CROWDED, "--page-size", "16")
+    async with driven(llama(), (2, 2, 2, 2), more=paged, variables=RETRACTING) as driver:
+        assert driver.ready["kv_block_tokens"] == 16
+        await check_moves(driver, 6, await run_streams(driver))
+
+
 async def test_the_radix_cache_is_right_after_moves(driver: PluginDriver) -> None:
     await move(driver, START)
     wanted = stream(4, max_tokens=40, salt=3)
