@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from flexpiped.settings import TracingSettings
 from flexpiped.spans import OtelSpans, spans_of
 from flexpiped.tracing import Handovers
 from tests.support.fake_own_server import DONE, EVENTS, fake_own_server, streaming
-from tests.support.http_app import MODEL, FakeEngines, HttpApp, http_app, saying
+from tests.support.http_app import CAPABILITIES, MODEL, FakeEngines, HttpApp, http_app, saying
+from tests.support.unread import LEAST_BUFFER_BYTES, unread
 from tests.support.until import until
 
 pytest.importorskip("opentelemetry.sdk", reason="no opentelemetry: pip install 'flexpiped[otel]'")
@@ -142,6 +144,17 @@ async def test_a_client_that_leaves_ends_its_trace(
     request = collected.named("POST /v1/completions")
     assert (request.status.is_ok, request.status.description) == (False, "the client left")
     app.engines.last.release()
+
+
+async def test_a_client_that_does_not_read_has_left(collected: Collected) -> None:
+    engines = FakeEngines(next_token=saying("", then=[40]), capabilities=replace(CAPABILITIES, max_model_len=10_000))
+    body = {"prompt": CANARY, "max_tokens": 9_000, "ignore_eos": True, "stream": True}
+    async with (
+        http_app(engines=engines, spans=collected.spans, send_buffer_bytes=LEAST_BUFFER_BYTES) as app,
+        unread(app.url, body, headers={"X-Request-Deadline-Ms": "1500"}),
+    ):
+        await until(lambda: any(span.name == "POST /v1/completions" for span in collected.finished))
+    assert collected.named("POST /v1/completions").status.description == "the client left"
 
 
 async def test_nothing_but_what_generates_is_traced(collected: Collected, http: aiohttp.ClientSession) -> None:
