@@ -122,7 +122,8 @@ class PolicyState:
         under_way: The action that is being carried out.
         changes_s: When the last actions began, newest last.
         bias: See ``Watch``; of the action under way.
-        busy_s: When the last request came; before there was one, when the state began.
+        busy_s: When a request was last here, or among the arrivals of the shortest window; before there was one, when
+            the state began.
     """
 
     fleet: Fleet
