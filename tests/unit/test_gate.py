@@ -65,7 +65,7 @@ def test_cheap_tests_come_first_and_one_served_engine_is_alive_at_a_time() -> No
     assert files[:3] == ["tests/contract/test_fake.py", "tests/contract/test_native.py", "tests/contract/test_vllm.py"]
     # Of each one serves many tests; those before it boot others, and the last test ends it.
     of_vllm = ["moves", "routes", "death"]
-    of_sglang = ["contract", "moves", "own_server", "recovery", "resuming", "contract"]
+    of_sglang = ["contract", "logprobs", "moves", "own_server", "recovery", "resuming", "contract"]
     shared = [f"tests/vllm/test_{name}.py" for name in of_vllm], [f"tests/sglang/test_{name}.py" for name in of_sglang]
     first_of_sglang = next(place for place, file in enumerate(files) if file.startswith("tests/sglang/"))
     assert files[first_of_sglang - len(of_vllm) : first_of_sglang] == shared[0]
