@@ -9,8 +9,24 @@ import aiohttp
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from engines.protocol import EngineCounters, StageStatus
+
 README: Final = Path(__file__).parents[2] / "README.md"
 _COMMON: Final = frozenset({"le", "model"})  # of histograms, and of what is of one of several models
+
+
+# What an engine says of itself, each value made up.
+COUNTERS: Final = EngineCounters(**dict.fromkeys(EngineCounters.__dataclass_fields__, 1))
+STAGE: Final = StageStatus(
+    index=0,
+    device_ids=("cpu:0",),
+    first_decoder=0,
+    end_decoder=3,
+    pids=(1,),
+    weights_bytes=1000,
+    kv_mapped_bytes=200,
+    busy=0.5,
+)
 
 
 async def metrics_of(url: str) -> Mapping[str, float]:

@@ -1,7 +1,9 @@
 """The control loop with the fake engine: it decides, acts as an operator would, and says why."""
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import pytest
 
@@ -237,12 +239,13 @@ async def test_nobody_for_long_makes_it_sleep_and_a_request_wakes_it(stand: Stan
 
 @dataclass(slots=True, kw_only=True)
 class FleetStand:
-    """Replicas of two stages, of which there may be three, and the control loop over them."""
+    """Replicas of two stages, of which there may be three, and the control loop over them. A test gives candidates."""
 
     clock: Clock
     load: LoadSampler
     scale: ScaleStand
     control: AutoControl
+    given: Given
 
     def ask(self, count: int, *, over_s: float) -> None:
         for index in range(count):
@@ -257,14 +260,18 @@ class FleetStand:
         return "" if decision is None else decision.reason
 
 
-@pytest.fixture
-async def fleet_stand() -> AsyncIterator[FleetStand]:
-    clock, given, scale = Clock(100.0), Given(), ScaleStand()
+S = TypeVar("S", bound=FleetStand)
+
+
+@asynccontextmanager
+async def controlled(kind: type[S], settings: AutoSettings, *candidates: Candidate, clock: Clock) -> AsyncIterator[S]:
+    """A control loop over replicas, at first one of two stages; both end with the scope."""
+    given, scale = Given(), ScaleStand()
     await scale.add(even_pipeline(2))
-    given.candidates = (replace(TWO, most_replicas=3), replace(FOUR, most_replicas=1))
+    given.candidates = candidates
     load = LoadSampler(clock=clock)
     control = AutoControl(
-        replace(SETTINGS, max_replicas=3, reclaim_s=20.0),
+        settings,
         engine=lambda: scale.replicas.engines[0],
         load=load,
         candidates=given,
@@ -275,10 +282,18 @@ async def fleet_stand() -> AsyncIterator[FleetStand]:
         decided=EventLog(),
         clock=clock,
     )
-    yield FleetStand(clock=clock, load=load, scale=scale, control=control)
+    yield kind(clock=clock, load=load, scale=scale, control=control, given=given)
     await control.close()
     await scale.refactorings.close()
     await scale.replicas.close()
+
+
+@pytest.fixture
+async def fleet_stand() -> AsyncIterator[FleetStand]:
+    settings = replace(SETTINGS, max_replicas=3, reclaim_s=20.0)
+    two, four = replace(TWO, most_replicas=3), replace(FOUR, most_replicas=1)
+    async with controlled(FleetStand, settings, two, four, clock=Clock(100.0)) as stand:
+        yield stand
 
 
 async def test_overload_adds_replicas_and_calm_removes_them_again(fleet_stand: FleetStand) -> None:

@@ -5,24 +5,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from flexpiped.auto import AutoControl
-from flexpiped.events import EventLog
 from flexpiped.handover_records import Wanted
-from flexpiped.load_monitor import LoadSampler
 from flexpiped.refactoring import Started
 from planner.arrivals import Absence
-from tests.support.layouts import even_pipeline
+from tests.support.clock import Clock
 from tests.support.until import until
 from tests.unit.planner.policies import FOUR, TWO
-from tests.unit.test_auto import SETTINGS, Clock, FleetStand, Given
-from tests.unit.test_scaling import ScaleStand
+from tests.unit.test_auto import SETTINGS, FleetStand, controlled
 
 
 @dataclass(slots=True, kw_only=True)
 class GivenStand(FleetStand):
-    """Replicas of two stages that may sleep, and whose candidates a test gives."""
-
-    given: Given
+    """Replicas of two stages that may sleep."""
 
     @property
     def last(self) -> str:
@@ -31,26 +25,10 @@ class GivenStand(FleetStand):
 
 @pytest.fixture
 async def stand() -> AsyncIterator[GivenStand]:
-    clock, given, scale = Clock(), Given(), ScaleStand()
-    await scale.add(even_pipeline(2))
-    given.candidates = (replace(TWO, most_replicas=3, start_s=8.0), replace(FOUR, start_s=2.0))
-    load = LoadSampler(clock=clock)
-    control = AutoControl(
-        replace(SETTINGS, min_replicas=0, max_replicas=3, idle_s=60.0),
-        engine=lambda: scale.replicas.engines[0],
-        load=load,
-        candidates=given,
-        refactorings=scale.refactorings,
-        rest=lambda: scale.replicas,
-        fleet=lambda: scale.fleet.serving,
-        engines=lambda: scale.replicas.engines,
-        decided=EventLog(),
-        clock=clock,
-    )
-    yield GivenStand(clock=clock, load=load, scale=scale, control=control, given=given)
-    await control.close()
-    await scale.refactorings.close()
-    await scale.replicas.close()
+    settings = replace(SETTINGS, min_replicas=0, max_replicas=3, idle_s=60.0)
+    two, four = replace(TWO, most_replicas=3, start_s=8.0), replace(FOUR, start_s=2.0)
+    async with controlled(GivenStand, settings, two, four, clock=Clock()) as stand:
+        yield stand
 
 
 async def test_latencies_of_the_layout_before_an_operators_change_do_not_count_for_the_new_one(

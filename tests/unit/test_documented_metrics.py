@@ -3,7 +3,6 @@
 from typing import NoReturn
 
 from engines.parameters.keeper import ParameterKeeper
-from engines.protocol import EngineCounters, StageStatus
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.backends import Backends
 from flexpiped.api.exposition import exposition, labelled
@@ -16,6 +15,8 @@ from flexpiped.status import Health, ServiceState
 from planner.handover import HandoverPhase
 from planner.policy_state import Verb
 from tests.support.metrics import (
+    COUNTERS,
+    STAGE,
     documented_metrics,
     documented_values,
     shown_metrics,
@@ -24,18 +25,6 @@ from tests.support.metrics import (
     undocumented,
 )
 from topology.device import cpu_devices
-
-COUNTERS = EngineCounters(**dict.fromkeys(EngineCounters.__dataclass_fields__, 1))
-STAGE = StageStatus(
-    index=0,
-    device_ids=("cpu:0",),
-    first_decoder=0,
-    end_decoder=3,
-    pids=(1,),
-    weights_bytes=1000,
-    kv_mapped_bytes=200,
-    busy=0.5,
-)
 
 
 def of_a_model() -> Metrics:

@@ -11,7 +11,6 @@ import aiohttp
 import pytest
 
 from engines.parameters.keeper import ParameterKeeper
-from engines.protocol import EngineCounters, StageStatus
 from flexpiped.admission import Admission, AdmissionLimits
 from flexpiped.api.app import create_app
 from flexpiped.api.backends import Backends
@@ -20,6 +19,7 @@ from flexpiped.api.outcomes import Outcome
 from flexpiped.loop_lag import LoopLag
 from flexpiped.servers import listen_tcp, serving, url_of
 from flexpiped.status import Health, ServiceState
+from tests.support.metrics import COUNTERS, STAGE
 from topology.device import cpu_devices
 
 ETC = Path(__file__).parents[2] / "etc"
@@ -38,23 +38,12 @@ def exposition() -> str:
     metrics.handover_ended({"result": "failed", "duration_s": 0.1, "phases_s": {}, "progress": None})
     metrics.decided("keep")
     metrics.planned(0.02)
-    stage = StageStatus(
-        index=0,
-        device_ids=("cpu:0",),
-        first_decoder=0,
-        end_decoder=3,
-        pids=(1,),
-        weights_bytes=1000,
-        kv_mapped_bytes=200,
-        busy=0.5,
-    )
-    counters = EngineCounters(**dict.fromkeys(EngineCounters.__dataclass_fields__, 1))
     levels = Levels(state=ServiceState.READY, requests_queued=2, tokens_in_flight=40)
     devices = cpu_devices(count=2, memory_bytes=1 << 20)
     return metrics.render(
-        counters,
+        COUNTERS,
         levels,
-        stages=[stage, replace(stage, index=1, busy=None)],
+        stages=[STAGE, replace(STAGE, index=1, busy=None)],
         devices=devices,
         parameters=ParameterKeeper(1 << 20).figures,
         processes=LoopLag().families(),
