@@ -35,7 +35,7 @@ def together(parts: Iterable[Held]) -> Held:
 
 def devices_beside(devices: Sequence[Device], held: Held) -> tuple[Device, ...]:
     """Return the devices as a model sees them beside others that hold so much."""
-    return tuple(_beside(device, held.get(device.id, 0)) for device in devices)
+    return tuple(_with_less(device, held.get(device.id, 0), by_others=True) for device in devices)
 
 
 def topology_beside(topology: HostTopology, held: Held) -> HostTopology:
@@ -47,17 +47,14 @@ def topology_without(topology: HostTopology, reserved_bytes: int) -> HostTopolog
     """Return the host with so much less of each device, that the model itself has there beside layers and KV cache."""
     if not reserved_bytes:
         return topology
-    devices = tuple(
-        replace(each, memory_reserved_bytes=each.memory_reserved_bytes + min(reserved_bytes, each.memory_usable_bytes))
-        for each in topology.devices
-    )
+    devices = tuple(_with_less(device, reserved_bytes, by_others=False) for device in topology.devices)
     return replace(topology, devices=devices)
 
 
-def _beside(device: Device, held_bytes: int) -> Device:
+def _with_less(device: Device, held_bytes: int, *, by_others: bool) -> Device:
     taken = min(held_bytes, device.memory_usable_bytes)
     return replace(
         device,
         memory_reserved_bytes=device.memory_reserved_bytes + taken,
-        memory_others_bytes=device.memory_others_bytes + taken,
+        memory_others_bytes=device.memory_others_bytes + taken * by_others,
     )
