@@ -53,6 +53,7 @@ class PipelineTimes:
         stages_beside: Likewise while other stages compute on the same host; empty: as alone.
         stages_at_once: How many stages can compute at the same time; fewer than all where CPU devices share cores.
         step_overhead_s: Between the last stage's result and the next dispatch of the same micro-batch.
+        sequence_overhead_s: What each sequence of the micro-batch adds to that.
     """
 
     stages: tuple[StageTime, ...]
@@ -64,6 +65,7 @@ class PipelineTimes:
     stages_beside: tuple[StageTime, ...] = ()
     stages_at_once: int | None = None
     step_overhead_s: float = 0.0
+    sequence_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.stages or len(self.hops) != len(self.stages) - 1:
@@ -72,6 +74,11 @@ class PipelineTimes:
             raise ValueError(f"{len(self.stages)} stages cannot have {len(self.stages_beside)} times beside others")
         if min(self.max_sequences, self.max_step_tokens) < 1 or self.micro_batches < 0 or self.stages_at_once == 0:
             raise ValueError("limits of a pipeline must be positive")
+
+    def passing_s(self, stages: Sequence[float], *, tokens: int, sequences: int) -> float:
+        """Return the seconds from one dispatch of a micro-batch to the next, where ``stages`` compute so long."""
+        hops = sum(hop(tokens) for hop in self.hops)
+        return sum(stages) + hops + self.step_overhead_s + sequences * self.sequence_overhead_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +222,7 @@ class Pipeline:
         token = decode_batch(sequences=1, context_tokens=self._prompt + self._output / 2)
         alone = self._slowest_of([stage(token) for stage in times.stages_beside or times.stages])
         self._joining_s = self._chunks * max(0.0, self._slowest_of(beside) - alone)  # what a prompt adds to steps
-        passing = sum(stages) + sum(hop(chunk) for hop in times.hops) + times.step_overhead_s
+        passing = times.passing_s(stages, tokens=chunk, sequences=1)
         self._prefill_s = passing + (self._chunks - 1) * slowest
 
     def _cycle(self, sequences: int) -> tuple[float, float]:
@@ -226,7 +233,7 @@ class Pipeline:
         batch = decode_batch(sequences=group, context_tokens=self._prompt + self._output / 2)
         stages = [stage(batch) for stage in (times.stages_beside if groups > 1 else ()) or times.stages]
         slowest = self._slowest_of(stages)
-        passing = sum(stages) + sum(hop(group) for hop in times.hops) + times.step_overhead_s
+        passing = times.passing_s(stages, tokens=group, sequences=group)
         return max(passing, groups * slowest), slowest
 
     def _slowest_of(self, stages: list[float]) -> float:

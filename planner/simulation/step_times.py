@@ -69,8 +69,8 @@ class StepTimes:
         stages = [stage(batch) for stage in (times.stages_beside if beside else ()) or times.stages]
         at_once = times.stages_at_once if beside else None
         slowest = max(max(stages), sum(stages) / at_once if at_once else 0.0)
-        hops = sum(hop(batch.tokens) for hop in times.hops)
-        return StepTime(slowest, sum(stages) + hops + times.step_overhead_s, sum(stages))
+        passing = times.passing_s(stages, tokens=batch.tokens, sequences=batch.sequences)
+        return StepTime(slowest, passing, sum(stages))
 
 
 def _rounded(number: int) -> int:

@@ -1,9 +1,9 @@
 """The simulator against the native engine: one trace, replayed in real time and simulated, with the same layout.
 
-A profile is taken as ``flexctl profile`` does; single streams say what a step takes beside its stages' work, which a
-profile does not know. From then on nothing is fitted: the simulator gets the trace, the layout, the profile and the
-engine's limits. The trace is Azure's conversations (``FLEXPIPED_TRACE_DATA``), lengths and rate scaled to the machine;
-without the data it is drawn with the same rate, CV and lengths.
+A profile is taken as ``flexctl profile`` does; one stream and eight say what a step takes beside its stages' work, of
+which a profile knows nothing. From then on nothing is fitted: the simulator gets the trace, the layout, the profile and
+the engine's limits. The trace is Azure's conversations (``FLEXPIPED_TRACE_DATA``), lengths and rate scaled to the
+machine; without the data it is drawn with the same rate, CV and lengths.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 from engines.native.adapter import NativeEngine
 from engines.native.options import NativeOptions, micro_batches_for
@@ -34,6 +33,7 @@ from tests.bench import direct
 from tests.bench.profile_accuracy import graph_of, take_profile
 from tests.bench.program import DEVICES, checkpoint, even, parser, prompts, run, setup_of, whole_numbers
 from tests.bench.step_costs import WatchedSteps, as_measured, costs_of, tell_costs
+from tests.bench.step_overheads import step_overheads
 from tests.bench.tables import Bound, say, table, verdicts, write_json
 from tests.support.traces import CONV, TRACE_SKIPPED, trace_folder
 from topology.device import cpu_devices
@@ -42,7 +42,6 @@ from topology.topology import HostTopology
 _KV_CACHE_BYTES = 128 << 20
 _LIMIT_PERCENT = 15.0
 _SKIP_S = 600.0  # of the trace: its first minutes are quieter than the rest
-_SINGLE_STREAMS, _SINGLE_TOKENS, _SINGLE_PROMPT = 5, 64, 64
 _LONGEST_PROMPT, _LONGEST_OUTPUT = 1500, 400
 _ALL_AT_ONCE_S = 1e9
 _SHRINK, _SHRINK_OUTPUT = 0.1, 0.25  # of lengths: some 115 tokens in and 53 out in the mean
@@ -153,15 +152,6 @@ def times_of(options: NativeOptions, graph: ModelGraph, profile: Profile, pipeli
     return pipeline_times(question, pipeline, kv_tokens=kv_tokens)
 
 
-async def single_stream_tpot_s(engine: NativeEngine) -> float:
-    """Return what a token takes while one stream is alone."""
-    found = []
-    for prompt in prompts(count=_SINGLE_STREAMS, length=_SINGLE_PROMPT, seed=7):
-        [times_s] = (await direct.complete(engine, [prompt], max_tokens=_SINGLE_TOKENS)).times_s
-        found.append((times_s[-1] - times_s[0]) / (len(times_s) - 1))
-    return median(found)
-
-
 def compared(measured: Figures, said: Figures) -> list[tuple[str, float, float]]:
     """Return name, measured and simulated value of what is compared."""
 
@@ -232,10 +222,10 @@ async def main() -> int:
         pipeline = even(stages)
         times = times_of(options, graph, profile, pipeline)
         async with direct.running(options, pipeline) as engine:
-            single_s = await single_stream_tpot_s(engine)
-            alone_s = StepTimes(times).decode(1, _SINGLE_PROMPT + _SINGLE_TOKENS / 2, beside=False).passing_s
-            times = replace(times, step_overhead_s=max(0.0, single_s - alone_s))
-            say(f"{name}: a token alone takes {single_s * 1e3:.2f} ms, {alone_s * 1e3:.2f} ms of it in the stages")
+            beside = await step_overheads(engine)
+            times = replace(times, step_overhead_s=beside.step_s, sequence_overhead_s=beside.sequence_s)
+            say(f"{name}: a token alone takes {beside.token_s * 1e3:.2f} ms")
+            say(f"{name}: {beside.step_s * 1e3:.2f} ms beside stages, and {beside.sequence_s * 1e6:.0f} us a sequence")
             capacity = predict(times, _SHORT).capacity_per_s
             trace = scaled_trace(_SHORT, minutes=arguments.minutes, load=arguments.load, capacity_per_s=capacity)
             asked = workload_of(trace)

@@ -42,6 +42,14 @@ def test_one_request_in_an_idle_pipeline_takes_what_its_steps_take() -> None:
     assert not alone.is_saturated
 
 
+def test_what_a_step_takes_beside_its_stages_is_a_part_of_it() -> None:
+    bare = predict(times(1), CALM)
+    told = predict(replace(times(1), step_overhead_s=0.004, sequence_overhead_s=0.001), CALM)
+    assert told.tpot_s == pytest.approx(bare.tpot_s + 0.005, rel=1e-3)
+    # 64 sequences: 0.08 s of the stage, 0.068 s beside it, and each prompt adds what it adds without
+    assert 1 / told.capacity_per_s == pytest.approx(1 / bare.capacity_per_s + 99 * 0.068 / 64, rel=0.02)
+
+
 def test_capacity_is_where_the_slowest_stage_has_no_time_left() -> None:
     """64 sequences in 4 micro-batches of 16: a cycle lasts 4 * 36 ms, and a prompt adds 120 ms less one token's 21."""
     four = predict(times(4, token_s=0.004, hop_s=0.0, kv_tokens=64 * 200), CALM)

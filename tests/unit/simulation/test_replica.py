@@ -29,6 +29,15 @@ def test_one_request_alone() -> None:
     assert found.end_s - found.first_token_s == pytest.approx(99 * (CALL_S + TOKEN_S), rel=0.02)
 
 
+def test_each_sequence_of_a_step_may_take_time_beside_the_stages() -> None:
+    beside = replace(pipeline_of(), step_overhead_s=0.004, sequence_overhead_s=0.001)
+    [bare], [told] = served(pipeline_of(), [one()]), served(beside, [one()])
+    assert told.end_s - told.first_token_s == pytest.approx(bare.end_s - bare.first_token_s + 99 * 0.005, rel=0.001)
+
+    pair, late = served(pipeline_of(), [one()] * 2), served(beside, [one()] * 2)
+    assert late[0].end_s - pair[0].end_s == pytest.approx(100 * 0.006, rel=0.02)
+
+
 def test_an_answer_of_one_token_ends_with_its_prompt() -> None:
     [found] = served(pipeline_of(), [one(output=1)])
 
