@@ -1,6 +1,6 @@
 """A policy run through virtual time: arrivals in, decisions out, every action carried out as asked."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -131,6 +131,23 @@ class Run:
         acted = [each for each in self.decisions if each.action is not None]
         times_s = [each.at_s for each in acted]
         return [each for each in acted if sum(each.at_s - 60 < at_s < each.at_s for at_s in times_s) >= most]
+
+
+def steady(rate_per_s: float, until_s: float) -> Iterator[float]:
+    """Yield evenly spaced arrivals."""
+    now_s = 0.0
+    while now_s < until_s:
+        now_s += 1 / rate_per_s
+        yield now_s
+
+
+def bursts(rate_per_s: float, until_s: float, *, size: int) -> Iterator[float]:
+    """Yield ``size`` arrivals at once, so many times that the mean rate is kept: a CV of about sqrt(2 size - 1)."""
+    now_s = 0.0
+    while now_s < until_s:
+        now_s += size / rate_per_s
+        for index in range(size):
+            yield now_s + index * 1e-3
 
 
 def square_wave(*, low_per_s: float, high_per_s: float, period_s: float, until_s: float) -> Iterable[float]:
