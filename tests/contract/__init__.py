@@ -1,3 +1,8 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.contract.engine_contract")
+pytest.register_assert_rewrite(
+    "tests.contract.contract_requests",
+    "tests.contract.engine_contract",
+    "tests.contract.generation_contract",
+    "tests.contract.refactoring_contract",
+)

@@ -10,7 +10,8 @@ from engines.fake import FAKE_CAPABILITIES, RICH_CAPABILITIES, FakeEngine
 from engines.protocol import Engine
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, pipeline_of
-from tests.contract.engine_contract import EngineContract, assert_idle, chunks_of, in_flight, request_of, tokens_of
+from tests.contract.contract_requests import assert_idle, chunks_of, in_flight, request_of, tokens_of
+from tests.contract.engine_contract import EngineContract
 from tests.support.until import until
 
 ONE = pipeline_of(device_ids=["cpu:0"], cuts=[], num_decoders=8)

@@ -18,7 +18,7 @@ from engines.sglang.pipelining import on_every_rank
 from planner.handover import HandoverPhase
 from planner.holdings import holdings, weight_bytes
 from planner.layout import Pipeline
-from tests.contract.engine_contract import assert_idle
+from tests.contract.contract_requests import assert_idle
 from tests.sglang.conftest import Shared
 from tests.support.until import until
 from tests.support.vllm import graph_of, layout, llama

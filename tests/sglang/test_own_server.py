@@ -15,7 +15,7 @@ import pytest_asyncio
 from engines.served.group import members_of
 from engines.sglang.adapter import SglangEngine
 from engines.sglang.own_server import ELSEWHERE, own_server
-from tests.contract.engine_contract import request_of
+from tests.contract.contract_requests import request_of
 from tests.sglang.conftest import ENV, Shared
 from tests.support.listening import listening_beyond_loopback
 from tests.support.own_routes import ANSWER, FORMAT, TOOL, WORD, Api, api_before

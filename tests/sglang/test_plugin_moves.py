@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from engines.errors import RefactoringAborted
 from planner.layout import Pipeline
-from tests.contract.engine_contract import assert_idle
+from tests.contract.contract_requests import assert_idle
 from tests.support.sglang_plugin import PluginDriver, driven
 from tests.support.visitors import SLOW_POINTS, Visitors
 from tests.support.vllm import llama

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engines.sglang.adapter import SglangEngine
-from tests.contract.engine_contract import request_of, tokens_of
+from tests.contract.contract_requests import request_of, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.sglang, pytest.mark.real_loop, pytest.mark.asyncio(loop_scope="session")]
 PENALTIES = ({"frequency_penalty": 1.5}, {"presence_penalty": 2.0}, {"repetition_penalty": 1.8})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.engine_contract import assert_idle
+from tests.contract.contract_requests import assert_idle
 from tests.support.adapters import generated, merged
 from tests.support.sglang import posing_as, running
 from tests.support.vllm import layout, llama

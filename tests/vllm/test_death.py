@@ -8,7 +8,7 @@ import pytest
 
 from engines.errors import EngineDied
 from engines.vllm.adapter import VllmEngine
-from tests.contract.engine_contract import request_of
+from tests.contract.contract_requests import request_of
 from tests.vllm.remains import processes_of, runs, shared_memory
 
 pytestmark = [

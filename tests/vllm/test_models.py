@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from engines.errors import EngineDied, RefactoringRefused
 from engines.vllm.adapter import VllmEngine
-from tests.contract.engine_contract import request_of
+from tests.contract.contract_requests import request_of
 from tests.support.vllm import devices, layout, llama, running
 from tests.vllm.remains import processes_of, runs
 from tests.vllm.streams import assert_same, move, on_pairs, run_streams

@@ -13,7 +13,7 @@ from engines.parameters.keeper import ParameterKeeper
 from engines.vllm.adapter import VllmEngine
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
-from tests.contract.engine_contract import assert_idle
+from tests.contract.contract_requests import assert_idle
 from tests.support.vllm import layout
 from tests.vllm.conftest import CROWDED, KV_BLOCKS
 from tests.vllm.streams import (
