@@ -3,21 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
-from pathlib import PurePath
 
 from engines.closing import closing
 from engines.errors import (
-    AdapterRefused,
-    EngineClosed,
-    EngineDied,
     EngineError,
     EngineStartFailed,
     KvTransferFailed,
     RefactoringRefused,
 )
+from engines.fake_adapters import FakeAdapters
 from engines.fake_batch import Batch, NextToken, Sequence, hashed_tokens
 from engines.fake_handover import FakeHandovers, Sleep, check_target
 from engines.fake_kv import FakeKv
+from engines.life import Life
 from engines.offers import KvParcel, KvRange
 from engines.protocol import (
     EngineCapabilities,
@@ -57,7 +55,6 @@ RICH_CAPABILITIES = replace(
 )
 _DECODER_BYTES = 1 << 20
 _KV_BLOCK_BYTES = 1 << 10
-_ADAPTER_BYTES = 1 << 10
 
 
 class FakeEngine:
@@ -93,8 +90,7 @@ class FakeEngine:
             bounds = KvRange(least_blocks=least, most_blocks=kv_blocks_capacity)
             capabilities = capabilities if capabilities.kv_range == bounds else replace(capabilities, kv_range=bounds)
         self._capabilities = capabilities
-        self._adapters = dict.fromkeys(capabilities.adapters, "")  # their directories, by name
-        self.announced: set[str] = set()  # adapters that are to be unloaded
+        self.adapters = FakeAdapters(capabilities.adapters, on_change=self._name_adapters)
         self.busy: dict[int, float] = {}  # share of the time that stages compute; one that is not in it does not say
         self._batch = Batch(
             capabilities=capabilities,
@@ -110,16 +106,18 @@ class FakeEngine:
         self._start_failure = start_failure
         self._resident_ranks = resident_ranks
         self._handovers = FakeHandovers(
-            phase_s=refactor_phase_s, sleep=sleep, report=self._report, commit=self._commit, ended=lambda: self._end
+            phase_s=refactor_phase_s,
+            sleep=sleep,
+            report=self._report,
+            commit=self._commit,
+            ended=lambda: self._life.end,
         )
         self._epoch = epoch
         self._held = False
         self._may_step = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._killed = asyncio.Event()
-        self._death = ""
-        self._end: EngineError | None = EngineClosed("the engine has not been started")
+        self._life = Life(on_end=self._tell_end)
         self._stepping: asyncio.Task[None] | None = None
         self._prompt_tokens_total = 0
 
@@ -127,10 +125,8 @@ class FakeEngine:
 
     def kill(self, reason: str) -> None:
         """Die as a crashed process would: streams and ``died`` learn ``reason`` at once, and all memory is gone."""
-        if self._end is None:
-            self._death = reason
-            self._finish(EngineDied(reason))
-            self._killed.set()
+        if self._life.end is None:
+            self._life.die(reason)
 
     def hold(self) -> None:
         """Stop stepping, as a long prefill would, until ``release``."""
@@ -166,11 +162,11 @@ class FakeEngine:
         on_progress("starting the fake engine")
         if self._start_failure is not None:
             raise EngineStartFailed(self._start_failure)
-        self._end = None
+        self._life.begin()
         self._stepping = asyncio.create_task(self._run(), name="fake-engine")
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        self._ensure_alive()
+        self._life.ensure()
         check_request(request, self._capabilities)
         sequence, outbox = self._batch.add(self.kv.as_cached(request)), _Outbox()
         self._outboxes[sequence] = outbox
@@ -190,7 +186,7 @@ class FakeEngine:
             self._wake()
 
     async def counters(self) -> EngineCounters:
-        self._ensure_alive()
+        self._life.ensure()
         batch = self._batch
         return EngineCounters(
             running=len(batch.running),
@@ -207,17 +203,17 @@ class FakeEngine:
         )
 
     async def stages(self) -> tuple[StageStatus, ...]:
-        self._ensure_alive()
+        self._life.ensure()
         return tuple(
             status_of(index, stage, busy=self.busy.get(index)) for index, stage in enumerate(self._pipeline.stages)
         )
 
     async def check_refactor(self, target: Pipeline) -> RefactorCheck:
-        self._ensure_alive()
+        self._life.ensure()
         return self._check(target)
 
     async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
-        self._ensure_alive()
+        self._life.ensure()
         async with closing(self._handovers.run(target, self._check(target))) as reports:
             async for report in reports:
                 yield report
@@ -226,16 +222,14 @@ class FakeEngine:
         return self._handovers.cancel()
 
     async def drain(self) -> None:
-        self._ensure_alive()
+        self._life.ensure()
         await self._idle.wait()
 
     async def died(self) -> str:
-        await self._killed.wait()
-        return self._death
+        return await self._life.died()
 
     async def close(self) -> None:
-        if not isinstance(self._end, EngineClosed):
-            self._finish(EngineClosed("the engine was closed"))
+        self._life.close()
         if self._stepping is not None:
             self._stepping.cancel()
             await asyncio.wait([self._stepping])
@@ -245,7 +239,7 @@ class FakeEngine:
     # KvResizing, for capabilities with a ``kv_range``.
 
     async def resize_kv(self, blocks: int) -> int:
-        self._ensure_alive()
+        self._life.ensure()
         bounds = self._capabilities.kv_range
         if bounds is None or not bounds.least_blocks <= blocks <= bounds.most_blocks:
             raise RefactoringRefused(f"there cannot be {blocks} KV blocks")
@@ -254,52 +248,41 @@ class FakeEngine:
         self._batch.resize_kv(blocks)
         return max(0, fewer) * _KV_BLOCK_BYTES
 
-    # AdapterChanges, for capabilities that say so. A directory whose name begins with "broken" has none; one that comes
-    # takes so much of each device.
+    # AdapterChanges, for capabilities that say so.
 
     @property
     def adapter_directories(self) -> Mapping[str, str]:
-        return self._adapters
+        return self.adapters.directories
 
     @property
     def adapter_bytes(self) -> int:
-        return sum(_ADAPTER_BYTES for directory in self._adapters.values() if directory)
+        return self.adapters.device_bytes
 
     async def load_adapter(self, name: str, directory: str) -> None:
-        self._ensure_alive()
-        if name in self._adapters:
-            raise AdapterRefused(f"adapter {name!r} is loaded already")
-        if PurePath(directory).name.startswith("broken"):
-            raise AdapterRefused(f"adapter {name!r} in {directory}: there is none")
-        self._have_adapters(self._adapters | {name: directory})
+        self._life.ensure()
+        self.adapters.load(name, directory)
 
     async def announce_unload(self, name: str) -> None:
-        """Note that an adapter is to go; ``announced`` has it."""
-        if name not in self._adapters:
-            raise AdapterRefused(f"adapter {name!r} is not loaded")
-        self.announced.add(name)
+        self.adapters.announce(name)
 
     async def unload_adapter(self, name: str) -> None:
-        self._ensure_alive()
-        if name not in self._adapters:
-            raise AdapterRefused(f"adapter {name!r} is not loaded")
-        self._have_adapters({known: where for known, where in self._adapters.items() if known != name})
+        self._life.ensure()
+        self.adapters.unload(name)
 
-    def _have_adapters(self, adapters: dict[str, str]) -> None:
-        self._adapters = adapters
-        self._capabilities = replace(self._capabilities, adapters=tuple(adapters))
+    def _name_adapters(self, names: tuple[str, ...]) -> None:
+        self._capabilities = replace(self._capabilities, adapters=names)
 
     # KvTransfers, for capabilities with a ``kv_form``.
 
     async def export_kv(self, request_id: str) -> KvParcel:
-        self._ensure_alive()
+        self._life.ensure()
         for sequence in self._batch.running:
             if sequence.request.request_id == request_id:
                 return self.kv.export(sequence.request, num_generated=sequence.num_generated)
         raise KvTransferFailed("it has computed nothing yet")
 
     async def accept_kv(self, parcel: KvParcel) -> None:
-        self._ensure_alive()
+        self._life.ensure()
         self.kv.accept(parcel)
 
     async def forget_kv(self, parcel: KvParcel) -> None:
@@ -325,12 +308,7 @@ class FakeEngine:
             requests_live=self._batch.num_live,
         )
 
-    def _ensure_alive(self) -> None:
-        if self._end is not None:
-            raise type(self._end)(str(self._end))
-
-    def _finish(self, end: EngineError) -> None:
-        self._end = end
+    def _tell_end(self, end: EngineError) -> None:
         for sequence, outbox in self._outboxes.items():
             self._batch.remove(sequence)
             outbox.put_nowait(type(end)(str(end)))
@@ -343,7 +321,7 @@ class FakeEngine:
         (self._may_step.set if busy and not self._held else self._may_step.clear)()
 
     async def _run(self) -> None:
-        while self._end is None:
+        while self._life.end is None:
             await self._may_step.wait()
             await self._sleep(self._step_s)
             if not self._held:

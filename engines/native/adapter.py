@@ -1,12 +1,13 @@
 """The daemon's side of the native engine: the ``Engine`` that a core process is. No torch here."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any, assert_never
 
 from engines import errors
-from engines.errors import EngineClosed, EngineDied, EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.draining import until_drained
+from engines.errors import EngineDied, EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.life import Life
 from engines.native import client_messages as c
 from engines.native.adopting import AdoptedCore
 from engines.native.calls import Calls
@@ -54,8 +55,7 @@ class NativeEngine:
         self._link = CoreLink(options.python, self._outliving, on_report=self._handle, on_end=self._ended)
         self._streams = Streams()
         self._calls = Calls()
-        self._end: EngineError | None = EngineClosed("the engine has not been started")
-        self._death: asyncio.Future[str] | None = None
+        self._life = Life(on_end=self._tell_end)
         self._last_words = ""
         self._on_progress: Callable[[str], None] = lambda _message: None
         self.attention = ""
@@ -84,13 +84,12 @@ class NativeEngine:
 
     async def start(self, *, on_progress: Callable[[str], None]) -> None:
         self._on_progress = on_progress
-        self._death = asyncio.get_running_loop().create_future()
         if self._adopted is not None:
             self._adopt(self._adopted)
             return
         ready = self._calls.expect(0)
         await self._link.launch()
-        self._end = None
+        self._life.begin()
         self._link.send(c.StartCore(options=self._options, pipeline=self._pipeline, epoch=self._epoch))
         try:
             report = await ready
@@ -111,7 +110,7 @@ class NativeEngine:
         return self._adopted is not None
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        self._ensure_alive()
+        self._life.ensure()
         check_request(request, self.capabilities)
         shaping = shaping_of(request.sampling, vocab_size=self.capabilities.vocab_size)
         key = self._calls.next_number()
@@ -136,7 +135,7 @@ class NativeEngine:
                     raise stream.error
         finally:
             self._streams.close(key)
-            if stream.finish is None and self._end is None:
+            if stream.finish is None and self._life.end is None:
                 self._link.send(c.Abort(key=key))
 
     async def counters(self) -> EngineCounters:
@@ -154,7 +153,7 @@ class NativeEngine:
         return reply.check
 
     async def refactor(self, target: Pipeline) -> AsyncIterator[RefactorProgress]:
-        self._ensure_alive()
+        self._life.ensure()
         call = self._calls.next_number()
         reports = self._calls.refactoring(call, target)
         self._link.send(c.Refactor(call=call, target=target))
@@ -179,7 +178,7 @@ class NativeEngine:
 
     @property
     def adapter_bytes(self) -> int:
-        return self._adapter_bytes if self._end is None else 0
+        return self._adapter_bytes if self._life.end is None else 0
 
     async def load_adapter(self, name: str, directory: str) -> None:
         await self._change_adapters(lambda call: c.LoadAdapter(call=call, name=name, directory=directory))
@@ -203,21 +202,15 @@ class NativeEngine:
         self._capabilities = replace(self.capabilities, adapters=tuple(adapters))
 
     async def drain(self) -> None:
-        while True:
-            counters = await self.counters()
-            if counters.running + counters.waiting == 0 and not self._streams:
-                return
-            await asyncio.sleep(_DRAIN_POLL_S)
+        await until_drained(self.counters, has_streams=lambda: bool(self._streams), poll_s=_DRAIN_POLL_S)
 
     async def died(self) -> str:
-        assert self._death is not None, "the engine has not been started"
-        return await asyncio.shield(self._death)
+        return await self._life.died()
 
     async def close(self) -> None:
         """End all processes, or leave them to the next daemon where that is how they live. Idempotent."""
-        stays = self._end is None and self._outliving is not None and self._outliving.is_leaving
-        if self._end is None or not isinstance(self._end, EngineClosed):
-            self._finish(EngineClosed("the engine was closed"))
+        stays = self._life.end is None and self._outliving is not None and self._outliving.is_leaving
+        self._life.close()
         await self._link.close(stays=stays)
 
     # --- beyond the protocol: for benchmarks and tests ---
@@ -249,7 +242,7 @@ class NativeEngine:
 
     def _adopt(self, adopted: AdoptedCore) -> None:
         """Begin where the daemon before this one has left: the layout in force is what the engine says."""
-        self._end = None
+        self._life.begin()
         self._pipeline, self._epoch = adopted.report.pipeline, adopted.report.epoch
         self._adapters, self._adapter_bytes = adopted.report.adapters, adopted.report.adapter_bytes
         self._link.adopt(adopted)
@@ -264,7 +257,8 @@ class NativeEngine:
         self.worker_pids = ready.worker_pids
 
     def _ended(self, how: str) -> None:
-        self._finish(EngineDied(self._last_words or f"the engine core {how}"))
+        if self._life.end is None:  # else that is how it was closed
+            self._life.die(self._last_words or f"the engine core {how}")
 
     def _handle(self, report: c.CoreReport) -> None:
         match report:
@@ -306,21 +300,14 @@ class NativeEngine:
             self._epoch = progress.epoch
             self._pipeline = target
 
-    def _finish(self, end: EngineError) -> None:
+    def _tell_end(self, end: EngineError) -> None:
         """Nothing more will come: everybody who waits learns why."""
-        self._end = end
         self._streams.end(end)
         self._calls.end(end)
-        if self._death is not None and not self._death.done() and isinstance(end, EngineDied):
-            self._death.set_result(str(end))
 
     async def _call(self, build: Callable[[int], c.ClientCommand]) -> Any:
-        self._ensure_alive()
+        self._life.ensure()
         call = self._calls.next_number()
         answer = self._calls.expect(call)
         self._link.send(build(call))
         return await answer
-
-    def _ensure_alive(self) -> None:
-        if self._end is not None:
-            raise type(self._end)(str(self._end))

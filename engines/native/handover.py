@@ -29,7 +29,6 @@ from engines.native.transfer import DirtySlots, Piece, Route, pieces_of, routes_
 from engines.process import usable_cores
 from engines.protocol import RefactorProgress
 from planner import handover_events as e
-from planner.handover import HandoverLimits
 from planner.layout import Pipeline
 from planner.moves import moves
 
@@ -48,13 +47,7 @@ class HandoverRunner(HandoverLoop):
         options = core.boot.options
         super().__init__(
             target,
-            limits=HandoverLimits(
-                prepare_deadline_s=options.prepare_deadline_s,
-                sync_deadline_s=options.sync_deadline_s,
-                commit_deadline_s=options.commit_deadline_s,
-                max_rounds=options.max_rounds,
-                remainder_slots=options.remainder_slots,
-            ),
+            limits=options.handover_limits,
             weights_total_bytes=sum(move.weight_bytes for move in moves(core.pipeline, target, core.boot.graph)),
             on_progress=on_progress,
         )

@@ -1,11 +1,10 @@
 """What the native engine is told when it starts."""
 
-import msgspec
-
+from engines.handover_options import HandoverOptions
 from planner.kv_capacity import KvInAll, KvPerDevice, KvSize
 
 
-class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
+class NativeOptions(HandoverOptions, frozen=True, kw_only=True):
     """Everything the engine core needs to know. Travels to the core as its first frame."""
 
     model_directory: str
@@ -26,14 +25,7 @@ class NativeOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads_per_device: int = 0  # that a stage has at most, however few stages there are; 0: it may have all
     nice: int = 10
     hang_deadline_s: float = 60.0
-    prepare_deadline_s: float = 120.0
-    sync_deadline_s: float = 120.0
-    commit_deadline_s: float = 5.0
-    max_rounds: int = 8
-    remainder_slots: int = 256
-    slice_bytes: int = 512 << 10  # of KV copied in one piece between two steps
     copy_bytes_per_s: int = 0  # of KV in the rounds of a handover, at most; 0: so that steps keep their pace
-    verify_checksums: bool = False  # compare the live KV blocks of source and destination at commit (tests)
     adapters: tuple[tuple[str, str], ...] = ()  # name and directory of each LoRA adapter
     parameters: str = ""  # address of the keeper of parameters; empty: none are kept
     cache_directory: str = ""  # for compiled kernels; empty: the user's cache directory

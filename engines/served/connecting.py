@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from engines.errors import EngineStartFailed
+from engines.life import Life
 from engines.served.channel import Channel, ChannelClosed, Message
-from engines.served.life import Life
 
 ENGINE_SOCKET: Final = "engine.sock"
 POLL_S: Final = 0.1

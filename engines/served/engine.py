@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from engines.draining import until_drained
 from engines.errors import EngineError, EngineStartFailed, UnsupportedByEngine
+from engines.life import Life
 from engines.outliving import Outliving
 from engines.protocol import EngineCapabilities, EngineCounters, RefactorCheck, RefactorProgress, StageStatus
 from engines.served.adopting import AdoptedServer
@@ -21,7 +23,6 @@ from engines.served.connecting import before_death
 from engines.served.handovers import AfterMoves, Handovers, HandoverSetup
 from engines.served.keeper_messages import Memo
 from engines.served.leaving import Leaving
-from engines.served.life import Life
 from engines.served.link import EngineLink
 from engines.served.logs import LogDialect, LogLine
 from engines.served.ranks import boot_counts
@@ -188,11 +189,7 @@ class ServedEngine(ABC):
         return await self._ready_handovers().cancel()
 
     async def drain(self) -> None:
-        while True:
-            counters = await self.counters()
-            if counters.running + counters.waiting == 0 and not self._streams:
-                return
-            await asyncio.sleep(_DRAIN_POLL_S)
+        await until_drained(self.counters, has_streams=lambda: bool(self._streams), poll_s=_DRAIN_POLL_S)
 
     async def died(self) -> str:
         return await self._life.died()

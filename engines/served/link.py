@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EngineError
+from engines.life import Life
 from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
 from engines.served.connecting import connect_ranks
-from engines.served.life import Life
 
 
 class EngineLink:

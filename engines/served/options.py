@@ -2,12 +2,12 @@
 
 import msgspec
 
+from engines.handover_options import HandoverOptions
 from engines.served.handovers import HandoverSetup
 from engines.served.ranks import Ranks
-from planner.handover import HandoverLimits
 
 
-class ServedOptions(msgspec.Struct, frozen=True, kw_only=True):
+class ServedOptions(HandoverOptions, frozen=True, kw_only=True):
     """Everything about one engine. Sizes are of the whole replica unless a name says otherwise."""
 
     python: str  # interpreter of the environment that has the engine
@@ -32,17 +32,10 @@ class ServedOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 0  # of all ranks together; 0: the cores this process may use
     nice: int = 10  # of the processes that compute
     args: tuple[str, ...] = ()  # passed through to the engine's command line
-    env: dict[str, str] = {}
+    env: dict[str, str] = msgspec.field(default_factory=dict)
     start_deadline_s: float = 600.0
     hang_deadline_s: float = 60.0
-    prepare_deadline_s: float = 120.0
-    sync_deadline_s: float = 120.0
-    commit_deadline_s: float = 5.0
-    max_rounds: int = 8
-    remainder_slots: int = 256
-    slice_bytes: int = 512 << 10  # of KV copied in one piece between two steps
     parameters: str = ""  # address of the keeper of parameters; empty: none are kept
-    verify_checksums: bool = False  # compare the live KV blocks of source and destination at commit (tests)
 
 
 def threads_per_rank(options: ServedOptions, *, cores: int) -> int:
@@ -58,12 +51,6 @@ def handover_setup(options: ServedOptions, *, kv_capacity_blocks: int) -> Handov
         device_memory_bytes=options.device_memory_bytes,
         kv_block_tokens=options.kv_block_tokens,
         kv_capacity_blocks=kv_capacity_blocks,
-        limits=HandoverLimits(
-            prepare_deadline_s=options.prepare_deadline_s,
-            sync_deadline_s=options.sync_deadline_s,
-            commit_deadline_s=options.commit_deadline_s,
-            max_rounds=options.max_rounds,
-            remainder_slots=options.remainder_slots,
-        ),
+        limits=options.handover_limits,
         verify_checksums=options.verify_checksums,
     )

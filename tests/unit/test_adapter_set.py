@@ -104,7 +104,7 @@ async def test_requests_under_way_finish_with_one_that_leaves_and_no_other_may_n
     stand.engine(0).hold()
     assert await stand.adapters.unload("de") == 1
     assert stand.names == ("sql",)
-    assert stand.engine(0).announced == {"de"}
+    assert stand.engine(0).adapters.announced == {"de"}
     leaving = ServedAdapter(name="de", directory="/srv/de", requests=1, is_leaving=True)
     assert stand.adapters.all() == (ServedAdapter(name="sql", directory="", requests=0, is_leaving=False), leaving)
     with pytest.raises(AdapterRefused, match="1 requests still go on with it"):
@@ -112,7 +112,7 @@ async def test_requests_under_way_finish_with_one_that_leaves_and_no_other_may_n
 
     stand.engine(0).kill("killed by a test")  # the request under way goes on at the next one
     assert await stream == await undisturbed()
-    assert stand.engine(1).announced == {"de"}
+    assert stand.engine(1).adapters.announced == {"de"}
     await until(lambda: stand.engine(1).capabilities.adapters == ("sql",))
     with pytest.raises(InvalidRequest):
         await stand.tokens(WITH_DE)
