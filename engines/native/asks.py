@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engines.native import messages as m
-from engines.native.scheduler import Batch, Entry
+from engines.native.batch import Batch, Entry
 from engines.native.sequence import Sequence
 from engines.native.shaping import Shaping
 from engines.native.shared import SharedMemory

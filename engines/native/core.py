@@ -21,24 +21,22 @@ from typing import assert_never
 
 import uvloop
 
-from engines.errors import EngineError, RefactoringAborted, RefactoringBusy, RefactoringRefused, UnsupportedByEngine
+from engines.errors import EngineError, UnsupportedByEngine
 from engines.failpoints import FailAction
 from engines.frames import read_frame, receive_frame, send_frame, write_frame
 from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.boot import Boot, boot
 from engines.native.engine_core import EngineCore
-from engines.native.feasibility import check_refactor
 from engines.native.grammar_setup import grammars_for
-from engines.native.handover import HandoverRunner
-from engines.native.specs import specs_of
+from engines.native.refactoring import check, refactor
 from engines.native.stage_loading import StageNotLoaded
+from engines.native.stage_reports import stages_of, steps_of
 from engines.native.workers import WorkerPool
 from engines.process import die_with_parent
-from engines.protocol import RefactorCheck, RefactorProgress, StageStatus
+from engines.protocol import RefactorProgress
 from engines.reception import Reception
 from planner.errors import PlannerError
-from planner.handover import HandoverPhase
 
 
 class CoreServer:
@@ -157,7 +155,7 @@ class CoreServer:
             case c.LoadAdapter() | c.UnloadAdapter():
                 self._spawn(self._change_adapters(command))
             case c.CheckRefactor():
-                self._emit(c.Checked(call=command.call, check=self._check(command)))
+                self._emit(c.Checked(call=command.call, check=check(core, command.target)))
             case c.CancelRefactor():
                 accepted = core.handover is not None and core.handover.cancel()
                 self._emit(c.Cancelled(call=command.call, accepted=accepted))
@@ -192,24 +190,13 @@ class CoreServer:
             case _:
                 assert_never(command)
 
-    def _check(self, command: c.CheckRefactor | c.Refactor, *, needs_cached: bool = False) -> RefactorCheck:
-        core, scheduler = self._core, self._core.scheduler
-        live, cached = scheduler.kv_blocks_used, scheduler.kv_blocks_cached
-        if needs_cached:
-            live, cached = live + cached, 0
-        return check_refactor(
-            self._boot,
-            current=core.pipeline,
-            target=command.target,
-            live_blocks=live,
-            cached_blocks=cached,
-            adapter_bytes=core.adapters.bytes_of_each_worker,
-        )
-
     async def _refactor(self, command: c.Refactor) -> None:
+        def tell(progress: RefactorProgress) -> None:
+            self._emit(c.Progress(call=command.call, progress=progress))
+
         error, message = "", ""
         try:
-            await self._run_handover(command)
+            await refactor(self._core, command.target, on_progress=tell)
         except EngineError as refusal:
             error, message = type(refusal).__name__, str(refusal)
         self._emit(c.Refactored(call=command.call, error=error, message=message))
@@ -234,68 +221,11 @@ class CoreServer:
         held = adapters.bytes_that_stay
         self._emit(c.AdapterChanged(call=command.call, error=error, message=message, adapter_bytes=held))
 
-    async def _run_handover(self, command: c.Refactor) -> None:
-        core = self._core
-        if core.handover is not None:
-            raise RefactoringBusy(f"another refactoring is under way: {core.handover.describe()}")
-        if core.recovering:
-            raise RefactoringBusy("a lost worker is being recovered")
-        if core.kv.is_under_way:
-            raise RefactoringBusy("the number of KV blocks is being changed")
-        check = self._check(command)
-        if not check.feasible:
-            raise RefactoringRefused("; ".join(check.sentences))
-        if not self._check(command, needs_cached=True).feasible:
-            core.scheduler.drop_cached()  # rather than refuse a layout for what nobody needs now
-
-        def tell(progress: RefactorProgress) -> None:
-            self._emit(c.Progress(call=command.call, progress=progress))
-
-        core.handover = HandoverRunner(core, command.target, on_progress=tell)
-        try:
-            result = await core.handover.run()
-            await core.follow_layout()
-        finally:
-            core.handover = None
-        if result.state.phase is HandoverPhase.ABORTED:
-            raise RefactoringAborted(result.state.reason or "aborted")
-        core.totals.refactorings += 1  # only now may another one begin
-
     async def _tell_stages(self, call: int) -> None:
-        core = self._core
-        stages = []
-        longest = 0.0
-        specs = specs_of(core.pipeline, core.worker_of)
-        for number, (index, spec) in enumerate(specs.items()):
-            stats = await core.inquiries.stats(index)
-            longest = max(longest, stats.longest_slice_s)
-            stages.append(
-                StageStatus(
-                    index=number,
-                    device_ids=(self._boot.options.device_ids[index],),
-                    first_decoder=spec.first_decoder,
-                    end_decoder=spec.end_decoder,
-                    pids=(self._pool.pids[index],),
-                    weights_bytes=stats.weights_bytes,
-                    kv_mapped_bytes=stats.kv_mapped_bytes,
-                    busy=core.inquiries.busy_share(stats),
-                )
-            )
-        self._emit(c.Stages(call=call, stages=tuple(stages), worker_pids=self._pool.pids, longest_slice_s=longest))
+        self._emit(await stages_of(self._core, call=call))
 
     async def _tell_steps(self, call: int) -> None:
-        core = self._core
-        steps = [await core.inquiries.steps(worker) for worker in specs_of(core.pipeline, core.worker_of)]
-        self._emit(
-            c.StageSteps(
-                call=call,
-                tokens=[each.tokens for each in steps],
-                sequences=[each.sequences for each in steps],
-                context=[each.context for each in steps],
-                busy_s=[each.busy_s for each in steps],
-                parts_s=[each.parts_s for each in steps],
-            )
-        )
+        self._emit(await steps_of(self._core, call=call))
 
     def _arm(self, command: c.ArmCore) -> None:
         if command.worker >= 0:

@@ -16,6 +16,7 @@ from engines.failpoints import Failpoints
 from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.adapters import Adapters
+from engines.native.batch import Batch
 from engines.native.boot import Boot
 from engines.native.details import details_of
 from engines.native.handover import HandoverRunner
@@ -24,12 +25,14 @@ from engines.native.inquiries import Inquiries
 from engines.native.kv_blocks import KVBlocks
 from engines.native.kv_resizing import KvResizer
 from engines.native.options import micro_batches_for, threads_per_stage
+from engines.native.recovery import Recovery
 from engines.native.request_intake import sequence_of
-from engines.native.scheduler import Batch, Scheduler
+from engines.native.scheduler import Scheduler
 from engines.native.specs import specs_of
-from engines.native.stage_loading import StageLoading, StageNotLoaded
+from engines.native.stage_loading import StageLoading
 from engines.native.step_messages import outputs_of, run_step_of, sampled_of
 from engines.native.step_totals import StepTotals, counters_of
+from engines.native.steps_in_flight import StepsInFlight
 from engines.native.trace import StepTrace
 from engines.native.worker_losses import WorkerLosses
 from engines.native.workers import WorkerPool
@@ -76,12 +79,10 @@ class EngineCore:
         )
         self.adapters = Adapters(boot.options.adapters, pool=pool, is_used=self._is_adapter_used, fail=self.fail)
         self._emit = emit
-        self._generation = 0
-        self._in_flight: dict[int, tuple[Batch, float]] = {}
+        self._in_flight = StepsInFlight()
         self._holding = True  # until the first stages are loaded
-        self._drained: asyncio.Future[None] | None = None
-        self._loading = StageLoading(pool)
-        self._recovery: asyncio.Task[None] | None = None
+        self._loading = StageLoading(pool.send)
+        self._recovery = Recovery(self._loading, specs=self._specs, on_loaded=self._recovered, fail=self.fail)
         self._losses = WorkerLosses(pool.size)
         self._workers: list[int] = []  # stage by stage
 
@@ -108,8 +109,7 @@ class EngineCore:
         self.pump()
 
     def _is_adapter_used(self, number: int) -> bool:
-        in_flight = (entry.sequence for batch, _ in self._in_flight.values() for entry in batch.entries)
-        return any(each.adapter == number for each in (*self.scheduler.sequences, *in_flight))
+        return any(each.adapter == number for each in (*self.scheduler.sequences, *self._in_flight.sequences))
 
     def abort(self, key: int) -> None:
         self.scheduler.abort(key)
@@ -139,26 +139,24 @@ class EngineCore:
             self._dispatch(batch)
 
     def _dispatch(self, batch: Batch) -> None:
-        raw = m.encode(run_step_of(batch, generation=self._generation, shared=self.boot.context.shared))
+        raw = m.encode(run_step_of(batch, generation=self._in_flight.generation, shared=self.boot.context.shared))
         now = time.monotonic()
-        self._in_flight[batch.step_id] = (batch, now)
+        self._in_flight.dispatched(batch, now_s=now)
         self.trace.dispatched(now, self.epoch)
         for worker in self._workers:
             self.pool.send_raw(worker, raw)
 
     def _step_done(self, done: m.StepDone) -> None:
-        if done.generation != self._generation:
+        batch = self._in_flight.ended(done.step_id, generation=done.generation)
+        if batch is None:
             return
         now = time.monotonic()
-        batch, _ = self._in_flight.pop(done.step_id)
         if self.handover is not None:
             self.handover.mark_written(batch)
         tokens, logprobs = sampled_of(done)
         outputs = self.scheduler.finish_step(batch, tokens, logprobs, details_of(done))
         self.totals.steps += 1
         self.trace.ended(now, self.epoch)
-        if self._drained is not None and not self._in_flight and not self._drained.done():
-            self._drained.set_result(None)
         self.pump()  # first: the stages compute while the results are told
         if outputs:
             self.totals.generated_tokens += len(outputs)
@@ -169,14 +167,11 @@ class EngineCore:
     async def drain_steps(self) -> None:
         """Hold scheduling and return when no micro-batch is in flight."""
         self._holding = True
-        if self._in_flight:
-            self._drained = asyncio.get_running_loop().create_future()
-            await self._drained
-            self._drained = None
+        await self._in_flight.drained()
 
     def resume(self) -> None:
         """Schedule again, unless a recovery is under way: that resumes when it is done."""
-        if self._recovery is None:
+        if not self.recovering:
             self._holding = False
             self.pump()
 
@@ -187,19 +182,18 @@ class EngineCore:
 
     def adopt(self) -> None:
         """Tell every worker its role under a new generation. Steps and messages of older ones are void."""
-        self._generation += 1
-        self._in_flight.clear()
+        self._in_flight.void()
         cores = self.boot.options.threads or usable_cores()
         stages = self.pipeline.granularity
         threads = threads_per_stage(num_stages=stages, threads=cores, per_device=self.boot.options.threads_per_device)
-        specs = specs_of(self.pipeline, self.worker_of)
+        specs = self._specs()
         self._workers = list(specs)
         self.scheduler.micro_batches = micro_batches_for(self.boot.options, num_stages=stages, cores=cores)
         for index in range(self.pool.size):
             spec = specs.get(index)
             # A worker without a stage has one thread, so that what it prepares stays out of the others' way.
             own = threads if spec is not None else 1
-            self.pool.send(index, m.Adopt(generation=self._generation, spec=spec, threads=own))
+            self.pool.send(index, m.Adopt(generation=self._in_flight.generation, spec=spec, threads=own))
 
     async def resize_kv(self, capacity: int) -> int:
         """Have another number of KV blocks; return the bytes given back. A handover counts on those there are.
@@ -233,9 +227,12 @@ class EngineCore:
         Raises:
             StageNotLoaded: A worker could not load its layers.
         """
-        await self._loading.load(specs_of(self.pipeline, self.worker_of))
+        await self._loading.load(self._specs())
         self.adopt()
         self.resume()
+
+    def _specs(self) -> dict[int, m.StageSpec]:
+        return specs_of(self.pipeline, self.worker_of)
 
     def on_report(self, report: m.WorkerReport) -> None:
         """Take in what a worker says."""
@@ -264,35 +261,19 @@ class EngineCore:
         self.adapters.restarted(index)
         self._loading.failed(index, reason)
         self.inquiries.forget(index)
-        carried = index in specs_of(self.pipeline, self.worker_of)
-        if carried:
+        if index in self._specs():
             self._begin_recovery()
         if self.handover is not None:
             self.handover.worker_lost(index, reason)
 
     def _begin_recovery(self) -> None:
         self._holding = True
-        self._generation += 1  # whatever is still under way is void
-        self._in_flight.clear()
+        self._in_flight.void()
         self.scheduler.recompute_all()
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
-        if self._recovery is not None:
-            self._recovery.cancel()
-        self._recovery = asyncio.get_running_loop().create_task(self._recover())
+        self._recovery.begin()
 
-    async def _recover(self) -> None:
-        """Load the stages again where they are missing (the others have nothing to do), then go on."""
-        for attempt in range(3):
-            try:
-                await self._loading.load(specs_of(self.pipeline, self.worker_of))
-                break
-            except StageNotLoaded as error:
-                if attempt == 2:
-                    self.fail(f"a stage cannot be loaded again: {error}")
-                    return
+    def _recovered(self) -> None:
         self.adopt()
-        self._recovery = None
         if self.handover is None or not self.handover.holds_scheduling:
             self.resume()
 
@@ -312,13 +293,11 @@ class EngineCore:
         )
 
     def _oldest_dispatch_s(self) -> float | None:
-        if not self._in_flight or self._recovery is not None:
-            return None
-        return min(dispatched_s for _, dispatched_s in self._in_flight.values())
+        return None if self.recovering else self._in_flight.oldest_s
 
     @property
     def recovering(self) -> bool:
-        return self._recovery is not None
+        return self._recovery.is_under_way
 
     def take_ticket(self) -> int:
         """Return a number that names one question or piece of work."""

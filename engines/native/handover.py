@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from engines.handover_loop import HandoverLoop, WorkFailed
 from engines.native import messages as m
+from engines.native.batch import Batch
 from engines.native.inquiries import settle
 from engines.native.pacing import CopyPace
-from engines.native.scheduler import Batch
 from engines.native.shared import STAGING_BUFFERS
 from engines.native.specs import specs_of
 from engines.native.transfer import DirtySlots, Piece, Route, pieces_of, routes_between

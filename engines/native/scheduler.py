@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engines.native.batch import Batch, Entry, Output
 from engines.native.details import Details
 from engines.native.kv_blocks import KVBlocks
 from engines.native.sequence import Sequence, SequenceState
 from engines.native.sequence_kv import SequenceKv
-from engines.protocol import FinishReason, ScoredToken, TopLogprobs
+from engines.protocol import TopLogprobs
 
 _SCORED_TOKENS = 2048  # of prompts in one micro-batch, so that what is told of them is a message of some 350 KiB
 
@@ -28,37 +29,6 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_model_len: int
     kv_block_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """``count`` tokens of a sequence from position ``start``; with ``samples`` the next token is wanted."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One micro-batch."""
-
-    step_id: int
-    entries: tuple[Entry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step brought one sequence."""
-
-    key: int
-    token: int | None
-    logprob: float | None
-    finish: FinishReason | None
-    top: TopLogprobs = ()
-    prompt: tuple[ScoredToken, ...] = ()
-    cached: int | None = None  # of the prompt's tokens; with the first output token only
 
 
 class Scheduler:

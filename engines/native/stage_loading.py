@@ -1,11 +1,10 @@
 """Has workers load the stages of the layout in force: at the start, and again where one was lost."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from engines.native import messages as m
 from engines.native.inquiries import settle
-from engines.native.workers import WorkerPool
 
 
 class StageNotLoaded(Exception):
@@ -15,8 +14,8 @@ class StageNotLoaded(Exception):
 class StageLoading:
     """The core's side of it. A handover loads by itself; what is not of one has number 0."""
 
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
+    def __init__(self, send: Callable[[int, m.WorkerCommand], None]) -> None:
+        self._send = send
         self._waiting: dict[int, asyncio.Future[None]] = {}  # by worker
 
     async def load(self, specs: Mapping[int, m.StageSpec]) -> None:
@@ -30,7 +29,7 @@ class StageLoading:
         for index, spec in specs.items():
             self._waiting[index] = loop.create_future()
             waiting.append(self._waiting[index])
-            self._pool.send(index, m.Prepare(handover=0, spec=spec))
+            self._send(index, m.Prepare(handover=0, spec=spec))
         await asyncio.gather(*waiting)
 
     def on_report(self, report: m.Prepared | m.Failed) -> None:

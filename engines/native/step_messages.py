@@ -5,7 +5,7 @@ import numpy as np
 from engines.native import client_messages as c
 from engines.native import messages as m
 from engines.native.asks import asks_of
-from engines.native.scheduler import Batch, Output
+from engines.native.batch import Batch, Output
 from engines.native.shared import SharedMemory
 
 

@@ -5,8 +5,9 @@ from zlib import crc32
 
 import numpy as np
 
+from engines.native.batch import Batch, Entry, Output
 from engines.native.kv_blocks import KVBlocks
-from engines.native.scheduler import Batch, Entry, Output, Scheduler, SchedulerLimits
+from engines.native.scheduler import Scheduler, SchedulerLimits
 from engines.native.sequence import Sequence
 from engines.protocol import FinishReason, SamplingParams
 

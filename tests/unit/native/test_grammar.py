@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from engines.errors import InvalidRequest
 from engines.native.asks import asks_of
+from engines.native.batch import Batch, Entry
 from engines.native.grammar import Grammars, Matcher
 from engines.native.grammar_setup import grammars_for
-from engines.native.scheduler import Batch, Entry
 from engines.native.sequence import Sequence
 from engines.native.shaping import Shaping
 from engines.native.shared import SharedMemory, SharedSizes

@@ -10,10 +10,10 @@ from transformers.generation import logits_process as reference
 
 from engines.errors import InvalidRequest
 from engines.native.asks import asks_of
+from engines.native.batch import Batch, Entry
 from engines.native.logits import shaped
 from engines.native.messages import Draw
 from engines.native.sampling import keep_mask, sample
-from engines.native.scheduler import Batch, Entry
 from engines.native.sequence import Sequence
 from engines.native.shaping import Shaping, shaping_of
 from engines.native.shared import SharedMemory, SharedSizes

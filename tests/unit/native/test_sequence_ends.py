@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from engines.native.batch import Output
 from engines.native.details import Details
-from engines.native.scheduler import Output
 from engines.native.sequence import Sequence, SequenceState
 from engines.protocol import FinishReason, ScoredToken
 from tests.unit.native.fake_model import Engine, preempting, prompt_of, shape, undisturbed
