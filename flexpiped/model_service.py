@@ -8,37 +8,33 @@ A daemon has one of these for each model that it serves; what it is given of the
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from engines.text.client import TextService
-from flexpiped import log_events
 from flexpiped.adapter_set import AdapterSet
 from flexpiped.admin_changes import Changes
 from flexpiped.api.tool_syntax import ToolCalls, tool_calls_of
-from flexpiped.auto import DECISIONS_KEPT, AutoControl
-from flexpiped.auto_candidates import PlannedCandidates
-from flexpiped.background import run_beside
 from flexpiped.config_values import Auto
 from flexpiped.daemon_parts import DaemonParts
 from flexpiped.device_sharing import Held
 from flexpiped.engine_factory import find_files
 from flexpiped.engine_in_force import EngineInForce
 from flexpiped.engine_start import EngineStart
-from flexpiped.events import Event, EventKind, EventLog
+from flexpiped.events import Event, EventKind
 from flexpiped.intent import Intent, IntentKeeper, basis_of
-from flexpiped.load_monitor import LoadSampler
+from flexpiped.model_control import control_of, neighbourhood_of
+from flexpiped.model_news import ModelNews
 from flexpiped.model_start import check_start, sampling_defaults_of, start_both
 from flexpiped.model_state import ModelState
-from flexpiped.neighbourhood import Neighbourhood, constants_of
 from flexpiped.plan_wire import answer_to_wire, starts_to_wire
-from flexpiped.planner_question import slo_of, workload_of
 from flexpiped.refactoring import Refactorings, Started
+from flexpiped.replica import Replica
 from flexpiped.replicas import Replicas
 from flexpiped.settings import Settings
 from flexpiped.status import DaemonStatus, Health, Identity
-from flexpiped.supervision import SHUTTING_DOWN, Supervision, SupervisorState
+from flexpiped.supervision import SHUTTING_DOWN
 from flexpiped.tracing import TracedLoad
 from flexpiped.watches import watch_text
 from planner.layout import Pipeline
@@ -62,6 +58,7 @@ class ModelService:
         self.name = name
         self.source = source
         self._state = ModelState()
+        self._news = ModelNews(parts, self._state, replicas=self._replicas)
         self.sampling_defaults: Mapping[str, Any] = {}
         self._further: tuple[Pipeline, ...] = ()  # replicas that are to come back beside the first
         self._text: TextService | None = None
@@ -86,35 +83,15 @@ class ModelService:
         self.adapters = AdapterSet(
             replicas=self._in_force.known_replicas,
             is_taken=parts.is_name_taken,
-            tell=lambda news: self._events.publish(EventKind.ENGINE, news),
+            tell=self._news.engine,
         )
         self._intents = IntentKeeper(basis=basis_of(settings), in_force=self._in_force.intended, intent=None)
-        self.load = LoadSampler(
-            windows_s=settings.auto.windows_s,
-            memory_s=settings.auto.latency_window_s,
-            stale_after_s=settings.auto.stale_after_s,
-            slo=slo_of(settings),
+        self._controls = control_of(
+            settings, in_force=self._in_force, refactorings=self.refactorings, on_decision=self._news.decided
         )
+        self.load, self.auto = self._controls.load, self._controls.auto
         self.metrics = parts.metrics
         self.metrics.listener = TracedLoad(self.load) if parts.is_traced else self.load
-        self._candidates = PlannedCandidates(
-            resolver=lambda: self._in_force.offer().resolver,
-            serving=lambda: self._in_force.known_replicas().pipelines,
-            start=lambda num_stages: self._in_force.offer().starts.expected(num_stages),
-            expected=workload_of(settings),
-            slo=slo_of(settings),
-        )
-        self.auto = AutoControl(
-            settings.auto,
-            engine=self._in_force.engine_to_change,
-            load=self.load,
-            candidates=self._candidates,
-            refactorings=self.refactorings,
-            rest=lambda: self._in_force.replicas,
-            fleet=lambda: self._in_force.fleet.serving,
-            engines=lambda: self._in_force.known_replicas().engines,
-            decided=EventLog(capacity=DECISIONS_KEPT, on_publish=self._tell_change),
-        )
         self.status = DaemonStatus(
             identity=Identity(model_name=name, model_path=source, api_url=parts.api_url),
             engine_name=lambda: self._in_force.name,
@@ -210,8 +187,7 @@ class ModelService:
     def use(self, settings: Settings) -> None:
         """Use what ``settings`` say of what is live. What is started later is started with them."""
         self._settings = settings
-        self._candidates.expect(workload_of(settings), slo_of(settings))
-        self.load.expect(slo_of(settings))
+        self._controls.use(settings)
         self._in_force.use(settings)
 
     async def start(self) -> None:
@@ -220,11 +196,9 @@ class ModelService:
         Raises:
             EngineError, PlannerError
         """
-        self._progress("reading the model's description")
+        self._news.progress("reading the model's description")
         model = await asyncio.to_thread(find_files, self._settings, source=self.source)
-        self.sampling_defaults = sampling_defaults_of(
-            self._settings, model, on_odd=lambda odd: self._events.publish(EventKind.ENGINE, odd)
-        )
+        self.sampling_defaults = sampling_defaults_of(self._settings, model, on_odd=self._news.engine)
         engine_start = EngineStart(
             settings=lambda: self._settings,
             source=self.source,
@@ -233,8 +207,8 @@ class ModelService:
             intents=self._intents,
             events=self._events,
             refactorings=self.refactorings,
-            on_change=self._on_supervision,
-            on_progress=self._progress,
+            on_change=self._news.supervised,
+            on_progress=self._news.progress,
             on_plan=self.metrics.planned,
             held=self._parts.held,
             planning=self._parts.planning,
@@ -256,16 +230,24 @@ class ModelService:
 
     def begin(self, *, devices: Callable[[], Sequence[Device]]) -> None:
         """Begin with what runs beside the service, and count as serving. ``devices`` looks at them, and blocks."""
-        control = self._control
-        self._run_beside(control, watch_text(self.text, on_failure=self._give_up), name="text-watch")
+        control, run_beside = self._control, self._news.run_beside
+        run_beside(control, watch_text(self.text, on_failure=self._news.given_up), name="text-watch")
         control.push_async_callback(self.auto.close)
-        self._run_beside(control, self.auto.run_forever(), name="auto")
-        self._run_beside(control, self._neighbourhood(devices).run_forever(), name="neighbourhood")
-        self._run_beside(control, self.status.sample_forever(), name="status-sampler")
+        run_beside(control, self.auto.run_forever(), name="auto")
+        neighbourhood = neighbourhood_of(
+            self._settings,
+            parts=self._parts,
+            in_force=self._in_force,
+            load=self.load,
+            refactorings=self.refactorings,
+            devices=devices,
+        )
+        run_beside(control, neighbourhood.run_forever(), name="neighbourhood")
+        run_beside(control, self.status.sample_forever(), name="status-sampler")
         self._state.serve()
         # Before anybody can ask for another change, for nothing has been awaited since.
         coming = self.refactorings.bring_back(self._further) if self._further else None
-        self._run_beside(control, self._get_whole(coming), name="replicas-restored")
+        run_beside(control, self._get_whole(coming), name="replicas-restored")
 
     def begin_drain(self, reason: str, *, closed_because: str = SHUTTING_DOWN) -> None:
         """Take no request and no change any more. ``closed_because``: why its engines end then."""
@@ -289,55 +271,12 @@ class ModelService:
 
     # --- inside ---
 
+    def _replicas(self) -> tuple[Replica, ...]:
+        return () if self._in_force.replicas is None else self._in_force.replicas.all
+
     async def _get_whole(self, coming: Started | None) -> None:
         """Wait for replicas that come back. Until they are there, the start counts as one that may fail."""
         if coming is not None:
             await self.refactorings.ended(coming)
         await self._parts.survivors.end_others()
         self._parts.journal.got_ready()
-
-    def _neighbourhood(self, devices: Callable[[], Sequence[Device]]) -> Neighbourhood:
-        return Neighbourhood(
-            constants_of(self._settings.devices),
-            replicas=lambda: self._in_force.known_replicas().all,
-            kv_bytes_per_token=lambda: self._in_force.offer().resolver.kv_bytes_per_token,
-            devices=devices,
-            held=self._parts.held,
-            on_devices=self.load.devices_seen,
-            refactorings=self.refactorings,
-            events=self._events,
-            parameters=self._parts.parameters,
-        )
-
-    def _tell_change(self, decision: Event) -> None:
-        """Count it; a decision that changes something belongs to what happened, and to the journal."""
-        self.metrics.decided(decision.fields["verb"])
-        self._parts.on_decision(decision)
-        if decision.fields["verb"] != "keep":
-            self._events.publish(EventKind.DECISION, decision.message, **decision.fields)
-
-    def _on_supervision(self, number: int, supervision: Supervision) -> None:
-        """Tell how a replica fares. One that fails for good is the end only where no other one may serve."""
-        replicas = () if self._in_force.replicas is None else self._in_force.replicas.all
-        reason = f"replica {number}: {supervision.reason}" if len(replicas) > 1 else supervision.reason
-        self._events.publish(EventKind.ENGINE, reason, state=supervision.state.value, replica=number)
-        match supervision.state:
-            case SupervisorState.RECOVERING:
-                log_events.engine_recovering(reason=reason)
-            case SupervisorState.FAILED if all(each.has_failed for each in replicas):
-                self._give_up(reason)
-            case SupervisorState.FAILED:
-                log_events.engine_failed(reason=reason)
-            case _:
-                pass
-
-    def _give_up(self, reason: str) -> None:
-        log_events.engine_failed(reason=reason)
-        self._parts.on_given_up(reason)
-
-    def _run_beside(self, stack: AsyncExitStack, work: Coroutine[None, None, None], *, name: str) -> None:
-        run_beside(stack, work, name=name, on_failure=lambda said: self._events.publish(EventKind.DAEMON, said))
-
-    def _progress(self, message: str) -> None:
-        self._state.reason = message
-        self._parts.on_progress(message)
