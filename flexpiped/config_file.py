@@ -13,7 +13,8 @@ from typing import Final
 
 from flexpiped.config_values import Reader, WrongValue, shown
 from flexpiped.model_settings import PER_MODEL, contradiction, dotted
-from flexpiped.settings import KEYS, Key, Settings, with_value
+from flexpiped.settings import Settings
+from flexpiped.settings_keys import KEYS, Key, with_value
 
 _KEYS_BY_NAME: Final[Mapping[str, Key]] = {key.name: key for key in KEYS}
 _TABLES: Final = frozenset(name.rpartition(".")[0] for name in _KEYS_BY_NAME) - {""} | {"engines"}

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flexpiped.model_settings import entries, schema_of_tables
-from flexpiped.settings import KEYS, Settings, value_of
+from flexpiped.settings import Settings
+from flexpiped.settings_keys import KEYS, value_of
 
 
 def toml_value(value: object) -> str:

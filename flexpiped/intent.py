@@ -14,7 +14,8 @@ import msgspec
 from flexpiped.config_values import shown
 from flexpiped.events import Event, EventKind
 from flexpiped.handover_records import pipeline_to_wire
-from flexpiped.settings import KEYS, Settings, value_of
+from flexpiped.settings import Settings
+from flexpiped.settings_keys import KEYS, value_of
 from planner.errors import InvalidLayout
 from planner.layout import Pipeline, Stage
 

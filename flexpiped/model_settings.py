@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from flexpiped.models import served_name
-from flexpiped.settings import DEMO_MODEL, KEYS, Key, Settings, value_of, with_value
+from flexpiped.settings import DEMO_MODEL, Settings
+from flexpiped.settings_keys import KEYS, Key, value_of, with_value
 
 _SECTIONS: Final = ("engines", "handover", "workload", "slo", "planner", "auto")
 _OF_THE_MODEL: Final = ("model", "revision", "tokenizer", "tool_format", "trust_remote_code")

@@ -13,7 +13,8 @@ from flexpiped.config_file import ConfigError, load_config
 from flexpiped.config_text import toml_value
 from flexpiped.keys import KeyFileError, KeyRing, load_keys
 from flexpiped.model_settings import PER_MODEL, entries
-from flexpiped.settings import KEYS, Key, Settings, value_of, with_value
+from flexpiped.settings import Settings
+from flexpiped.settings_keys import KEYS, Key, value_of, with_value
 from flexpiped.tls import TlsError, load_tls
 
 _TLS: Final = frozenset({"http.tls_certificate", "http.tls_key"})

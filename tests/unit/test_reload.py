@@ -4,7 +4,8 @@ from pathlib import Path
 
 from flexpiped.config_file import parse_config
 from flexpiped.reload import compare
-from flexpiped.settings import KEYS, Settings
+from flexpiped.settings import Settings
+from flexpiped.settings_keys import KEYS
 
 
 def written(folder: Path, text: str) -> Path:

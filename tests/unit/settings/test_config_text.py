@@ -9,15 +9,8 @@ import pytest
 
 from flexpiped.config_file import ConfigError, parse_config
 from flexpiped.config_text import schema, settings_to_toml, settings_to_wire, toml_value
-from flexpiped.settings import (
-    KEYS,
-    AdminSettings,
-    EnginesSettings,
-    LogSettings,
-    Settings,
-    SloSettings,
-    VllmSettings,
-)
+from flexpiped.settings import AdminSettings, EnginesSettings, LogSettings, Settings, SloSettings, VllmSettings
+from flexpiped.settings_keys import KEYS
 
 DEFAULT_FILE = Path(__file__).parents[3] / "etc" / "flexpiped.toml"
 OTHER = Settings(

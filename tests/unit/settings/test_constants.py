@@ -6,7 +6,8 @@ import pytest
 
 from flexpiped import auto, neighbourhood
 from flexpiped.config_file import parse_config
-from flexpiped.settings import KEYS, AutoSettings, DeviceSettings
+from flexpiped.settings import AutoSettings, DeviceSettings
+from flexpiped.settings_keys import KEYS
 from planner.granularity import ScoreConstants
 from planner.neighbourhood import NeighbourConstants
 from planner.policy_state import PolicyConstants

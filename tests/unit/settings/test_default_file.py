@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flexpiped.config_file import load_config, parse_config
-from flexpiped.settings import KEYS, Settings
+from flexpiped.settings import Settings
+from flexpiped.settings_keys import KEYS
 
 FILE = Path(__file__).parents[3] / "etc" / "flexpiped.toml"
 UNCOMMENTED = re.sub(r"^#(?=\w+ = )", "", FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)
