@@ -8,8 +8,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -147,27 +146,35 @@ class Admission:
         share = self._shares.get(client.name)
         return 0 if share is None else share.in_flight
 
-    @asynccontextmanager
-    async def admit(self, client: Client = ANYBODY, *, deadline_s: float = math.inf) -> AsyncIterator[Lease]:
-        """Take a place for one request; its tokens are reserved once they are known.
+    def admit(self, client: Client = ANYBODY, *, deadline_s: float = math.inf) -> "Place":
+        """Return a place for one request, taken on entering; its tokens are reserved once they are known.
 
         Args:
             deadline_s: Until when it may wait, by the clock of the event loop.
+        """
+        return Place(self, Lease(client=client, deadline_s=deadline_s))
+
+    async def take(self, lease: Lease) -> None:
+        """Take a place, which ``give_back`` ends.
 
         Raises:
             Overloaded
         """
-        with self._shared(client):
-            lease = Lease(client=client, deadline_s=deadline_s)
+        share = self._enter(lease.client)
+        try:
             await self._wait_in(self._for_place, 1, lease, self._too_many_requests)
-            try:
-                yield lease
-            finally:
-                self._requests -= 1
-                self._tokens -= lease.tokens
-                if lease.tokens:
-                    self._releases.add(lease.tokens)
-                self._advance()
+        except BaseException:
+            share.in_flight -= 1
+            raise
+
+    def give_back(self, lease: Lease) -> None:
+        """Give a place back, and what tokens it has."""
+        self._shares[lease.client.name].in_flight -= 1
+        self._requests -= 1
+        self._tokens -= lease.tokens
+        if lease.tokens:
+            self._releases.add(lease.tokens)
+        self._advance()
 
     async def reserve(self, lease: Lease, *, tokens: int) -> None:
         """Reserve ``tokens`` for an admitted request.
@@ -178,9 +185,8 @@ class Admission:
         await self._wait_in(self._for_tokens, tokens, lease, lambda: self._too_many_tokens(tokens))
         lease.tokens += tokens
 
-    @contextmanager
-    def _shared(self, client: Client) -> Iterator[None]:
-        """Count a request for its key while the scope lasts.
+    def _enter(self, client: Client) -> _Share:
+        """Count a request for its key.
 
         Raises:
             Overloaded: The key has as many requests in flight as it may, or has begun as many as it may.
@@ -195,10 +201,7 @@ class Admission:
             )
         self._spend(share, client)
         share.in_flight += 1
-        try:
-            yield
-        finally:
-            share.in_flight -= 1
+        return share
 
     def _spend(self, share: _Share, client: Client) -> None:
         """Take one from the bucket of a key: it holds a minute's worth and fills by the rate."""
@@ -224,7 +227,9 @@ class Admission:
             Overloaded: The line is full, or the deadline has come.
         """
         priority = lease.client.priority
-        if not line.may_go_now(amount, priority=priority) and self.requests_queued >= self._limits.max_requests_queued:
+        if line.go_now(amount, priority=priority):  # nearly all do: without a timer and a place in the line
+            return
+        if self.requests_queued >= self._limits.max_requests_queued:
             raise refusal()
         now_s = asyncio.get_running_loop().time()
         last_s = now_s + self._limits.queue_deadline_s
@@ -270,3 +275,20 @@ class Admission:
     def _advance(self) -> None:
         self._for_place.advance()
         self._for_tokens.advance()
+
+
+class Place:
+    """A place in admission while the scope lasts. Raises: Overloaded."""
+
+    __slots__ = ("_admission", "_lease")
+
+    def __init__(self, admission: Admission, lease: Lease) -> None:
+        self._admission = admission
+        self._lease = lease
+
+    async def __aenter__(self) -> Lease:
+        await self._admission.take(self._lease)
+        return self._lease
+
+    async def __aexit__(self, *_: object) -> None:
+        self._admission.give_back(self._lease)

@@ -89,6 +89,7 @@ class Runner(web.AppRunner):
             keepalive_timeout=limits.header_deadline_s,
             max_line_size=limits.max_header_line_bytes,
             max_field_size=limits.max_header_line_bytes,
+            tcp_keepalive=False,  # accepted connections have it from the socket that listens
             send_deadline_s=limits.send_deadline_s,  # aiohttp hands on to a connection what it does not know
         )
 

@@ -83,6 +83,7 @@ def _share(made: socket.socket) -> None:
 
 
 def _listen(listener: socket.socket, address: tuple[Any, ...]) -> None:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # Linux: so has every connection that is accepted
     listener.bind(address)
     listener.listen(_BACKLOG)
     listener.setblocking(False)

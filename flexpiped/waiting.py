@@ -34,6 +34,13 @@ class WaitingLine:
         """Say whether nobody of at least that priority waits, and the amount fits."""
         return self._fits(amount) and not (self._heap and self._heap[0].order[0] <= -priority)
 
+    def go_now(self, amount: int, *, priority: int) -> bool:
+        """Take the amount at once where ``may_go_now`` says so; say whether it was taken."""
+        if not self.may_go_now(amount, priority=priority):
+            return False
+        self._take(amount)
+        return True
+
     async def wait(self, amount: int, *, priority: int) -> None:
         """Return when the amount has been taken for the caller; leaving on any other path takes nothing."""
         waiter = _Waiter((-priority, next(self._numbers)), amount, asyncio.get_running_loop().create_future())

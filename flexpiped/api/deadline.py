@@ -6,9 +6,7 @@ has begun, and being late is an event of the stream.
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -33,42 +31,49 @@ def deadline_of(http: web.Request) -> float:
     return asyncio.get_running_loop().time() + int(given) / 1000
 
 
-@asynccontextmanager
-async def in_time(deadline_s: float) -> AsyncIterator[asyncio.Timeout]:
-    """Keep a scope to the deadline, until ``in_mid_stream`` takes over the limit that it yields.
+class InTime:
+    """Keeps a scope to the deadline, until ``InMidStream`` takes over the limit that it yields.
 
     Raises:
         ApiError: 503, the deadline has come first.
     """
-    limit = asyncio.timeout_at(None if math.isinf(deadline_s) else deadline_s)
-    try:
-        async with limit:
-            yield limit
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise _late() from None
+
+    def __init__(self, deadline_s: float) -> None:
+        self._limit = asyncio.timeout_at(None if math.isinf(deadline_s) else deadline_s)
+
+    async def __aenter__(self) -> asyncio.Timeout:
+        return await self._limit.__aenter__()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        try:
+            await self._limit.__aexit__(*raised)
+        except TimeoutError:
+            raise _late() from None
 
 
-@asynccontextmanager
-async def in_mid_stream(limit: asyncio.Timeout, http: web.Request) -> AsyncIterator[None]:
-    """Take a limit over for what is sent, which may wait for the client for ever: after the scope it holds no more.
+class InMidStream:
+    """Takes a limit over for what is sent, which may wait for the client for ever: after the scope it holds no more.
 
     Raises:
         ApiError: 503, the deadline has come first.
         ClientStoppedReading: Likewise, and nothing more can be said to the client.
     """
-    rest = asyncio.timeout_at(limit.when())
-    limit.reschedule(None)
-    try:
-        async with rest:
-            yield
-    except TimeoutError:
-        if not rest.expired():
-            raise
-        if http.protocol.writing_paused:
-            raise ClientStoppedReading from None
-        raise _late() from None
+
+    def __init__(self, limit: asyncio.Timeout, http: web.Request) -> None:
+        self._limit, self._rest = limit, asyncio.timeout_at(limit.when())
+        self._http = http
+
+    async def __aenter__(self) -> None:
+        self._limit.reschedule(None)
+        await self._rest.__aenter__()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        try:
+            await self._rest.__aexit__(*raised)
+        except TimeoutError:
+            if self._http.protocol.writing_paused:
+                raise ClientStoppedReading from None
+            raise _late() from None
 
 
 def _late() -> ApiError:

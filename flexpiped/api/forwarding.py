@@ -5,9 +5,9 @@ asked again. After that, a stream ends with an error event.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
-from typing import Final
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Final, cast
 
 import msgspec
 from aiohttp import ClientConnectionResetError, web
@@ -16,8 +16,9 @@ from engines.errors import EngineDied, EngineError
 from engines.offers import OwnRoutes
 from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend, Reached, backend_of
-from flexpiped.api.deadline import deadline_of, in_mid_stream, in_time
+from flexpiped.api.deadline import InMidStream, InTime, deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
+from flexpiped.api.event_stream import EventStream
 from flexpiped.api.fields import Body
 from flexpiped.api.metrics import Observation
 from flexpiped.api.outcomes import Outcome, outcome_of
@@ -77,7 +78,7 @@ async def forward(
         tokens = tokens_expected(body, num_bytes=len(raw), default=default_tokens, max_model_len=max_model_len)
         await backend.admission.reserve(lease, tokens=tokens)
         observation.admitted()
-        async with in_time(deadline_s) as limit:
+        async with InTime(deadline_s) as limit:
             return await _answered(http, observation, raw, body, limit)
 
 
@@ -132,13 +133,10 @@ async def _answer_of(
     Raises:
         _Unanswered
     """
-    if not isinstance(engine, OwnRoutes):
-        kind = type(engine).__name__
-        raise EngineError(f"{kind} has no server of its own, as its capabilities promise")
-    async with _asked(engine, http, raw) as answer:
+    own = cast("OwnRoutes", engine)  # as its capabilities promise; asking each time is slow
+    with await _asked(own, http, raw) as answer:
         if answer.content_type == "text/event-stream":
-            async with aclosing(_events(answer)) as events:
-                return await _pass_on(http, answer, events, observation, limit)
+            return await _pass_on(http, answer, observation, limit)
         try:
             whole = await answer.read()
         except OSError as error:
@@ -150,9 +148,8 @@ async def _answer_of(
         return web.Response(status=answer.status, body=whole, headers=_without(_NOT_ANSWERED, answer.headers))
 
 
-@asynccontextmanager
-async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGenerator[Answer, None]:
-    """Yield the answer once its head has come.
+async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> Answer:
+    """Return the answer once its head has come.
 
     Raises:
         _Unanswered
@@ -164,40 +161,40 @@ async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> AsyncGener
     headers = [("Host", "localhost"), *passed_on, *context.items(), ("Content-Type", "application/json")]
     if key:
         headers.append(("Authorization", f"Bearer {key}"))
-    async with AsyncExitStack() as stack:
-        asking = asked(engine.own_routes_socket, method=http.method, target=http.path_qs, headers=headers, body=raw)
-        try:
-            answer = await stack.enter_async_context(asking)
-        except OSError as error:
-            raise _Unanswered(str(error)) from error
-        yield answer
-
-
-async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
-    """Yield what comes, cut between events, so that one of ours can follow anywhere.
-
-    Raises:
-        _Unanswered
-    """
-    rest = b""
     try:
-        async with aclosing(answer.parts()) as parts:
-            async for data in parts:
-                events, end, rest = (rest + data).rpartition(b"\n\n")
-                if end:
-                    yield events + end
+        return await asked(engine.own_routes_socket, method=http.method, target=http.path_qs, headers=headers, body=raw)
     except OSError as error:
         raise _Unanswered(str(error)) from error
-    if rest:
-        yield rest
+
+
+class _Events:
+    """A stream as it comes, cut between events, so that one of ours can follow anywhere."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._rest = b""
+
+    async def more(self) -> bytes:
+        """Return one event or several, at the end with what follows the last one; nothing: it is over.
+
+        Raises:
+            _Unanswered
+        """
+        while True:
+            try:
+                data = self._rest + await self._answer.more()
+            except OSError as error:
+                raise _Unanswered(str(error)) from error
+            if self._answer.is_whole:
+                self._rest = b""
+                return data
+            events, end, self._rest = data.rpartition(b"\n\n")
+            if end:
+                return events + end
 
 
 async def _pass_on(
-    http: web.Request,
-    answer: Answer,
-    events: AsyncGenerator[bytes, None],
-    observation: Observation,
-    limit: asyncio.Timeout,
+    http: web.Request, answer: Answer, observation: Observation, limit: asyncio.Timeout
 ) -> web.StreamResponse:
     """Send events as they come. The head waits for the first of them, so that until then the request can go elsewhere.
 
@@ -205,17 +202,18 @@ async def _pass_on(
         _Unanswered: Before the first event.
         ClientStoppedReading
     """
-    first = await anext(events, b"")
+    events = _Events(answer)
+    first = await events.more()
     observation.began()
-    response = web.StreamResponse(status=answer.status, headers=_without(_NOT_ANSWERED, answer.headers))
+    response = EventStream(status=answer.status, headers=_without(_NOT_ANSWERED, answer.headers))
     try:
         await response.prepare(http)
         try:
-            async with in_mid_stream(limit, http):
-                await response.write(first)
+            async with InMidStream(limit, http):
+                await _send(response, first, answer)
                 _count_events(first, observation)
-                async for data in events:
-                    await response.write(data)
+                while data := await events.more():
+                    await _send(response, data, answer)
                     _count_events(data, observation)
         except (ApiError, _Unanswered) as error:
             told = error if isinstance(error, ApiError) else _died(error)
@@ -226,6 +224,10 @@ async def _pass_on(
     except ClientConnectionResetError:
         observation.outcome = Outcome.DISCONNECTED
     return response
+
+
+async def _send(response: EventStream, events: bytes, answer: Answer) -> None:
+    await (response.write_eof(events) if answer.is_whole else response.write(events))
 
 
 def _died(lost: _Unanswered) -> ApiError:

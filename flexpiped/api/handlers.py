@@ -18,7 +18,7 @@ from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend, backend_of, choose
 from flexpiped.api.backends import BACKENDS
 from flexpiped.api.bad_words import bad_words_as_tokens
-from flexpiped.api.deadline import deadline_of, in_time
+from flexpiped.api.deadline import InTime, deadline_of
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
 from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
@@ -163,7 +163,7 @@ async def answer(
             if choices.echo:
                 lead = await backend.text.decode(prompt.token_ids) if prompt.text is None else prompt.text
             jobs += jobs_of(parameters, request, ending=ending, lead=lead, first=len(jobs), reads=reads)
-        async with in_time(deadline_s) as limit, closing(choices_of(backend, jobs)) as pieces:
+        async with InTime(deadline_s) as limit, closing(choices_of(backend, jobs)) as pieces:
             if parameters.stream:
                 return await send_events(
                     http,
@@ -240,6 +240,8 @@ async def observed(http: web.Request, endpoint: Endpoint) -> AsyncIterator[tuple
 async def read_body(http: web.Request) -> bytes:
     """Raises: ApiError, when the body does not decompress or ends early."""
     try:
+        if http.content.is_eof():  # as of most: it came with the head
+            return await http.read()
         async with asyncio.timeout(http.app[BACKENDS].body_deadline_s()):
             return await http.read()
     except TimeoutError:

@@ -8,11 +8,10 @@ AnswerBroken    the server is not there, is gone before its answer is whole, or 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final, Protocol, Self, cast
 
 from multidict import CIMultiDict
 
@@ -26,7 +25,7 @@ class AnswerBroken(ConnectionError):
 
 
 class Answer:
-    """An answer of which the head has come."""
+    """An answer of which the head has come. Leaving its scope closes the connection, so the server ends the request."""
 
     def __init__(self, connection: "_Connection", *, status: int, headers: CIMultiDict[str], body: "_Body") -> None:
         self._connection = connection
@@ -39,41 +38,54 @@ class Answer:
         """The type without its parameters."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
-    async def parts(self) -> AsyncGenerator[bytes, None]:
-        """Yield the body as it comes: all that is there each time. Raises: AnswerBroken."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the body has been taken to its end."""
+        return self._body.is_whole
+
+    async def more(self) -> bytes:
+        """Return all that has come of the body meanwhile, waiting for some; nothing: it is whole.
+
+        Raises:
+            AnswerBroken
+        """
         connection, body = self._connection, self._body
-        while True:
-            data = body.take(connection.waiting)
-            if data:
-                yield data
-            if body.is_whole:
-                return
-            if not await connection.has_more():
+        while not body.is_whole:
+            if data := body.take(connection.waiting):
+                return data
+            if not body.is_whole and not await connection.has_more():
                 body.end()
-                return
+        return b""
 
     async def read(self) -> bytes:
         """Return the whole body. Raises: AnswerBroken."""
-        return b"".join([part async for part in self.parts()])
+        parts = []
+        while part := await self.more():
+            parts.append(part)
+        return b"".join(parts)
 
 
-@asynccontextmanager
-async def asked(
-    socket: Path, *, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes
-) -> AsyncGenerator[Answer, None]:
-    """Ask, and yield the answer once its head has come. Leaving closes the connection, so the server ends the request.
+async def asked(socket: Path, *, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> Answer:
+    """Ask, and return the answer once its head has come. To be used as a scope.
 
     Raises:
-        AnswerBroken, OSError: Before there is an answer.
+        AnswerBroken, OSError: There is none.
     """
     lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode("utf-8", "surrogateescape")
     transport, connection = await asyncio.get_running_loop().create_unix_connection(_Connection, str(socket))
     try:
         transport.write(head + body)
-        yield await _answer(connection)
-    finally:
-        transport.abort()
+        return await _answer(connection)
+    except BaseException:
+        connection.close()
+        raise
 
 
 class _Connection(asyncio.Protocol):
@@ -100,6 +112,10 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._is_over = True
         self._tell()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
 
     async def has_more(self) -> bool:
         """Wait until more has come than at the last time; False: nothing will."""
@@ -181,7 +197,8 @@ class _Sized:
 
 
 class _ToTheEnd:
-    is_whole = False
+    def __init__(self) -> None:
+        self.is_whole = False
 
     def take(self, waiting: bytearray) -> bytes:
         data = bytes(waiting)
@@ -189,7 +206,7 @@ class _ToTheEnd:
         return data
 
     def end(self) -> None:
-        """It is where the body ends."""
+        self.is_whole = True
 
 
 class _Chunked:

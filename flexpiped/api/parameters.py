@@ -155,7 +155,7 @@ def taken_here(capabilities: EngineCapabilities | None, *, calls_tools: bool = F
 def parse_completion(body: Body, *, taken: Set[str] = frozenset()) -> CompletionRequest:
     """Read what ``taken`` and all engines honour. Raises: ApiError, with the parameter named."""
     refuse_unknown(body, COMPLETION_NAMES)
-    refuse_unsupported(body, _without(taken, COMPLETION_NEUTRAL))
+    refuse_unsupported(body, COMPLETION_NEUTRAL, taken=taken)
     parameters = _parameters(body, _OF_COMPLETIONS, completion_choices, taken=taken)
     if parameters.max_tokens == 0 and not parameters.choices.echo:
         raise invalid("max_tokens 0 goes with echo: true only", param="max_tokens", code="contradiction")
@@ -169,15 +169,11 @@ def parse_completion(body: Body, *, taken: Set[str] = frozenset()) -> Completion
 def parse_chat(body: Body, *, taken: Set[str] = frozenset()) -> ChatRequest:
     """Read what ``taken`` and all engines honour. Raises: ApiError, with the parameter named."""
     refuse_unknown(body, CHAT_NAMES)
-    refuse_unsupported(body, _without(taken - {"echo"}, CHAT_NEUTRAL))
+    refuse_unsupported(body, CHAT_NEUTRAL, taken=taken - {"echo"})
     parameters = _parameters(body, _OF_CHAT, chat_choices, taken=taken)
     tools = read_tools(body, taken=taken, grammar=parameters.grammar)
     messages = read_messages(body.get("messages"), with_tools=taken >= TOOLS)
     return ChatRequest(messages=messages, parameters=parameters, tools=tools)
-
-
-def _without(taken: Set[str], neutral: NeutralValues) -> NeutralValues:
-    return {name: values for name, values in neutral.items() if name not in taken}
 
 
 def ensure_model(asked: str | None, *, served: str, adapters: Sequence[str] = ()) -> None:

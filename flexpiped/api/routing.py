@@ -89,7 +89,7 @@ def route(
         return intake.parse(body, taken=taken)
     own_names = intake.own_names(own)
     refuse_unknown(body, intake.names | own_names)
-    refuse_unsupported(body, {name: values for name, values in intake.neutral.items() if name not in own_names})
+    refuse_unsupported(body, intake.neutral, taken=own_names)
     because = _only_there(intake, body, served=served, own=own)
     if not because:
         try:

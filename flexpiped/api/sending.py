@@ -8,8 +8,9 @@ from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineError
 from flexpiped.api.call_parser import CallDelta, joined
-from flexpiped.api.deadline import in_mid_stream
+from flexpiped.api.deadline import InMidStream
 from flexpiped.api.errors import ApiError, from_engine_error
+from flexpiped.api.event_stream import EventStream
 from flexpiped.api.generation import Piece
 from flexpiped.api.metrics import Observation
 from flexpiped.api.outcomes import Outcome, outcome_of
@@ -103,19 +104,19 @@ async def send_events(
         ClientStoppedReading
     """
     first = await anext(pieces)
-    response = web.StreamResponse(headers=_SSE_HEADERS)
+    response = EventStream(headers=_SSE_HEADERS)
     counts = [0] * choices
     try:
         await response.prepare(http)
         try:
-            async with in_mid_stream(limit, http):
+            async with InMidStream(limit, http):
                 heads = b"".join(wire.first(index) for index in range(choices))
                 await response.write(heads + _event_of(first, wire, counts, observation))
                 async for piece in pieces:
                     data = _event_of(piece, wire, counts, observation)
                     if data:
                         await response.write(data)
-                await response.write((wire.usage(usage_of(observation)) if include_usage else b"") + DONE)
+                await response.write_eof((wire.usage(usage_of(observation)) if include_usage else b"") + DONE)
         except (ApiError, EngineError) as error:
             told = error if isinstance(error, ApiError) else from_engine_error(error)
             await response.write(error_event(told))

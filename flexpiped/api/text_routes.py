@@ -77,7 +77,7 @@ async def _encoded(backend: Backend, body: Body, *, capabilities: EngineCapabili
     calls_tools = taken_here(capabilities, calls_tools=backend.tool_calls is not None) >= TOOLS
     readers = TOKENIZE_READERS_WITH_TOOLS if calls_tools else TOKENIZE_READERS
     refuse_unknown(body, TOKENIZE_READERS.keys() | TOKENIZE_NEUTRAL.keys())
-    refuse_unsupported(body, {name: values for name, values in TOKENIZE_NEUTRAL.items() if name not in readers})
+    refuse_unsupported(body, TOKENIZE_NEUTRAL, taken=readers.keys())
     given = {name: read(body, name) for name, read in readers.items()}
     ensure_model(given["model"], served=backend.model, adapters=capabilities.adapters)
     prompt, messages, special = given["prompt"], given["messages"], given["add_special_tokens"]

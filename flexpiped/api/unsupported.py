@@ -3,7 +3,7 @@
 Some of them an engine may honour: those of ``engine_parameters``, and those that its own server knows (``routing``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from flexpiped.api.errors import invalid
@@ -100,14 +100,15 @@ _BECAUSE: Mapping[str, str] = {
 }
 
 
-def refuse_unsupported(body: Body, neutral: NeutralValues) -> None:
-    """Return when every parameter of ``neutral`` is absent or has no effect.
+def refuse_unsupported(body: Body, neutral: NeutralValues, *, taken: Set[str] = frozenset()) -> None:
+    """Return when every parameter of ``neutral`` but those ``taken`` is absent or has no effect.
 
     Raises:
         ApiError: 400, naming the parameter.
     """
-    for name, values in neutral.items():
-        if has_no_effect(body.get(name), values):
+    for name, value in body.items():
+        values = None if name in taken else neutral.get(name)
+        if values is None or has_no_effect(value, values):
             continue
         hint = "; leave it out" if not values else f"; leave it out or give {_shown(values[0])}"
         message = f"{name} is not supported{_BECAUSE.get(name, '')}{hint}"

@@ -4,8 +4,7 @@ The daemon listens on a Unix socket with the same application that it has at the
 so such a request is checked, counted and answered there as ever, keys included.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +38,7 @@ class Relay:
         body = await read_body(http)
         headers = [*_without(_NOT_ASKED, http.headers), ("Connection", "close")]
         try:
-            async with asked(
+            with await asked(
                 self._socket, method=http.method, target=http.path_qs, headers=headers, body=body
             ) as answer:
                 return await _answered(http, answer)
@@ -54,17 +53,14 @@ async def _answered(http: web.Request, answer: Answer) -> web.StreamResponse:
         return web.Response(status=answer.status, headers=[*headers, *([("Content-Length", length)] if length else [])])
     if answer.content_type != _STREAMED:
         return web.Response(status=answer.status, body=await answer.read(), headers=headers)
-    async with aclosing(answer.parts()) as parts:
-        return await _passed_on(http, web.StreamResponse(status=answer.status, headers=headers), parts)
+    return await _passed_on(http, web.StreamResponse(status=answer.status, headers=headers), answer)
 
 
-async def _passed_on(
-    http: web.Request, response: web.StreamResponse, parts: AsyncGenerator[bytes, None]
-) -> web.StreamResponse:
+async def _passed_on(http: web.Request, response: web.StreamResponse, answer: Answer) -> web.StreamResponse:
     """Send what comes. A stream that breaks off there breaks off here: its end would say that it is whole."""
     try:
         await response.prepare(http)
-        async for part in parts:
+        while part := await answer.more():
             await response.write(part)
     except ClientConnectionResetError:
         pass

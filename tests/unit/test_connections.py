@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ import uvloop
 from aiohttp import web
 from structlog.testing import capture_logs
 
+from flexpiped.api.event_stream import EventStream
 from flexpiped.connections import ConnectionLimits
 from flexpiped.servers import listen_tcp, serving
 from flexpiped.tls import LiveTls, load_tls
@@ -50,6 +52,41 @@ async def answer_to(port: int, head: str, *, then_close: bool = True) -> str:
         async with asyncio.timeout(10.0):
             return (await reader.read()).decode()
     finally:
+        writer.close()
+
+
+async def test_connections_are_kept_alive_by_the_kernel() -> None:
+    """A client whose host is gone is noticed; the socket that listens hands it on."""
+    listener = listen_tcp("127.0.0.1", 0)
+    with listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+async def test_a_stream_begins_and_ends_with_its_events() -> None:
+    """Head and first events are one write, and so are the last ones and the end of the body."""
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = EventStream(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        going_on.clear()
+        await going_on.wait()
+        await response.write_eof(b"data: 2\n\n")
+        return response
+
+    going_on = asyncio.Event()
+    app, listener = web.Application(), listen_tcp("127.0.0.1", 0)
+    app.add_routes([web.get("/", stream)])
+    async with serving(app, listener, shutdown_s=1.0):
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        begin = await reader.read(1 << 16)
+        assert begin.startswith(b"HTTP/1.1 200")
+        assert begin.endswith(b"\r\n\r\n9\r\ndata: 1\n\n\r\n")
+        going_on.set()
+        assert await reader.read(1 << 16) == b"9\r\ndata: 2\n\n\r\n0\r\n\r\n"
         writer.close()
 
 

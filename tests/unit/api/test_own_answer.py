@@ -49,11 +49,9 @@ def pieces(*parts: bytes) -> Send:
 
 
 async def read(folder: Path, send: Send) -> tuple[Answer, bytes]:
-    async with (
-        server(folder, send) as (path, _),
-        asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer,
-    ):
-        return answer, await answer.read()
+    async with server(folder, send) as (path, _):
+        with await asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer:
+            return answer, await answer.read()
 
 
 @pytest.mark.parametrize(
@@ -87,13 +85,10 @@ async def test_many_chunks_that_are_cut_anywhere(tmp_path: Path, size: int) -> N
 
 
 async def test_what_is_asked(tmp_path: Path) -> None:
-    async with (
-        server(tmp_path, pieces(b"HTTP/1.1 204 No Content\r\n\r\n")) as (path, received),
-        asked(
-            path, method="POST", target="/a?b=c%20d", headers=[("Host", "x"), ("X-Name", "ö")], body=b"BODY"
-        ) as answer,
-    ):
-        assert (answer.status, await answer.read()) == (204, b"")
+    async with server(tmp_path, pieces(b"HTTP/1.1 204 No Content\r\n\r\n")) as (path, received):
+        headers = [("Host", "x"), ("X-Name", "ö")]
+        with await asked(path, method="POST", target="/a?b=c%20d", headers=headers, body=b"BODY") as answer:
+            assert (answer.status, await answer.read()) == (204, b"")
     assert received == ["POST /a?b=c%20d HTTP/1.1\r\nHost: x\r\nX-Name: ö\r\nContent-Length: 4\r\n\r\nBODY".encode()]
 
 
@@ -116,8 +111,7 @@ async def test_what_is_no_answer_or_not_whole(tmp_path: Path, sent: bytes) -> No
     with pytest.raises(AnswerBroken):
         await read(tmp_path, pieces(sent))
     with pytest.raises(FileNotFoundError):
-        async with asked(tmp_path / "nobody", method="POST", target="/", headers=(), body=b""):
-            raise AssertionError
+        await asked(tmp_path / "nobody", method="POST", target="/", headers=(), body=b"")
 
 
 async def test_what_has_come_is_there_before_the_rest(tmp_path: Path) -> None:
@@ -135,14 +129,13 @@ async def test_what_has_come_is_there_before_the_rest(tmp_path: Path) -> None:
         left.set()
 
     async with server(tmp_path, send) as (path, _):
-        async with asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer:
-            parts = answer.parts()
-            first = await anext(parts)
+        with await asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer:
+            first = await answer.more()
             while first != b"hello wo":
-                first += await anext(parts)
+                first += await answer.more()
             going_on.set()
-            assert (await anext(parts)).startswith(b"rld!")
-            await parts.aclose()
+            assert (await answer.more()).startswith(b"rld!")
+            assert not answer.is_whole
         await left.wait()  # who leaves hangs up
 
 
@@ -158,18 +151,17 @@ async def test_what_comes_while_the_last_part_is_used_is_not_waited_for_again(tm
         sent.set()
         await kept.wait()
 
-    async with (
-        server(tmp_path, send) as (path, _),
-        asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer,
-    ):
-        found = b""
-        async for part in answer.parts():
-            found += part
-            if found == b"hello":
-                going_on.set()
-                await sent.wait()
-                for _ in range(10):  # it arrives
-                    await asyncio.sleep(0)
+    async with server(tmp_path, send) as (path, _):
+        with await asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer:
+            found = b""
+            while part := await answer.more():
+                found += part
+                if found == b"hello":
+                    going_on.set()
+                    await sent.wait()
+                    for _ in range(10):  # it arrives
+                        await asyncio.sleep(0)
+            assert answer.is_whole
         kept.set()
     assert found == b"hello."
 
@@ -188,14 +180,33 @@ async def test_who_does_not_take_it_makes_the_server_wait(tmp_path: Path) -> Non
         writer.write(b"\r\n0\r\n\r\n")
         await writer.drain()
 
-    async with (
-        server(tmp_path, send) as (path, _),
-        asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer,
-    ):
-        before = -1
-        while before != sent:
-            before = sent
-            await asyncio.sleep(0.05)
-        assert sent < 8 << 20
-        assert len(await answer.read()) == size
-        await until(lambda: sent == size)
+    async with server(tmp_path, send) as (path, _):
+        with await asked(path, method="POST", target="/", headers=(), body=b"BODY") as answer:
+            before = -1
+            while before != sent:
+                before = sent
+                await asyncio.sleep(0.05)
+            assert sent < 8 << 20
+            assert len(await answer.read()) == size
+            await until(lambda: sent == size)
+
+
+async def test_who_gives_up_before_there_is_an_answer_hangs_up(tmp_path: Path) -> None:
+    came, left = asyncio.Event(), asyncio.Event()
+
+    async def send(writer: asyncio.StreamWriter) -> None:
+        came.set()
+        with suppress(ConnectionError):
+            while True:
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(0)
+        left.set()
+
+    async with server(tmp_path, send) as (path, _):
+        asking = asyncio.create_task(asked(path, method="POST", target="/", headers=(), body=b"BODY"))
+        await came.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await left.wait()
