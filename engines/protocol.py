@@ -124,6 +124,7 @@ class EngineCapabilities:
     refactors_in_place: bool
     max_stages: int
     tensor_parallel: bool
+    generates: bool = True  # False: the model only embeds, classifies or scores, by ``own_server``
     resumes_seeded: bool = True  # a seeded draw goes on exactly where generated tokens are handed in
     compiles_at_first_use: bool = (
         False  # the first requests of a kind make all others wait: it is tried out before it serves

@@ -12,6 +12,8 @@ def check_request(request: GenerationRequest, capabilities: EngineCapabilities) 
         InvalidRequest: Names the parameter at fault, with the numbers.
     """
     prompt, sampling = request.prompt_token_ids, request.sampling
+    if not capabilities.generates:
+        raise InvalidRequest(f"the {capabilities.name} engine generates nothing with this model", parameter="model")
     if not prompt:
         raise InvalidRequest("the prompt has no tokens", parameter="prompt")
     if len(prompt) >= capabilities.max_model_len:

@@ -145,7 +145,7 @@ def engine_limits(settings: Settings, *, graph: ModelGraph, devices: Sequence[De
                 * vllm.kv_block_tokens,
             )
         case EngineKind.SGLANG:
-            reason = one_rank_reason(graph.model_type, tied=graph.tied)
+            reason = one_rank_reason(graph.model_type, tied=graph.tied, args=sglang.args)
             return EngineLimits(
                 max_stages=1 if reason else num_devices // sglang.tensor_parallel,
                 stages_reason=reason,

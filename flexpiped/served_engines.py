@@ -247,7 +247,8 @@ class SglangEngines(ServedEngines):
         from engines.sglang.adapter import SglangEngine
 
         graph = self._model.graph
-        if ranks.count > 1 and (reason := one_rank_reason(graph.model_type, tied=graph.tied)):
+        reason = one_rank_reason(graph.model_type, tied=graph.tied, args=self._own.args)
+        if ranks.count > 1 and reason:
             raise UnsupportedByEngine(f"stages and engines.sglang.ranks ask for {ranks.count} pipeline ranks: {reason}")
         return SglangEngine(
             self._options(ranks), pipeline, epoch=epoch, graph=graph, on_log=self._log, outliving=outliving

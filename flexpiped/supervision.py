@@ -153,6 +153,9 @@ def finish_of(
 
 def loss_of(first: EngineCapabilities, second: EngineCapabilities) -> str | None:
     """Say why a second instance could not go on with the requests of the first; None when it could."""
+    if second.generates != first.generates:
+        does, did = ("generates" if each.generates else "only embeds, classifies or scores" for each in (second, first))
+        return f"the second instance {does}, the first {did}"
     if second.max_model_len < first.max_model_len:
         lengths = f"{second.max_model_len} tokens, the first {first.max_model_len}"
         return f"the second instance has a context of {lengths}: longer requests could not go on"

@@ -23,11 +23,13 @@ _ROUNDS: Final = ((_GREEDY,), (_SCORED,), (_SCORED, _SAMPLED, _GREEDY))
 
 
 async def warm_up(engine: Engine) -> None:
-    """Run short requests of each kind to their end, alone and together.
+    """Run short requests of each kind to their end, alone and together; none where the model generates nothing.
 
     Raises:
         EngineError: It does not serve them.
     """
+    if not engine.capabilities.generates:
+        return
     numbers = count()
     for together in _ROUNDS:
         await asyncio.gather(*(_run(engine, sampling, next(numbers)) for sampling in together))

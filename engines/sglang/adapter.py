@@ -31,6 +31,7 @@ from engines.sglang.interpreter import sglang_version
 from engines.sglang.logs import DIALECT
 from engines.sglang.options import SglangOptions, num_kv_tokens
 from engines.sglang.own_server import own_server
+from engines.sglang.pipelining import ensure_no_pipeline_of_vectors
 from engines.sglang.sampling import ENGINE_PARAMS, parameter_of, to_sglang
 from engines.validation import check_request
 from planner.layout import Pipeline
@@ -192,6 +193,7 @@ class SglangEngine(ServedEngine):
                 await self._http.freeze_garbage()
             info["pids"] = await self._find_processes(server)
             ensure_room(self._options, info)
+            ensure_no_pipeline_of_vectors(info)
         except BaseException:
             await channel.close()
             raise
@@ -215,7 +217,8 @@ class SglangEngine(ServedEngine):
             refactors_in_place=not info["refactor_refusal"] and self._graph is not None,
             max_stages=self._ranks.count,
             tensor_parallel=True,
-            resumes_seeded=info.get("resumes_seeded", True),  # an adopted engine may have a plugin that does not say
+            generates=info.get("generates", True),  # an adopted engine may have a plugin that does not say
+            resumes_seeded=info.get("resumes_seeded", True),
             engine_params=ENGINE_PARAMS,
             own_server=own_server(self._options.args),
             caches_prefixes="--disable-radix-cache" not in self._options.args,

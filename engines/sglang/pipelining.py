@@ -1,7 +1,9 @@
 """What SGLang cannot cut into several pipeline ranks, and what it does not divide between them. Pure."""
 
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
+from engines.errors import EngineStartFailed
 from planner.model_graph import LayerKind
 
 # Their classes in SGLang 0.5.23 take the embedding for the head where config.json ties the two, and of several ranks
@@ -12,13 +14,23 @@ _HEAD_IS_THE_EMBEDDING: Final = frozenset(
 )
 
 
-def one_rank_reason(model_type: str, *, tied: bool) -> str:
+# The pipeline loop of SGLang 0.5.23 takes any result for that of a generation: the first text to embed ends it.
+NO_PIPELINE_OF_VECTORS: Final = (
+    "SGLang runs models that only embed, classify or score in one pipeline rank only: set stages = 1, with "
+    "engines.sglang.tensor_parallel for more devices, or take another engine"
+)
+
+
+def one_rank_reason(model_type: str, *, tied: bool, args: Sequence[str] = ()) -> str:
     """Say why SGLang runs a model in one pipeline rank only, and what to do; empty: it may have more.
 
     Args:
         model_type: As in config.json.
         tied: The head is the embedding's table.
+        args: Of SGLang's command line, as configured.
     """
+    if any(argument.replace("_", "-") == "--is-embedding" for argument in args):
+        return NO_PIPELINE_OF_VECTORS
     if not tied or model_type not in _HEAD_IS_THE_EMBEDDING:
         return ""
     return (
@@ -26,6 +38,16 @@ def one_rank_reason(model_type: str, *, tied: bool) -> str:
         "the last fails at the first token): set stages = 1, with engines.sglang.tensor_parallel for more devices, or "
         "take another engine"
     )
+
+
+def ensure_no_pipeline_of_vectors(info: Mapping[str, Any]) -> None:
+    """Return when an SGLang that is ready can do what its model is for. ``info`` is what it says of itself.
+
+    Raises:
+        EngineStartFailed
+    """
+    if info["pp_size"] > 1 and not info.get("generates", True):
+        raise EngineStartFailed(NO_PIPELINE_OF_VECTORS)
 
 
 # Where the classes of SGLang 0.5.23 make the embedding on the first rank only, and the head on the last.

@@ -176,6 +176,7 @@ class VllmEngine(ServedEngine):
             refactors_in_place=not info["refactor_refusal"] and self._graph is not None,
             max_stages=self._ranks.count,
             tensor_parallel=True,
+            generates=info.get("generates", True),  # an adopted engine may have a plugin that does not say
             resumes_seeded=False,
             compiles_at_first_use=True,
             engine_params=ENGINE_PARAMS,

@@ -14,6 +14,7 @@ from aiohttp import ClientConnectionResetError, web
 
 from engines.errors import EngineDied, EngineError
 from engines.offers import OwnRoutes
+from engines.protocol import EngineCapabilities
 from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend, Reached, backend_of
 from flexpiped.api.deadline import InMidStream, InTime, deadline_of
@@ -34,6 +35,7 @@ OWN_PATHS: Final = (
     *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
 )
 GENERATING_PATHS: Final = ("/v1/responses", "/v1/messages")
+_UNKNOWN_PATH: Final = b'{"detail":"Not Found"}'  # which is all that servers of this kind say of one
 _USAGE: Final = b'"usage":{'
 _BYTES_PER_TOKEN: Final = 4  # of a prompt that is not tokenized here: for admission only
 _OF_ONE_HOP: Final = frozenset(
@@ -132,6 +134,7 @@ async def _answer_of(
 
     Raises:
         _Unanswered
+        ApiError: Its server does not have the path.
     """
     own = cast("OwnRoutes", engine)  # as its capabilities promise; asking each time is slow
     with await _asked(own, http, raw) as answer:
@@ -143,6 +146,8 @@ async def _answer_of(
             raise _Unanswered(str(error)) from error
         if answer.status in (500, 503) and await _is_gone(engine, backend_of(http)):
             raise _Unanswered(whole.decode(errors="replace"))
+        if answer.status == 404 and whole == _UNKNOWN_PATH:
+            raise _no_route_there(http.path, engine.capabilities, model=backend_of(http).model)
         _count(whole, observation)
         observation.outcome = Outcome.DONE if answer.status < 400 else outcome_of(answer.status)
         return web.Response(status=answer.status, body=whole, headers=_without(_NOT_ANSWERED, answer.headers))
@@ -259,6 +264,30 @@ def _count(answer: bytes, observation: Observation) -> bool:
             observation.completion_tokens = usage.completion_tokens or 0
             return True
     return False
+
+
+def ensure_generates(capabilities: EngineCapabilities, *, model: str) -> None:
+    """Return where the model generates. Raises: ApiError."""
+    if not capabilities.generates:
+        raise ApiError(
+            status=404,
+            type=ErrorType.NOT_FOUND,
+            message=(
+                f"{model} generates nothing: the {capabilities.name} engine has it to embed, classify or score, "
+                "for /v1/embeddings and what else the engine's own server answers of these"
+            ),
+            code="model_does_not_generate",
+        )
+
+
+def _no_route_there(path: str, engine: EngineCapabilities, *, model: str) -> ApiError:
+    does = "generates" if engine.generates else "does not generate"
+    return ApiError(
+        status=404,
+        type=ErrorType.NOT_FOUND,
+        message=f"POST {path}: {model} {does}, and the {engine.name} engine's own server has no such route for it",
+        code="no_such_route",
+    )
 
 
 def no_such_route(path: str, *, engine: str) -> ApiError:

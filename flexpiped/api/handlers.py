@@ -21,7 +21,7 @@ from flexpiped.api.bad_words import bad_words_as_tokens
 from flexpiped.api.deadline import InTime, deadline_of
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
-from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
+from flexpiped.api.forwarding import GENERATING_PATHS, ensure_generates, forward, no_such_route
 from flexpiped.api.generation import Job, ReadsCalls, choices_of, reads_calls
 from flexpiped.api.inputs import Prompt
 from flexpiped.api.jobs import jobs_of
@@ -116,6 +116,8 @@ async def engine_route(http: web.Request) -> web.StreamResponse:
         capabilities = backend.ensure_serving()
         if capabilities.own_server is None:
             raise no_such_route(http.path, engine=capabilities.name)
+        if http.path in GENERATING_PATHS:
+            ensure_generates(capabilities, model=backend.model)
         raw = await read_body(http)
         default_tokens = None if http.path in GENERATING_PATHS else 0
         return await forward(http, observation, raw, parse_object(raw), default_tokens=default_tokens)

@@ -11,6 +11,7 @@ from engines.offers import OwnServer
 from engines.protocol import EngineCapabilities
 from flexpiped.api.errors import ApiError
 from flexpiped.api.fields import Body, refuse_unknown
+from flexpiped.api.forwarding import ensure_generates
 from flexpiped.api.own_bodies import refuse_lost
 from flexpiped.api.parameters import (
     CHAT_NAMES,
@@ -71,6 +72,7 @@ def route(
 ) -> T | ToEngine:
     """Return the request as our pipeline takes it, or that it is the engine's.
 
+    0. The model does not generate with this engine: refused.
     1. The engine has no server of its own: ours, or refused.
     2. A name that neither of us knows, or a value that neither honours: refused, for the server would ignore it.
     3. Something that only the server knows (see ``_only_there``): the engine's.
@@ -81,8 +83,10 @@ def route(
         calls_tools: It is known how the model calls tools.
 
     Raises:
-        ApiError: 400, with the parameter named.
+        ApiError: 400, with the parameter named; 404 where the model does not generate.
     """
+    if capabilities is not None:
+        ensure_generates(capabilities, model=served)
     taken = taken_here(capabilities, calls_tools=calls_tools)
     own = None if capabilities is None else capabilities.own_server
     if own is None:

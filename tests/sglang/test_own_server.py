@@ -107,6 +107,8 @@ class TestOwnServer:
         assert (status, answer["prompt"]) == (200, "<|begin|>Once")
         status, answer = await api.post("/v1/embeddings", {"input": "x"})
         assert (status, "embedding model" in answer["message"]) == (400, True)  # the model generates
+        status, answer = await api.post("/pooling", {"input": "x"})
+        assert (status, answer["error"]["code"]) == (404, "no_such_route")
 
     @pytest.mark.parametrize(
         ("path", "body", "param"),

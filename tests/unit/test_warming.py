@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from engines.errors import EngineError
+from engines.errors import EngineError, InvalidRequest
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from flexpiped.supervisor import Supervisor
 from flexpiped.warming import warm_up
+from tests.contract.engine_contract import request_of
 from tests.support.layouts import even_pipeline
 
 
@@ -38,6 +39,15 @@ async def test_an_engine_that_dies_of_it_does_not_pass() -> None:
     engine.kill("it dies of the first request")
     with pytest.raises(EngineError, match="of the first request"):
         await warm_up(engine)
+    await engine.close()
+
+
+async def test_a_model_that_generates_nothing_is_not_tried_out() -> None:
+    engine = await started(capabilities=replace(FAKE_CAPABILITIES, generates=False))
+    await warm_up(engine)
+    assert (await engine.counters()).steps_total == 0
+    with pytest.raises(InvalidRequest, match="the fake engine generates nothing with this model"):
+        await anext(engine.generate(request_of((5,), max_tokens=1)))
     await engine.close()
 
 

@@ -155,8 +155,13 @@ async def test_what_it_refuses_is_refused_in_its_words(api: Api) -> None:
     assert status == 400
     status, answer = await api.post("/v1/completions", {"prompt": "x", "model": "adapter"})
     assert (status, "adapter" in answer["error"]["message"]) == (404, True)
-    status, _answer = await api.post("/v1/embeddings", {"input": "x"})
-    assert status in (400, 404)  # the model generates
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling", "/classify", "/rerank"])
+async def test_routes_that_it_has_for_other_models_are_refused_with_the_reason(api: Api, path: str) -> None:
+    status, answer = await api.post(path, {"input": "x"})
+    assert (status, answer["error"]["code"]) == (404, "no_such_route")
+    assert "generates, and the vllm engine's own server has no such route for it" in answer["error"]["message"]
 
 
 async def test_further_routes(api: Api) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from aiohttp import web
 
 from engines.restarts import RestartPolicy
 from flexpiped.admission import AdmissionLimits
-from flexpiped.api.forwarding import OWN_PATHS, tokens_expected
+from flexpiped.api.forwarding import GENERATING_PATHS, OWN_PATHS, tokens_expected
 from tests.support.fake_own_server import (
     DONE,
     EVENTS,
@@ -28,7 +29,7 @@ from tests.support.fake_own_server import (
     streaming,
     whole,
 )
-from tests.support.http_app import MODEL, FakeEngines, HttpApp, http_app, saying
+from tests.support.http_app import CAPABILITIES, MODEL, FakeEngines, HttpApp, http_app, saying
 from tests.support.until import until
 
 pytestmark = pytest.mark.real_loop
@@ -159,6 +160,36 @@ async def test_an_engine_without_a_server(session: aiohttp.ClientSession) -> Non
         error = (await response.json())["error"]
         assert (response.status, error["code"]) == (404, "no_such_route")
         assert error["message"] == "POST /pooling: the fake engine has no server of its own that could answer this"
+
+
+async def test_a_model_that_only_embeds(server: FakeOwnServer, session: aiohttp.ClientSession) -> None:
+    engines = FakeEngines(capabilities=replace(CAPABILITIES, generates=False), own_socket=server.socket)
+    async with http_app(engines=engines) as app:
+        for path in ("/v1/completions", "/v1/chat/completions", *GENERATING_PATHS):
+            async with session.post(f"{app.url}{path}", json={"prompt": "x", "n": 2}) as response:
+                error = (await response.json())["error"]
+                assert (response.status, error["code"]) == (404, "model_does_not_generate")
+                assert f"{MODEL} generates nothing: the vllm engine has it to embed" in error["message"]
+        assert server.asked == []
+        async with session.post(f"{app.url}/v1/embeddings", json={"input": "x"}) as response:
+            assert await response.read() == WHOLE
+        async with session.get(f"{app.url}/readyz") as response:
+            assert response.status == 200
+
+
+async def test_a_server_that_has_no_such_route_for_the_model(
+    app: HttpApp, server: FakeOwnServer, session: aiohttp.ClientSession
+) -> None:
+    server.answer = refusal(404, b'{"detail":"Not Found"}')
+    async with session.post(f"{app.url}/v1/embeddings", json={"input": "x"}) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (404, "no_such_route")
+        said = f"POST /v1/embeddings: {MODEL} generates, and the vllm engine's own server has no such route for it"
+        assert error["message"] == said
+    assert 'flexpiped_requests_total{endpoint="engine",outcome="refused"} 1.0' in samples(app)
+    server.answer = refusal(404, b'{"error": {"message": "no such model"}}')
+    async with session.post(f"{app.url}/v1/embeddings", json={"input": "x"}) as response:
+        assert await response.read() == b'{"error": {"message": "no such model"}}'
 
 
 async def test_an_engine_that_is_changed_for_one_without_a_server(

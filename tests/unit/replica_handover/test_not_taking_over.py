@@ -49,6 +49,7 @@ async def test_a_second_instance_that_does_not_start_changes_nothing(
     [
         (replace(FAKE_CAPABILITIES, max_model_len=256), "has a context of 256 tokens, the first 512"),
         (replace(FAKE_CAPABILITIES, vocab_size=1024), "has another vocabulary"),
+        (replace(FAKE_CAPABILITIES, generates=False), "only embeds, classifies or scores, the first generates"),
     ],
 )
 async def test_a_second_instance_that_could_not_go_on_is_refused(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.errors import UnsupportedByEngine
-from engines.sglang.pipelining import on_every_rank, one_rank_reason
+from engines.errors import EngineStartFailed, UnsupportedByEngine
+from engines.sglang.pipelining import ensure_no_pipeline_of_vectors, on_every_rank, one_rank_reason
 from flexpiped.engine_factory import engine_factory, find_files
 from flexpiped.models import model_source
 from flexpiped.planner_question import engine_limits
@@ -32,6 +32,17 @@ def test_it_is_the_family_and_its_head(model_type: str, tied: bool, refused: boo
     reason = one_rank_reason(model_type, tied=tied)
     assert (WORDS in reason) is refused
     assert ("set stages = 1" in reason) is refused
+
+
+@pytest.mark.parametrize("flag", ["--is-embedding", "--is_embedding"])
+def test_what_only_embeds_has_one_rank_whatever_its_family(flag: str) -> None:
+    assert WORDS in one_rank_reason("qwen3", tied=False, args=["--watchdog-timeout=60", flag])
+    assert one_rank_reason("qwen3", tied=False, args=["--watchdog-timeout=60"]) == ""
+    told = {"pp_size": 2, "generates": False}  # by SGLang, which has found it in config.json
+    with pytest.raises(EngineStartFailed, match=WORDS):
+        ensure_no_pipeline_of_vectors(told)
+    for fine in ({"pp_size": 1, "generates": False}, {"pp_size": 2}):
+        ensure_no_pipeline_of_vectors(fine)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +79,8 @@ def test_the_planner_is_told_and_no_engine_is_made_with_more_ranks() -> None:
     more = replace(SETTINGS, engines=EnginesSettings(sglang=SglangSettings(ranks=2)))
     with pytest.raises(UnsupportedByEngine, match=rf"engines\.sglang\.ranks ask for 2 .*{WORDS}"):
         engine_factory(more, model)(one, 0)
+    embeds = replace(SETTINGS, engines=EnginesSettings(sglang=SglangSettings(args=("--is-embedding",))))
+    assert engine_limits(embeds, graph=untied, devices=DEVICES).max_stages == 1
 
 
 @pytest.mark.real_loop

@@ -255,6 +255,7 @@ class Rank:
             "pp_size": parallel.pp_size,
             "tp_size": parallel.tp_size,
             "refactor_refusal": self._refusal,
+            "generates": bool(getattr(scheduler, "is_generation", True)),
             "resumes_seeded": self._resumes_seeded,
             "kv_form": "",
             "kv_refusal": "KV caches of single requests do not leave SGLang",

@@ -25,7 +25,7 @@ class EndpointPlugin:
     """What vLLM's API server loads; it adds no route."""
 
     name = "flexpiped"
-    required_tasks = ("generate",)
+    required_tasks = None  # a model that only embeds has a daemon, too
 
     def attach_router(self, app: Any) -> None:
         """Nothing: the channel is a socket of its own."""
@@ -157,11 +157,12 @@ class Connection:
 
     async def _info(self) -> dict[str, Any]:
         model, parallel = self._engine.model_config, self._engine.vllm_config.parallel_config
-        core = await self._core("flexpiped_info")
+        core, tasks = await self._core("flexpiped_info"), await self._engine.get_supported_tasks()
         return {
             "vllm_version": core["vllm_version"],
             "max_model_len": model.max_model_len,
             "vocab_size": model.get_vocab_size(),
+            "generates": "generate" in tasks,
             "eos_token_ids": _eos_token_ids(self._engine),
             "pids": {
                 "api": os.getpid(),
