@@ -17,7 +17,9 @@ from tests.support.into_machine import port_of
 from tests.support.machine import ENGINE_PYTHON, Machine, machine_in, until
 
 __all__ = ["package", "pytestmark"]
-README = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8").partition("\nAs a service:\n")[2])
+README = re.sub(
+    r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Running it as a service\n")[2]
+)
 # What clients of the README do, for 200 tokens; it prints the text as it comes.
 CLIENT = """
 import openai

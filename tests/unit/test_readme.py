@@ -1,4 +1,4 @@
-"""The Map in the README has one line for each file of the packages, and none for a file that is gone."""
+"""The Map in the README has one line for each file of the packages, and none for a file that is gone; links lead on."""
 
 import re
 from pathlib import Path
@@ -32,3 +32,13 @@ def test_every_file_has_its_line() -> None:
 
 def test_every_line_has_its_file() -> None:
     assert {name for name in mapped_files() if not (ROOT / name).exists()} == set()
+
+
+def test_links_within_it_lead_to_headings() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+    assert set(re.findall(r"\(#([^)]+)\)", text)) - headings == set()
