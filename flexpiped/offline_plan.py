@@ -122,7 +122,9 @@ def _read_table(path: Path) -> Mapping[str, object]:
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:  # JSON, TOML or UTF-8
+    except OSError as error:
+        raise InvalidWorkload(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # JSON, TOML or UTF-8
         raise InvalidWorkload(f"{path}: {error}") from None
     if not isinstance(table, dict):
         raise InvalidWorkload(f"{path}: must hold a table, not a {type(table).__name__}")

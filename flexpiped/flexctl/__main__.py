@@ -15,7 +15,7 @@ from flexpiped.flexctl import commands
 from flexpiped.flexctl.client import AdminClient, CtlError, Refused
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.parser import flexctl_parser
-from flexpiped.flexctl.terminal import Screen, silence_closed_pipe
+from flexpiped.flexctl.terminal import OutputLost, Screen, silence_closed_pipe, standard_output
 
 _INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
 
@@ -23,15 +23,20 @@ _INTERRUPTED = 130  # as shells report a command ended by Ctrl-C
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = flexctl_parser().parse_args(arguments, argparse.Namespace(socket=None, json=False))
-    screen = Screen(sys.stdout, environment=os.environ)
+    out = standard_output()
+    screen = Screen(out, environment=os.environ)
     try:
         return int(options.run(AdminClient(_sockets(options.socket)), screen, options))
     except CtlError as error:
         _report(error, screen, as_json=options.json)
         return int(commands.exit_code_of(error))
     except BrokenPipeError:
-        silence_closed_pipe(sys.stdout)
+        silence_closed_pipe(out)
         return int(Exit.DONE)
+    except OutputLost as error:
+        silence_closed_pipe(out)
+        print(f"flexctl: {error}", file=sys.stderr)
+        return int(Exit.FAILED)
     except KeyboardInterrupt:
         screen.write([])
         if options.run in (commands.rebalance, commands.scale):

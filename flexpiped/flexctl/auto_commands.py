@@ -41,8 +41,12 @@ def auto(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
 def decisions(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Show what was decided, and with ``--follow`` what is."""
     path = f"/decisions?since={options.since}" + ("&follow=1" if options.follow else "")
+    none_yet = True
     for decision in client.stream("GET", of_model(path, options)):
+        none_yet = False
         screen.write([json.dumps(decision) if options.json else decision_line(decision)])
+    if none_yet and not options.json:
+        screen.write(["no decisions; they are made while flexctl auto is on or dry-run"])
     return Exit.DONE
 
 

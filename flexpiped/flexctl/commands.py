@@ -3,7 +3,7 @@
 import json
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,21 @@ def history(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     if options.json:
         screen.write([json.dumps(answer)])
         return Exit.DONE
-    screen.write([event_line(event) for event in answer["events"]])
+    screen.write(history_lines(answer))
+    return Exit.DONE
+
+
+def history_lines(answer: Mapping[str, Any]) -> list[str]:
+    """Return what was and what is intended as lines; what could not be written down is told last."""
+    lines = [event_line(event) for event in answer["events"]]
     if answer.get("intents"):
         known = {name: intent for name, intent in answer["intents"].items() if intent is not None}
-        screen.write([f"{name}: {_intent_line(intent)}" for name, intent in known.items()])
+        lines += [f"{name}: {_intent_line(intent)}" for name, intent in known.items()]
     elif answer["intent"] is not None:
-        screen.write([_intent_line(answer["intent"])])
-    return Exit.DONE
+        lines.append(_intent_line(answer["intent"]))
+    if answer["incomplete_since_start"] is not None:
+        lines.append(f"incomplete since the daemon started: {answer['incomplete_since_start']}")
+    return lines
 
 
 def _intent_line(intent: dict[str, Any]) -> str:

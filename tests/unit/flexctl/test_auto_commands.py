@@ -141,6 +141,13 @@ async def test_decisions_are_lines_with_their_reasons_and_what_a_dry_run_would_h
     assert found[0]["fields"]["numbers"]["load"] > 0.9
 
 
+async def test_where_nothing_was_decided_it_says_so(stand: AutoStand) -> None:
+    plain, as_json = await asyncio.gather(stand.run("decisions"), stand.run("decisions", "--json"))
+
+    assert (plain.code, plain.out) == (0, "no decisions; they are made while flexctl auto is on or dry-run\n")
+    assert (as_json.code, as_json.out) == (0, "")
+
+
 async def test_what_is_carried_out_is_not_marked(stand: AutoStand) -> None:
     stand.control.set_mode(AutoMode.ON)
     await stand.overloaded()
