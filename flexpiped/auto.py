@@ -29,6 +29,7 @@ from planner.policy_state import Action, Decision, Ending, Fleet, PolicyConstant
 from planner.scaling import ScaleConstants
 
 DECISIONS_KEPT: Final = 2000
+Layouts = frozenset[tuple[str, Pipeline]]  # by the engine's name
 
 
 class Candidates(Protocol):
@@ -98,6 +99,7 @@ class AutoControl:
         self._found: tuple[Candidate, ...] = ()
         self._clock = clock
         self._state: PolicyState | None = None
+        self._placed: Layouts = frozenset()  # when it last looked
         self._acting: asyncio.Task[None] | None = None
         self._last: Event | None = None
 
@@ -153,9 +155,11 @@ class AutoControl:
             return self._keep("no engine serves now")
         now_s = self._clock()
         state = self._state or initial_state(fleet, now_s=now_s)
-        if state.under_way is None and fleet != state.fleet:
+        placed = self._layouts()
+        if state.under_way is None and (fleet != state.fleet or self._are_others(placed)):
             self._load.layout_changed()  # what was measured is of what served until then
             state = changed_by_others(state, now_s=now_s, fleet=fleet)
+        self._placed = placed
         seen = self._load.observe()
         began_s = time.perf_counter()
         state, decision = decide(state, seen, self._open, now_s, self._constants)
@@ -190,6 +194,19 @@ class AutoControl:
             return tuple(sorted(self._replicas().values())) or None
         return None
 
+    def _layouts(self) -> Layouts:
+        """Return what each engine is and where its layers are; none while it cannot be asked."""
+        if self._is_asleep:
+            return frozenset()
+        with suppress(EngineError):
+            engines = self._engines() if self._engines is not None else (self._engine(),)
+            return frozenset((each.capabilities.name, each.pipeline) for each in engines)
+        return frozenset()
+
+    def _are_others(self, placed: Layouts) -> bool:
+        """Say whether as many layouts as before serve, and not the same: cuts or devices changed, or the engine."""
+        return len(placed) == len(self._placed) and placed != self._placed
+
     async def _carry_out(self, action: Action, reason: str) -> None:
         """Act as an operator would, and tell the policy how that ended."""
         ending, why = Ending.FAILED, "it was broken off"
@@ -205,6 +222,7 @@ class AutoControl:
         if self._state is None:
             return
         now_s, fleet = self._clock(), self._fleet()
+        self._placed = self._layouts()
         after = self._state.fleet if fleet is None else fleet
         if ending is Ending.DONE or after != self._state.fleet:
             self._load.layout_changed()

@@ -95,8 +95,6 @@ def settle(
 def changed_by_others(state: PolicyState, *, now_s: float, fleet: Sequence[int]) -> PolicyState:
     """Return the state after somebody else (an operator) has changed what serves: nothing of the old is judged."""
     after: Fleet = tuple(sorted(fleet))
-    if after == state.fleet:
-        return state
     # Whoever woke it did so for a request, which may be out of the windows by now if the start took long.
     busy_s = state.busy_s if state.fleet else now_s
     return replace(state, fleet=after, since_s=now_s, busy_s=busy_s, ended_s=now_s, watch=None, wish=None)

@@ -43,8 +43,9 @@ class Flexpiped:
         self._state: PolicyState = initial_state(fleet.stages, now_s=0.0)
 
     def tick(self, observation: Observation, now_s: float) -> str:
-        if self._state.under_way is None:
-            self._state = changed_by_others(self._state, now_s=now_s, fleet=self._fleet.stages)
+        fleet = tuple(sorted(self._fleet.stages))
+        if self._state.under_way is None and fleet != self._state.fleet:
+            self._state = changed_by_others(self._state, now_s=now_s, fleet=fleet)
         candidates = self._candidates(observation)
         self._state, decision = decide(self._state, observation, candidates, now_s, self.constants)
         self.decisions.append(decision)

@@ -16,8 +16,10 @@ from flexpiped.handover_records import HandoverResult, Wanted
 from flexpiped.load_monitor import LoadSampler
 from flexpiped.refactoring import Refactorings, Started
 from flexpiped.settings import AutoMode, AutoSettings
+from planner.arrivals import Absence
 from planner.errors import NoFeasiblePlan
 from planner.granularity import Candidate
+from planner.layout import pipeline_of
 from planner.load import Observation
 from planner.policy_state import Action, Ending, PolicyConstants, Verb
 from tests.support.clock import Clock
@@ -150,6 +152,23 @@ async def test_an_operators_change_is_noticed_and_stays_for_its_dwell(stand: Sta
     decision = await stand.control.cycle()
     assert decision is not None
     assert decision.verb is Verb.KEEP
+
+
+async def test_another_cut_into_as_many_stages_is_noticed_too(stand: Stand) -> None:
+    stand.ask(30, over_s=30)
+    await stand.control.cycle()
+    await stand.control.cycle()
+    assert stand.load.observe().ttft_s == 0.0
+
+    target = pipeline_of(device_ids=["cpu:0", "cpu:1"], cuts=[7], num_decoders=8)
+    async for _ in stand.engine.refactor(target):
+        pass
+    assert stand.engine.pipeline == target
+    await stand.control.cycle()
+    assert stand.load.observe().ttft_s is Absence.STALE  # what was measured was of the other cut
+    stand.ask(1, over_s=1)
+    await stand.control.cycle()
+    assert stand.load.observe().ttft_s == 0.0
 
 
 async def test_while_an_operator_changes_nothing_is_lost(stand: Stand) -> None:
