@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,15 +135,33 @@ async def test_without_a_keeper_or_a_key_layers_are_loaded(
     assert keeper.kept.layers == ()
 
 
+class _Model:
+    """Of this class are the layers."""
+
+
+def config_of(**fields: Any) -> Any:
+    """Return as much of an engine's ``ModelConfig`` as tells layers apart."""
+    hub = SimpleNamespace(to_dict=lambda: {"num_hidden_layers": 8})
+    return SimpleNamespace(**{"hf_config": hub, "dtype": torch.float32, "quantization": None, **fields})
+
+
 async def test_a_layer_is_told_from_others_by_what_it_is_and_by_its_files(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
-    key = layer_key("vllm", torch.float32, 3, files=[file])
-    assert key == layer_key("vllm", torch.float32, 3, files=[file])
-    assert key != layer_key("vllm", torch.float32, 4, files=[file])
-    assert key != layer_key("vllm", torch.bfloat16, 3, files=[file])
+
+    def key(*which: object, model: object = _Model(), **fields: Any) -> str:
+        return layer_key("vllm", *which, model=model, config=config_of(**fields), files=[file])
+
+    first = key(3)
+    assert first == key(3)
+    others = [key(4), key(3, model=object()), key(3, dtype=torch.bfloat16), key(3, quantization="fp8")]
+    assert len({first, *others}) == 5
     file.write_bytes(b"other weights")
-    assert key != layer_key("vllm", torch.float32, 3, files=[file])
+    assert key(3) != first
+
+
+async def test_nothing_tells_a_layer_of_files_in_another_format() -> None:
+    assert layer_key("vllm", 3, model=_Model(), config=config_of(), files=None) == ""
 
 
 async def test_a_rank_may_write_to_what_it_has_and_others_do_not_see_it(

@@ -137,12 +137,21 @@ def sealed(fd: int) -> bool:
     return True
 
 
-def layer_key(*what: object, files: Iterable[Path]) -> str:
-    """Return what tells a layer from all others: ``what`` as JSON, and its files: one written anew has others.
+def layer_key(*which: object, model: object, config: Any, files: Iterable[Path] | None) -> str:
+    """Return what tells a layer of a model from all others of this host; empty: nothing does.
+
+    Args:
+        which: What its engine tells it by, beside the model.
+        model: The engine's own, of whose class are the layers.
+        config: The engine's ``ModelConfig``, of which both engines' have these fields.
+        files: The checkpoint: one written anew has other layers. None: it is not in the safetensors format.
 
     Raises:
         OSError: A file is not there.
     """
+    if files is None:
+        return ""
+    what = (type(model).__name__, config.hf_config.to_dict(), config.dtype, config.quantization, *which)
     at = [file.stat() for file in files]
     identity = [(each.st_dev, each.st_ino, each.st_mtime_ns, each.st_size) for each in at]
     return hashlib.sha256(json.dumps([what, identity], default=str).encode()).hexdigest()

@@ -31,14 +31,11 @@ def load_layer(
 
 def key_of_layer(model: Any, made: MadeLayers, loader: Any, model_config: Any, index: int) -> str:
     """Return what tells layer ``index`` as this rank has it from all others of this host; empty: nothing does."""
-    files = internals.safetensors_files(loader, model_config, model)
-    if files is None:
-        return ""
     parallel = internals.get_parallel()
     forms = [(name, list(each.shape), str(each.dtype)) for name, each in made.parameters[index].items()]
     return layer_key(
-        *("sglang", internals.VERSION, type(model).__name__, model_config.hf_config.to_dict()),
-        *(model_config.dtype, model_config.quantization),
-        *(parallel.tp_rank, parallel.tp_size, index, forms),
-        files=files,
+        *("sglang", internals.VERSION, parallel.tp_rank, parallel.tp_size, index, forms),
+        model=model,
+        config=model_config,
+        files=internals.safetensors_files(loader, model_config, model),
     )

@@ -219,7 +219,7 @@ def create_scheduler_connector(config: Any, kv_cache_config: Any, *, name: str, 
     return KVConnectorFactory.create_connector(named, KVConnectorRole.SCHEDULER, kv_cache_config)
 
 
-def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[str] | None:
+def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[Path] | None:
     """Return the safetensors files that a loader would read, or None where it reads something else."""
     prepare = getattr(loader, "_prepare_weights", None)
     if prepare is None or len(_parameters(prepare)) != _PREPARE_PARAMETERS:
@@ -233,7 +233,7 @@ def safetensors_files(loader: Any, model_config: Any, model: Any) -> list[str] |
         getattr(model, "fall_back_to_pt_during_load", True),
         getattr(model, "allow_patterns_overrides", None),
     )
-    return files if is_safetensors else None
+    return [Path(file) for file in files] if is_safetensors else None
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """In the helper process: builds a layer as vLLM would, and has the model's own ``load_weights`` fill it."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ def load_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: int
             loader = internals.get_model_loader(config.load_config)
             files = internals.safetensors_files(loader, config.model_config, model)
             read_all = partial(loader.get_all_weights, config.model_config, model)
-            paths = None if files is None else map(Path, files)
-            model.load_weights(layer_weights(made.prefix, index, files=paths, read_all=read_all))
+            model.load_weights(layer_weights(made.prefix, index, files=files, read_all=read_all))
     finally:
         made.modules[index] = kept
         for parameter in named.values():
@@ -39,13 +37,11 @@ def load_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: int
 
 def key_of_layer(model: torch.nn.Module, made: MadeLayers, config: Any, index: int) -> str:
     """Return what tells layer ``index`` as this rank has it from all others of this host; empty: nothing does."""
-    model_config, group = config.model_config, internals.get_tp_group()
-    files = internals.safetensors_files(internals.get_model_loader(config.load_config), model_config, model)
-    if files is None:
-        return ""
+    group, loader = internals.get_tp_group(), internals.get_model_loader(config.load_config)
     return layer_key(
-        *("vllm", internals.VERSION, type(model).__name__, model_config.hf_config.to_dict()),
-        *(model_config.dtype, model_config.quantization, config.parallel_config.enable_expert_parallel),
+        *("vllm", internals.VERSION, config.parallel_config.enable_expert_parallel),
         *(group.rank_in_group, group.world_size, index, made.forms[index]),
-        files=map(Path, files),
+        model=model,
+        config=config.model_config,
+        files=internals.safetensors_files(loader, config.model_config, model),
     )

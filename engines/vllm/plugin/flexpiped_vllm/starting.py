@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ class Starting:
         (made, _), files = found
         self.kept = kept_layers(self._settings, model, made, self._config)
         layers = {index: made.modules[index] for index in sorted(made.forms)}
-        return FirstLayers(self.kept, layers, prefix=made.prefix, files=[Path(file) for file in files])
+        return FirstLayers(self.kept, layers, prefix=made.prefix, files=files)
 
 
 def kept_layers(settings: Settings, model: torch.nn.Module, made: MadeLayers, config: Any) -> KeptLayers:
