@@ -1,16 +1,17 @@
 """A rank's part in a handover, in its main thread: rounds of KV copy, the copy at the commit, the switch."""
 
 import json
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from flexpiped_served.moving import BUFFERS, Moving
-from flexpiped_served.pieces import Piece, pieces_of
+from flexpiped_served.copy_round import CopyRound
+from flexpiped_served.moving import Moving
+from flexpiped_served.pieces import pieces_of
 from flexpiped_served.staging import bind_datagram
 
 from flexpiped_sglang import internals
@@ -20,14 +21,10 @@ from flexpiped_sglang.kv_marks import KvMarks, fingerprint
 _RECEIVE_BYTES = 1 << 16
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Round:
+    copies: CopyRound
     answer: Callable[[Answer], None]
-    pieces: deque[Piece]
-    sent_blocks: int
-    sent_bytes: int = 0
-    next_ticket: int = 0
-    outstanding: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -49,7 +46,7 @@ class Sending:
     def __init__(self, moving: Moving, allocator: Any, *, directory: Path, rank: int, stage: int) -> None:
         self._moving = moving
         self._allocator = allocator
-        self._stage = stage
+        self._rank, self._stage = rank, stage
         self._acks = bind_datagram(directory / f"round-{rank}.dgram")
         self._acks.setblocking(False)
         self._ack_path = str(directory / f"round-{rank}.dgram")
@@ -76,7 +73,15 @@ class Sending:
         blocks = handover.marks.take(self._live())
         targets = self._moving.targets(number) if handover.takes_part else {}
         sizes = {"block_bytes": self._moving.block_bytes, "buffer_bytes": self._moving.buffer_bytes}
-        handover.round = _Round(answer, deque(pieces_of(targets, blocks, **sizes)), len(blocks))
+        copies = CopyRound(
+            {self._rank: pieces_of(targets, blocks, **sizes)},
+            sent_blocks=len(blocks),
+            degree=1,
+            block_bytes=self._moving.block_bytes,
+            send=partial(self._moving.copy_out, number, reply_to=self._ack_path),
+            remainder=lambda: handover.marks.count,
+        )
+        handover.round = _Round(copies, answer)
         self.pump()
 
     def pump(self) -> None:
@@ -86,25 +91,15 @@ class Sending:
         if handover is None or handover.round is None:
             return
         running = handover.round
-        for number, ticket, reason in answers:
-            if number != handover.number:
-                continue  # of one that was rolled back
-            running.outstanding.discard(ticket)
-            if reason:
-                handover.round = None
-                running.answer({"error": reason})
-                return
-        if running.pieces and running.next_ticket - BUFFERS not in running.outstanding:
-            self._send_piece(handover, running)
-        if not running.pieces and not running.outstanding:
+        for number, rank, ticket, reason in answers:
+            if number == handover.number:  # else of one that was rolled back
+                running.copies.acknowledge(rank, ticket, reason)
+        running.copies.feed(at_most=1)
+        done = running.copies.done
+        if done.done():
             handover.round = None
-            running.answer(
-                {
-                    "sent_blocks": running.sent_blocks,
-                    "sent_bytes": running.sent_bytes,
-                    "remainder_blocks": handover.marks.count,
-                }
-            )
+            error = done.exception()
+            running.answer(done.result() if error is None else {"error": str(error)})
 
     def commit_copy(self, number: int, deadline_s: float) -> Answer:
         """Send the remainder and return when it has been copied. The layers have not changed yet.
@@ -137,19 +132,12 @@ class Sending:
 
     # --- inside ---
 
-    def _send_piece(self, handover: _Handover, running: _Round) -> None:
-        layers, blocks = running.pieces.popleft()
-        running.outstanding.add(running.next_ticket)
-        self._moving.copy_out(handover.number, running.next_ticket, layers, blocks, reply_to=self._ack_path)
-        running.next_ticket += 1
-        running.sent_bytes += len(layers) * len(blocks) * self._moving.block_bytes
-
-    def _arrived(self) -> list[tuple[int, int, str]]:
+    def _arrived(self) -> list[list[Any]]:
+        """Return what destinations have said: the number of the handover, this rank's, ticket, and why not."""
         found = []
         with suppress(BlockingIOError):
             while True:
-                number, _rank, ticket, reason = json.loads(self._acks.recv(_RECEIVE_BYTES))
-                found.append((number, ticket, reason))
+                found.append(json.loads(self._acks.recv(_RECEIVE_BYTES)))
         return found
 
     def _live(self) -> torch.Tensor:

@@ -14,12 +14,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from flexpiped_served.copy_round import CopyRound
 from flexpiped_served.failpoints import Failpoints
 from flexpiped_served.pieces import pieces_of
 from flexpiped_served.staging import bind_datagram
 
 from flexpiped_vllm import internals
-from flexpiped_vllm.copy_round import CopyRound
 from flexpiped_vllm.kv_tracker import KVTracker
 from flexpiped_vllm.kv_transfers import KvTransfers
 from flexpiped_vllm.settings import Settings

@@ -1,75 +1,15 @@
-"""Rounds of copies in vLLM's engine core, and what is noted of its steps. Nothing of vLLM is imported."""
+"""What is noted of the steps of vLLM's engine core. Nothing of vLLM is imported."""
 
 import sys
 from types import SimpleNamespace
 from typing import Any
-
-import pytest
 
 from engines.served.plugin_path import SHARED
 from engines.vllm.command import PLUGIN
 
 sys.path += [str(PLUGIN), str(SHARED)]  # as vLLM's interpreter has it
 
-from flexpiped_served.moving import BUFFERS
-from flexpiped_vllm.copy_round import CopyRound
 from flexpiped_vllm.steps import StepWatch
-
-Sent = list[tuple[int, list[int], list[int]]]
-
-
-def round_of(count: int, sent: Sent, *, degree: int = 1) -> CopyRound:
-    """Return a round in which pipeline rank 0 sends so many pieces of two layers and one KV block."""
-    return CopyRound(
-        {0: [([1, 2], [block]) for block in range(count)]},
-        sent_blocks=count,
-        degree=degree,
-        block_bytes=10,
-        send=lambda ticket, layers, blocks: sent.append((ticket, layers, blocks)),
-        remainder=lambda: 7,
-    )
-
-
-def test_pieces_go_out_while_there_are_buffers_and_follow_what_is_acknowledged() -> None:
-    sent: Sent = []
-    copies = round_of(BUFFERS + 1, sent)
-    copies.feed()
-    assert [ticket for ticket, _, _ in sent] == list(range(BUFFERS))
-    copies.acknowledge(0, 0, "")
-    copies.feed()
-    assert sent[-1] == (BUFFERS, [1, 2], [BUFFERS])
-    for ticket in range(1, BUFFERS + 1):
-        assert not copies.done.done()
-        copies.acknowledge(0, ticket, "")
-        copies.feed()
-    expected = {"sent_blocks": BUFFERS + 1, "sent_bytes": (BUFFERS + 1) * 20, "remainder_blocks": 7}
-    assert copies.done.result() == expected
-
-
-def test_each_tensor_parallel_rank_acknowledges() -> None:
-    copies = round_of(1, [], degree=2)
-    copies.feed()
-    copies.acknowledge(0, 0, "")
-    copies.feed()
-    assert not copies.done.done()
-    copies.acknowledge(1, 0, "")
-    copies.feed()
-    assert copies.done.result()["sent_bytes"] == 40
-
-
-def test_what_a_rank_cannot_take_fails_the_round_once() -> None:
-    copies = round_of(2, [])
-    copies.feed()
-    copies.acknowledge(0, 0, "no room")
-    copies.acknowledge(0, 1, "no room either")
-    with pytest.raises(RuntimeError, match=r"no room$"):
-        copies.done.result()
-
-
-def test_a_round_without_pieces_is_done_at_once() -> None:
-    copies = CopyRound({}, sent_blocks=0, degree=1, block_bytes=10, send=lambda *_: None, remainder=lambda: 0)
-    copies.feed()
-    assert copies.done.done()
 
 
 class Scheduler:

@@ -1,4 +1,7 @@
-"""One round of a handover's copies: pieces go out while their source has buffers, and come back acknowledged."""
+"""One round of a handover's copies: pieces go out while their source has buffers, and come back acknowledged.
+
+vLLM's engine core runs one for all ranks, and each rank of SGLang one of its own.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -14,7 +17,7 @@ Send = Callable[[int, list[int], list[int]], None]  # ticket, layers, KV blocks
 
 @dataclass(slots=True)
 class _Source:
-    """One pipeline rank that sends."""
+    """A pipeline rank that sends, or one rank of it."""
 
     pieces: deque[Piece]
     next_ticket: int = 0
@@ -22,16 +25,15 @@ class _Source:
 
     @property
     def has_buffer(self) -> bool:
-        is_free = all(ticket % BUFFERS != self.next_ticket % BUFFERS for ticket in self.outstanding)
-        return len(self.outstanding) < BUFFERS and is_free
+        return self.next_ticket - BUFFERS not in self.outstanding  # which had the buffer that is next
 
 
 class CopyRound:
-    """Runs in the core's main thread.
+    """Used in one thread.
 
     Args:
-        pieces: What each pipeline rank that has something to send is to send.
-        degree: The tensor-parallel ranks of a pipeline rank, each of which acknowledges.
+        pieces: What each source that has something to send is to send.
+        degree: The ranks of a source, each of which acknowledges: those of a tensor-parallel group, or one.
         block_bytes: Of one layer in one KV block of one rank.
         send: Has the ranks make a copy.
         remainder: Returns how many blocks have been written meanwhile.
@@ -47,7 +49,7 @@ class CopyRound:
         send: Send,
         remainder: Callable[[], int],
     ) -> None:
-        self._sources = {stage: _Source(deque(cut)) for stage, cut in pieces.items()}
+        self._sources = {number: _Source(deque(cut)) for number, cut in pieces.items()}
         self._degree = degree
         self._block_bytes = block_bytes
         self._send = send
@@ -67,16 +69,20 @@ class CopyRound:
         if outstanding[ticket] == 0:
             del outstanding[ticket]
 
-    def feed(self) -> None:
-        """Send pieces while their source has buffers; settle the round when everything has arrived."""
+    def feed(self, *, at_most: int = BUFFERS) -> None:
+        """Send pieces while their source has buffers, ``at_most`` of each; settle the round when all have arrived."""
+        if self.done.done():
+            return
         for source in self._sources.values():
-            while source.pieces and source.has_buffer:
+            for _ in range(at_most):
+                if not source.pieces or not source.has_buffer:
+                    break
                 layers, blocks = source.pieces.popleft()
                 source.outstanding[source.next_ticket] = self._degree
                 self._send(source.next_ticket, layers, blocks)
                 source.next_ticket += 1
                 self._sent_bytes += len(layers) * len(blocks) * self._block_bytes * self._degree
-        if not self.done.done() and not any(each.pieces or each.outstanding for each in self._sources.values()):
+        if not any(each.pieces or each.outstanding for each in self._sources.values()):
             self.done.set_result(
                 {
                     "sent_blocks": self._sent_blocks,
