@@ -21,6 +21,7 @@ from flexpiped.flight import Flight
 from flexpiped.kv_ahead import KvAhead
 from flexpiped.kv_carrier import Carried, KvCarrier
 from flexpiped.supervisor import EngineFactory, Supervisor
+from planner import replica_events as e
 from planner import replica_steps as r
 from planner.handover import HandoverPhase
 from planner.kv_route import KvRoute
@@ -52,7 +53,7 @@ class ReplicaRunner:
         self._kv = KvAhead(self._carrier)
         self._clock = clock
         self._state = r.ReplicaHandover(started_s=clock(), limits=limits)
-        self._events: asyncio.Queue[r.Event | BaseException] = asyncio.Queue()  # an exception: the work has a bug
+        self._events: asyncio.Queue[e.Event | BaseException] = asyncio.Queue()  # an exception: the work has a bug
         self._work: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._first: Engine | None = None  # once it is not in force any more
@@ -63,8 +64,8 @@ class ReplicaRunner:
         """Ask to roll back; False past the point where that can be."""
         if not self._state.cancellable:
             return False
-        self._apply(r.Cancelled())  # at once: "ready" may be in the queue already
-        self._tell(r.Cancelled())  # so that it is reported
+        self._apply(e.Cancelled())  # at once: "ready" may be in the queue already
+        self._tell(e.Cancelled())  # so that it is reported
         return True
 
     async def run(self) -> AsyncIterator[RefactorProgress]:
@@ -77,7 +78,7 @@ class ReplicaRunner:
         try:
             self._watching = asyncio.create_task(self._watch_first(), name="replica-first")
             if not self._state.finished:  # cancelled before it began
-                self._apply(r.Begin())
+                self._apply(e.Begin())
             while not self._state.finished:
                 yield self._report()
                 self._apply(await self._next_event())
@@ -90,33 +91,33 @@ class ReplicaRunner:
             raise EngineDied(r.describe(self._state))
         yield self._report()
 
-    async def _next_event(self) -> r.Event:
+    async def _next_event(self) -> e.Event:
         deadline_s = self._state.deadline_s
         timeout_s = None if deadline_s is None else max(0.0, deadline_s - self._clock())
         try:
             async with asyncio.timeout(timeout_s):  # and not wait_for, which may swallow a cancellation (Python 3.11)
                 event = await self._events.get()
         except TimeoutError:
-            return r.Tick()
+            return e.Tick()
         if isinstance(event, BaseException):
             raise event
         return event
 
-    def _apply(self, event: r.Event) -> None:
+    def _apply(self, event: e.Event) -> None:
         self._state, effects = r.step(self._state, event, now_s=self._clock())
         for effect in effects:
             match effect:
-                case r.StartSecond():
+                case e.StartSecond():
                     self._start(self._start_second())
-                case r.SwitchOver():
+                case e.SwitchOver():
                     self._switch_over()
-                case r.TakeOver():
+                case e.TakeOver():
                     self._start(self._take_over(self._flights.popleft()))
-                case r.Commit():
+                case e.Commit():
                     self._start(self._commit())
-                case r.EndFirst():
+                case e.EndFirst():
                     self._start(self._end_first())
-                case r.DiscardSecond():
+                case e.DiscardSecond():
                     self._start(self._discard_second(self._work))
                 case _:
                     assert_never(effect)
@@ -130,7 +131,7 @@ class ReplicaRunner:
         if not work.cancelled() and (error := work.exception()) is not None:
             self._events.put_nowait(error)
 
-    def _tell(self, event: r.Event) -> None:
+    def _tell(self, event: e.Event) -> None:
         self._events.put_nowait(event)
 
     def _report(self) -> RefactorProgress:
@@ -149,39 +150,39 @@ class ReplicaRunner:
     async def _watch_first(self) -> None:
         engine = self._supervisor.engine
         if engine is not None:
-            self._tell(r.FirstDied(await engine.died()))
+            self._tell(e.FirstDied(await engine.died()))
 
     async def _start_second(self) -> None:
         try:
             await self._supervisor.start_second(
-                self._target, on_progress=lambda text: self._tell(r.Said(text)), factory=self._factory
+                self._target, on_progress=lambda text: self._tell(e.Said(text)), factory=self._factory
             )
         except EngineError as error:
-            self._tell(r.Failed(str(error)))
+            self._tell(e.Failed(str(error)))
         else:
-            self._tell(r.Said("ready"))
-            self._tell(r.Ready())
+            self._tell(e.Said("ready"))
+            self._tell(e.Ready())
 
     def _switch_over(self) -> None:
         """Done at once and not as a task: no cancellation comes between the decision and the switch."""
         try:
             self._first = self._supervisor.switch_over()
         except EngineError as error:
-            self._tell(r.Failed(str(error)))
+            self._tell(e.Failed(str(error)))
             return
         self._flights.extend(self._supervisor.flights.at(self._first) if self._first is not None else ())
-        self._tell(r.Switched(len(self._flights)))
+        self._tell(e.Switched(len(self._flights)))
 
     async def _take_over(self, flight: Flight) -> None:
         """Let one request go on at the second instance. While that recovers from a death, the first one serves it."""
         try:
             second = await self._supervisor.ready_engine()
         except EngineError as error:
-            self._tell(r.Failed(str(error)))
+            self._tell(e.Failed(str(error)))
             return
         first = self._first
         if first is None or flight.engine is not first:  # it has ended, or went on by itself because the first died
-            self._tell(r.Taken(goes_on=not flight.has_ended))
+            self._tell(e.Taken(goes_on=not flight.has_ended))
             return
         lost = None if flight.sampling is None else unknown_parameter(flight.sampling, second.capabilities)
         if lost is not None:
@@ -202,12 +203,12 @@ class ReplicaRunner:
         reason = f"the {second.capabilities.name} engine does not know its sampling parameter {lost}"
         log_events.request_not_taken_over(request=flight.request_id, reason=reason)
         self._staying.add(flight)
-        self._tell(r.Stayed())
+        self._tell(e.Stayed())
 
-    async def _move(self, flight: Flight, carried: Carried, second: Engine) -> r.Taken:
+    async def _move(self, flight: Flight, carried: Carried, second: Engine) -> e.Taken:
         """Take one request off the first instance, and return when it has a token from the second."""
         if flight.engine is not self._first:  # meanwhile
-            return r.Taken(goes_on=not flight.has_ended)
+            return e.Taken(goes_on=not flight.has_ended)
         flight.kv, flight.destination = carried.parcel, second
         began_s = self._clock()
         # Not taken along by a reader that is busy elsewhere, or by a request that is not admitted in time.
@@ -221,7 +222,7 @@ class ReplicaRunner:
             route=(KvRoute.RECOMPUTE if copied is None else KvRoute.COPY).value,
             reason=carried.reason,
         )
-        return r.Taken(copied_bytes=None if copied is None else copied.num_bytes)
+        return e.Taken(copied_bytes=None if copied is None else copied.num_bytes)
 
     async def _has_gone_on(self, flight: Flight) -> bool:
         """Return when the request has got its next token, or False when it has waited long enough."""
@@ -237,7 +238,7 @@ class ReplicaRunner:
             if flight not in self._staying:
                 await flight.take_off()
         await self._kv.settle()
-        self._tell(r.Committed())
+        self._tell(e.Committed())
 
     async def _end_first(self) -> None:
         first, deadline_s, reason = self._first, self._state.limits.drain_deadline_s, None
@@ -252,14 +253,14 @@ class ReplicaRunner:
             if self._watching is not None:
                 self._watching.cancel()  # its end is asked for now
             await self._supervisor.end_first(first)
-        self._tell(r.Ended(reason))
+        self._tell(e.Ended(reason))
 
     async def _discard_second(self, starting: asyncio.Task[None] | None) -> None:
         if starting is not None:
             starting.cancel()
             await asyncio.wait([starting])
         await self._supervisor.discard_second(self._state.reason or "given up")
-        self._tell(r.Discarded())
+        self._tell(e.Discarded())
 
     async def _clean_up(self) -> None:
         """Leave no task behind, and no second instance if whoever reads the reports went away."""
