@@ -11,7 +11,8 @@ from math import ceil
 
 from planner.load import Observation
 from planner.policy_state import known
-from planner.simulation.fleet import Fleet, MemberState
+from planner.simulation.fleet import Fleet
+from planner.simulation.members import MemberState
 from planner.simulation.outlooks import Outlooks
 from planner.workload import Workload
 

@@ -3,44 +3,18 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import assert_never
 
 from planner.prediction import Pipeline
 from planner.routing import NEWEST, Job, Option, Pace, choose_replica
 from planner.simulation.clock import Clock
+from planner.simulation.members import Member, MemberState, Reserved, devices_of
 from planner.simulation.pool import DevicePool, Placed, Placing, PoolDevice
-from planner.simulation.replica import Expectation, Replica, SimulatedRequest, Standing
+from planner.simulation.replica import Replica, SimulatedRequest
 from planner.simulation.shape import Shape, Shapes
+from planner.simulation.standing import Expectation, Standing
 from planner.simulation.step_times import StepTimes
 from planner.workload import Workload
-
-
-class MemberState(Enum):
-    STARTING = "starting"
-    SERVING = "serving"
-    DRAINING = "draining"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Member:
-    """One replica of the fleet. ``target``: shape and devices that it changes to; ``gone``: whom to tell of its end."""
-
-    replica: Replica
-    shape: Shape
-    placed: Placed
-    state: MemberState
-    target: tuple[Shape, Placed] | None = None
-    gone: Callable[[bool], None] | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Reserved:
-    """Integrals over time: devices that replicas hold, and memory shares of devices; the largest number so far."""
-
-    device_s: float = 0.0
-    share_s: float = 0.0
-    most_devices: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +52,6 @@ class Fleet:
         self.begun = 0  # replicas that were told to come, go or change
         self.evicted = 0
         self._events = events
-        self._counted_s = 0.0
         self._steps: dict[tuple[int, int], StepTimes] = {}
         self._names = 0
         self._expected = expected
@@ -327,15 +300,7 @@ class Fleet:
                 assert_never(member.state)
 
     def devices_held(self) -> int:
-        return sum(len(each.placed.devices) for each in self.members)
+        return devices_of(self.members)
 
     def _count(self) -> None:
-        """Take in the time since the last call, in which nothing changed."""
-        passed_s = self.clock.now_s - self._counted_s
-        self._counted_s = self.clock.now_s
-        held = self.devices_held()
-        self.reserved.device_s += passed_s * held
-        self.reserved.share_s += passed_s * sum(
-            each.placed.bytes_each / device.total_bytes for each in self.members for device in each.placed.devices
-        )
-        self.reserved.most_devices = max(self.reserved.most_devices, held)
+        self.reserved.count(self.members, now_s=self.clock.now_s)

@@ -8,7 +8,8 @@ from planner.load import Observation
 from planner.policy import changed_by_others, decide, initial_state, settle
 from planner.policy_state import Action, Decision, Ending, PolicyConstants, PolicyState, Verb, known
 from planner.prediction import Prediction
-from planner.simulation.fleet import Fleet, MemberState
+from planner.simulation.fleet import Fleet
+from planner.simulation.members import MemberState
 from planner.simulation.outlooks import Outlooks, fewest_devices
 from planner.simulation.shape import Shape, Shapes
 from planner.workload import Slo, Workload

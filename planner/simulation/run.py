@@ -9,7 +9,8 @@ from planner.arrivals import Absence, Reading
 from planner.load import WINDOWS_S, EngineSample, LoadMonitor
 from planner.request_figures import RequestTimes, figures
 from planner.simulation.clock import Clock
-from planner.simulation.fleet import Fleet, FleetEvents, MemberState
+from planner.simulation.fleet import Fleet, FleetEvents
+from planner.simulation.members import MemberState
 from planner.simulation.outcome import Outcome, Sample, most_in_a_minute, stall_lengths
 from planner.simulation.pool import DevicePool, Placing
 from planner.simulation.replica import SimulatedRequest

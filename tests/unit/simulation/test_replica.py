@@ -7,7 +7,8 @@ import pytest
 from planner.prediction import NO_TARGETS, predict
 from planner.request_figures import figures
 from planner.simulation.clock import Clock
-from planner.simulation.replica import Expectation, Replica, SimulatedRequest, Standing
+from planner.simulation.replica import Replica, SimulatedRequest
+from planner.simulation.standing import Expectation, Standing
 from planner.simulation.step_times import StepTimes
 from planner.traces import TraceRequest, drawn_trace
 from planner.workload import Workload
