@@ -4,7 +4,7 @@ What reads a value has its JSON schema too, from which ``/openapi.json`` is made
 status 400 and the parameter's name.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -141,12 +141,20 @@ token_ids: Final = Reader(parse=_token_ids, schema={"type": "array", "items": TO
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+    if not isinstance(value, list):
         raise wrong_type(name, "an array of strings", value)
+    ensure_strings(name, value)
     return tuple(value)
 
 
 strings: Final = Reader(parse=_strings, schema={"type": "array", "items": {"type": "string"}})
+
+
+def ensure_strings(name: str, value: Sequence[object]) -> None:
+    """Raises: ApiError, for the first item of an array that is no string."""
+    for item in value:
+        if not isinstance(item, str):
+            raise invalid(f"{name} must hold strings, not {name_of(item)}", param=name, code="invalid_type")
 
 
 def wrong_type(name: str, wanted: str, value: object) -> Exception:

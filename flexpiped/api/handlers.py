@@ -248,8 +248,10 @@ async def read_body(http: web.Request) -> bytes:
             return await http.read()
     except TimeoutError:
         raise from_http_status(408, message="the body did not arrive in time") from None
-    except web.RequestPayloadError as error:
-        raise invalid(f"the body cannot be read: {error}", param=None, code="invalid_body") from None
+    except web.RequestPayloadError:  # what it says in words is aiohttp's own
+        coding = http.headers.get("Content-Encoding", "")
+        why = f"it is no {coding}, or ends early" if coding else "it ends early"
+        raise invalid(f"the body cannot be read: {why}", param=None, code="invalid_body") from None
 
 
 @contextmanager

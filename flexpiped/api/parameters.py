@@ -15,6 +15,7 @@ from flexpiped.api.fields import (
     Body,
     Reader,
     boolean,
+    ensure_strings,
     integer,
     number,
     refuse_unknown,
@@ -40,11 +41,9 @@ def _stop(_name: str, value: Any) -> tuple[str, ...]:
     if len(stop) > MAX_STOP_STRINGS:
         message = f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stop)}"
         raise invalid(message, param="stop", code="invalid_value")
-    for item in stop:
-        if not isinstance(item, str):
-            raise wrong_type("stop", "a string or an array of strings", value)
-        if not item:
-            raise invalid("stop must not hold an empty string", param="stop", code="invalid_value")
+    ensure_strings("stop", stop)
+    if not all(stop):
+        raise invalid("stop must not hold an empty string", param="stop", code="invalid_value")
     return tuple(stop)
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 from engines.protocol import Grammar, GrammarKind
 from flexpiped.api.errors import invalid
-from flexpiped.api.fields import Body, Reader, boolean, refuse_unknown, wrong_type
+from flexpiped.api.fields import Body, Reader, boolean, ensure_strings, refuse_unknown, wrong_type
 from flexpiped.api.unsupported import COMPLETION_NEUTRAL, has_no_effect
 
 STRUCTURED: Final = frozenset({"response_format", "structured_outputs"})
@@ -90,8 +90,11 @@ def _grammar(name: str, value: Any) -> tuple[GrammarKind, str]:
 
 
 def _choice(name: str, value: Any) -> tuple[GrammarKind, str]:
-    if not isinstance(value, list) or not value or not all(isinstance(each, str) and each for each in value):
-        raise wrong_type(name, "an array of strings that are not empty", value)
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of strings", value)
+    ensure_strings(name, value)
+    if not value or not all(value):
+        raise invalid(f"{name} must hold strings, and none that is empty", param=name, code="invalid_value")
     return GrammarKind.CHOICE, _encoded(value)
 
 

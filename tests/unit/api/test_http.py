@@ -124,6 +124,7 @@ async def test_a_body_that_does_not_decompress(app: HttpApp, session: aiohttp.Cl
     headers = {"Content-Encoding": "gzip"}
     async with session.post(f"{app.url}/v1/completions", data=b"no gzip", headers=headers) as response:
         assert response.status == 400
+        assert (await error_of(response))["message"] == "the body cannot be read: it is no gzip, or ends early"
 
 
 async def test_a_model_without_a_chat_template(session: aiohttp.ClientSession) -> None:

@@ -294,3 +294,8 @@ def test_bad_json_is_refused(raw: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse_object(raw)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+def test_what_is_wrong_with_an_array_is_its_item() -> None:
+    assert refusal_of(completion(stop=["a", 5])).message == "stop must hold strings, not an integer"
+    assert refusal_of(completion(stop=5)).message == "stop must be a string or an array of strings, not an integer"

@@ -84,3 +84,17 @@ def test_what_is_wrong_is_refused_by_name(body: dict[str, Any], param: str) -> N
     with pytest.raises(ApiError) as caught:
         read(**body)
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ("a", "must be an array of strings, not a string"),
+        (["a", 1], "must hold strings, not an integer"),
+        ([], "must hold strings, and none that is empty"),
+        (["a", ""], "must hold strings, and none that is empty"),
+    ],
+)
+def test_what_is_wrong_with_choices_is_said(choice: object, said: str) -> None:
+    with pytest.raises(ApiError, match=f"^structured_outputs.choice {said}$"):
+        read(structured_outputs={"choice": choice})
