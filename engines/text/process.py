@@ -18,7 +18,7 @@ from typing import Any
 
 from engines.process import die_with_parent
 from engines.text.detokenize import Detokenizer
-from engines.text.errors import TextRefused
+from engines.text.errors import TextRefused, TextStartFailed
 from engines.text.pieces import PieceOf, pieces_of, window_pieces
 from engines.text.session import Calls, Streams
 from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
@@ -35,7 +35,11 @@ class HuggingFaceTokenizer:
         sys.modules["torch"] = None  # type: ignore[assignment]  # transformers then finds none: 1.7 s and 64 MB, not 3.6 s and 250 MB
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        except Exception as error:  # transformers raises what it likes about files that are missing or broken
+            said = " ".join(str(error).split())
+            raise TextStartFailed(f"no tokenizer can be read from {model}: {said}") from error
         self._detokenizers = self._detokenizer_factory()
         self.piece = self._piece_factory()
 
@@ -148,8 +152,10 @@ class Process:
             self.send([calls.answer(self._pending.get())])
 
     def last_words(self, kind: type[BaseException], error: BaseException | None, where: TracebackType | None) -> None:
-        """Report an error that nobody handles, then end; the traceback goes to stderr."""
-        if not isinstance(error, BrokenPipeError | ConnectionResetError):  # else nobody is left to tell
+        """Report an error that nobody handles, then end. The traceback goes to stderr, if no files are at fault."""
+        if isinstance(error, TextStartFailed):
+            self.send([LastWords(reason=str(error))])
+        elif not isinstance(error, BrokenPipeError | ConnectionResetError):  # else nobody is left to tell
             sys.__excepthook__(kind, error or kind(), where)
             self.send([LastWords(reason=f"{kind.__name__}: {error}")])
         os._exit(1)

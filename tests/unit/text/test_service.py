@@ -121,16 +121,21 @@ async def test_feeds_and_calls_under_way_at_a_death_are_answered(service: TextSe
     assert token_ids == ids_of("upon")
 
 
-async def test_a_model_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
+async def test_a_model_that_cannot_be_read_is_a_clear_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (write_model_directory(broken) / "tokenizer.json").write_text("{}")
-    services = [TextService(model=tmp_path / "nothing"), TextService(model=broken)]
+    garbled = tmp_path / "garbled"
+    garbled.mkdir()
+    (write_model_directory(garbled) / "tokenizer.json").write_text("{")
+    services = [TextService(model=folder) for folder in (tmp_path / "nothing", broken, garbled)]
     failures = await asyncio.gather(*(service.start() for service in services), return_exceptions=True)
     for failure in failures:
         assert isinstance(failure, TextStartFailed)
-        assert str(failure).startswith("the text process did not start: ")
-    assert "nothing" in str(failures[0])
+        assert str(failure).startswith(f"the text process did not start: no tokenizer can be read from {tmp_path}/")
+        assert "\n" not in str(failure)
+    assert f"{garbled}: " in str(failures[2])
+    assert "Traceback" not in capfd.readouterr().err
     await asyncio.gather(*(service.close() for service in services))
 
 
