@@ -20,6 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 wrong configuration or usage."""
     options = daemon_parser().parse_args(arguments)
     try:
+        return _run(options)
+    except KeyboardInterrupt:  # it has hardly begun: later the daemon takes the signal itself
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
         settings = Settings() if options.config is None else load_config(options.config)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -50,7 +50,7 @@ def load_config(path: Path) -> Settings:
         ConfigError: The file is not readable, not TOML, or has unknown or wrong keys.
     """
     try:
-        document = path.read_text(encoding="utf-8")
+        document = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError((Problem(file=str(path), line=None, text=f"cannot be read: {reason}"),)) from None

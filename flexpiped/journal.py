@@ -29,6 +29,7 @@ _SCHEMA_VERSION: Final = 1
 _BUSY_S: Final = 5.0  # another daemon may be writing
 _PRUNE_EVERY: Final = 1000  # events
 _DAY_S: Final = 86400.0
+_BROKEN: Final = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, instance TEXT NOT NULL, time_unix_s REAL NOT NULL,
@@ -122,7 +123,8 @@ class Journal:
             self._thread.submit(self._open).result()
         except (OSError, sqlite3.Error) as error:
             self._thread.shutdown()
-            self._shared.failure = f"{self._file}: {error}"
+            helps = "; move it away for a new one" if getattr(error, "sqlite_errorcode", None) in _BROKEN else ""
+            self._shared.failure = f"{self._file}: {error}{helps}"
             raise JournalError(self.failure) from error
 
     def close(self) -> None:

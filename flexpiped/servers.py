@@ -1,5 +1,6 @@
 """Listening sockets and the applications behind them."""
 
+import errno
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -48,7 +49,8 @@ def listen_tcp(host: str, port: int, *, is_shared: bool = False) -> socket.socke
         _listen(listener, address)
     except OSError as error:
         listener.close()
-        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}. Choose another http.port.") from None
+        key = "http.host" if error.errno == errno.EADDRNOTAVAIL else "http.port"  # no address of this host, or taken
+        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror}. Choose another {key}.") from None
     return listener
 
 

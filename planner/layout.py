@@ -48,9 +48,12 @@ class Pipeline:
                 )
             if not stage.device_ids:
                 raise InvalidLayout(f"stage {index} names no device")
-            shared = seen.intersection(stage.device_ids)
-            if shared or len(set(stage.device_ids)) != len(stage.device_ids):
-                raise InvalidLayout(f"stage {index}: two stages of one model never share a device ({sorted(shared)})")
+            if shared := sorted(seen.intersection(stage.device_ids)):
+                raise InvalidLayout(
+                    f"stage {index}: two stages of one model never share a device ({', '.join(shared)})"
+                )
+            if len(set(stage.device_ids)) != len(stage.device_ids):
+                raise InvalidLayout(f"stage {index} names a device twice")
             seen.update(stage.device_ids)
             expected = stage.end_decoder
 

@@ -1,5 +1,7 @@
 """The real daemon as a process, with the fake engine: its life, and what it refuses to start with."""
 
+import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import aiohttp
 import pytest
 
 from flexpiped.admin_socket import take_socket
-from flexpiped.servers import listen_tcp
+from flexpiped.servers import PortTaken, listen_tcp
 from tests.support.daemon import ROOT, Daemon, run_until_exit, started, write_config, write_keys
 from tests.support.fake_vllm import fake_interpreter
 from tests.support.until import until
@@ -184,6 +186,30 @@ async def test_a_taken_port_is_an_error(tmp_path: Path, engine: str, more: str) 
 
     assert code == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another http.port." in log
+
+
+async def test_an_address_of_another_host_is_an_error() -> None:
+    with pytest.raises(
+        PortTaken, match=r"192\.0\.2\.1:.*Cannot assign requested address\. Choose another http\.host\."
+    ):
+        listen_tcp("192.0.2.1", 0)
+
+
+async def test_an_interrupt_before_it_has_begun_ends_it(tmp_path: Path) -> None:
+    """A configuration that comes through a pipe holds it up there."""
+    pipe = tmp_path / "flexpiped.toml"
+    os.mkfifo(pipe)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "flexpiped", "--config", str(pipe)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    writer = await asyncio.to_thread(pipe.open, "w")  # returns once it reads
+    process.send_signal(signal.SIGINT)
+    out, _ = await process.communicate()
+    writer.close()
+
+    assert (process.returncode, out) == (0, b"")
 
 
 async def test_another_daemon_at_the_admin_socket_is_an_error(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_file_that_is_none_is_said_and_nothing_is_written(tmp_path: Path) -> N
     (tmp_path / "journal.db").write_bytes(b"no database at all" * 100)
     journal = journal_in(tmp_path)
 
-    with pytest.raises(JournalError, match="not a database"):
+    with pytest.raises(JournalError, match="not a database; move it away for a new one"):
         journal.open()
     journal.record(event(1), None)
     with pytest.raises(JournalError, match="not a database"):

@@ -50,7 +50,8 @@ def stage(devices: str = '["cpu:0"]', decoders: str = "[0, 4]", more: str = "") 
         (stage(decoders="[false, true]"), r"stages\[0\].decoders: must be two whole numbers"),
         (stage(decoders="[4, 4]"), r"stages\[0\].decoders: \[4, 4\] is empty"),
         (stage(decoders="[1, 4]"), r"stage 0 holds decoders 1 to 3, but must begin at decoder 0"),
-        (TEXT.replace("cpu:2", "cpu:0"), r"stage 1: two stages of one model never share a device"),
+        (TEXT.replace("cpu:2", "cpu:0"), r"stage 1: two stages of one model never share a device \(cpu:0\)$"),
+        (stage(devices='["cpu:0", "cpu:0"]'), r"stage 0 names a device twice"),
         (TEXT.replace("[4, 8]", "[5, 8]"), r"stage 1 holds decoders 5 to 7, but must begin at decoder 4"),
     ],
 )

@@ -140,6 +140,11 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
         load_config(tmp_path / "none.toml")
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbfstages = 3\n")
+    assert load_config(tmp_path / "marked.toml").stages == 3
+
+
 def test_a_model_beside_the_file_is_found_from_anywhere(tmp_path: Path) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "here.toml").write_text('model = "models/mine"')
