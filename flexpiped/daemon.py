@@ -35,6 +35,7 @@ from flexpiped.signals import Signals
 from flexpiped.spans import TracingUnavailable
 from flexpiped.tls import TlsError
 from planner.errors import PlannerError
+from topology.units import plural
 
 _END_S = 30.0  # that engines and files take besides
 _START_ERRORS = (
@@ -267,4 +268,4 @@ def _facts_of_models(service: Service) -> str:
     if service.models.pipeline is None:
         return service.name
     stages, decoders = service.models.pipeline.granularity, service.models.pipeline.num_decoders
-    return f"{service.name}, {decoders} decoder layers in {stages} stage{'s' * (stages != 1)}"
+    return f"{service.name}, {decoders} decoder layers in {plural(stages, 'stage')}"

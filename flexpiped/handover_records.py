@@ -10,6 +10,7 @@ from flexpiped.config_values import Auto
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
 from planner.memory import KvBudget, MemoryCheck
+from topology.units import plural
 
 
 class Way(Enum):
@@ -80,12 +81,12 @@ class TargetResolver(Protocol):
 
 def stages_in_words(pipeline: Pipeline) -> str:
     """Return how many stages it has: ``2 stages``."""
-    return f"{pipeline.granularity} stage{'s' * (pipeline.granularity != 1)}"
+    return plural(pipeline.granularity, "stage")
 
 
 def layouts_in_words(stages: Sequence[int]) -> str:
     """Return how many stages each replica has: ``2 stages``, or ``2 replicas (2 stages, 1 stage)``."""
-    each = ", ".join(f"{count} stage{'s' * (count != 1)}" for count in stages)
+    each = ", ".join(plural(count, "stage") for count in stages)
     return each if len(stages) == 1 else f"{len(stages)} replicas ({each})"
 
 

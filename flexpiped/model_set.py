@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from flexpiped.api.backend import Backend
 from flexpiped.events import Event, EventKind, EventLog
-from flexpiped.flexctl.text import plural
 from flexpiped.journal import Journal
 from flexpiped.model_changes import ModelChanges
 from flexpiped.model_entry import NOT_STARTED, Entry
@@ -14,6 +13,7 @@ from flexpiped.model_service import ModelService
 from flexpiped.model_settings import ModelSpec
 from flexpiped.status import Health, ServiceState
 from planner.layout import Pipeline
+from topology.units import plural
 
 
 class ModelSet:

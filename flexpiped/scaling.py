@@ -19,6 +19,7 @@ from flexpiped.supervisor import EngineFactory
 from planner.errors import NoFeasiblePlan
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline
+from topology.units import plural
 
 _MOST: Final = 64  # replicas of one host
 
@@ -224,7 +225,7 @@ class ScaleRunner:
         serving = [each for each in self._replicas.all if each.engine is not None]
         each_one = [f"{each.number} of {stages_in_words(each.supervisor.pipeline)}" for each in serving]
         count = len(serving)
-        return f"{count} replica{'s' * (count != 1)} serve{'s' * (count == 1)}: {', '.join(each_one) or 'none'}"
+        return f"{plural(count, 'replica')} serve{'s' * (count == 1)}: {', '.join(each_one) or 'none'}"
 
     def _report(self, phase: HandoverPhase, message: str) -> RefactorProgress:
         return RefactorProgress(

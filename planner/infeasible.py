@@ -2,7 +2,7 @@
 
 from planner.placement_problem import PlacementProblem
 from planner.segments import cheapest_hops
-from topology.units import format_bytes, format_bytes_apart
+from topology.units import format_bytes, format_bytes_apart, plural
 
 
 def why_impossible(problem: PlacementProblem) -> str | None:
@@ -10,9 +10,8 @@ def why_impossible(problem: PlacementProblem) -> str | None:
     devices = {device for place in problem.places for device in place.device_ids}
     limit = min(len(problem.pieces), len(devices))
     if problem.num_stages > limit:
-        pieces = f"{len(problem.pieces)} pieces" if len(problem.pieces) != 1 else "1 piece"
-        have = "1 device is" if len(devices) == 1 else f"{len(devices)} devices are"
-        stages = "1 stage" if problem.num_stages == 1 else f"{problem.num_stages} stages"
+        stages, pieces = plural(problem.num_stages, "stage"), plural(len(problem.pieces), "piece")
+        have = f"{plural(len(devices), 'device')} {'is' if len(devices) == 1 else 'are'}"
         return f"{stages} were asked for; the model has {pieces} and {have} free, so at most {limit}"
     rooms = sorted((max(0, place.room_bytes + sum(place.held.values())) for place in problem.places), reverse=True)
     needed, offered = _needed(problem), sum(rooms[: problem.num_stages])
@@ -41,7 +40,7 @@ def _why_too_slow(problem: PlacementProblem) -> str | None:
 def why_no_way(problem: PlacementProblem) -> str:
     """Return the numbers behind a proof that no choice of cuts and places fits."""
     rooms = [max(0, place.room_bytes) for place in problem.places]
-    stages = "1 stage" if problem.num_stages == 1 else f"{problem.num_stages} stages"
+    stages = plural(problem.num_stages, "stage")
     limit = problem.latency_limit_ns
     slow = "" if limit is None else f" within {limit / 1e6:.6g} ms a step"
     return (

@@ -25,6 +25,7 @@ from planner.problem import Posed, piece_bounds, pose
 from planner.question import PlanQuestion
 from planner.replanner import PlanSession
 from planner.stage_times import pipeline_times
+from topology.units import plural
 
 _ALL_UP_TO = 4  # numbers of stages that are all candidates; beyond, each is twice the one before
 _ENOUGH = 0.99  # of the arrivals served in time: no further replica is needed
@@ -83,9 +84,9 @@ def stage_counts(question: PlanQuestion) -> tuple[int, ...]:
 def stage_limit_sentence(*, num_decoders: int, num_devices: int) -> str:
     """Return how many stages there can be at most, and why."""
     limit = min(num_decoders, num_devices)
-    layers = "1 decoder layer" if num_decoders == 1 else f"{num_decoders} decoder layers"
-    devices = "1 device is" if num_devices == 1 else f"{num_devices} devices are"
-    return f"the model has {layers} and {devices} here, so at most {limit} {'stage' if limit == 1 else 'stages'}"
+    devices = f"{plural(num_devices, 'device')} {'is' if num_devices == 1 else 'are'}"
+    layers = plural(num_decoders, "decoder layer")
+    return f"the model has {layers} and {devices} here, so at most {plural(limit, 'stage')}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

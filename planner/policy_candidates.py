@@ -14,6 +14,7 @@ from planner.prediction import Pipeline, PipelineTimes, Prediction, best_cvs
 from planner.workload import Slo, Workload
 
 _SHARE_OF_SLOWEST = 0.5
+_HARDLY_ANY_PER_S = 1e-6  # in place of no requests, for which nothing can be predicted
 _CALM_SHARE = 0.01  # of its capacity: next to nobody waits
 _MOST_TOKENS_PER_S = 1e9
 
@@ -62,7 +63,7 @@ def _granularity(num_stages: int, found: Found, times: PipelineTimes, shared: Co
 def candidates_for(granularities: Sequence[Granularity], workload: Workload, slo: Slo) -> tuple[Candidate, ...]:
     """Return the candidates for requests of these lengths; those that serve nothing are left out."""
     pipelines = [Pipeline(each.times, workload) for each in granularities]
-    calm = [_predict(pipeline, workload, rate_per_s=1e-6) for pipeline in pipelines]
+    calm = [_predict(pipeline, workload, rate_per_s=_HARDLY_ANY_PER_S) for pipeline in pipelines]
     usable = [
         (each, pipeline, found)
         for each, pipeline, found in zip(granularities, pipelines, calm, strict=True)
@@ -96,7 +97,9 @@ def _candidate(
         shared_devices=each.shared_devices,
         most_replicas=each.most_replicas,
         room=each.room,
-        outlook=lambda rate_per_s, cv: _predict(pipeline, workload, rate_per_s=max(rate_per_s, 1e-6), cv=cv),
+        outlook=lambda rate_per_s, cv: _predict(
+            pipeline, workload, rate_per_s=max(rate_per_s, _HARDLY_ANY_PER_S), cv=cv
+        ),
     )
 
 

@@ -3,16 +3,17 @@
 from typing import assert_never
 
 from planner.policy_state import Action, Verb
+from topology.units import plural
 
 
 def stages(count: int) -> str:
     """Return a number of stages in words."""
-    return "1 stage" if count == 1 else f"{count} stages"
+    return plural(count, "stage")
 
 
 def replicas(count: int) -> str:
     """Return a number of replicas in words."""
-    return "1 replica" if count == 1 else f"{count} replicas"
+    return plural(count, "replica")
 
 
 def action_in_words(action: Action) -> str:

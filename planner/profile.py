@@ -25,6 +25,7 @@ from planner.errors import InvalidProfile
 from planner.layer_costs import Batch
 from planner.model_graph import Layer, LayerKind, ModelGraph
 from topology.device import Device, DeviceKind
+from topology.units import plural
 
 SOME_TOKENS: Final = 64  # up to here a product of matrices is bound by reading weights, from here on by arithmetic
 HIGH_RESIDUAL: Final = 0.1  # mean of a fit, beyond which its predictions are not to be relied on
@@ -113,8 +114,7 @@ class Fit:
     @property
     def name(self) -> str:
         """Return which stages it is of, for people."""
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"stages of {threads} {'beside others' if self.beside_others else 'alone'}"
+        return f"stages of {plural(self.threads, 'thread')} {'beside others' if self.beside_others else 'alone'}"
 
     def time_s(self, amounts: Mapping[Term, float]) -> float:
         return sum(self.seconds[term] * amount for term, amount in amounts.items())

@@ -35,7 +35,7 @@ from planner.replica_events import (
     TakeOver,
     Tick,
 )
-from topology.units import format_bytes
+from topology.units import format_bytes, plural
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +221,7 @@ def describe(handover: ReplicaHandover) -> str:
 def _requests_taken(handover: ReplicaHandover) -> str:
     if not handover.requests:
         return "no request to take over"
-    return f"{handover.taken} of {handover.requests} request{'s' * (handover.requests != 1)} taken over"
+    return f"{handover.taken} of {plural(handover.requests, 'request')} taken over"
 
 
 def _how(handover: ReplicaHandover) -> str:

@@ -1,4 +1,4 @@
-"""How quantities are written for people, in one place: bytes in KiB, MiB and GiB."""
+"""How quantities are written for people, in one place: bytes in KiB, MiB and GiB, and how many there are."""
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -33,6 +33,11 @@ def format_bytes_of(part: int, whole: int) -> str:
         if texts[0] != texts[1] or part == whole:
             return f"{texts[0]} of {texts[1]} {_UNITS[exponent]}"
     return f"{part} of {whole} B"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return ``1 stage`` or ``2 stages``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _exponent(count: int) -> int:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from flexpiped.flexctl.text import Colour, Paint, bar, format_age, format_latency, plural, table
+from flexpiped.flexctl.text import Colour, Paint, bar, format_age, format_latency, table
 from planner.request_figures import SHARES, Distribution, Figures
 from planner.workload import Slo
+from topology.units import plural
 
 if TYPE_CHECKING:
     from flexpiped.load.replay import Progress

@@ -25,6 +25,7 @@ from flexpiped.flexctl.status_lines import status_lines
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import Paint, wrapped
 from flexpiped.flexctl.which_model import of_model, status_of
+from topology.units import plural
 
 
 class Exit(IntEnum):
@@ -123,7 +124,7 @@ def history_lines(answer: Mapping[str, Any]) -> list[str]:
 
 def _intent_line(intent: dict[str, Any]) -> str:
     stages = [len(each) for each in (intent["stages"], *intent["further_replicas"])]
-    each = ", ".join(f"{count} stage{'s' * (count != 1)}" for count in stages)
+    each = ", ".join(plural(count, "stage") for count in stages)
     what = each if len(stages) == 1 else f"{len(stages)} replicas ({each})"
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(intent["since_unix_s"]))
     return f"a restart begins with {what} of {intent['engine']} ({intent['reason']}, {when})"

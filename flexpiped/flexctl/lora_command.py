@@ -8,8 +8,9 @@ from typing import Any
 from flexpiped.flexctl.client import AdminClient
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
-from flexpiped.flexctl.text import plural, table
+from flexpiped.flexctl.text import table
 from flexpiped.flexctl.which_model import add_model_argument, of_model
+from topology.units import plural
 
 
 def add_load_arguments(parser: ArgumentParser) -> None:

@@ -5,18 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from flexpiped.flexctl.text import (
-    NO_BREAK,
-    PLAIN,
-    Colour,
-    Paint,
-    format_duration,
-    format_latency,
-    plural,
-    table,
-    wrapped,
-)
-from topology.units import format_bytes, format_bytes_of
+from flexpiped.flexctl.text import NO_BREAK, PLAIN, Colour, Paint, format_duration, format_latency, table, wrapped
+from topology.units import format_bytes, format_bytes_of, plural
 
 Json = Mapping[str, Any]
 

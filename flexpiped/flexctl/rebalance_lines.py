@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from flexpiped.flexctl.text import NO_BREAK, PLAIN, Colour, Paint, bar, format_duration, plural, wrapped
-from topology.units import format_bytes
+from flexpiped.flexctl.text import NO_BREAK, PLAIN, Colour, Paint, bar, format_duration, wrapped
+from topology.units import format_bytes, plural
 
 Json = Mapping[str, Any]
 

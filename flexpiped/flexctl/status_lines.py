@@ -5,18 +5,8 @@ from itertools import groupby
 from typing import Any, Final
 
 from flexpiped.flexctl.rebalance_lines import is_scaling
-from flexpiped.flexctl.text import (
-    PLAIN,
-    Colour,
-    Paint,
-    bar,
-    format_age,
-    format_duration,
-    format_latency,
-    plural,
-    table,
-)
-from topology.units import format_bytes, format_bytes_of
+from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_age, format_duration, format_latency, table
+from topology.units import format_bytes, format_bytes_of, plural
 
 _WIDTH: Final = 100
 _STATE_COLOURS: Final = {"ready": Colour.GREEN, "failed": Colour.RED}

@@ -83,8 +83,3 @@ def wrapped(text: str, *, head: str = "", width: int = WIDTH) -> list[str]:
     """
     lines = textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
     return [line.replace(NO_BREAK, " ") for line in lines] or [head.rstrip()]
-
-
-def plural(count: int, noun: str) -> str:
-    """Return ``1 stage`` or ``2 stages``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

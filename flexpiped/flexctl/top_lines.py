@@ -8,11 +8,11 @@ from itertools import pairwise
 from typing import Any, Final
 
 from flexpiped.flexctl.rebalance_lines import View, advance, current_line, is_by_replica, is_scaling
-from flexpiped.flexctl.text import bar, plural
+from flexpiped.flexctl.text import bar
 from flexpiped.flexctl.topology_lines import link_name, rate
 from topology.errors import UnknownDevice
 from topology.topology import Topology
-from topology.units import format_bytes
+from topology.units import format_bytes, plural
 
 _MAP_WIDTH: Final = 32  # with the link to the next stage, a row fits 120 columns
 _BAR_WIDTH: Final = 10

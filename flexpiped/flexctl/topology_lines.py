@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from flexpiped.flexctl.text import PLAIN, WIDTH, Colour, Paint, plural, table, wrapped
+from flexpiped.flexctl.text import PLAIN, WIDTH, Colour, Paint, table, wrapped
 from topology.cluster import ClusterTopology
 from topology.device import DeviceKind
 from topology.gpu import GpuRecord, MigMode
 from topology.link import Link, LinkKind
 from topology.states import DriverState, Health
 from topology.topology import HostTopology, pairs
-from topology.units import format_bytes, format_bytes_of
+from topology.units import format_bytes, format_bytes_of, plural
 
 _MOST_DEVICES_OF_A_MATRIX: Final = 64
 _MEANINGS: Final = {

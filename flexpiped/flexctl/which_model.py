@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flexpiped.flexctl.client import Refused
-from flexpiped.flexctl.text import plural
+from topology.units import plural
 
 
 def add_model_argument(parser: ArgumentParser) -> None:

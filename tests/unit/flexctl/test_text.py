@@ -2,16 +2,7 @@
 
 import pytest
 
-from flexpiped.flexctl.text import (
-    Colour,
-    Paint,
-    bar,
-    format_age,
-    format_duration,
-    format_latency,
-    plural,
-    table,
-)
+from flexpiped.flexctl.text import Colour, Paint, bar, format_age, format_duration, format_latency, table
 
 
 @pytest.mark.parametrize(
@@ -50,10 +41,6 @@ def test_bars_show_anything_above_nothing_and_fill_only_when_full(part: int, who
 
 def test_columns_align_without_trailing_space() -> None:
     assert table([("a", "bb"), ("ccc", "d")], gap=" ") == ["  a   bb", "  ccc d"]
-
-
-def test_plural() -> None:
-    assert (plural(1, "stage"), plural(2, "stage")) == ("1 stage", "2 stages")
 
 
 def test_colour_never_changes_the_words() -> None:

@@ -1,10 +1,10 @@
-"""Bytes as people read them."""
+"""Quantities as people read them."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topology.units import GIB, KIB, MIB, format_bytes, format_bytes_apart, format_bytes_of
+from topology.units import GIB, KIB, MIB, format_bytes, format_bytes_apart, format_bytes_of, plural
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,7 @@ def test_amounts_that_differ_are_written_differently(first: int, second: int) ->
     assert (texts[0] == texts[1]) == (first == second)
     left, right = format_bytes_of(first, second).split(" of ")
     assert (left == right.split()[0]) == (first == second)
+
+
+def test_plural() -> None:
+    assert (plural(1, "stage"), plural(2, "stage")) == ("1 stage", "2 stages")
