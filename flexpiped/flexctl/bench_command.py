@@ -2,20 +2,21 @@
 
 import json
 import os
+import sys
 import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexpiped.flexctl.client import AdminClient, BadUsage, Failed, NotReachable
+from flexpiped.flexctl.client import AdminClient, BadUsage, NotReachable
 from flexpiped.flexctl.commands import Exit
+from flexpiped.flexctl.output_file import ensure_writable, write_text
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.traffic_options import add_traffic, positive, slo_of, trace_of
 
 if TYPE_CHECKING:
     from flexpiped.load.target import Target
-    from planner.request_figures import RequestTimes
+    from planner.request_figures import Figures, RequestTimes
     from planner.traces import Trace
 
 _REDRAWN_S = 0.1
@@ -40,19 +41,33 @@ def bench(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Send the requests, show how far it is, then the figures. Failed requests are counted, and make it fail."""
     import asyncio
 
+    trace = trace_of(options)
+    if options.details:
+        ensure_writable(options.details)
+    ended: list[RequestTimes] = []
+    try:
+        found = asyncio.run(_replayed(_target(client, options), trace, screen, options, ended))
+    except KeyboardInterrupt:
+        if ended:
+            _tell(ended, screen, options)
+            print(f"flexctl: interrupted; only the {len(ended)} requests that had ended are counted", file=sys.stderr)
+        raise
+    return Exit.FAILED if _tell(found, screen, options).failed else Exit.DONE
+
+
+def _tell(found: "list[RequestTimes]", screen: Screen, options: Namespace) -> "Figures":
+    """Show the figures of the requests, and write down each where that was asked for."""
     from flexpiped.flexctl.bench_lines import bench_lines
     from planner.request_figures import figures
 
-    trace = trace_of(options)
-    found = asyncio.run(_replayed(_target(client, options), trace, screen, options))
     result = figures(found, slo_of(options))
-    if options.details:
-        _write_details(options.details, found)
     if options.json:
         screen.write([json.dumps(asdict(result) | {"failures": _failures(found)})])
     else:
         screen.write(bench_lines(result, slo_of(options), failures=_failures(found), paint=screen.paint))
-    return Exit.FAILED if result.failed else Exit.DONE
+    if options.details:
+        write_text(options.details, "".join(json.dumps(asdict(each)) + "\n" for each in found))
+    return result
 
 
 def _target(client: AdminClient, options: Namespace) -> "Target":
@@ -73,7 +88,10 @@ def _target(client: AdminClient, options: Namespace) -> "Target":
         raise BadUsage("bad_url", str(error)) from None
 
 
-async def _replayed(target: "Target", trace: "Trace", screen: Screen, options: Namespace) -> "list[RequestTimes]":
+async def _replayed(
+    target: "Target", trace: "Trace", screen: Screen, options: Namespace, ended: "list[RequestTimes]"
+) -> "list[RequestTimes]":
+    """Send the requests and return how they went, in order of arrival; ``ended`` gets each as it ends."""
     from flexpiped.flexctl.bench_lines import progress_line
     from flexpiped.load.replay import NoServer, Progress, find_model, replay
     from flexpiped.load.target import BadTarget
@@ -94,7 +112,8 @@ async def _replayed(target: "Target", trace: "Trace", screen: Screen, options: N
             shown_s = time.monotonic()
             screen.live(progress_line(progress))
 
-    return await replay(replace(target, model=target.model or found), trace, seed=options.seed, on_progress=show)
+    target = replace(target, model=target.model or found)
+    return await replay(target, trace, seed=options.seed, on_progress=show, on_ended=ended.append)
 
 
 def _failures(found: "list[RequestTimes]") -> dict[str, int]:
@@ -103,10 +122,3 @@ def _failures(found: "list[RequestTimes]") -> dict[str, int]:
         if each.failure:
             counts[each.failure] = counts.get(each.failure, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def _write_details(path: str, found: "list[RequestTimes]") -> None:
-    try:
-        Path(path).write_text("".join(json.dumps(asdict(each)) + "\n" for each in found), encoding="utf-8")
-    except OSError as error:
-        raise Failed("unwritable", f"{path}: {error.strerror}") from None

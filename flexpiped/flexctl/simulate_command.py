@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, Failed, Refused
+from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, Refused
 from flexpiped.flexctl.commands import Exit
+from flexpiped.flexctl.output_file import ensure_writable, write_text
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import bar, format_age
 from flexpiped.flexctl.traffic_options import add_traffic, count, slo_of, trace_of
@@ -55,6 +56,8 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
     options.slo_ttft = options.slo_ttft or _TARGET_TTFT_S
     options.slo_tpot = options.slo_tpot or _TARGET_TPOT_S
     trace, auto = trace_of(options), _auto(options)
+    if options.html:
+        ensure_writable(options.html)
     scenario = _scenario(options, trace)
     setting = Setting(
         trace=trace,
@@ -163,7 +166,7 @@ def _tell(screen: Screen, options: Namespace, scenario: "Scenario", outcome: "Ou
     if options.html:
         facts = [("system", options.system), *describe(scenario).items(), *fleet_facts(outcome)]
         facts += [("requests", line) for line in lines]
-        _write(options.html, report(f"flexctl simulate: {options.system}", facts, outcome))
+        write_text(options.html, report(f"flexctl simulate: {options.system}", facts, outcome))
     if options.json:
         screen.write([json.dumps(_wire(outcome) | {"took_s": took_s, "scenario": describe(scenario)})])
         return
@@ -176,10 +179,3 @@ def _wire(outcome: "Outcome") -> dict[str, Any]:
     fields = asdict(outcome)
     del fields["requests"]
     return fields | {"goodput_per_device_s": outcome.goodput_per_device_s, "utilisation": outcome.utilisation}
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Failed("unwritable", f"{path}: {error.strerror}") from None

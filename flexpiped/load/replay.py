@@ -55,9 +55,16 @@ async def find_model(target: Target) -> str:
 
 
 async def replay(
-    target: Target, trace: Sequence[TraceRequest], *, seed: int, on_progress: Callable[[Progress], None]
+    target: Target,
+    trace: Sequence[TraceRequest],
+    *,
+    seed: int,
+    on_progress: Callable[[Progress], None],
+    on_ended: Callable[[RequestTimes], None] = lambda _: None,
 ) -> list[RequestTimes]:
     """Send every request and return how each went, in order of arrival. Times count from the start.
+
+    ``on_ended`` is told of each as it ends, for who gives up before the last one has.
 
     A request's arrival is when it was to be sent; a generator that is late counts against the server's figures, never
     for them. What goes wrong with a request is its own failure, not an error of the replay.
@@ -67,7 +74,8 @@ async def replay(
     found: list[RequestTimes | None] = [None] * len(trace)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=target.headers) as session:
         sender = _Sender(target, session, seed=seed)
-        state = _State(len(trace), last_arrival_s=trace[-1].arrival_s, start_s=sender.start_s, tell=on_progress)
+        last_s = trace[-1].arrival_s
+        state = _State(len(trace), last_arrival_s=last_s, start_s=sender.start_s, tell=on_progress, on_ended=on_ended)
         async with asyncio.TaskGroup() as group:
             for number, request in enumerate(trace):
                 await asyncio.sleep(max(0.0, sender.start_s + request.arrival_s - time.monotonic()))
@@ -80,7 +88,16 @@ async def replay(
 class _State:
     """Counts, and tells."""
 
-    def __init__(self, of: int, *, last_arrival_s: float, start_s: float, tell: Callable[[Progress], None]) -> None:
+    def __init__(
+        self,
+        of: int,
+        *,
+        last_arrival_s: float,
+        start_s: float,
+        tell: Callable[[Progress], None],
+        on_ended: Callable[[RequestTimes], None],
+    ) -> None:
+        self._on_ended = on_ended
         self._of, self._last_arrival_s, self._start_s, self._tell = of, last_arrival_s, start_s, tell
         self._sent = self._ended = self._failed = 0
 
@@ -92,6 +109,7 @@ class _State:
         if task.cancelled() or task.exception() is not None:  # the group raises it
             return
         found[number] = task.result()
+        self._on_ended(task.result())
         self._ended += 1
         self._failed += bool(task.result().failure)
         self._report()

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -12,6 +14,7 @@ from statistics import fmean, pstdev
 import pytest
 
 from tests.support.http_app import http_app
+from tests.support.until import until
 from tests.unit.flexctl.test_command_line import Ran, flexctl
 
 pytestmark = pytest.mark.real_loop
@@ -61,6 +64,35 @@ async def test_figures_of_the_daemon(tmp_path: Path) -> None:
     assert (as_json.code, found["failed"], found["failures"]) == (0, 0, {})
     assert found["requests"] == len(details.read_text().splitlines()) > 3
     assert found["ttft_s"]["percentiles"].keys() == {"p50", "p90", "p95", "p99", "p99_9"}
+
+
+async def test_details_that_cannot_be_written_are_told_before_anything_is_sent(tmp_path: Path) -> None:
+    async with server_that_answers(HEAD + EVENT) as url:
+        ran = await bench(url, "--details", str(tmp_path / "none" / "details"))
+
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == f"flexctl: {tmp_path}/none/details: No such file or directory\n"
+
+
+async def test_an_interrupt_shows_what_had_ended() -> None:
+    arguments = ("--rate", "200", "--duration", "600", "--prompt", "8", "--output", "6")
+    async with http_app() as app:
+
+        async def many_have_ended() -> bool:
+            return (await app.engines.last.counters()).generated_tokens_total >= 60 * 6
+
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "flexpiped.flexctl", "bench", "--url", app.url, *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await until(many_have_ended)
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+
+    assert process.returncode == 130
+    assert b"TTFT" in out
+    assert re.fullmatch(rb"flexctl: interrupted; only the \d+ requests that had ended are counted\n", err)
 
 
 async def test_a_trace_is_replayed(tmp_path: Path) -> None:
