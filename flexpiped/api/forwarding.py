@@ -5,7 +5,6 @@ asked again. After that, a stream ends with an error event.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Final, cast
 
@@ -21,6 +20,7 @@ from flexpiped.api.deadline import InMidStream, InTime, deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.event_stream import EventStream
 from flexpiped.api.fields import Body
+from flexpiped.api.hop_headers import NOT_ANSWERED, OF_ONE_HOP, without
 from flexpiped.api.metrics import Observation
 from flexpiped.api.outcomes import Outcome, outcome_of
 from flexpiped.api.own_answer import Answer, asked
@@ -38,13 +38,8 @@ GENERATING_PATHS: Final = ("/v1/responses", "/v1/messages")
 _UNKNOWN_PATH: Final = b'{"detail":"Not Found"}'  # which is all that servers of this kind say of one
 _USAGE: Final = b'"usage":{'
 _BYTES_PER_TOKEN: Final = 4  # of a prompt that is not tokenized here: for admission only
-_OF_ONE_HOP: Final = frozenset(
-    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding"}
-    | {"upgrade", "content-length", "expect"}
-)
 # The body was decompressed and read as JSON, whatever the client called it.
-_NOT_ASKED: Final = _OF_ONE_HOP | {"host", "content-type", "content-encoding", "accept-encoding"}
-_NOT_ANSWERED: Final = _OF_ONE_HOP | {"date", "server"}
+_NOT_ASKED: Final = OF_ONE_HOP | {"host", "content-type", "content-encoding", "accept-encoding"}
 
 
 class _Unanswered(Exception):
@@ -150,7 +145,7 @@ async def _answer_of(
             raise _no_route_there(http.path, engine.capabilities, model=backend_of(http).model)
         _count(whole, observation)
         observation.outcome = Outcome.DONE if answer.status < 400 else outcome_of(answer.status)
-        return web.Response(status=answer.status, body=whole, headers=_without(_NOT_ANSWERED, answer.headers))
+        return web.Response(status=answer.status, body=whole, headers=without(NOT_ANSWERED, answer.headers))
 
 
 async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> Answer:
@@ -162,7 +157,7 @@ async def _asked(engine: OwnRoutes, http: web.Request, raw: bytes) -> Answer:
     key = engine.own_routes_key
     ours = {"authorization"} if key or backend_of(http).keys() is not None else set()
     context = headers_to_pass_on()
-    passed_on = _without(_NOT_ASKED | ours | set(context), http.headers)
+    passed_on = without(_NOT_ASKED | ours | set(context), http.headers)
     headers = [("Host", "localhost"), *passed_on, *context.items(), ("Content-Type", "application/json")]
     if key:
         headers.append(("Authorization", f"Bearer {key}"))
@@ -210,7 +205,7 @@ async def _pass_on(
     events = _Events(answer)
     first = await events.more()
     observation.began()
-    response = EventStream(status=answer.status, headers=_without(_NOT_ANSWERED, answer.headers))
+    response = EventStream(status=answer.status, headers=without(NOT_ANSWERED, answer.headers))
     try:
         await response.prepare(http)
         try:
@@ -238,10 +233,6 @@ async def _send(response: EventStream, events: bytes, answer: Answer) -> None:
 def _died(lost: _Unanswered) -> ApiError:
     died = EngineDied(f"the engine died during the answer, which only its own server could go on with: {lost}")
     return from_engine_error(died)
-
-
-def _without(names: Iterable[str], headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in headers.items() if name.lower() not in names]
 
 
 def _count_events(events: bytes, observation: Observation) -> None:

@@ -4,7 +4,6 @@ The daemon listens on a Unix socket with the same application that it has at the
 so such a request is checked, counted and answered there as ever, keys included.
 """
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -12,14 +11,10 @@ from aiohttp import ClientConnectionResetError, web
 
 from flexpiped.api.errors import unavailable
 from flexpiped.api.handlers import read_body
+from flexpiped.api.hop_headers import NOT_ANSWERED, OF_ONE_HOP, without
 from flexpiped.api.own_answer import Answer, asked
 
-_OF_ONE_HOP: Final = frozenset(
-    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding"}
-    | {"upgrade", "content-length", "expect"}
-)
-_NOT_ASKED: Final = _OF_ONE_HOP | {"content-encoding"}  # the body was decompressed here
-_NOT_ANSWERED: Final = _OF_ONE_HOP | {"date", "server"}
+_NOT_ASKED: Final = OF_ONE_HOP | {"content-encoding"}  # the body was decompressed here
 _STREAMED: Final = "text/event-stream"
 
 
@@ -36,7 +31,7 @@ class Relay:
             ApiError: 503, the daemon does not answer; 408, the body does not come.
         """
         body = await read_body(http)
-        headers = [*_without(_NOT_ASKED, http.headers), ("Connection", "close")]
+        headers = [*without(_NOT_ASKED, http.headers), ("Connection", "close")]
         try:
             with await asked(
                 self._socket, method=http.method, target=http.path_qs, headers=headers, body=body
@@ -47,7 +42,7 @@ class Relay:
 
 
 async def _answered(http: web.Request, answer: Answer) -> web.StreamResponse:
-    headers = _without(_NOT_ANSWERED, answer.headers)
+    headers = without(NOT_ANSWERED, answer.headers)
     if http.method == "HEAD":
         length = answer.headers.get("Content-Length")
         return web.Response(status=answer.status, headers=[*headers, *([("Content-Length", length)] if length else [])])
@@ -68,7 +63,3 @@ async def _passed_on(http: web.Request, response: web.StreamResponse, answer: An
         if http.transport is not None:
             http.transport.abort()
     return response
-
-
-def _without(names: Iterable[str], headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in headers.items() if name.lower() not in names]
