@@ -18,6 +18,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 _CLOSE_TIMEOUT_S = 2.0
+_NEEDED = "transformers, tokenizers and msgspec"
 
 
 class Channel(asyncio.Protocol):
@@ -68,9 +69,10 @@ class Channel(asyncio.Protocol):
 class Child:
     """One life of the text process."""
 
-    def __init__(self, process: Process, channel: Channel) -> None:
+    def __init__(self, process: Process, channel: Channel, *, python: str) -> None:
         self._process = process
         self._channel = channel
+        self._python = python
 
     @property
     def pid(self) -> int:
@@ -88,7 +90,10 @@ class Child:
         await asyncio.wait((self._channel.ready, self._channel.lost), return_when=asyncio.FIRST_COMPLETED)
         if self._channel.ready.done():
             return self._channel.ready.result()
-        raise TextStartFailed(f"the text process did not start: {await self.ended()}")
+        reason = await self.ended()
+        if not self._channel.lost.result():  # it did not come as far as to say why
+            reason += f"; {self._python} must be a Python with {_NEEDED}"
+        raise TextStartFailed(f"the text process did not start: {reason}")
 
     async def ended(self) -> str:
         """Wait until the process has gone, and say why. Cancelling the wait does not end the process."""
@@ -125,7 +130,7 @@ async def spawn(*, python: str, model: Path, on_reply: Callable[[Reply], None]) 
             )
         except OSError as error:
             ours.close()
-            raise TextStartFailed(f"the text process did not start: {error}") from error
+            raise TextStartFailed(f"the text process did not start: {python}: {error.strerror}") from error
     ours.setblocking(False)
     _transport, channel = await asyncio.get_running_loop().create_unix_connection(lambda: Channel(on_reply), sock=ours)
-    return Child(process, channel)
+    return Child(process, channel, python=python)

@@ -140,8 +140,15 @@ async def test_a_model_that_cannot_be_read_is_a_clear_error(tmp_path: Path, capf
 
 
 async def test_a_missing_interpreter_is_a_clear_error(model: Path) -> None:
-    with pytest.raises(TextStartFailed, match="no-such-python"):
+    with pytest.raises(TextStartFailed, match=r"^the text process did not start: /no-such-python: No such file"):
         await TextService(model=model, python="/no-such-python").start()
+
+
+async def test_an_interpreter_that_cannot_run_it_is_named(model: Path) -> None:
+    service = TextService(model=model, python="/bin/false")
+    with pytest.raises(TextStartFailed, match=r"it ended with status 1; /bin/false must be a Python with transformers"):
+        await service.start()
+    await service.close()
 
 
 async def test_it_gives_up_in_the_end(model: Path) -> None:
