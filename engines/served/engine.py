@@ -1,14 +1,11 @@
 """The daemon's side of an engine with a server of its own: start it, supervise it, refactor it, end it.
 
-What vLLM and SGLang have in common stands here. An engine adds how it is started, how requests and tokens travel, and
-what it can do.
+What vLLM and SGLang have in common stands here; what an engine adds is in ``engines.served.kind``.
 """
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,13 +15,14 @@ from engines.life import Life
 from engines.outliving import Outliving
 from engines.protocol import EngineCapabilities, EngineCounters, RefactorCheck, RefactorProgress, StageStatus
 from engines.served.adopting import AdoptedServer
-from engines.served.channel import CallFailed, Channel, ChannelClosed, Message
+from engines.served.channel import CallFailed, ChannelClosed, Message
 from engines.served.connecting import before_death
-from engines.served.handovers import AfterMoves, Handovers, HandoverSetup
+from engines.served.handovers import Handovers
 from engines.served.keeper_messages import Memo
+from engines.served.kind import ServedKind, ServedSetup
 from engines.served.leaving import Leaving
 from engines.served.link import EngineLink
-from engines.served.logs import LogDialect, LogLine
+from engines.served.logs import LogLine
 from engines.served.ranks import boot_counts
 from engines.served.run_directory import HTTP_SOCKET
 from engines.served.server import EngineServer
@@ -38,19 +36,7 @@ from planner.model_graph import ModelGraph
 _DRAIN_POLL_S: Final = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedSetup:
-    """What the daemon's side needs to know of one engine, whichever it is, and what people read of it."""
-
-    name: str
-    listener: str  # the process at the other end of the channel
-    dialect: LogDialect
-    handover: HandoverSetup
-    start_deadline_s: float
-    hang_deadline_s: float
-
-
-class ServedEngine(ABC):
+class ServedEngine(ServedKind):
     """An ``Engine`` that is a server in an environment of its own.
 
     Such an engine boots with a decoder on each rank at least: where ``pipeline`` has less, ``pipeline`` is the nearest
@@ -102,40 +88,6 @@ class ServedEngine(ABC):
         )
         self._last_progress = ""
         self.info: Message = {}  # what the engine said of itself when it was ready
-
-    # --- what an engine adds ---
-
-    @abstractmethod
-    async def _version(self) -> str:
-        """Return the version that will run. Raises: EngineStartFailed, UnsupportedByEngine."""
-
-    @abstractmethod
-    async def _launch(self, server: EngineServer, counts: Sequence[int]) -> None:
-        """Start its processes with ``counts`` decoders on each rank. Raises: EngineStartFailed, UnsupportedByEngine."""
-
-    @abstractmethod
-    async def _contact(self, server: EngineServer) -> tuple[Channel, Message]:
-        """Wait until it serves; return the channel to what schedules its steps, and what it says of itself."""
-
-    @abstractmethod
-    def _processes(self) -> list[tuple[int, str]]:
-        """Return its processes with their names in words, those first that take others with them. ``info`` is set."""
-
-    @abstractmethod
-    def _take_over(self) -> EngineCapabilities:
-        """Take over an engine that is ready, and return what it can do."""
-
-    @abstractmethod
-    def generate(self, request: Any) -> AsyncIterator[Any]:
-        """As ``Engine.generate``."""
-
-    def _after_moves(self) -> AfterMoves | None:
-        """Return what follows its moves. The link and ``info`` are set."""
-        return None
-
-    def _secrets(self) -> dict[str, str]:
-        """Return what the next daemon needs to speak with it."""
-        return {}
 
     # --- the protocol ---
 

@@ -15,7 +15,8 @@ from engines.protocol import EngineCapabilities, FinishReason, GenerationRequest
 from engines.served.adopting import AdoptedServer
 from engines.served.channel import Channel, Message
 from engines.served.connecting import first_contact, read_hub_token
-from engines.served.engine import ServedEngine, ServedSetup
+from engines.served.engine import ServedEngine
+from engines.served.kind import ServedSetup
 from engines.served.logs import LogLine
 from engines.served.options import handover_setup
 from engines.served.sampling import tokens_left
