@@ -107,17 +107,27 @@ class EngineStart:
         stack.callback(self._survivors.let_go)
         if (adopted := await self._adopt(stack, offers, model)) is not None:
             return adopted
+        if (restored := await self._restore(stack, offers, model)) is not None:
+            return restored
+        return await self._begin_as_configured(stack, offers)
+
+    async def _restore(self, stack: AsyncExitStack, offers: EngineOffers, model: Model) -> Replicas | None:
+        """Begin with the layout of the last run; None: there is none, or the engine does not start with it."""
         async with self._planning:
             last = await self._last_layout(offers, num_decoders=model.graph.num_decoders)
             self._in_force.coming = () if last is None else (last.pipeline, *last.further)
-        if last is not None:
-            try:
-                replicas = await self._supervise(stack, last)
-                self.further = last.further
-                return replicas
-            except EngineError as error:
-                await asyncio.to_thread(self._journal.forget_intent)
-                self._not_restored(f"the engine did not start with it: {error}")
+        if last is None:
+            return None
+        try:
+            replicas = await self._supervise(stack, last)
+        except EngineError as error:
+            await asyncio.to_thread(self._journal.forget_intent)
+            self._not_restored(f"the engine did not start with it: {error}")
+            return None
+        self.further = last.further
+        return replicas
+
+    async def _begin_as_configured(self, stack: AsyncExitStack, offers: EngineOffers) -> Replicas:
         settings = self._settings()
         configured = offers.of(settings.engine.value)
         async with self._planning:

@@ -183,6 +183,18 @@ class Collapse:
 
 def collapse(kinds: Kinds, reach: Reach) -> Collapse:
     """Take together what reaches equally far: near the best limits, memory makes no difference on most devices."""
+    of_kind, chosen = _kinds_alike(kinds, reach)
+    of_class, hosts = _classes_alike(kinds, of_kind)
+    return Collapse(
+        table=KindTable(kinds=[kinds.kinds[index] for index in chosen], hosts=hosts),
+        reach=reach.of_kinds(chosen),
+        of_kind=tuple(of_kind),
+        of_class=tuple(of_class),
+    )
+
+
+def _kinds_alike(kinds: Kinds, reach: Reach) -> tuple[list[int], list[int]]:
+    """Return the number of each kind among those that differ, -1 for one of no use, and the first of each number."""
     pieces = np.arange(reach.network.shape[1])
     useful = (reach.host > pieces).any(axis=1) | (reach.from_start > 0)
     of_kind: list[int] = []
@@ -198,6 +210,11 @@ def collapse(kinds: Kinds, reach: Reach) -> Collapse:
             numbers[key] = len(chosen)
             chosen.append(index)
         of_kind.append(numbers[key])
+    return of_kind, chosen
+
+
+def _classes_alike(kinds: Kinds, of_kind: list[int]) -> tuple[list[int], list[HostClass]]:
+    """Return the number of each class of hosts among those that differ, -1 for one of no use, and those classes."""
     classes: dict[tuple[str, int, tuple[tuple[int, int], ...]], list[str]] = {}
     of_class = []
     for host in kinds.hosts:
@@ -218,12 +235,7 @@ def collapse(kinds: Kinds, reach: Reach) -> Collapse:
         HostClass(rack=rack, devices=devices, kinds=found, hosts=tuple(names))
         for (rack, devices, found), names in classes.items()
     ]
-    return Collapse(
-        table=KindTable(kinds=[kinds.kinds[index] for index in chosen], hosts=hosts),
-        reach=reach.of_kinds(chosen),
-        of_kind=tuple(of_kind),
-        of_class=tuple(of_class),
-    )
+    return of_class, hosts
 
 
 def memory_reach(kinds: Kinds, costs: SegmentCosts, *, kv_tokens: int) -> Ints:

@@ -176,6 +176,22 @@ def whole_flow(
         "misc/catchctrlc=FALSE\n"  # as for CP-SAT
         "presolving/maxrounds=0\n"  # a flow has little to presolve: with it these take up to ten times as long
     )
+    solver.LoadModelFromProto(_whole_model(arcs, limits=limits, most=most))
+    solver.SetNumThreads(1)
+    solver.SetTimeLimit(max(1, int(limit_s * 1000)))
+    match solver.Solve():
+        case pywraplp.Solver.INFEASIBLE:
+            return Outcome.INFEASIBLE, np.zeros(0)
+        case pywraplp.Solver.OPTIMAL | pywraplp.Solver.FEASIBLE:
+            response: Any = linear_solver_pb2.MPSolutionResponse()
+            solver.FillSolutionResponseProto(response)
+            return Outcome.FEASIBLE, np.round(np.asarray(response.variable_value))
+        case _:
+            return Outcome.UNKNOWN, np.zeros(0)
+
+
+def _whole_model(arcs: FlowArcs, *, limits: NDArray[np.float64], most: int) -> Any:
+    """Return the model of ``whole_flow``: what enters a node leaves it, and nothing is drawn beyond its limit."""
     proto: Any = linear_solver_pb2.MPModelProto()
     balance: dict[int, list[tuple[int, float]]] = {}
     draws: dict[int, list[tuple[int, float]]] = {}
@@ -203,15 +219,4 @@ def whole_flow(
         if sum(amount for _, amount in terms) > limits[limit]:
             add(terms, -np.inf, float(limits[limit]))
     add([(arc, 1.0) for arc, use in enumerate(arcs.uses.tolist()) if use >= 0], 0.0, float(most))
-    solver.LoadModelFromProto(proto)
-    solver.SetNumThreads(1)
-    solver.SetTimeLimit(max(1, int(limit_s * 1000)))
-    match solver.Solve():
-        case pywraplp.Solver.INFEASIBLE:
-            return Outcome.INFEASIBLE, np.zeros(0)
-        case pywraplp.Solver.OPTIMAL | pywraplp.Solver.FEASIBLE:
-            response: Any = linear_solver_pb2.MPSolutionResponse()
-            solver.FillSolutionResponseProto(response)
-            return Outcome.FEASIBLE, np.round(np.asarray(response.variable_value))
-        case _:
-            return Outcome.UNKNOWN, np.zeros(0)
+    return proto
