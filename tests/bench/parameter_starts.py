@@ -9,9 +9,7 @@ mapped stays in the page cache, so that storage cannot be measured there. Moves 
 import argparse
 import asyncio
 import json
-import os
 import re
-import shutil
 import threading
 import time
 from collections import defaultdict
@@ -34,16 +32,15 @@ from planner.handover import HandoverPhase
 from planner.layout import Pipeline, pipeline_of
 from planner.start_times import Origin
 from tests.bench import direct
+from tests.bench.page_cache import copied, set_up
 from tests.bench.program import DEVICES, checkpoint, parser, prompts, qwen_checkpoint, run, setup_of
 from tests.bench.stats import median
 from tests.bench.tables import ms, say, table, write_json
 from tests.support.until import until
-from topology.page_cache import cached_share
 from topology.units import GIB, MIB
 
 _DTYPES: Final = ("bfloat16", "float32")
 _DECODER: Final = re.compile(r"\.(?:layers|h)\.(\d+)\.")
-_MOST_LEFT: Final = 0.1  # of a file in the page cache, for it to count as dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,34 +80,6 @@ class _Model:
         return pipeline_of(device_ids=DEVICES[:stages], cuts=cuts, num_decoders=self.num_decoders)
 
 
-def _drop(files: Sequence[Path]) -> None:
-    """Have the kernel forget files; what is pinned or mapped stays."""
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # pages that are not written yet would stay
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def _read(files: Sequence[Path]) -> None:
-    """Have the kernel's page cache hold files."""
-    for file in files:
-        with file.open("rb", buffering=0) as opened:
-            while opened.read(16 * MIB):
-                pass
-
-
-def _set_up(origin: Origin, files: Sequence[Path]) -> float:
-    """Bring the page cache into the state that belongs to an origin; return the share of the files in it."""
-    (_read if origin is Origin.PAGE_CACHE else _drop)(files)
-    share = cached_share(files)
-    if origin is Origin.STORAGE and share > _MOST_LEFT:
-        say(f"{share:.0%} of the files stay in the page cache: another process maps them, and this is no cold start")
-    return share
-
-
 class _Bench:
     """Measures one dtype."""
 
@@ -123,7 +92,7 @@ class _Bench:
     async def start(self, origin: Origin, address: str) -> Figures:
         """Start an engine of one stage, and have a stage's part read beside it, before."""
         load_s = await self._load(origin, address)
-        share = await asyncio.to_thread(_set_up, origin, self._model.files)
+        share = await asyncio.to_thread(set_up, origin, self._model.files)
         began_s = time.monotonic()
         options = msgspec.structs.replace(self._engine, parameters=address)
         async with direct.running(options, self._model.layout(1)) as engine:
@@ -140,7 +109,7 @@ class _Bench:
         )
 
     async def _load(self, origin: Origin, address: str) -> float:
-        await asyncio.to_thread(_set_up, origin, self._model.files)
+        await asyncio.to_thread(set_up, origin, self._model.files)
         client = ParameterClient(address, of="bench")
         try:
             return await asyncio.to_thread(self._half_of_the_decoders, client)
@@ -215,7 +184,7 @@ def _row(dtype: str, origin: Origin, found: Sequence[Figures], moves: dict[str, 
 
 def _copied(directory: Path, *, into: Path) -> _Model:
     """Copy a model, so that nobody else has its files mapped."""
-    shutil.copytree(directory, into)
+    copied(directory, into=into)
     decoders: int = json.loads((into / "config.json").read_text())["num_hidden_layers"]
     return _Model(directory=into, num_decoders=decoders)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import uvloop
 
 from planner.layout import Pipeline, pipeline_of
-from tests.support.checkpoints import bench_llama
+from tests.support.checkpoints import bench_llama, make_llama
 from tests.support.qwen_checkpoint import REAL_SHAPE, make_qwen
 
 DEVICES: Final = tuple(f"cpu:{index}" for index in range(8))
@@ -71,6 +71,30 @@ def qwen_checkpoint(options: argparse.Namespace) -> Path:
     """Return a directory of Qwen2.5-0.5B's shape with random weights in bfloat16, which is made if it is not there."""
     given: Path | None = options.checkpoint
     return (given or make_qwen(_CACHE / "qwen-0.5b", shape=REAL_SHAPE)).resolve()
+
+
+def wide_checkpoint(options: argparse.Namespace) -> Path:
+    """Return a directory of TinyLlama-1.1B's shape, but for its vocabulary, which is made if it is not there.
+
+    1.9 GB of random weights in bfloat16, nearly all of them in its 22 decoders.
+    """
+    given: Path | None = options.checkpoint
+    return (given or _wide_llama()).resolve()
+
+
+def _wide_llama() -> Path:
+    return make_llama(
+        _CACHE / "wide-llama",
+        num_layers=22,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_heads=32,
+        num_kv_heads=4,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        dtype="bfloat16",
+    )
 
 
 def even(stages: int) -> Pipeline:

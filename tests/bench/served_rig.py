@@ -112,10 +112,10 @@ def common_options(model: str, graph: ModelGraph, setup: EngineSetup, *, python:
     }
 
 
-def graph_of(model: Path) -> ModelGraph:
-    """Return the graph of a checkpoint in float32."""
+def graph_of(model: Path, *, dtype: str = "float32") -> ModelGraph:
+    """Return the graph of a checkpoint that is computed in ``dtype``."""
     checkpoint = read_checkpoint(model)
-    return build_model_graph(checkpoint.config, checkpoint.tensors, dtype="float32")
+    return build_model_graph(checkpoint.config, checkpoint.tensors, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
