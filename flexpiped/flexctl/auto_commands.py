@@ -32,7 +32,7 @@ def add_decisions_arguments(parser: ArgumentParser) -> None:
 
 
 def auto(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
-    """Change whether the daemon adapts by itself."""
+    """Change whether the daemon adapts by itself, until it ends: a restart begins with what the configuration says."""
     answer = client.call("POST", of_model("/auto", options), {"mode": options.mode})
     screen.write([json.dumps(answer) if options.json else f"auto {answer['mode']}: {_MEANINGS[answer['mode']]}"])
     return Exit.DONE
