@@ -240,7 +240,9 @@ async def observed(http: web.Request, endpoint: Endpoint) -> AsyncIterator[tuple
 
 
 async def read_body(http: web.Request) -> bytes:
-    """Raises: ApiError, when the body does not decompress or ends early."""
+    """Raises: ApiError, when the body does not decompress or ends early; HTTPRequestEntityTooLarge, unread."""
+    if (http.content_length or 0) > http.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(max_size=http.client_max_size, actual_size=http.content_length or 0)
     try:
         if http.content.is_eof():  # as of most: it came with the head
             return await http.read()

@@ -120,6 +120,15 @@ async def test_paths_and_methods(app: HttpApp, session: aiohttp.ClientSession) -
         await error_of(response)
 
 
+async def test_a_body_that_says_it_is_too_large_is_not_waited_for(app: HttpApp) -> None:
+    host, port = app.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+    async with asyncio.timeout(10.0):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+
 async def test_a_body_that_does_not_decompress(app: HttpApp, session: aiohttp.ClientSession) -> None:
     headers = {"Content-Encoding": "gzip"}
     async with session.post(f"{app.url}/v1/completions", data=b"no gzip", headers=headers) as response:
