@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from engines.served.plugin_path import SHARED
 
 sys.path.append(str(SHARED))  # as the interpreter of an engine has it
 
-from flexpiped_served.weights import HelperFailed, Manifest, WeightHelper, lay_out, layer_weights
+from flexpiped_served.checkpoint import layer_weights
+from flexpiped_served.weights import HelperFailed, Manifest, WeightHelper, lay_out
 
 pytestmark = pytest.mark.real_loop
 DEADLY, WRONG = 7, 8
@@ -67,6 +69,23 @@ def test_one_that_was_killed_is_replaced_and_the_next_knows_what_it_knew(helper:
     os.kill(killed, signal.SIGKILL)
     assert helper.load(3)["w"].tolist() == [3, 5]
     assert helper.pid != killed
+
+
+def test_one_that_replaces_another_outlives_the_thread_that_has_asked(helper: WeightHelper) -> None:
+    os.kill(helper.pid, signal.SIGKILL)
+    pids = []
+    for _ in range(2):  # each move has a thread of its own
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(helper.load, 3).result()["w"].tolist() == [3, 0]
+        pids.append(helper.pid)
+    assert pids[0] == pids[1]
+
+
+def test_threads_get_what_they_have_asked_for(helper: WeightHelper) -> None:
+    """As when a move was called off while it waits for a layer, and the next one asks."""
+    with ThreadPoolExecutor(4) as threads:
+        layers = list(threads.map(helper.load, range(10, 50)))
+    assert [layer["w"].tolist()[0] for layer in layers] == list(range(10, 50))
 
 
 def test_a_layer_that_kills_each_that_loads_it_is_an_error(helper: WeightHelper) -> None:

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from flexpiped_served.checkpoint import others_pattern, read_file
 from flexpiped_served.finding import CannotMove
 from flexpiped_served.keeping import KeptLayers
-from flexpiped_served.weights import Manifest, lay_out, mapped, others_pattern, read_file
+from flexpiped_served.weights import Manifest, lay_out, mapped
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 _EXPECTED = (OSError, RuntimeError, ValueError)  # a start goes on without the keeper, whatever is wrong with it

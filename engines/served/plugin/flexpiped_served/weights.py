@@ -13,15 +13,15 @@ import fcntl
 import json
 import mmap
 import os
-import re
 import signal
 import socket
 import struct
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -35,11 +35,6 @@ _HEADER = struct.Struct("<I")
 _REQUEST = struct.Struct("<i")  # a layer that is wanted; its complement: one that the worker has let go of
 _KEEPER = -(1 << 31)  # in place of a layer; the address of a keeper follows, after its length
 _LENGTH = struct.Struct("<Q")
-_TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
-}  # fmt: skip
 
 Manifest = list[tuple[str, int, list[int], str]]  # of each parameter: name, where it begins, shape, type
 
@@ -69,7 +64,7 @@ class Loader(Protocol):
 
 
 class WeightHelper:
-    """The worker's side: one request at a time.
+    """The worker's side: one request at a time, whichever thread asks. Made in the main thread.
 
     Args:
         loader: Called in the helper.
@@ -78,6 +73,9 @@ class WeightHelper:
 
     def __init__(self, loader: Loader, *, let_go: Callable[[], None]) -> None:
         self._loader, self._let_go = loader, let_go
+        self._asking = threading.Lock()
+        # Of which a helper is forked that replaces another: it would end with the thread that asks, as a move's does.
+        self._lasting = ThreadPoolExecutor(1, thread_name_prefix="flexpiped-forks")
         self._fork()
 
     def _fork(self) -> None:
@@ -98,15 +96,20 @@ class WeightHelper:
         Raises:
             HelperFailed
         """
-        try:
-            return self._ask(index)
-        except _HelperDied:
-            self.close()
-            self._fork()
-            return self._ask(index)
+        with self._asking:  # a move that was called off may still wait for its layer
+            try:
+                return self._ask(index)
+            except _HelperDied:
+                self._end()
+                self._lasting.submit(self._fork).result()
+                return self._ask(index)
 
     def close(self) -> None:
         """Have it end, and return when it has."""
+        self._end()
+        self._lasting.shutdown()
+
+    def _end(self) -> None:
         self._socket.close()
         with suppress(ChildProcessError):  # somebody else has taken notice of its end
             os.waitpid(self.pid, 0)
@@ -253,47 +256,3 @@ def _aligned(end: int) -> int:
 
 def _moved(places: Manifest, begin: int) -> Manifest:
     return [(name, begin + start, shape, dtype) for name, start, shape, dtype in places]
-
-
-def layer_pattern(prefix: str, index: int) -> re.Pattern[str]:
-    """Return what the names of a layer's tensors match; ``prefix`` is that of all layers, as ``model.layers``."""
-    return re.compile(rf"(^|\.){re.escape(prefix.rpartition('.')[2])}\.{index}\.")
-
-
-def others_pattern(prefix: str, indexes: Iterable[int]) -> re.Pattern[str]:
-    """Return what the names of all tensors match but those of these layers."""
-    layers = "|".join(layer_pattern(prefix, index).pattern for index in indexes)
-    return re.compile(rf"^(?!.*?(?:{layers}))")
-
-
-def read_file(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the wanted tensors of a safetensors file, mapped: 8 bytes of length, a JSON header, then the data."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    for name, entry in header.items():
-        if name != "__metadata__" and wanted.search(name):
-            start, end = entry["data_offsets"]
-            raw = torch.frombuffer(pages, dtype=torch.uint8, count=end - start, offset=8 + length + start)
-            dtype = _TORCH_DTYPES[entry["dtype"]]
-            if (8 + length + start) % dtype.itemsize:
-                raw = raw.clone()
-            yield name, raw.view(dtype).view(entry["shape"])
-
-
-def layer_weights(
-    prefix: str, index: int, *, files: Iterable[Path] | None, read_all: Callable[[], Iterable[tuple[str, torch.Tensor]]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the checkpoint's tensors of one layer, as the engine's loader names them.
-
-    Args:
-        files: In the safetensors format; None: the checkpoint has another one.
-        read_all: Returns all tensors, of which those are kept that are wanted.
-    """
-    wanted = layer_pattern(prefix, index)
-    if files is None:
-        yield from ((name, tensor) for name, tensor in read_all() if wanted.search(name))
-        return
-    for file in files:
-        yield from read_file(file, wanted)

@@ -3,8 +3,9 @@
 from functools import partial
 from typing import Any
 
+from flexpiped_served.checkpoint import layer_weights
 from flexpiped_served.keeping import layer_key
-from flexpiped_served.weights import Manifest, lay_out, layer_weights
+from flexpiped_served.weights import Manifest, lay_out
 
 from flexpiped_sglang import internals
 from flexpiped_sglang.layers import MadeLayers

@@ -4,8 +4,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from flexpiped_served.checkpoint import layer_weights
 from flexpiped_served.keeping import layer_key
-from flexpiped_served.weights import Manifest, lay_out, layer_weights
+from flexpiped_served.weights import Manifest, lay_out
 
 from flexpiped_vllm import internals
 from flexpiped_vllm.layers import MadeLayers, build_layer
