@@ -195,7 +195,7 @@ class Admission:
         limit = client.max_requests_in_flight
         if limit is not None and share.in_flight >= limit:
             raise Overloaded(
-                f"{share.in_flight} requests of this key are in flight, and at most {limit} may be",
+                f"requests of this key in flight: {share.in_flight}, and at most {limit} may be",
                 reason=OverloadReason.KEY_CONCURRENCY,
                 retry_after_s=self._releases.seconds_until(requests=1),
             )
@@ -246,7 +246,7 @@ class Admission:
 
     def _too_many_requests(self) -> Overloaded:
         return Overloaded(
-            f"{self._requests} requests are in flight, and at most {self._limits.max_requests_in_flight} may be",
+            f"requests in flight: {self._requests}, and at most {self._limits.max_requests_in_flight} may be",
             reason=OverloadReason.TOO_MANY_REQUESTS,
             retry_after_s=self._releases.seconds_until(requests=1),
         )

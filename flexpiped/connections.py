@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, BadHttpMethod, ContentEncodingError, LineTooLong
 
 from flexpiped import log_events
 from flexpiped.api.errors import ClientStoppedReading, from_http_status
 
 _TOO_LARGE: Final = 431  # Request Header Fields Too Large
+_UNSUPPORTED_MEDIA_TYPE: Final = 415
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,10 +148,8 @@ class _Connection(web.RequestHandler):
             frames = traceback.format_tb(exc.__traceback__) if exc is not None else []
             log_events.request_failed(method=request.method, error=type(exc).__name__, frames=frames)
             said = "the server failed at this request; its log says where"
-        elif isinstance(exc, LineTooLong):
-            status, said = _TOO_LARGE, "a line of the request's head is too long"
         else:
-            said = "this is not valid HTTP"
+            status, said = _told(exc, status)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, so there cannot be another one")
         body = from_http_status(status, message=said).encode()
@@ -160,3 +159,20 @@ class _Connection(web.RequestHandler):
 
     def log_exception(self, *_args: Any, **_kwargs: Any) -> None:
         """Say nothing: ``handle_error`` has told what matters, and the rest is how a client behaved."""
+
+
+def _told(error: BaseException | None, status: int) -> tuple[int, str]:
+    """Return status and words for a request that could not be read. aiohttp's words may have a part of it in them."""
+    match error:
+        case LineTooLong():
+            return _TOO_LARGE, "a line of the request's head is too long"
+        case ContentEncodingError():
+            return _UNSUPPORTED_MEDIA_TYPE, "the body's Content-Encoding is not known here; gzip and deflate are"
+        case BadHttpMethod():
+            return status, "the request's method is none of HTTP's"
+        case BadHttpMessage(message="Too many headers received"):
+            return _TOO_LARGE, "the request's head has too many lines: 128 headers are taken"
+        case BadHttpMessage(message="Missing 'Host' header in request."):
+            return status, "the request has no Host header"
+        case _:
+            return status, "this is not valid HTTP"

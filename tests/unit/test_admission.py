@@ -29,7 +29,7 @@ def in_flight(admission: Admission) -> tuple[int, int]:
 
 async def test_a_request_too_many_is_refused(admission: Admission) -> None:
     async with admission.admit(), admission.admit():
-        with pytest.raises(Overloaded, match="2 requests are in flight, and at most 2 may be") as caught:
+        with pytest.raises(Overloaded, match="requests in flight: 2, and at most 2 may be") as caught:
             await admission.admit().__aenter__()
         assert caught.value.reason is OverloadReason.TOO_MANY_REQUESTS
         assert caught.value.retry_after_s == 1
@@ -195,7 +195,7 @@ async def test_larger_limits_let_those_in_who_wait() -> None:
 async def test_a_key_has_so_many_requests_in_flight(admission: Admission) -> None:
     alice, bob = Client(name="alice", max_requests_in_flight=1), Client(name="bob", max_requests_in_flight=1)
     async with admission.admit(alice), admission.admit(bob):
-        with pytest.raises(Overloaded, match="1 requests of this key") as caught:
+        with pytest.raises(Overloaded, match="requests of this key in flight: 1,") as caught:
             await admission.admit(alice).__aenter__()
         assert caught.value.reason is OverloadReason.KEY_CONCURRENCY
         assert admission.in_flight_of(alice) == 1
