@@ -45,10 +45,15 @@ class Served:
 
 
 @contextmanager
-def machine_with(folder: Path, package: Path, *, name: str, python: str, bind: Sequence[str] = ()) -> Iterator[Machine]:
-    """Boot a machine with the package installed, and the environment of ``python`` bound to ``/srv/NAME``."""
+def machine_with(
+    folder: Path, package: Path, *, name: str, python: str, bind: Sequence[str] = (), packages: Sequence[str] = ()
+) -> Iterator[Machine]:
+    """Boot a machine with the package installed, and the environment of ``python`` bound to ``/srv/NAME``.
+
+    ``packages`` are Debian's that it has besides.
+    """
     bound = (f"{package.parent}:/srv/dist", f"{Path(python).parents[1]}:/srv/{name}", *bind)
-    with machine_in(folder, bind=[f"--bind-ro={each}" for each in bound]) as machine:
+    with machine_in(folder, bind=[f"--bind-ro={each}" for each in bound], packages=packages) as machine:
         machine.boot()
         machine.do("dpkg", "--install", f"/srv/dist/{package.name}")
         yield machine

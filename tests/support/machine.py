@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RELEASE = "bookworm"
-BASE = Path.home() / ".cache" / "flexpiped" / f"debian-{RELEASE}"
-PACKAGES = "systemd,systemd-sysv,dbus,python3,procps"
+CACHE = Path.home() / ".cache" / "flexpiped"
+PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "procps")
 TOOLS = ("systemd-nspawn", "debootstrap", "nsenter", "dpkg-deb")
 # What vLLM's build for the CPU needs of the host besides its environment (Debian's libnuma1); the base is without it.
 NUMA = "/usr/lib/x86_64-linux-gnu/libnuma.so.1"
@@ -30,20 +30,22 @@ def missing_tools() -> list[str]:
     return [tool for tool in TOOLS if shutil.which(tool) is None]
 
 
-def ensure_base() -> Path:
-    """Return the base, made if there is none: a minute, and 300 MB."""
-    BASE.parent.mkdir(parents=True, exist_ok=True)
-    with BASE.with_suffix(".lock").open("w") as lock:
+def ensure_base(*more: str) -> Path:
+    """Return a base that has ``more`` packages, made if there is none: a minute or two, and 300 MB or more."""
+    base = CACHE / "-".join((f"debian-{RELEASE}", *more))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{base.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (BASE / "usr/bin/systemctl").exists():
-            shutil.rmtree(BASE, ignore_errors=True)
-            made = BASE.with_suffix(".part")
+        if not (base / "usr/bin/systemctl").exists():
+            shutil.rmtree(base, ignore_errors=True)
+            made = CACHE / f"{base.name}.part"
             shutil.rmtree(made, ignore_errors=True)
-            done = _run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", RELEASE, str(made)])
+            included = ",".join((*PACKAGES, *more))
+            done = _run(["debootstrap", "--variant=minbase", f"--include={included}", RELEASE, str(made)])
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             (made / "root").chmod(0o755)  # a Python of root's own is bound there
-            made.rename(BASE)
-    return BASE
+            made.rename(base)
+    return base
 
 
 class Machine:
@@ -142,12 +144,12 @@ class Machine:
 
 
 @contextmanager
-def machine_in(folder: Path, *, bind: Sequence[str] = ()) -> Iterator[Machine]:
-    """Make a machine whose disk is a layer above the base, and destroy it afterwards."""
+def machine_in(folder: Path, *, bind: Sequence[str] = (), packages: Sequence[str] = ()) -> Iterator[Machine]:
+    """Make a machine whose disk is a layer above a base with these ``packages`` too, and destroy it afterwards."""
     root, upper, work = (folder / name for name in ("root", "upper", "work"))
     for each in (root, upper, work):
         each.mkdir()
-    layers = f"lowerdir={ensure_base()},upperdir={upper},workdir={work}"
+    layers = f"lowerdir={ensure_base(*packages)},upperdir={upper},workdir={work}"
     mounted = _run(["mount", "-t", "overlay", "overlay", "-o", layers, str(root)])
     assert mounted.returncode == 0, mounted.stderr
     machine = Machine(folder, bind=bind)
