@@ -22,7 +22,7 @@ from types import SimpleNamespace as N
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.workspace import init_workspace_manager
-from flexpiped_vllm import internals
+from flexpiped_vllm import compiled_internals
 from flexpiped_vllm.compiling import CompileFailed
 from flexpiped_vllm.cuda_graphs import GraphedForward
 from flexpiped_served.failpoints import Failpoints
@@ -58,9 +58,9 @@ forward, core = graphed(CUDAGraphMode.FULL_AND_PIECEWISE)
 forward._runner.capture_model()  # as vLLM does at start
 said("at start", forward.state)
 seen.clear()
-wrapper = internals.CUDAGraphWrapper.__new__(internals.CUDAGraphWrapper)
+wrapper = compiled_internals.CUDAGraphWrapper.__new__(compiled_internals.CUDAGraphWrapper)
 wrapper.concrete_cudagraph_entries = {"a batch": "a graph"}
-internals.CUDAGraphWrapper._all_instances.add(wrapper)
+compiled_internals.CUDAGraphWrapper._all_instances.add(wrapper)
 forward.fall_back()
 said("fallen back", [forward.state, core.do_not_compile, core.aot_compiled_fn, wrapper.concrete_cudagraph_entries])
 said("dispatching", forward._runner.cudagraph_dispatcher.keys_initialized)

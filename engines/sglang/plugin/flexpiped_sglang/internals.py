@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flexpiped_served.signatures import parameters_of
 from sglang.srt.runtime_context import get_parallel
 from sglang.version import __version__ as VERSION  # noqa: N812
 
@@ -57,10 +58,6 @@ __all__ = [
 ]
 
 
-def _parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
 def _in_order(function: Any, *words: str) -> bool:
     """Return whether a function is there, and has these one after the other."""
     if function is None:
@@ -72,33 +69,33 @@ def _in_order(function: Any, *words: str) -> bool:
 
 def _expectations() -> list[tuple[str, bool]]:
     return [
-        ("Scheduler._poll_timeout_aborts()", _parameters(Scheduler._poll_timeout_aborts) == ["self"]),
+        ("Scheduler._poll_timeout_aborts()", parameters_of(Scheduler._poll_timeout_aborts) == ["self"]),
         (
             "Scheduler.process_input_requests(recv_reqs)",
-            _parameters(Scheduler.process_input_requests) == ["self", "recv_reqs"],
+            parameters_of(Scheduler.process_input_requests) == ["self", "recv_reqs"],
         ),
         (
             "Scheduler.get_next_batch_to_run(running_batch, last_batch)",
-            _parameters(Scheduler.get_next_batch_to_run) == ["self", "running_batch", "last_batch"],
+            parameters_of(Scheduler.get_next_batch_to_run) == ["self", "running_batch", "last_batch"],
         ),
         (
             "Scheduler.process_batch_result(batch, result)",
-            _parameters(Scheduler.process_batch_result) == ["self", "batch", "result"],
+            parameters_of(Scheduler.process_batch_result) == ["self", "batch", "result"],
         ),
         (
             "Scheduler._add_request_to_queue(req, is_retracted)",
-            _parameters(Scheduler._add_request_to_queue) == ["self", "req", "is_retracted"],
+            parameters_of(Scheduler._add_request_to_queue) == ["self", "req", "is_retracted"],
         ),
-        ("PoolStats.get_kv_token_stats()", _parameters(PoolStats.get_kv_token_stats) == ["self"]),
+        ("PoolStats.get_kv_token_stats()", parameters_of(PoolStats.get_kv_token_stats) == ["self"]),
         ("IdleSleeper.poller", _in_order(IdleSleeper.maybe_sleep, "self.poller.poll(")),
-        ("Scheduler.run_batch(batch, ...)", _parameters(Scheduler.run_batch)[:2] == ["self", "batch"]),
+        ("Scheduler.run_batch(batch, ...)", parameters_of(Scheduler.run_batch)[:2] == ["self", "batch"]),
         (
             "Scheduler._pp_microbatches_drained()",
-            _parameters(Scheduler._pp_microbatches_drained) == ["self"],
+            parameters_of(Scheduler._pp_microbatches_drained) == ["self"],
         ),
         (
             "Scheduler._collect_inflight_batches()",
-            _parameters(Scheduler._collect_inflight_batches) == ["self"],
+            parameters_of(Scheduler._collect_inflight_batches) == ["self"],
         ),
         (
             "Scheduler.event_loop_pp (batches of a slot, its requests, those sent on, the choice of what runs)",
@@ -116,21 +113,21 @@ def _expectations() -> list[tuple[str, bool]]:
         ("ScheduleBatch.out_cache_loc", "out_cache_loc" in inspect.getsource(ScheduleBatch)),
         (
             "make_layers(num_hidden_layers, layer_fn, pp_rank, pp_size, prefix, ...)",
-            _parameters(layer_maker.make_layers)[:5]
+            parameters_of(layer_maker.make_layers)[:5]
             == ["num_hidden_layers", "layer_fn", "pp_rank", "pp_size", "prefix"],
         ),
         (
             "DefaultModelLoader._prepare_weights(model_name_or_path, revision, fall_back_to_pt, ...)",
-            _parameters(DefaultModelLoader._prepare_weights)[:4]
+            parameters_of(DefaultModelLoader._prepare_weights)[:4]
             == ["self", "model_name_or_path", "revision", "fall_back_to_pt"],
         ),
         (
             "DefaultModelLoader.load_model(model_config, device_config)",
-            _parameters(DefaultModelLoader.load_model) == ["self", "model_config", "device_config"],
+            parameters_of(DefaultModelLoader.load_model) == ["self", "model_config", "device_config"],
         ),
         (
             "DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)",
-            _parameters(DefaultModelLoader.load_weights_and_postprocess) == ["model", "weights", "target_device"],
+            parameters_of(DefaultModelLoader.load_weights_and_postprocess) == ["model", "weights", "target_device"],
         ),
         ("MHATokenToKVPool._init_data_ptrs_and_strides", hasattr(MHATokenToKVPool, "_init_data_ptrs_and_strides")),
         ("MHATokenToKVPool._build_kv_buffer_descs", hasattr(MHATokenToKVPool, "_build_kv_buffer_descs")),

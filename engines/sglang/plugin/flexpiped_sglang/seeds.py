@@ -5,12 +5,12 @@ allows a few attention backends, none of them for the CPU, and turns the prefix 
 neither: with the seed set, a request goes on after a replay as it would have.
 """
 
-import inspect
 import zlib
 from functools import wraps
 from typing import Any
 
 import torch
+from flexpiped_served.signatures import parameters_of
 
 from flexpiped_sglang.optional import expect
 
@@ -28,7 +28,7 @@ def draw_by_seed() -> None:
 
     describe = SamplingBatchInfo.from_schedule_batch.__func__  # type: ignore[attr-defined]  # a class method
     sample, draw = sampler.top_k_top_p_min_p_sampling_from_probs_torch, sampler.multinomial_with_seed
-    expect(list(inspect.signature(sample).parameters)[:7] == _SAMPLER_TAKES, "the sampler takes other arguments")
+    expect(parameters_of(sample)[:7] == _SAMPLER_TAKES, "the sampler takes other arguments")
     expect(hasattr(SamplingBatchInfo, "sampling_seed"), "batches have no seeds")
 
     @wraps(describe)

@@ -13,7 +13,7 @@ from typing import Any
 
 from flexpiped_served.failpoints import Failpoints
 
-from flexpiped_vllm import internals
+from flexpiped_vllm import compiled_internals
 from flexpiped_vllm.compiling import CompileFailed, CompileHelper, CompileJob
 
 COMPILED, EAGER = "compiled", "eager"
@@ -58,7 +58,7 @@ class CompiledForward:
     def warm_eager(self) -> None:
         """Run the forward pass eagerly once, before requests are served: what is traced or built at first use is then
         built already, and the first step after a fallback takes no longer than the next."""
-        internals.choose_custom_ops(self._core, self._config, eager=True)
+        compiled_internals.choose_custom_ops(self._core, self._config, eager=True)
         self._core.do_not_compile = True
         for tokens in (self._runner.max_num_tokens, 1):
             self._runner._dummy_run(tokens, is_profile=True)
@@ -139,7 +139,7 @@ class CompiledForward:
             raise CompileFailed("nothing was compiled for the layout in force")
         self._failpoints.hit("worker.load_compiled")
         started_s = time.perf_counter()
-        self._loaded = internals.load_compiled(self._artifact, self._core, self._config)
+        self._loaded = compiled_internals.load_compiled(self._artifact, self._core, self._config)
         return time.perf_counter() - started_s
 
     def use(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from flexpiped_served.processes import die_with_parent, first_to_be_killed
 
-from flexpiped_vllm import internals
+from flexpiped_vllm import compiled_internals, internals
 from flexpiped_vllm.layers import MadeLayers, build_layer
 
 _NICE = 19
@@ -160,7 +160,7 @@ def _guard(result_fd: int, model: Model, held: list[int], counts: list[int], *, 
 
 def _compiled(model: Model, held: list[int], counts: list[int]) -> dict[str, Any]:
     os.environ[_PARTITION] = ",".join(map(str, counts))
-    path = internals.artifact_path(model.core, model.config)
+    path = compiled_internals.artifact_path(model.core, model.config)
     if path.exists():  # of this layout, when it was in force before
         loaded = _in_a_child(lambda: _load(model, path))
         if "error" not in loaded:
@@ -211,7 +211,7 @@ def _compile(model: Model, held: list[int], path: Path) -> dict[str, Any]:
     _share_kernels(path.parents[1] / "inductor_cache")
     core.do_not_compile = False
     with internals.set_current_vllm_config(config, check_compile=False):
-        internals.reset_compile_wrapper(core)
+        compiled_internals.reset_compile_wrapper(core)
     save = core.save_aot_compiled_function
 
     def save_and_stop() -> None:
@@ -253,11 +253,11 @@ def _place(model: Model, held: list[int]) -> None:
         internals.process_weights_after_loading(layer, config.model_config, device)
         made.modules[index] = layer
     core.start_layer, core.end_layer = (held[0], held[-1] + 1) if held else (0, 0)
-    internals.choose_custom_ops(core, config, eager=False)
+    compiled_internals.choose_custom_ops(core, config, eager=False)
 
 
 def _load(model: Model, path: Path) -> dict[str, Any]:
     """Load once as the worker will, in processor time: waiting for a core is no part of it."""
     started_s = time.process_time()
-    internals.load_compiled(path, model.core, model.config)
+    compiled_internals.load_compiled(path, model.core, model.config)
     return {"load_s": time.process_time() - started_s}

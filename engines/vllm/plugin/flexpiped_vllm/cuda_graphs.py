@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexpiped_vllm import internals
+from flexpiped_vllm import compiled_internals, internals
 from flexpiped_vllm.compiled import COMPILED, EAGER, CompiledForward
 from flexpiped_vllm.compiling import CompileFailed
 
@@ -36,7 +36,7 @@ class GraphedForward(CompiledForward):
         return EAGER if self._state == EAGER else COMPILED
 
     def warm_eager(self) -> None:
-        if internals.is_compiled(self._core):
+        if compiled_internals.is_compiled(self._core):
             super().warm_eager()
 
     def compile(self, ticket: int, *, held: list[int], counts: list[int]) -> dict[str, Any]:  # noqa: ARG002
@@ -56,7 +56,7 @@ class GraphedForward(CompiledForward):
 
     def _release(self) -> None:
         self._runner.cudagraph_dispatcher.keys_initialized = False  # it answers: no graph, no padding
-        internals.CUDAGraphWrapper.clear_all_graphs()
+        compiled_internals.CUDAGraphWrapper.clear_all_graphs()
 
     def load(self, held: list[int]) -> float:
         """Capture whole steps of the new layout. Requests keep their block tables; dummy runs write no KV."""
@@ -66,7 +66,7 @@ class GraphedForward(CompiledForward):
         runner = self._runner
         runner.cudagraph_dispatcher.keys_initialized = True
         try:
-            internals.unlock_workspace()  # capture_model locks it again
+            compiled_internals.unlock_workspace()  # capture_model locks it again
             with (
                 internals.set_current_vllm_config(self._config, check_compile=False),
                 runner.preserve_serving_state(),

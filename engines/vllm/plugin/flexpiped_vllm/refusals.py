@@ -7,7 +7,7 @@ pass: call those first.
 from collections.abc import Iterable
 from typing import Any
 
-from flexpiped_vllm import internals
+from flexpiped_vllm import compiled_internals, internals
 
 _PULL_BY_NIXL = ("NixlConnector", "NixlPullConnector")
 _Features = list[tuple[str, bool]]  # each with whether it is there
@@ -90,8 +90,8 @@ def of_connector(config: Any) -> _Features:
 
 def of_compiled_mode(config: Any) -> _Features:
     """What of compiled mode and CUDA graphs is not supported. On the CPU vLLM traces once, for all batch sizes."""
-    compilation, modes, envs = config.compilation_config, internals.CompilationMode, internals.envs
-    graphs = internals.has_cuda_graphs(config)
+    compilation, modes, envs = config.compilation_config, compiled_internals.CompilationMode, compiled_internals.envs
+    graphs = compiled_internals.has_cuda_graphs(config)
     frozen = bool(compilation.inductor_compile_config.get("max_autotune"))
     compiled = compilation.mode not in (None, modes.NONE)
     known = compilation.mode in (modes.DYNAMO_TRACE_ONCE, modes.VLLM_COMPILE)

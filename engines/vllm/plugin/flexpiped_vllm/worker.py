@@ -21,7 +21,7 @@ from flexpiped_served.moving import Moving
 from flexpiped_served.side import Reply, SideChannel
 from flexpiped_served.weights import WeightHelper
 
-from flexpiped_vllm import internals, refusals
+from flexpiped_vllm import compiled_internals, internals, refusals
 from flexpiped_vllm.compiled import CompiledForward
 from flexpiped_vllm.compiling import CompileFailed, CompileHelper, Model
 from flexpiped_vllm.cuda_graphs import GraphedForward
@@ -75,7 +75,7 @@ class ResidentRank(KvRank):
             return
         if self._compiled is not None:
             for skeleton in self._layers.absent():
-                internals.choose_custom_ops(skeleton, self.vllm_config, eager=True)
+                compiled_internals.choose_custom_ops(skeleton, self.vllm_config, eager=True)
         self._own_caches(self._layers)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -169,7 +169,7 @@ class ResidentRank(KvRank):
             self._compiled.warm_eager()
 
     def _compiled_forward(self, core: Any) -> CompiledForward | None:
-        if not internals.is_compiled(core):
+        if not compiled_internals.is_compiled(core):
             return None
         return CompiledForward(self.model_runner, core, self.vllm_config, self._failpoints)
 
@@ -315,6 +315,6 @@ class GPUWorker(ResidentRank, internals.VllmGPUWorker):  # type: ignore[misc]
     """A rank on a GPU. Not yet run on a GPU; what CUDA graphs need is in ``cuda_graphs``."""
 
     def _compiled_forward(self, core: Any) -> CompiledForward | None:
-        if not internals.is_compiled(core) and not internals.has_cuda_graphs(self.vllm_config):
+        if not compiled_internals.is_compiled(core) and not compiled_internals.has_cuda_graphs(self.vllm_config):
             return None
         return GraphedForward(self.model_runner, core, self.vllm_config, self._failpoints)
