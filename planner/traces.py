@@ -21,6 +21,7 @@ from planner.errors import InvalidTrace
 from planner.workload import Workload
 
 PREFIX_PIECE_TOKENS = 512  # of a prompt, for each of its hash ids
+_MOST_REQUESTS = 20_000_000  # of a drawn trace: some 4 GB
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -95,8 +96,12 @@ def drawn_trace(workload: Workload, *, duration_s: float, seed: int) -> Trace:
     """Return requests with gamma-distributed times between arrivals and gamma-distributed lengths, of given means.
 
     Raises:
-        InvalidTrace: None falls into ``duration_s``.
+        InvalidTrace: None falls into ``duration_s``, or so many that they would fill the memory.
     """
+    expected = workload.rate_per_s * duration_s
+    if expected > _MOST_REQUESTS:
+        message = f"{workload.rate_per_s:g} requests/s for {duration_s:g} s are {expected:.3g} requests"
+        raise InvalidTrace(f"{message}: at most {_MOST_REQUESTS:,} are drawn; ask for a lower rate or a shorter time")
     draw = random.Random(seed)
     requests: list[TraceRequest] = []
     now_s = 0.0

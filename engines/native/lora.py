@@ -21,6 +21,7 @@ from torch import nn
 from engines.errors import UnsupportedByEngine
 from engines.native.family import Family
 
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _PARTS: Final = {"lora_A.weight": 0, "lora_B.weight": 1}
 # What changes the result and is not computed here; the values that say "not in use".
@@ -56,9 +57,13 @@ def read_adapter(name: str, directory: Path, family: Family) -> Adapter:
     Raises:
         UnsupportedByEngine: It cannot be read, is for another model, or does what is not computed here; says which.
     """
+    for needed in (_CONFIG, _WEIGHTS):
+        if not (directory / needed).exists():
+            there = f"it has no {needed}" if directory.is_dir() else "there is no such directory"
+            raise UnsupportedByEngine(f"adapter {name!r} in {directory}: {there}")
     try:
-        config = json.loads((directory / "adapter_config.json").read_text())
-        halves = _halves(directory / "adapter_model.safetensors")
+        config = json.loads((directory / _CONFIG).read_text())
+        halves = _halves(directory / _WEIGHTS)
         scale = _scale(config)
         return Adapter(name=name, pairs={path: _pair(path, ab, scale, family) for path, ab in halves.items()})
     except (OSError, ValueError, KeyError) as error:

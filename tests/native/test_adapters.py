@@ -213,7 +213,7 @@ async def test_what_cannot_be_read_is_refused_and_changes_nothing(
 ) -> None:
     of_another = make_adapter(tmp_path / "a", of=gpt2(), seed=3, targets=("c_attn",))
     for name, directory, words in (
-        ("late", tmp_path / "nothing", "No such file"),
+        ("late", tmp_path / "nothing", "there is no such directory"),
         ("late", of_another, "not supported"),
         ("attention", of_another, "loaded already"),
     ):

@@ -86,6 +86,11 @@ def test_the_seed_decides_what_is_drawn() -> None:
     assert first != other
 
 
+def test_no_more_is_drawn_than_there_is_memory_for() -> None:
+    with pytest.raises(InvalidTrace, match=r"1e\+09 requests/s for 60 s are 6e\+10 requests: at most 20,000,000"):
+        drawn_trace(Workload(rate_per_s=1e9), duration_s=60, seed=1)
+
+
 def test_fitting_a_trace() -> None:
     fitted = reshaped(THREE, Reshape(speed=2.0, prompt_scale=0.1, max_output_tokens=50, skip_s=1.0))
 
