@@ -204,10 +204,9 @@ async def test_an_interrupt_before_it_has_begun_ends_it(tmp_path: Path) -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    writer = await asyncio.to_thread(pipe.open, "w")  # returns once it reads
-    process.send_signal(signal.SIGINT)
-    out, _ = await process.communicate()
-    writer.close()
+    with await asyncio.to_thread(pipe.open, "w"):  # opens once it reads
+        process.send_signal(signal.SIGINT)
+        out, _ = await asyncio.wait_for(process.communicate(), 30.0)
 
     assert (process.returncode, out) == (0, b"")
 
