@@ -145,7 +145,7 @@ class AutoControl:
             self._found = await self._candidates.starting_now(self._found)
             return
         engine = self._engine()
-        await self._load.sample(*(self._engines() if self._engines is not None else (engine,)))
+        await self._load.sample(*self._all_engines())
         if self.mode is not AutoMode.OFF:
             self._found = await self._candidates.of(engine, self._load.observe())
 
@@ -194,13 +194,16 @@ class AutoControl:
             return tuple(sorted(self._replicas().values())) or None
         return None
 
+    def _all_engines(self) -> Sequence[Engine]:
+        """Return all that serve. Raises: EngineError."""
+        return (self._engine(),) if self._engines is None else self._engines()
+
     def _layouts(self) -> Layouts:
         """Return what each engine is and where its layers are; none while it cannot be asked."""
         if self._is_asleep:
             return frozenset()
         with suppress(EngineError):
-            engines = self._engines() if self._engines is not None else (self._engine(),)
-            return frozenset((each.capabilities.name, each.pipeline) for each in engines)
+            return frozenset((each.capabilities.name, each.pipeline) for each in self._all_engines())
         return frozenset()
 
     def _are_others(self, placed: Layouts) -> bool:

@@ -9,10 +9,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from aiohttp import web
 
+from engines.offers import OwnRoutes
 from engines.protocol import Engine, EngineCapabilities, GenerationRequest, TokenChunk
 from engines.text.protocol import Text
 from flexpiped.adapter_set import AdapterSet
@@ -33,6 +34,13 @@ class Reached(Protocol):
 
     async def died(self) -> str:
         """Wait until it has ended unasked, and return the reason in words."""
+
+
+def own_routes_of(engine: Reached) -> OwnRoutes | None:
+    """Return it as an engine with a server of its own, None where its capabilities, which promise it, have none."""
+    if engine.capabilities.own_server is None:
+        return None
+    return cast("OwnRoutes", engine)  # to look whether it has a protocol's members is slow, and done for each request
 
 
 class Serving(Protocol):

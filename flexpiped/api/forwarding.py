@@ -6,7 +6,7 @@ asked again. After that, a stream ends with an error event.
 
 import asyncio
 from contextlib import suppress
-from typing import Final, cast
+from typing import Final
 
 import msgspec
 from aiohttp import ClientConnectionResetError, web
@@ -15,7 +15,7 @@ from engines.errors import EngineDied, EngineError
 from engines.offers import OwnRoutes
 from engines.protocol import EngineCapabilities
 from flexpiped.api.access import client_of
-from flexpiped.api.backend import Backend, Reached, backend_of
+from flexpiped.api.backend import Backend, Reached, backend_of, own_routes_of
 from flexpiped.api.deadline import InMidStream, InTime, deadline_of
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error
 from flexpiped.api.event_stream import EventStream
@@ -87,11 +87,12 @@ async def _answered(
     engine: Reached | None = None
     for _ in range(FRUITLESS_DEATHS):
         engine = await backend.serving.ready_engine(other_than=engine)
-        if engine.capabilities.own_server is None:  # the kind of engine was changed while the request waited
+        own = own_routes_of(engine)
+        if own is None:  # the kind of engine was changed while the request waited
             raise no_such_route(http.path, engine=engine.capabilities.name)
         refuse_unfit(body, served=backend.model, capabilities=engine.capabilities)
         try:
-            return await _answer_of(engine, http, observation, raw, limit)
+            return await _answer_of(engine, own, http, observation, raw, limit)
         except _Unanswered as lost:
             if not await _is_gone(engine, backend):
                 raise EngineError(f"the engine's own server ended the connection: {lost}") from lost
@@ -123,15 +124,19 @@ async def _is_gone(engine: Reached, backend: Backend) -> bool:
 
 
 async def _answer_of(
-    engine: Reached, http: web.Request, observation: Observation, raw: bytes, limit: asyncio.Timeout
+    engine: Reached,
+    own: OwnRoutes,
+    http: web.Request,
+    observation: Observation,
+    raw: bytes,
+    limit: asyncio.Timeout,
 ) -> web.StreamResponse:
-    """Ask this engine. Leaving on any path closes the connection, so its server aborts the request.
+    """Ask this engine, which ``own`` is, too. Leaving on any path closes the connection: its server ends the request.
 
     Raises:
         _Unanswered
         ApiError: Its server does not have the path.
     """
-    own = cast("OwnRoutes", engine)  # as its capabilities promise; asking each time is slow
     with await _asked(own, http, raw) as answer:
         if answer.content_type == "text/event-stream":
             return await _pass_on(http, answer, observation, limit)
@@ -255,20 +260,6 @@ def _count(answer: bytes, observation: Observation) -> bool:
             observation.completion_tokens = usage.completion_tokens or 0
             return True
     return False
-
-
-def ensure_generates(capabilities: EngineCapabilities, *, model: str) -> None:
-    """Return where the model generates. Raises: ApiError."""
-    if not capabilities.generates:
-        raise ApiError(
-            status=404,
-            type=ErrorType.NOT_FOUND,
-            message=(
-                f"{model} generates nothing: the {capabilities.name} engine has it to embed, classify or score, "
-                "for /v1/embeddings and what else the engine's own server answers of these"
-            ),
-            code="model_does_not_generate",
-        )
 
 
 def _no_route_there(path: str, engine: EngineCapabilities, *, model: str) -> ApiError:

@@ -21,7 +21,7 @@ from flexpiped.api.bad_words import bad_words_as_tokens
 from flexpiped.api.deadline import InTime, deadline_of
 from flexpiped.api.errors import ApiError, from_engine_error, from_http_status, from_overloaded, invalid
 from flexpiped.api.fields import parse_object
-from flexpiped.api.forwarding import GENERATING_PATHS, ensure_generates, forward, no_such_route
+from flexpiped.api.forwarding import GENERATING_PATHS, forward, no_such_route
 from flexpiped.api.generation import Job, ReadsCalls, choices_of, reads_calls
 from flexpiped.api.inputs import Prompt
 from flexpiped.api.jobs import jobs_of
@@ -30,6 +30,7 @@ from flexpiped.api.outcomes import outcome_of
 from flexpiped.api.parameters import (
     DEFAULT_COMPLETION_TOKENS,
     Parameters,
+    ensure_generates,
     ensure_model,
     sampling_of,
 )
@@ -243,10 +244,9 @@ async def read_body(http: web.Request) -> bytes:
     """Raises: ApiError, when the body does not decompress or ends early; HTTPRequestEntityTooLarge, unread."""
     if (http.content_length or 0) > http.client_max_size:
         raise web.HTTPRequestEntityTooLarge(max_size=http.client_max_size, actual_size=http.content_length or 0)
+    deadline_s = None if http.content.is_eof() else http.app[BACKENDS].body_deadline_s()  # most come with the head
     try:
-        if http.content.is_eof():  # as of most: it came with the head
-            return await http.read()
-        async with asyncio.timeout(http.app[BACKENDS].body_deadline_s()):
+        async with asyncio.timeout(deadline_s):
             return await http.read()
     except TimeoutError:
         raise from_http_status(408, message="the body did not arrive in time") from None

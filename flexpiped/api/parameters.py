@@ -188,6 +188,20 @@ def ensure_model(asked: str | None, *, served: str, adapters: Sequence[str] = ()
         )
 
 
+def ensure_generates(capabilities: EngineCapabilities, *, model: str) -> None:
+    """Return where the model generates. Raises: ApiError."""
+    if not capabilities.generates:
+        raise ApiError(
+            status=404,
+            type=ErrorType.NOT_FOUND,
+            message=(
+                f"{model} generates nothing: the {capabilities.name} engine has it to embed, classify or score, "
+                "for /v1/embeddings and what else the engine's own server answers of these"
+            ),
+            code="model_does_not_generate",
+        )
+
+
 def sampling_of(
     parameters: Parameters,
     *,

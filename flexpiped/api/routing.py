@@ -11,13 +11,13 @@ from engines.offers import OwnServer
 from engines.protocol import EngineCapabilities
 from flexpiped.api.errors import ApiError
 from flexpiped.api.fields import Body, refuse_unknown
-from flexpiped.api.forwarding import ensure_generates
 from flexpiped.api.own_bodies import refuse_lost
 from flexpiped.api.parameters import (
     CHAT_NAMES,
     COMPLETION_NAMES,
     ChatRequest,
     CompletionRequest,
+    ensure_generates,
     parse_chat,
     parse_completion,
     taken_here,

@@ -13,10 +13,9 @@ from weakref import WeakValueDictionary
 
 from engines.closing import closing
 from engines.errors import EngineError
-from engines.offers import OwnRoutes
 from flexpiped import log_events
 from flexpiped.admission import Lease, Overloaded
-from flexpiped.api.backend import Backend
+from flexpiped.api.backend import Backend, own_routes_of
 from flexpiped.api.backends import Backends
 from flexpiped.api.errors import ApiError, ErrorType, from_engine_error, from_overloaded, unavailable
 from flexpiped.api.metrics import Metrics, Observation
@@ -170,8 +169,8 @@ class Desk:
             self._last_engine = number = self._last_engine + 1
             self._engines[number] = engine
         socket = key = ""  # the kind of engine may have been changed since the ingress was told
-        if engine.capabilities.own_server is not None and isinstance(engine, OwnRoutes):
-            socket, key = str(engine.own_routes_socket), engine.own_routes_key
+        if (own := own_routes_of(engine)) is not None:
+            socket, key = str(own.own_routes_socket), own.own_routes_key
         self._send(Boarded(asked.id, number, engine.capabilities.name, socket, key))
 
     async def _await_death(self, asked: AwaitDeath) -> None:

@@ -19,7 +19,16 @@ from tests.bench.daemon_process import DaemonProcess, daemon
 from tests.bench.handover_figures import MoveFigures, figures_of
 from tests.bench.handover_legs import run_leg
 from tests.bench.http_client import HttpClient, http_client
-from tests.bench.program import DEVICES, NUM_DECODERS, checkpoint, parser, run, setup_of, whole_numbers
+from tests.bench.program import (
+    DEVICES,
+    NUM_DECODERS,
+    add_engine_pythons,
+    checkpoint,
+    parser,
+    run,
+    setup_of,
+    whole_numbers,
+)
 from tests.bench.rigs import HttpRig
 from tests.bench.rounds import Rates, hold_rounds, plan_of
 from tests.bench.stats import median
@@ -39,8 +48,7 @@ class Served:
 
 def _options() -> argparse.Namespace:
     made = parser("Compare the engines behind flexpiped.")
-    made.add_argument("--vllm-python", metavar="PATH", type=Path, help="interpreter that has vLLM")
-    made.add_argument("--sglang-python", metavar="PATH", type=Path, help="interpreter that has SGLang")
+    add_engine_pythons(made)
     made.add_argument("--streams", type=whole_numbers, default=(1, 8, 32), help="numbers of streams")
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--tokens", type=int, default=64, help="tokens of each stream")

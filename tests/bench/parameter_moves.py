@@ -22,7 +22,7 @@ from engines.vllm.options import VllmOptions
 from planner.handover import HandoverPhase
 from planner.model_graph import ModelGraph
 from tests.bench import direct
-from tests.bench.program import DEVICES, checkpoint, parser, qwen_checkpoint, run, setup_of
+from tests.bench.program import DEVICES, add_engine_pythons, checkpoint, parser, qwen_checkpoint, run, setup_of
 from tests.bench.served_rig import common_options, graph_of
 from tests.bench.stats import median
 from tests.bench.tables import Bound, mib, ms, say, table, verdicts, write_json
@@ -44,8 +44,7 @@ class Moves:
 
 def _options() -> argparse.Namespace:
     made = parser("Measure what layers take to come to a rank, loaded or kept.")
-    made.add_argument("--vllm-python", metavar="PATH", type=Path, help="interpreter that has vLLM")
-    made.add_argument("--sglang-python", metavar="PATH", type=Path, help="interpreter that has SGLang")
+    add_engine_pythons(made)
     made.add_argument("--rounds", type=int, default=10, help="moves of each kind, there and back")
     made.add_argument("--qwen", action="store_true", help="a model of Qwen2.5-0.5B's shape")
     options = made.parse_args()

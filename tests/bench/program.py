@@ -37,6 +37,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_engine_pythons(made: argparse.ArgumentParser) -> None:
+    """Add options that name where the real engines are; one that is not named is left out."""
+    made.add_argument("--vllm-python", metavar="PATH", type=Path, help="interpreter that has vLLM")
+    made.add_argument("--sglang-python", metavar="PATH", type=Path, help="interpreter that has SGLang")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSetup:
     """How the native engine is set up, by a daemon too. With these defaults no request has to wait."""

@@ -33,7 +33,7 @@ from planner.start_times import Origin
 from tests.bench import direct
 from tests.bench.page_cache import copied, set_up
 from tests.bench.processes import cpu_s, descendants
-from tests.bench.program import DEVICES, checkpoint, parser, prompts, run, setup_of, wide_checkpoint
+from tests.bench.program import DEVICES, add_engine_pythons, checkpoint, parser, prompts, run, setup_of, wide_checkpoint
 from tests.bench.served_rig import common_options, graph_of
 from tests.bench.stats import median
 from tests.bench.tables import Bound, say, table, verdicts, write_json
@@ -78,8 +78,7 @@ class Start:
 
 def _options() -> argparse.Namespace:
     made = parser("Measure starts of vLLM and SGLang by where their layers are.")
-    made.add_argument("--vllm-python", metavar="PATH", type=Path, help="interpreter that has vLLM")
-    made.add_argument("--sglang-python", metavar="PATH", type=Path, help="interpreter that has SGLang")
+    add_engine_pythons(made)
     made.add_argument("--rounds", type=int, default=5, help="starts of each kind")
     made.add_argument("--dtype", default="bfloat16", help="what is computed in")
     options = made.parse_args()

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.bench.contestants import Contestant, Opening, OverHttp, vllm_http
 from tests.bench.daemon_process import BATCHED_TOKENS, DaemonProcess, daemon
 from tests.bench.http_client import HttpClient, http_client
-from tests.bench.program import checkpoint, parser, qwen_checkpoint, run, setup_of, whole_numbers
+from tests.bench.program import add_engine_pythons, checkpoint, parser, qwen_checkpoint, run, setup_of, whole_numbers
 from tests.bench.rounds import Rates, RoundsPlan, hold_rounds
 from tests.bench.sglang_server import sglang_server
 from tests.bench.speed_profile import Profile, profile_of
@@ -26,8 +26,7 @@ _WARM_STREAMS = 2
 
 def _options() -> argparse.Namespace:
     made = parser("Compare the native engine's speed with that of vLLM and SGLang, and profile it.")
-    made.add_argument("--vllm-python", metavar="PATH", type=Path, help="interpreter that has vLLM")
-    made.add_argument("--sglang-python", metavar="PATH", type=Path, help="interpreter that has SGLang")
+    add_engine_pythons(made)
     made.add_argument("--qwen", action="store_true", help="a model of Qwen2.5-0.5B's shape in bfloat16 instead")
     made.add_argument("--streams", type=whole_numbers, default=(1, 8, 32), help="numbers of streams")
     made.add_argument("--prompts", type=whole_numbers, default=(32, 1024), help="lengths of the prompts")
