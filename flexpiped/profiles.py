@@ -22,8 +22,10 @@ from flexpiped.settings import EngineKind, Settings
 from planner.errors import InvalidProfile
 from planner.layer_costs import Batch
 from planner.model_graph import ModelGraph
-from planner.profile import Observation, Profile, ProfileKey, fit_observations, model_digest_fields
+from planner.profile import Profile, ProfileKey, model_digest_fields
 from planner.profile_file import parse_profile, profile_to_json
+from planner.profile_fit import fit_observations
+from planner.profile_terms import Observation
 from topology.device import DeviceKind
 from topology.measured import state_file
 from topology.state_files import replace_file

@@ -1,101 +1,21 @@
 """A profile: what layers of one model were measured to take, as few explained terms, and how well those explain it.
 
-A stage's time is the sum of its layers' and its own. Each is linear in what the step computes:
-
-    stage      a step (message, positions) + tokens (activations in and out)
-    embedding  tokens
-    decoder    a call (launches, weights read once) + more than one token (a product of matrices, no longer with a
-               vector) + tokens, the first ones and the rest apart + context read + pairs attended to
-    head       a call (weights of the LM head) + more than one row + rows of logits
-
-The factors are fitted to measured stages of several layouts at once, never negative, by the least mean relative error,
-once for each number of threads, and apart for stages that compute alone and beside others.
+The terms are those of ``planner.profile_terms``; ``planner.profile_fit`` finds what each takes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from statistics import fmean
 from typing import Final
-
-import numpy as np
-import numpy.typing as npt
 
 from planner.errors import InvalidProfile
 from planner.layer_costs import Batch
 from planner.model_graph import Layer, LayerKind, ModelGraph
+from planner.profile_terms import Term, layer_amounts, stage_amounts
 from topology.device import Device, DeviceKind
 from topology.units import plural
 
-SOME_TOKENS: Final = 64  # up to here a product of matrices is bound by reading weights, from here on by arithmetic
 HIGH_RESIDUAL: Final = 0.1  # mean of a fit, beyond which its predictions are not to be relied on
-_REWEIGHTED: Final = 12
-_SMALL_ERROR: Final = 0.01
-_Matrix = npt.NDArray[np.float64]
-
-
-class Term(Enum):
-    """What time is spent on; the value is its name in files and for people."""
-
-    STAGE_STEP = "stage, each step"
-    STAGE_TOKEN = "stage, each token"
-    EMBEDDING_TOKEN = "embedding, each token"
-    DECODER_CALL = "decoder, each call"
-    DECODER_SEVERAL = "decoder, more than one token"
-    DECODER_SOME_TOKENS = f"decoder, each token up to {SOME_TOKENS}"
-    DECODER_MANY_TOKENS = "decoder, each token beyond"
-    DECODER_CONTEXT = "decoder, each token of context read"
-    DECODER_PAIR = "decoder, each pair attended"
-    HEAD_CALL = "head, each call"
-    HEAD_SEVERAL = "head, more than one row"
-    HEAD_ROW = "head, each row of logits"
-
-
-def stage_amounts(batch: Batch) -> dict[Term, float]:
-    """Return how much of each term a stage needs beside its layers."""
-    return {Term.STAGE_STEP: 1.0, Term.STAGE_TOKEN: float(batch.tokens)}
-
-
-def layer_amounts(kind: LayerKind, batch: Batch, *, window_tokens: int | None = None) -> dict[Term, float]:
-    """Return how much of each term one layer needs."""
-    match kind:
-        case LayerKind.EMBEDDING:
-            return {Term.EMBEDDING_TOKEN: float(batch.tokens)}
-        case LayerKind.HEAD:
-            rows = batch.sequences
-            return {Term.HEAD_CALL: 1.0, Term.HEAD_SEVERAL: float(rows > 1), Term.HEAD_ROW: float(rows)}
-        case LayerKind.DECODER:
-            return {
-                Term.DECODER_CALL: 1.0,
-                Term.DECODER_SEVERAL: float(batch.tokens > 1),
-                Term.DECODER_SOME_TOKENS: float(min(batch.tokens, SOME_TOKENS)),
-                Term.DECODER_MANY_TOKENS: float(max(0, batch.tokens - SOME_TOKENS)),
-                Term.DECODER_CONTEXT: batch.cached(window_tokens),
-                Term.DECODER_PAIR: batch.attended(window_tokens),
-            }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
-    """One stage, one batch: the mean time of its steps. ``beside_others``: other stages computed meanwhile."""
-
-    threads: int
-    beside_others: bool
-    num_decoders: int
-    has_embedding: bool
-    has_head: bool
-    batch: Batch
-    busy_s: float
-
-    def amounts(self) -> dict[Term, float]:
-        """Return how much of each term the stage's step needed."""
-        found = stage_amounts(self.batch)
-        if self.has_embedding:
-            found |= layer_amounts(LayerKind.EMBEDDING, self.batch)
-        found |= {
-            term: self.num_decoders * amount for term, amount in layer_amounts(LayerKind.DECODER, self.batch).items()
-        }
-        return found | (layer_amounts(LayerKind.HEAD, self.batch) if self.has_head else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,80 +136,6 @@ class MeasuredCosts:
             where = key.device_name or key.device_kind.value
             raise InvalidProfile(f"the profile was measured on {where}, not on {device.name or device.id}")
         return self.profile.fit_for(threads=device.threads or 1, beside_others=self.beside_others)
-
-
-def fit_observations(observations: Sequence[Observation]) -> tuple[Fit, ...]:
-    """Return a fit for each number of threads, alone and beside others where both were observed.
-
-    Raises:
-        InvalidProfile: There are too few observations to tell the terms apart.
-    """
-    groups: dict[tuple[int, bool], list[Observation]] = {}
-    for each in observations:
-        groups.setdefault((each.threads, each.beside_others), []).append(each)
-    if not groups:
-        raise InvalidProfile("nothing was measured")
-    return tuple(_fit(group, threads, beside) for (threads, beside), group in sorted(groups.items()))
-
-
-def _fit(group: Sequence[Observation], threads: int, beside_others: bool) -> Fit:
-    terms = list(Term)
-    if len(group) < len(terms):
-        raise InvalidProfile(f"{len(group)} measurements with {threads} threads cannot tell {len(terms)} terms apart")
-    amounts = np.array([[each.amounts().get(term, 0.0) for term in terms] for each in group])
-    times = np.array([each.busy_s for each in group])
-    seconds = _least_absolute(amounts / times[:, None])
-    residuals = amounts @ seconds / times - 1
-    return Fit(
-        threads=threads,
-        beside_others=beside_others,
-        seconds=dict(zip(terms, seconds.tolist(), strict=True)),
-        residuals=tuple(residuals.tolist()),
-    )
-
-
-def _least_absolute(relative: _Matrix) -> npt.NDArray[np.float64]:
-    """Return the non-negative factors with the smallest mean relative error: few disturbed measurements count little.
-
-    Least squares again and again, each row weighed by the inverse of its last error.
-    """
-    weights = np.ones(len(relative))
-    for _ in range(_REWEIGHTED):
-        found = non_negative_least_squares(relative * weights[:, None], weights)
-        weights = 1 / np.sqrt(np.maximum(np.abs(relative @ found - 1), _SMALL_ERROR))
-    return found
-
-
-def non_negative_least_squares(matrix: _Matrix, target: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the non-negative ``x`` that minimises ``|matrix x - target|``.
-
-    Source: Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23.
-    """
-    scale = np.linalg.norm(matrix, axis=0)
-    scale[scale == 0] = 1.0
-    scaled = matrix / scale
-    count = scaled.shape[1]
-    solution, active = np.zeros(count), np.zeros(count, dtype=bool)
-    for _ in range(10 * count):
-        gradient = scaled.T @ (target - scaled @ solution)
-        gradient[active] = -np.inf
-        if active.all() or gradient.max() <= 1e-10 * max(1.0, float(np.linalg.norm(target))):
-            break
-        active[int(gradient.argmax())] = True
-        while True:
-            trial = np.zeros(count)
-            trial[active] = np.linalg.lstsq(scaled[:, active], target, rcond=None)[0]
-            negative = active & (trial <= 0)
-            if not negative.any():
-                solution = trial
-                break
-            steps = solution[negative] / np.maximum(solution[negative] - trial[negative], 1e-300)
-            solution = solution + steps.min() * (trial - solution)
-            active &= solution > 1e-15
-            solution[~active] = 0.0
-            if not active.any():
-                break
-    return np.asarray(solution / scale)
 
 
 def model_digest_fields(graph: ModelGraph) -> dict[str, object]:

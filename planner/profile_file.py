@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Final, TypeVar
 
 from planner.errors import InvalidProfile
-from planner.profile import Fit, Profile, ProfileKey, Term
+from planner.profile import Fit, Profile, ProfileKey
+from planner.profile_terms import Term
 from topology.device import DeviceKind
 
 T = TypeVar("T")
-VERSION: Final = 1
+VERSION: Final = 2  # 1 had fewer terms
 
 
 def profile_to_json(profile: Profile) -> dict[str, object]:

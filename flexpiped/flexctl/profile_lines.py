@@ -5,7 +5,8 @@ from typing import Final
 
 from engines.native.timing_messages import TimingPoint
 from flexpiped.flexctl.text import PLAIN, Colour, Paint, bar, format_duration, table, wrapped
-from planner.profile import Fit, Profile, Term
+from planner.profile import Fit, Profile
+from planner.profile_terms import Term
 
 _FITS_A_TABLE: Final = 3
 _NANOSECONDS: Final = 1e9

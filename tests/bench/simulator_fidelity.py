@@ -31,7 +31,7 @@ from planner.traces import Reshape, Trace, drawn_trace, parse_trace, reshaped, w
 from planner.workload import Slo, Workload
 from tests.bench import direct
 from tests.bench.profile_accuracy import graph_of, take_profile
-from tests.bench.program import DEVICES, checkpoint, even, parser, prompts, run, setup_of, whole_numbers
+from tests.bench.program import DEVICES, even, parser, prompts, run, setup_of, uncached_checkpoint, whole_numbers
 from tests.bench.step_costs import WatchedSteps, as_measured, costs_of, tell_costs
 from tests.bench.step_overheads import step_overheads
 from tests.bench.tables import Bound, say, table, verdicts, write_json
@@ -210,7 +210,7 @@ async def main() -> int:
     arguments = made.parse_args()
     if arguments.short:
         arguments.minutes, arguments.budget_s = 0.2, 0.02
-    model = await asyncio.to_thread(checkpoint, arguments)
+    model = await asyncio.to_thread(uncached_checkpoint, arguments)
     options = direct.options_for(model, replace(setup_of(arguments), kv_cache_bytes=_KV_CACHE_BYTES))
     graph = await asyncio.to_thread(graph_of, options)
     say("taking the profile")

@@ -16,7 +16,8 @@ from flexpiped.config_file import load_config
 from flexpiped.engine_factory import find_files
 from flexpiped.models import model_source
 from flexpiped.profiles import ProfileStore, cpu_name, model_digest, profile_folder
-from planner.profile import Fit, Profile, ProfileKey, Term
+from planner.profile import Fit, Profile, ProfileKey
+from planner.profile_terms import TOKEN_SPANS, Term
 from tests.support.daemon import Daemon, started, write_config
 from topology.device import DeviceKind
 
@@ -73,7 +74,7 @@ def keep_profile(config: Path, state: Path, *, cores: int, token_s: Mapping[int,
 
 
 def _per_token(token_s: float) -> dict[Term, float]:
-    return {Term.DECODER_SOME_TOKENS: token_s, Term.DECODER_MANY_TOKENS: token_s}
+    return {Term.DECODER_CALL: token_s} | {term: token_s for term, _ in TOKEN_SPANS}
 
 
 class Traffic:

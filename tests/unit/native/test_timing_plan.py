@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.native.timing_plan import Limits, timed_batches, timed_layouts
-from planner.profile import Term
+from planner.layer_costs import Batch
+from planner.profile_fit import fit_observations
+from planner.profile_terms import Observation
 
 EIGHT = tuple(f"cpu:{index}" for index in range(8))
 
@@ -79,4 +81,19 @@ def test_the_grid_has_decoding_prompts_and_later_pieces() -> None:
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_a_small_kv_cache_still_gives_enough_to_fit(in_flight: int) -> None:
     limits = Limits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, kv_blocks=16, kv_block_tokens=16)
-    assert len(timed_batches(limits, in_flight=in_flight)) >= len(Term)
+    batches = timed_batches(limits, in_flight=in_flight)
+    stages = {1: ((8, True, True),), 2: ((4, True, False), (4, False, True))}[in_flight]
+    (fit,) = fit_observations([_observed(batch, *stage) for batch in batches for stage in stages])
+    assert fit.mean_residual < 0.01
+
+
+def _observed(batch: Batch, decoders: int, has_embedding: bool, has_head: bool) -> Observation:
+    return Observation(
+        threads=1,
+        beside_others=False,
+        num_decoders=decoders,
+        has_embedding=has_embedding,
+        has_head=has_head,
+        batch=batch,
+        busy_s=1e-3 + decoders * (3e-4 + 1e-5 * batch.tokens + 1e-7 * batch.context_tokens),
+    )

@@ -16,14 +16,12 @@ from planner.profile import (
     HIGH_RESIDUAL,
     Fit,
     MeasuredCosts,
-    Observation,
     Profile,
     ProfileKey,
-    Term,
-    fit_observations,
-    non_negative_least_squares,
 )
 from planner.profile_file import parse_profile, profile_to_json
+from planner.profile_fit import fit_observations, non_negative_least_squares
+from planner.profile_terms import TOKEN_SPANS, Observation, Term
 from tests.support.graphs import graph_of
 from topology.device import Device, DeviceKind
 
@@ -32,10 +30,16 @@ TRUTH = {
     Term.STAGE_TOKEN: 1e-7,
     Term.EMBEDDING_TOKEN: 2e-7,
     Term.DECODER_CALL: 3e-4,
-    Term.DECODER_SEVERAL: 2e-4,
-    Term.DECODER_SOME_TOKENS: 1e-5,
-    Term.DECODER_MANY_TOKENS: 1.2e-5,
+    Term.DECODER_TOKEN_TO_2: 2e-4,
+    Term.DECODER_TOKEN_TO_4: 6e-5,
+    Term.DECODER_TOKEN_TO_8: 4e-5,
+    Term.DECODER_TOKEN_TO_16: 3e-5,
+    Term.DECODER_TOKEN_TO_32: 1.5e-5,
+    Term.DECODER_TOKEN_TO_64: 1e-5,
+    Term.DECODER_TOKEN_TO_128: 1.1e-5,
+    Term.DECODER_TOKEN_FROM_128: 1.2e-5,
     Term.DECODER_CONTEXT: 5e-8,
+    Term.DECODER_CONTEXT_ALONE: 1e-8,
     Term.DECODER_PAIR: 3e-8,
     Term.HEAD_CALL: 5e-4,
     Term.HEAD_SEVERAL: 3e-4,
@@ -122,7 +126,9 @@ def test_a_stage_costs_what_the_terms_say() -> None:
     expected = (
         TRUTH[Term.STAGE_STEP]
         + 32 * (TRUTH[Term.STAGE_TOKEN] + TRUTH[Term.EMBEDDING_TOKEN])
-        + 8 * (TRUTH[Term.DECODER_CALL] + TRUTH[Term.DECODER_SEVERAL] + 32 * TRUTH[Term.DECODER_SOME_TOKENS])
+        + 8 * (TRUTH[Term.DECODER_CALL] + TRUTH[Term.DECODER_TOKEN_TO_2] + 2 * TRUTH[Term.DECODER_TOKEN_TO_4])
+        + 8 * (4 * TRUTH[Term.DECODER_TOKEN_TO_8] + 8 * TRUTH[Term.DECODER_TOKEN_TO_16])
+        + 8 * 16 * TRUTH[Term.DECODER_TOKEN_TO_32]
         + 8 * 400 * TRUTH[Term.DECODER_CONTEXT]
         + 8 * batch.attended() * TRUTH[Term.DECODER_PAIR]
         + TRUTH[Term.HEAD_CALL]
@@ -166,8 +172,19 @@ def test_another_device_or_model_is_refused() -> None:
 def test_too_few_measurements_are_refused() -> None:
     with pytest.raises(InvalidProfile, match="nothing was measured"):
         fit_observations([])
-    with pytest.raises(InvalidProfile, match="3 measurements with 1 threads cannot tell 12 terms apart"):
+    with pytest.raises(InvalidProfile, match="3 measurements with 1 threads cannot tell 9 terms apart"):
         fit_observations(observed()[:3])
+
+
+def test_tokens_between_and_beyond_what_was_measured_have_the_price_of_their_neighbours() -> None:
+    made = [each for each in observed() if each.batch.tokens in (1, 8, 32)]
+    (fit,) = fit_observations(made)
+    price = {term: fit.seconds[term] for term, _ in TOKEN_SPANS}
+    assert price[Term.DECODER_TOKEN_TO_2] == price[Term.DECODER_TOKEN_TO_4] == price[Term.DECODER_TOKEN_TO_8]
+    assert price[Term.DECODER_TOKEN_TO_16] == price[Term.DECODER_TOKEN_TO_32]
+    assert len({price[term] for term, start in TOKEN_SPANS if start >= 8}) == 1
+    for each in made:
+        assert fit.time_s(each.amounts()) == pytest.approx(each.busy_s, rel=1e-3)
 
 
 @given(
@@ -205,7 +222,7 @@ def test_a_file_brings_back_what_was_kept() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"profile\.version must be 1, not 2; measure again"),
+        ({"version": 1}, r"profile\.version must be 2, not 1; measure again"),
         ({"model_name": 5}, r"profile\.model_name must be text, not 5"),
         ({"fits": {}}, r"profile\.fits must be a list"),
         ({"fits": [1]}, r"profile\.fits\[0\] must be an object"),
