@@ -41,7 +41,7 @@ class Wait:
         """Return the share of requests that wait no longer than ``limit_s``."""
         if limit_s < 0:
             return 0.0
-        if not self.chance:
+        if not self.chance or not self.mean_if_any_s:  # who never waits long, as where nothing varies
             return 1.0
         return 1.0 - self.chance * (exp(-limit_s / self.mean_if_any_s) if self.mean_if_any_s < inf else 1.0)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.queueing import both_percentile_s, both_within, crowd_within, pool_wait, tandem_wait, thinned_cv
+from planner.queueing import Wait, both_percentile_s, both_within, crowd_within, pool_wait, tandem_wait, thinned_cv
 
 
 def test_one_place_with_poisson_arrivals_is_the_exact_queue() -> None:
@@ -30,6 +30,12 @@ def test_many_places_at_little_load_wait_less(slots: int) -> None:
     busy = pool_wait(load=0.9, inside=0.9 * slots, slots=slots, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0)
     calm = pool_wait(load=0.3, inside=0.3 * slots, slots=slots, capacity_per_s=1.0, arrival_cv=1.0, service_cv=1.0)
     assert calm.mean_s < busy.mean_s
+
+
+def test_a_wait_of_no_length_is_over_at_once() -> None:
+    """As where nothing varies, or at so little load that its length is less than a number can say."""
+    assert Wait(chance=0.6, mean_if_any_s=0.0).chance_within(0.0) == 1.0
+    assert Wait(chance=0.6, mean_if_any_s=0.0).chance_within(-1.0) == 0.0
 
 
 def test_a_load_above_capacity_waits_for_ever() -> None:
