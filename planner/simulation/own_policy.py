@@ -1,5 +1,6 @@
 """flexpiped itself in a simulation: the daemon's policy, told and obeyed as the daemon does it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -55,25 +56,46 @@ class Flexpiped:
         return decision.reason
 
     def _carry_out(self, action: Action) -> None:
-        ended: list[bool] = []
+        """Act on one replica after the other, as the daemon does: the first that does not ends it."""
+        if action.verb is Verb.ADD and not self._is_room(action):
+            self._settle(action, Ending.FAILED)
+            return
+        left = self._count(action)
 
         def done(well: bool) -> None:
-            ended.append(well)
-            if len(ended) == action.count:
-                self._settle(action, Ending.DONE if all(ended) else Ending.FAILED)
+            nonlocal left
+            left -= 1
+            if well and left > 0:
+                self._begin(action, done)
+            else:
+                self._settle(action, Ending.DONE if well else Ending.FAILED)
 
-        for _ in range(action.count):
-            match action.verb:
-                case Verb.ADD:
-                    self._fleet.add(action.num_stages, done=done)
-                case Verb.REMOVE:
-                    self._fleet.remove(action.num_stages, done=done)
-                case Verb.CHANGE | Verb.UNDO:
-                    self._fleet.change(action.from_stages, action.num_stages, done=done)
-                case Verb.KEEP:
-                    raise AssertionError("to keep is no action")
-                case _:
-                    assert_never(action.verb)
+        self._begin(action, done)
+
+    def _is_room(self, action: Action) -> bool:
+        """Say whether there is room for all that are to come: the daemon looks before the first one starts."""
+        shape = self._fleet.shapes[action.num_stages]
+        return self._fleet.pool.room_for(shape, placing=self._fleet.placing) >= action.count
+
+    def _count(self, action: Action) -> int:
+        """Return how many replicas it concerns: where all are to go, the last one stays at first, and goes by itself
+        when nobody has come since."""
+        serving = len(self._fleet.stages)
+        goes_on = action.verb is Verb.REMOVE and 1 < serving <= action.count
+        return serving - 1 if goes_on else action.count
+
+    def _begin(self, action: Action, done: Callable[[bool], None]) -> None:
+        match action.verb:
+            case Verb.ADD:
+                self._fleet.add(action.num_stages, done=done)
+            case Verb.REMOVE:
+                self._fleet.remove(action.num_stages, done=done)
+            case Verb.CHANGE | Verb.UNDO:
+                self._fleet.change(action.from_stages, action.num_stages, done=done)
+            case Verb.KEEP:
+                raise AssertionError("to keep is no action")
+            case _:
+                assert_never(action.verb)
 
     def _settle(self, action: Action, ending: Ending) -> None:
         after = self._fleet.stages

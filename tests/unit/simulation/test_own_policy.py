@@ -77,10 +77,53 @@ def test_the_load_monitor_hears_of_every_action_when_it_has_ended_as_in_the_daem
         took_s = system.ended_s(began_s) - began_s
         shape = SHAPES[action.num_stages]
         if action.verb is Verb.ADD:
-            assert took_s in (pytest.approx(shape.cold_s), pytest.approx(shape.warm_s))
+            from_storage = range(action.count + 1)
+            each_s = [cold * shape.cold_s + (action.count - cold) * shape.warm_s for cold in from_storage]
+            assert any(took_s == pytest.approx(expected_s) for expected_s in each_s)  # one after the other
         else:
             assert 0 <= took_s < 120  # its last requests end first
     assert any(system.ended_s(at_s) > at_s for at_s, action in system.begun if action.verb is Verb.REMOVE)
+
+
+def test_replicas_come_one_after_the_other_as_in_the_daemon() -> None:
+    system = own(reclaim_s=60.0)
+
+    outcome = simulate(replace(SETTING, trace=rise_and_fall()), pool(devices=64), system)
+
+    assert max(each.action.count for each in system.decisions if each.action is not None) > 1
+    assert max(each.coming for each in outcome.samples) == 1
+
+
+def test_of_several_replicas_none_comes_after_one_for_which_neighbours_have_left_no_room() -> None:
+    def added(*memory_changes: MemoryChange) -> tuple[Overheard, list[int]]:
+        system = Overheard(system=own(reclaim_s=60.0))
+        setting = replace(SETTING, trace=rise_and_fall(), memory_changes=memory_changes)
+        outcome = simulate(setting, pool(devices=64), system)
+        return system, [sum(each.replicas.values()) for each in outcome.samples]
+
+    well, _ = added()
+    began_s, action = next(each for each in well.begun if each[1].verb is Verb.ADD and each[1].count > 2)
+    first_s = began_s + SHAPES[action.num_stages].cold_s
+    all_devices = [MemoryChange(at_s=first_s - 1, device=index, num_bytes=70 * 10**9) for index in range(64)]
+    freed = [replace(each, at_s=first_s + 120, num_bytes=-each.num_bytes) for each in all_devices]
+    failing, counts = added(*all_devices, *freed)
+
+    assert failing.begun[0][0] <= began_s
+    assert failing.ended_s(began_s) < well.ended_s(began_s)
+    assert max(counts) > 1  # tried again when there was room
+
+
+def test_where_all_replicas_are_to_go_the_last_one_stays_until_that_is_decided_again() -> None:
+    system = own(min_replicas=0, idle_s=60.0, reclaim_s=10_000.0)
+    burst = drawn_trace(replace(CALM, rate_per_s=25.0), duration_s=120.0, seed=2)
+    last = replace(burst[-1], arrival_s=burst[-1].arrival_s + 900)
+
+    outcome = simulate(replace(SETTING, trace=(*burst, last)), pool(devices=64), system)
+
+    removals = [each.action for each in system.decisions if each.action and each.action.verb is Verb.REMOVE]
+    assert outcome.figures.failed == 0
+    assert removals[0].count > 1
+    assert [each.count for each in removals[1:]] == [1]
 
 
 def test_decisions_count_once_each_whatever_they_change_and_within_any_minute() -> None:
