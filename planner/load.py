@@ -101,7 +101,7 @@ class _Recent:
 
     def mean(self, now_s: float) -> Reading:
         values = self._now(now_s)
-        return sum(values) / len(values) if values else self._absence
+        return sum(values) / len(values) if values else self.absence
 
     def above(self, now_s: float, limit: float) -> tuple[int, int]:
         """Return how many of the values are above ``limit``, and how many there are."""
@@ -110,10 +110,11 @@ class _Recent:
 
     def percentile(self, now_s: float, share: float) -> Reading:
         values = sorted(self._now(now_s))
-        return values[min(len(values) - 1, int(share * len(values)))] if values else self._absence
+        return values[min(len(values) - 1, int(share * len(values)))] if values else self.absence
 
     @property
-    def _absence(self) -> Absence:
+    def absence(self) -> Absence:
+        """What a value is where there is none."""
         return Absence.STALE if self._had_any else Absence.NOT_YET
 
     def _now(self, now_s: float) -> Sequence[float]:
@@ -237,7 +238,9 @@ class LoadMonitor:
             shares.append(self._tpots.above(now_s, self.slo.tpot_s))
         if not shares:
             return Absence.UNSUPPORTED
-        return max((late / seen for late, seen in shares if seen), default=Absence.NOT_YET)
+        had_any = Absence.STALE in (self._ttfts.absence, self._tpots.absence)
+        absence = Absence.STALE if had_any else Absence.NOT_YET
+        return max((late / seen for late, seen in shares if seen), default=absence)
 
     def _believed(self, told: tuple[float, T] | None, now_s: float) -> T | Absence:
         """Return what was told last, unless that is too long ago."""

@@ -100,6 +100,7 @@ def test_who_is_late_is_who_missed_a_target_or_has_waited_too_long_for_it() -> N
     assert monitor.observe(12.5).late_share == 1.0
     monitor.slo = Slo(ttft_s=2.0)
     assert monitor.observe(12.5).late_share == 0.0
+    assert monitor.observe(12.5 + 60).late_share is Absence.STALE
 
 
 def test_another_layout_forgets_the_latencies_of_the_old_one() -> None:
