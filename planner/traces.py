@@ -22,6 +22,8 @@ from planner.workload import Workload
 
 PREFIX_PIECE_TOKENS = 512  # of a prompt, for each of its hash ids
 _MOST_REQUESTS = 20_000_000  # of a drawn trace: some 4 GB
+_NARROWEST_CV = 1e-6  # below, all are as good as alike, and the square of it may be 0
+_WIDEST_CV = 1e4  # above, nearly all that is drawn is 0
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -96,8 +98,12 @@ def drawn_trace(workload: Workload, *, duration_s: float, seed: int) -> Trace:
     """Return requests with gamma-distributed times between arrivals and gamma-distributed lengths, of given means.
 
     Raises:
-        InvalidTrace: None falls into ``duration_s``, or so many that they would fill the memory.
+        InvalidTrace: None falls into ``duration_s``, or so many that they would fill the memory, or a CV is beyond
+            what can be drawn.
     """
+    widest = max(workload.cv, workload.prompt_tokens_cv, workload.output_tokens_cv)
+    if widest > _WIDEST_CV:
+        raise InvalidTrace(f"a CV of {widest:g} cannot be drawn: {_WIDEST_CV:g} at most")
     expected = workload.rate_per_s * duration_s
     if expected > _MOST_REQUESTS:
         message = f"{workload.rate_per_s:g} requests/s for {duration_s:g} s are {expected:.3g} requests"
@@ -120,7 +126,7 @@ def drawn_trace(workload: Workload, *, duration_s: float, seed: int) -> Trace:
 
 
 def _gamma(draw: random.Random, *, mean: float, cv: float) -> float:
-    return mean if cv == 0 else draw.gammavariate(1 / cv**2, mean * cv**2)
+    return mean if cv < _NARROWEST_CV else draw.gammavariate(1 / cv**2, mean * cv**2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

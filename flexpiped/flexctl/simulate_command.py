@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SYSTEMS = ("flexpiped", "static", "best-static", "cold-start", "oracle")
 _REDRAWN_S = 0.1
+_DEVICES, _HOSTS, _OCCUPANCY = 82, 42, 0.47  # FlexPipe's cluster
 _TARGET_TTFT_S, _TARGET_TPOT_S = 5.0, 0.4
 
 
@@ -39,9 +40,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     what.add_argument(
         "--cluster", metavar="FOLDER", help="node and pod list of the openb cluster: what neighbours hold"
     )
-    what.add_argument("--devices", metavar="N", type=count, default=82, help="GPUs (default 82)")
-    what.add_argument("--hosts", metavar="N", type=count, default=42, help="that they are in (default 42)")
-    what.add_argument("--occupancy", metavar="X", type=float, default=0.47, help="of their memory (default 0.47)")
+    what.add_argument("--devices", metavar="N", type=count, help=f"GPUs (default {_DEVICES})")
+    what.add_argument("--hosts", metavar="N", type=count, help=f"that they are in (default {_HOSTS})")
+    what.add_argument("--occupancy", metavar="X", type=float, help=f"of their memory (default {_OCCUPANCY})")
     add_traffic(parser)
 
 
@@ -51,8 +52,7 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
     from planner.simulation.run import simulate as run
     from planner.traces import workload_of
 
-    if not 0 <= options.occupancy < 1:
-        raise BadUsage("bad_input", f"--occupancy: from 0 to below 1, not {options.occupancy:g}")
+    _refuse_what_counts_for_nothing(options)
     options.slo_ttft = options.slo_ttft or _TARGET_TTFT_S
     options.slo_tpot = options.slo_tpot or _TARGET_TPOT_S
     trace, auto = trace_of(options), _auto(options)
@@ -84,6 +84,26 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
     return Exit.DONE
 
 
+def _refuse_what_counts_for_nothing(options: Namespace) -> None:
+    """Raise ``BadUsage`` for an option that these others leave without effect, or that cannot be."""
+    files = next((f"--{name}" for name in ("model", "topology", "config") if getattr(options, name)), "")
+    cluster = "--cluster" if options.cluster else ""
+    of_system = f"--system {options.system}"
+    others = (
+        ("cluster", files),
+        ("devices", files),
+        ("hosts", files or cluster),
+        ("occupancy", files or cluster),
+        ("stages", "" if options.system in ("static", "cold-start") else of_system),
+        ("replicas", "" if options.system in ("static", "flexpiped") else of_system),
+    )
+    for name, instead in others:
+        if getattr(options, name) is not None and instead:
+            raise BadUsage("bad_input", f"--{name} counts for nothing with {instead}")
+    if options.occupancy is not None and not 0 <= options.occupancy < 1:
+        raise BadUsage("bad_input", f"--occupancy: from 0 to below 1, not {options.occupancy:g}")
+
+
 def _auto(options: Namespace) -> "AutoSettings":
     """Return what the daemon would go by: [auto] of the configuration, or the defaults."""
     from flexpiped.config_file import ConfigError, load_config
@@ -111,10 +131,11 @@ def _scenario(options: Namespace, trace: "Trace") -> "Scenario":
                 config=options.config or "", topology=options.topology or "", model=options.model or ""
             )
             return planned(request, workload=workload_of(trace), slo=slo_of(options), clock=time.monotonic)
+        devices = options.devices or _DEVICES
         return published(
-            devices=options.devices,
-            hosts=min(options.hosts, options.devices),
-            occupancy=options.occupancy,
+            devices=devices,
+            hosts=min(options.hosts or _HOSTS, devices),
+            occupancy=_OCCUPANCY if options.occupancy is None else options.occupancy,
             cluster=options.cluster or "",
             duration_s=trace[-1].arrival_s,
             seed=options.seed,

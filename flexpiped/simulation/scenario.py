@@ -20,6 +20,7 @@ from planner.simulation.shape import Shape, Shapes
 from planner.stage_times import pipeline_times
 from planner.start_times import Origin, StartRecord, expected_start_s, expected_trial_s
 from planner.workload import Slo, Workload
+from topology.units import format_bytes, plural
 
 NODES, PODS = "openb_node_list_gpu_node.csv", "openb_pod_list_default.csv"
 _STORAGE_BYTES_PER_S: Final = 1e9  # one host reads its stages from local disks at about this rate
@@ -49,6 +50,7 @@ def published(*, devices: int, hosts: int, occupancy: float, cluster: str, durat
 
     Raises:
         InvalidTrace: The cluster file cannot be read, or has too few GPUs.
+        NoFeasiblePlan: No replica fits, and no neighbour leaves.
     """
     if cluster:
         found, changes = _openb(Path(cluster), count=devices, duration_s=duration_s, seed=seed)
@@ -63,12 +65,27 @@ def published(*, devices: int, hosts: int, occupancy: float, cluster: str, durat
             ),
             [],
         )
-    return Scenario(
+    scenario = Scenario(
         shapes=opt_66b.shapes(),
         devices=tuple(found),
         memory_changes=tuple(changes),
         source="OPT-66B as FlexPipe's table has it",
     )
+    _ensure_room(scenario)
+    return scenario
+
+
+def _ensure_room(scenario: Scenario) -> None:
+    pool = scenario.pool()
+    if scenario.memory_changes or any(pool.room_for(shape) for shape in scenario.shapes.values()):
+        return
+    needs = ", ".join(
+        f"{count} devices with {format_bytes(shape.least_bytes)} free"
+        for count, shape in sorted(scenario.shapes.items())
+    )
+    free = format_bytes(max(each.free_bytes for each in scenario.devices))
+    there = f"{plural(len(scenario.devices), 'device')} with {free} free at most"
+    raise NoFeasiblePlan(f"no replica fits on {there}; one needs {needs}")
 
 
 def _openb(folder: Path, *, count: int, duration_s: float, seed: int) -> tuple[list[PoolDevice], list[MemoryChange]]:

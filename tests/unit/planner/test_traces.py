@@ -101,6 +101,14 @@ def test_fitting_a_trace() -> None:
         reshaped(THREE, Reshape(skip_s=10.0))
 
 
+def test_a_cv_as_good_as_none_draws_what_none_does_and_one_beyond_drawing_is_refused() -> None:
+    even, hardly = (drawn_trace(Workload(rate_per_s=5, cv=cv), duration_s=9, seed=1) for cv in (0.0, 1e-300))
+
+    assert [each.arrival_s for each in hardly] == [each.arrival_s for each in even]
+    with pytest.raises(InvalidTrace, match=r"a CV of 1e\+200 cannot be drawn"):
+        drawn_trace(Workload(prompt_tokens_cv=1e200), duration_s=9, seed=1)
+
+
 def test_a_trace_again_from_its_beginning() -> None:
     found = repeated(THREE, duration_s=20.0)
 

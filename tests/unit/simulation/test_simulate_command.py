@@ -164,11 +164,20 @@ async def test_neighbours_of_the_openb_cluster() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (("--stages", "5"), 2, "5 is not among the granularities"),
+        (("--stages", "5", "--system", "static"), 2, "5 is not among the granularities"),
         (("--occupancy", "1"), 2, "--occupancy"),
         (("--cluster", "/no/such/folder"), 2, "No such file"),
         (("--topology", "no-such-machine"), 2, "no-such-machine"),
         (("--system", "magic"), 2, "invalid choice"),
+        (("--cluster", "/some", "--topology", "dgx-h100"), 2, "--cluster counts for nothing with --topology"),
+        (("--devices", "4", "--model", "/some"), 2, "--devices counts for nothing with --model"),
+        (("--hosts", "4", "--cluster", "/some"), 2, "--hosts counts for nothing with --cluster"),
+        (("--occupancy", "0", "--config", "/some"), 2, "--occupancy counts for nothing with --config"),
+        (("--stages", "8"), 2, "--stages counts for nothing with --system flexpiped"),
+        (("--replicas", "2", "--system", "oracle"), 2, "--replicas counts for nothing with --system oracle"),
+        (("--devices", "3"), 4, "no replica fits on 3 devices with"),
+        (("--occupancy", "0.9999"), 4, "one needs 4 devices with"),
+        (("--cv", "1e200"), 2, "a CV of 1e+200 cannot be drawn"),
         (("--html", "/no/such/folder/report.html", *SHORT), 1, "No such file"),
     ],
 )
