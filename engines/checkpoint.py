@@ -80,8 +80,7 @@ def find_model(model: str, *, revision: str | None = None, token_file: Path | No
 
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Read the configs and all tensor headers of a model directory. Raises as ``open_checkpoint``."""
-    if not (directory / CONFIG).is_file():
-        raise UnsupportedByEngine(f"{directory} has no {CONFIG}")
+    config = read_config(directory)
     generation = directory / GENERATION_CONFIG
     tensors: dict[str, TensorEntry] = {}
     names_of_files = _weight_files(directory)
@@ -93,11 +92,18 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         tensors |= entries
     return Checkpoint(
         directory=directory,
-        config=_read_json(directory / CONFIG),
+        config=config,
         generation_config=_read_json(generation) if generation.is_file() else {},
         tensors=tensors,
         files=tuple(sorted(names_of_files)),
     )
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """Return what a model directory says of itself, weights or not. Raises as ``open_checkpoint``."""
+    if not (directory / CONFIG).is_file():
+        raise UnsupportedByEngine(f"{directory} has no {CONFIG}")
+    return _read_json(directory / CONFIG)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

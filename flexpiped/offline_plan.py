@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from engines.checkpoint import CONFIG, WEIGHTS, WEIGHTS_INDEX, find_model, read_checkpoint
+from engines.checkpoint import WEIGHTS, WEIGHTS_INDEX, find_model, read_checkpoint, read_config
 from engines.native.text_part import text_part
 from flexpiped.config_file import load_config
 from flexpiped.hardware import host_topology
@@ -103,7 +103,7 @@ def _directory(settings: Settings, source: str) -> Path:
 def _graph(settings: Settings, directory: Path) -> ModelGraph:
     """Describe a model: from its config.json alone where no weights lie beside it."""
     if not any((directory / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
-        return build_model_graph(_read_table(directory / CONFIG), dtype=settings.dtype.value)
+        return build_model_graph(read_config(directory), dtype=settings.dtype.value)
     checkpoint = read_checkpoint(directory)
     if settings.engine is EngineKind.NATIVE:
         checkpoint = text_part(checkpoint)

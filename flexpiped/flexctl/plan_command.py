@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, Refused
+from flexpiped.flexctl.client import AdminClient, BadUsage
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.plan_lines import plan_lines
 from flexpiped.flexctl.terminal import Screen
@@ -44,12 +44,8 @@ def _is_directory(model: str | None) -> bool:
 
 def _offline(options: Namespace) -> dict[str, Any]:
     """Plan in this process. What that needs is imported only now: every other command starts without it."""
-    from engines.errors import EngineError
-    from flexpiped.config_file import ConfigError
-    from flexpiped.models import NoDemoModel
+    from flexpiped.flexctl.offline_errors import offline_errors
     from flexpiped.offline_plan import OfflineRequest, offline_plan
-    from planner.errors import InvalidWorkload, PlannerError
-    from topology.errors import TopologyError
 
     if options.replicas is not None and options.replicas < 1:
         raise BadUsage("bad_replicas", f"--replicas: at least 1, not {options.replicas}")
@@ -62,11 +58,5 @@ def _offline(options: Namespace) -> dict[str, Any]:
         num_stages=options.stages if isinstance(options.stages, int) else None,
         max_replicas=options.replicas or 1,
     )
-    try:
+    with offline_errors():
         return offline_plan(request)
-    except (ConfigError, InvalidWorkload, TopologyError, NoDemoModel) as error:
-        raise BadUsage("bad_input", str(error)) from None
-    except EngineError as error:
-        raise CtlError("bad_model", str(error)) from None
-    except PlannerError as error:
-        raise Refused("infeasible", str(error)) from None

@@ -13,12 +13,12 @@ from urllib.parse import quote
 
 import msgspec
 
-from engines.errors import EngineError, UnsupportedByEngine
 from engines.native.timing import measure_layers
 from engines.native.timing_messages import StageObserved, TimingPoint, TimingStarted
-from flexpiped.config_file import ConfigError, load_config
-from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, Failed, Refused
+from flexpiped.config_file import load_config
+from flexpiped.flexctl.client import AdminClient, CtlError
 from flexpiped.flexctl.commands import Exit
+from flexpiped.flexctl.offline_errors import offline_errors
 from flexpiped.flexctl.profile_lines import profile_lines, progress_line
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.models import model_source
@@ -40,7 +40,7 @@ class _Wanted:
 
 def profile(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
     """Measure, fit, show, keep."""
-    try:
+    with offline_errors():
         wanted = _wanted(client, options)
         if wanted.is_daemon and not options.json:
             screen.write(
@@ -48,10 +48,6 @@ def profile(client: AdminClient, screen: Screen, options: Namespace) -> Exit:
             )
         found = asyncio.run(_measured(wanted.target, screen, options))
         kept = _keep(client, found, is_daemon=wanted.is_daemon)
-    except UnsupportedByEngine as error:
-        raise Refused("unsupported", str(error)) from None
-    except (EngineError, InvalidProfile) as error:
-        raise Failed("profile", str(error)) from None
     if options.json:
         screen.write([json.dumps({"profile": profile_to_json(found), "file": kept})])
     else:
@@ -64,12 +60,7 @@ def _wanted(client: AdminClient, options: Namespace) -> _Wanted:
     if options.config is None and options.model is None:
         answer: Any = client.call("GET", _of(options, "/profile/target"))
         return _Wanted(target=msgspec.convert(answer, ProfileTarget), is_daemon=True)
-    try:
-        settings = Settings() if options.config is None else load_config(Path(options.config))
-    except ConfigError as error:
-        raise BadUsage("bad_config", str(error)) from None
-    except OSError as error:
-        raise BadUsage("bad_config", f"{options.config}: {error.strerror}") from None
+    settings = Settings() if options.config is None else load_config(Path(options.config))
     if options.model is not None:
         settings = replace(settings, model=options.model)
     return _Wanted(target=profile_target(settings, source=model_source(settings)), is_daemon=False)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexpiped.flexctl.client import AdminClient, BadUsage, CtlError, Refused
+from flexpiped.flexctl.client import AdminClient, BadUsage
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.output_file import ensure_writable, write_text
 from flexpiped.flexctl.terminal import Screen
@@ -106,26 +106,21 @@ def _refuse_what_counts_for_nothing(options: Namespace) -> None:
 
 def _auto(options: Namespace) -> "AutoSettings":
     """Return what the daemon would go by: [auto] of the configuration, or the defaults."""
-    from flexpiped.config_file import ConfigError, load_config
+    from flexpiped.config_file import load_config
+    from flexpiped.flexctl.offline_errors import offline_errors
     from flexpiped.settings import AutoSettings
 
-    try:
+    with offline_errors():
         return load_config(Path(options.config)).auto if options.config else AutoSettings()
-    except ConfigError as error:
-        raise BadUsage("bad_input", str(error)) from None
 
 
 def _scenario(options: Namespace, trace: "Trace") -> "Scenario":
-    from engines.errors import EngineError
-    from flexpiped.config_file import ConfigError
-    from flexpiped.models import NoDemoModel
+    from flexpiped.flexctl.offline_errors import offline_errors
     from flexpiped.offline_plan import OfflineRequest
     from flexpiped.simulation.scenario import planned, published
-    from planner.errors import InvalidTrace, InvalidWorkload, PlannerError
     from planner.traces import workload_of
-    from topology.errors import TopologyError
 
-    try:
+    with offline_errors():
         if options.model or options.topology or options.config:
             request = OfflineRequest(
                 config=options.config or "", topology=options.topology or "", model=options.model or ""
@@ -140,12 +135,6 @@ def _scenario(options: Namespace, trace: "Trace") -> "Scenario":
             duration_s=trace[-1].arrival_s,
             seed=options.seed,
         )
-    except (ConfigError, InvalidTrace, InvalidWorkload, TopologyError, NoDemoModel) as error:
-        raise BadUsage("bad_input", str(error)) from None
-    except EngineError as error:
-        raise CtlError("bad_model", str(error)) from None
-    except PlannerError as error:
-        raise Refused("infeasible", str(error)) from None
 
 
 def _system(options: Namespace, auto: "AutoSettings", scenario: "Scenario", trace: "Trace") -> "System":

@@ -74,7 +74,7 @@ def test_what_does_not_fit_says_how_much_is_missing(tmp_path: Path, llama: Path)
     ("arguments", "code", "said"),
     [
         (("--topology", "no-such-machine"), 2, "no-such-machine"),
-        (("--model", "/no/such/model"), 1, "no such directory"),
+        (("--model", "/no/such/model"), 4, "no such directory"),
         (("--workload", "/no/such/file"), 2, "flexctl: /no/such/file: No such file or directory\n"),
         (("--stages", "99", "--config", "etc/flexpiped.toml"), 4, "at most 8 stages"),
         (("--replicas", "0", "--config", "etc/flexpiped.toml"), 2, "--replicas: at least 1"),
