@@ -6,6 +6,7 @@ aiohttp would log the bytes that it does not understand, which may be a key, and
 import asyncio
 import math
 import traceback
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -97,11 +98,26 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         return _Server(
-            server.request_handler,
+            _refused_in_one_shape(server.request_handler),
             request_factory=server.request_factory,
             handler_cancellation=server.handler_cancellation,
             **server._kwargs,
         )
+
+
+def _refused_in_one_shape(
+    handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    """Answer in OpenAI's shape what the framework refuses before any middleware: an unknown ``Expect``."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await handle(request)
+        except web.HTTPExpectationFailed as refused:
+            body = from_http_status(refused.status, message="Expect: only 100-continue is known here").encode()
+            return web.Response(status=refused.status, body=body, content_type="application/json")
+
+    return answer
 
 
 class _Server(web.Server):

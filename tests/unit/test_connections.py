@@ -120,6 +120,7 @@ async def test_a_line_that_is_just_short_enough_is_taken(port: int) -> None:
         ("GET / HTTP/1.1\r\nHost: x\r\n" + "X-A: 1\r\n" * 200 + "\r\n", 431, "too many lines: 128 headers"),
         ("GET / HTTP/1.1\r\n\r\n", 400, "no Host header"),
         ("DO / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "method is none of HTTP's"),
+        ("GET / HTTP/1.1\r\nHost: x\r\nExpect: much\r\n\r\n", 417, "Expect: only 100-continue"),
         (
             "POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: br\r\nContent-Length: 1\r\n\r\nx",
             415,
