@@ -162,16 +162,21 @@ class ProfileStore:
         """Return the newest profile that is valid for these, or None and why there is none.
 
         Raises:
-            InvalidProfile: A profile that would fit by its name cannot be read.
+            InvalidProfile: None is valid, and one that would fit by its name cannot be read.
         """
         wanted = (model_digest, dtype, engine, device_name, cores, threads_per_device)
-        found = [
-            profile
-            for profile in map(_read, sorted(self.folder.glob(f"*-{model_digest}-*.json")))
-            if _valid_for(profile) == wanted
-        ]
-        if found:
-            return max(found, key=lambda profile: profile.measured_at), ""
+        found: list[Profile] = []
+        unreadable: list[InvalidProfile] = []
+        for path in sorted(self.folder.glob(f"*-{model_digest}-*.json")):
+            try:
+                found.append(_read(path))
+            except InvalidProfile as error:  # of an older version, for instance: one measured since then counts
+                unreadable.append(error)
+        fitting = [profile for profile in found if _valid_for(profile) == wanted]
+        if fitting:
+            return max(fitting, key=lambda profile: profile.measured_at), ""
+        if unreadable:
+            raise unreadable[0]
         return None, f"no profile of this model, dtype, engine and processor in {self.folder}"
 
 

@@ -80,6 +80,18 @@ def test_a_damaged_profile_is_named(tmp_path: Path) -> None:
         found_in(store, profile)
 
 
+def test_one_of_an_older_version_is_named_until_it_is_measured_again(tmp_path: Path) -> None:
+    """Measured again with another torch it lies beside the old one, and counts."""
+    store, old = ProfileStore(folder=tmp_path), profile_of(*observed())
+    path = store.save(old)
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(InvalidProfile, match=rf"{path.name}: profile.version must be 2, not 1; measure again"):
+        found_in(store, old)
+    new = replace(old, key=replace(KEY, torch_version="2.14.0"))
+    store.save(new)
+    assert found_in(store, old) == new
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidProfile, match="cannot be kept: "):
