@@ -61,6 +61,9 @@ print("nixl pushes:", refused_connector("NixlPushConnector"))
 print("nixl one way:", refused_connector(role="kv_producer"))
 print("nixl of ranks:", refused_connector(ranks=2))
 print("nixl uncached:", refused_connector(caching=False))
+encoder = N(vllm_config=whole(), kv_cache_config=N(kv_cache_groups=[]), needs_kv_cache_zeroing=False)
+print("encoder, copied:", refusals.of_kv_copy(encoder))
+print("encoder, moved:", refusals.of_groups(encoder.kv_cache_config))
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 print("nixl is there:", all(name in KVConnectorFactory._registry for name in refusals._PULL_BY_NIXL))
 internals._missing = "cannot import name 'get_pp_group'"
@@ -161,6 +164,11 @@ def test_what_nixl_does_not_do_is_refused_by_its_name(said: dict[str, str]) -> N
     assert said["nixl one way"] == "NIXL in one direction (kv_role kv_producer is not kv_both)"
     assert said["nixl of ranks"] == "NIXL over 2 pipeline ranks"
     assert said["nixl uncached"] == "NIXL without a prefix cache"
+
+
+def test_an_encoder_has_no_kv_cache_to_move_or_copy(said: dict[str, str]) -> None:
+    assert said["encoder, copied"] == "no KV cache is copied with an encoder, which has none"
+    assert said["encoder, moved"] == "moves in place are not supported without a KV cache (encoders)"
 
 
 def test_every_sampling_parameter_can_be_asked_for(said: dict[str, str]) -> None:

@@ -42,6 +42,8 @@ def of_first_layers(config: Any) -> str:
 def of_groups(config: Any) -> str:
     """Return why the KV cache of a ``KVCacheConfig`` cannot move layer by layer, or nothing."""
     groups = config.kv_cache_groups
+    if not groups:
+        return "moves in place are not supported without a KV cache (encoders)"
     if len(groups) != 1:
         return f"moves in place are not supported with {len(groups)} KV cache groups (hybrid attention)"
     spec = groups[0].kv_cache_spec
@@ -62,8 +64,9 @@ def of_kv_copy(scheduler: Any) -> str:
             ("data parallelism", config.parallel_config.data_parallel_size > 1),
             ("context parallelism", _context_parallel(config.parallel_config)),
             ("KV caches that are cleared before use", bool(scheduler.needs_kv_cache_zeroing)),
-            (f"{len(groups)} KV cache groups", len(groups) != 1),
-            (f"a KV cache of type {specs[0].__name__}", specs[0] not in copied),
+            ("an encoder, which has none", not groups),
+            (f"{len(groups)} KV cache groups", len(groups) > 1),
+            *[(f"a KV cache of type {spec.__name__}", spec not in copied) for spec in specs[:1]],
         ]
     )
     return f"no KV cache is copied with {found}" if found else ""
