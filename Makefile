@@ -30,8 +30,8 @@ REAL := $(if $(filter all,$(ENGINES)),vllm="$$($(BIN)/python -m tests.engines.in
 	sglang="$$($(BIN)/python -m tests.engines.install_sglang)" && \
 	FLEXPIPED_VLLM_PYTHON="$$vllm" FLEXPIPED_SGLANG_PYTHON="$$sglang")
 
-# Tests without an engine run in several processes; those with one have the machine for themselves. With a space in
-# the place of =, pytest would take "engines" for the folder of that name.
+# Tests without an engine run in several processes; those with one in two lanes: vLLM's beside the native engine's and then
+# SGLang's. With a space in the place of =, pytest would take "engines" for the folder of that name.
 GATE := $(BIN)/python -m pytest -q -m "not long and not gpu $(WITHOUT_$(ENGINES))"
 NO_TESTS := 5
 
@@ -42,7 +42,7 @@ run: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	@$(GATE) --part=others -n auto --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq $(NO_TESTS) ]
-	@$(REAL) $(GATE) --part=engines $(ARGS) || [ $$? -eq $(NO_TESTS) ]
+	@$(REAL) $(GATE) --part=engines -n auto --maxprocesses 2 --dist loadgroup $(ARGS) || [ $$? -eq $(NO_TESTS) ]
 
 test-long: $(VENV)/dev.stamp
 	@$(REAL) $(BIN)/python -m pytest -q -m "long $(WITHOUT_$(ENGINES))" $(ARGS)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import lane
+
 ROOT = Path(__file__).parents[2]
 INSTALLERS = ("tests.engines.install_vllm", "tests.engines.install_sglang")
 NO_TESTS = 5  # are left
@@ -70,6 +72,16 @@ def test_cheap_tests_come_first_and_one_served_engine_is_alive_at_a_time() -> No
     first_of_sglang = next(place for place, file in enumerate(files) if file.startswith("tests/sglang/"))
     assert files[first_of_sglang - len(of_vllm) : first_of_sglang] == shared[0]
     assert files[-len(of_sglang) :] == shared[1]
+
+
+def test_tests_with_an_engine_run_in_two_lanes_in_each_of_which_one_is_alive_at_a_time() -> None:
+    _, with_engines = make("test", "MAKEFLAGS=").stdout.split("--part=others")
+
+    assert "--part=engines -n auto --maxprocesses 2 --dist loadgroup" in with_engines
+    native, vllm, sglang = ({"engine", *more} for more in ((), ("vllm",), ("sglang",)))
+    assert lane(native) == lane(sglang) == lane(sglang | vllm) != lane(vllm)
+    assert None not in (lane(native), lane(vllm))
+    assert lane({"real_loop"}) is None  # such tests go by their files
 
 
 def test_what_is_left_out_of_a_part_is_counted_with_its_reason() -> None:
