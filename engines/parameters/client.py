@@ -11,7 +11,9 @@ import msgspec
 
 from engines.parameters import messages as p
 
-_DEADLINE_S: Final = 2.0  # the daemon answers within milliseconds; a start must not hang on one that does not
+# The daemon answers within milliseconds, on an overloaded machine within seconds. Who is late is not asked again,
+# so a start hangs on a daemon that never answers but once.
+_DEADLINE_S: Final = 10.0
 
 
 class ParameterClient:
