@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.native.attention import PagedStep, fits_kernel, native_step
+from engines.native.attention import fits_kernel, native_step
 from engines.native.linear import LinearStruct, struct_of
+from engines.native.paged_step import PagedStep
 
 if TYPE_CHECKING:
     from engines.native.family import Family

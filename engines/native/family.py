@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from engines.native.attention import PagedStep
 from engines.native.compiled_decoders import CompiledDecoders
 from engines.native.linear import LinearOps
+from engines.native.paged_step import PagedStep
 
 LM_HEAD = "lm_head"
 

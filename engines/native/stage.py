@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from engines.native.attention import PagedStep
 from engines.native.compute import Compute
 from engines.native.family import Family
 from engines.native.kv_store import KVStore
@@ -17,6 +16,7 @@ from engines.native.layer_source import LayerSource, ReadLayer
 from engines.native.logits import shaped
 from engines.native.lora import LoraModules
 from engines.native.messages import RunStep, Score, Scored, StageSpec, Tops
+from engines.native.paged_step import PagedStep
 from engines.native.sampling import chosen_logprobs, sample
 from engines.native.scoring import score, tops_of
 from engines.native.shared import SharedMemory

@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from engines.native.attention import ATTENTION_NAME, CompiledAttention, PagedStep, Scores, register, torch_attention
+from engines.native.attention import ATTENTION_NAME, CompiledAttention, register
 from engines.native.kv_memory import KVMemory
 from engines.native.linear import LinearOps
+from engines.native.paged_step import PagedStep, Scores
+from engines.native.torch_attention import torch_attention
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores, int, PagedStep], torch.Tensor]
 MAX_CONTEXT = 96
@@ -343,3 +347,21 @@ def test_the_kernel_refuses_rows_that_are_not_contiguous(compiled: Attention) ->
     cache = Cache(lambda q, *rest: compiled(q.transpose(2, 3).contiguous().transpose(2, 3), *rest), shape, rows=1)
     with pytest.raises(ValueError, match="must be contiguous"):
         cache.step([(0, 0, tokens)])
+
+
+def test_sequences_of_similar_length_attend_together() -> None:
+    assert alike([]) == []
+    assert alike([40, 30, 50]) == [[2, 0, 1]]
+    short = [30] * 200
+    assert alike([9000, *short]) == [[0], list(range(1, 201))]  # else they would read 1.8 million tokens
+    assert [len(each) for each in alike([1000] * 40)] == [16, 16, 8]  # bounded in memory
+    assert alike([100_000]) == [[0]]
+
+
+@given(st.lists(st.integers(1, 5000), max_size=60))
+def test_groups_hold_each_sequence_once_and_read_little_in_vain(lengths: list[int]) -> None:
+    groups = alike(lengths)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        own = [lengths[index] for index in group]
+        assert len(group) == 1 or max(own) * len(own) <= min(16_384, 1.5 * sum(own) + 1024)
