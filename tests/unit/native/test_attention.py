@@ -18,7 +18,7 @@ from engines.native.attention import ATTENTION_NAME, CompiledAttention, register
 from engines.native.kv_memory import KVMemory
 from engines.native.linear import LinearOps
 from engines.native.paged_step import PagedStep, Scores
-from engines.native.torch_attention import torch_attention
+from engines.native.torch_attention import alike, torch_attention
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores, int, PagedStep], torch.Tensor]
 MAX_CONTEXT = 96
@@ -176,6 +176,25 @@ def test_what_a_window_has_left_behind_is_not_read(attention: Attention) -> None
     (result,) = cache.step([(0, 79, tokens.part(79, 1))])
     expected = plain_attention(tokens, shape.scores)[79:]
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_never_written_is_not_read(attention: Attention) -> None:
+    """Memory of a device is as somebody left it, and sequences that attend together have different lengths."""
+    shape = Shape(group=2)
+    cache = Cache(attention, shape, rows=4)
+    cache.kv.keys[1][:] = torch.nan
+    cache.kv.values[1][:] = torch.nan
+    sequences = [random_tokens(shape, length, seed=length) for length in (2, 17, 40, 90)]
+    cache.step([(row, 0, tokens.part(0, tokens.q.shape[1] - 1)) for row, tokens in enumerate(sequences)])
+    results = cache.step(
+        [
+            (row, n - 1, tokens.part(n - 1, 1))
+            for row, (n, tokens) in enumerate((tokens.q.shape[1], tokens) for tokens in sequences)
+        ]
+    )
+    for tokens, result in zip(sequences, results, strict=True):
+        expected = plain_attention(tokens, shape.scores)[-1:]
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [16, 128, 256])
