@@ -46,19 +46,17 @@ class ArrivalWindow:
             raise ValueError(f"a window of {window_s:g} s")
         self.window_s = window_s
         self._began_s = began_s
-        self._last_s: float | None = None
-        self._arrivals: deque[tuple[float, float | None]] = deque()  # time, gap to the one before
+        self._arrivals: deque[tuple[float, float | None]] = deque()  # time, gap to the one before in the window
         self._newer: deque[float] = deque()  # times in the newer half
         self._gaps, self._sum_s, self._sum_s2 = 0, 0.0, 0.0
 
     def add(self, at_s: float) -> None:
         """Add one arrival, not earlier than the last."""
-        gap = None if self._last_s is None else at_s - self._last_s
-        self._last_s = at_s
+        self._forget(at_s)
+        gap = at_s - self._arrivals[-1][0] if self._arrivals else None
         self._arrivals.append((at_s, gap))
         self._newer.append(at_s)
         self._count(gap, +1)
-        self._forget(at_s)
 
     def statistics(self, now_s: float) -> ArrivalStatistics:
         """Return what the window says at ``now_s``."""
@@ -84,8 +82,14 @@ class ArrivalWindow:
         return (newer - (count - newer)) / half_s / half_s
 
     def _forget(self, now_s: float) -> None:
+        """Leave out what is older than the window, and the gap that only ends in it: after a night in which nobody came
+        it would count as bursts for as long as its end is in the window."""
         while self._arrivals and self._arrivals[0][0] <= now_s - self.window_s:
-            self._count(self._arrivals.popleft()[1], -1)
+            self._arrivals.popleft()
+            if self._arrivals:
+                at_s, gap = self._arrivals[0]
+                self._count(gap, -1)
+                self._arrivals[0] = (at_s, None)
         while self._newer and self._newer[0] <= now_s - self.window_s / 2:
             self._newer.popleft()
         if not self._arrivals:  # no rounding survives an empty window

@@ -1,5 +1,6 @@
 """The load monitor: windows against the definition, and values that are absent."""
 
+from itertools import pairwise
 from statistics import mean, pstdev
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_window_says_what_its_arrivals_say(gaps_s: list[float], after_s: float
     now_s += after_s
     statistics = window.statistics(now_s)
     inside = [at_s for at_s in times_s if at_s > now_s - 30]
-    between = [gap_s for index, gap_s in enumerate(gaps_s) if index and times_s[index] > now_s - 30]
+    between = [second_s - first_s for first_s, second_s in pairwise(inside)]
     assert statistics.arrivals == len(inside)
     if now_s > 0:
         assert statistics.rate_per_s == pytest.approx(len(inside) / min(30.0, now_s))
@@ -31,6 +32,19 @@ def test_a_window_says_what_its_arrivals_say(gaps_s: list[float], after_s: float
         assert statistics.cv == pytest.approx(pstdev(between) / mean(between), rel=1e-3, abs=1e-3)
     else:
         assert len(between) >= 8 or statistics.cv is Absence.TOO_FEW
+
+
+def test_a_pause_counts_while_it_lies_in_the_window_and_not_when_only_its_end_does() -> None:
+    window = ArrivalWindow(30.0, began_s=0.0)
+    for at_s in (*range(10), *range(25, 36)):
+        window.add(float(at_s))
+    seen = [16.0, *[1.0] * 10]  # from 9 on
+    assert window.statistics(38.5).cv == pytest.approx(pstdev(seen) / mean(seen))
+    assert window.statistics(39.5).cv == pytest.approx(0.0, abs=1e-6)
+    window.add(3600.0)
+    for second in range(1, 11):
+        window.add(3600.0 + second)
+    assert window.statistics(3610.0).cv == pytest.approx(0.0, abs=1e-6)
 
 
 def test_nobody_is_a_rate_of_zero_and_no_cv() -> None:

@@ -27,6 +27,12 @@ def test_calm_traffic_changes_nothing() -> None:
     assert run.decisions[-1].reason == "keep: CV 0.00 (180 s), load 20%; 2 stages score best"
 
 
+def test_calm_traffic_after_an_hour_of_nobody_is_calm_traffic() -> None:
+    run = Run(CONSTANTS)
+    run.through([*steady(2.0, 600), *(4200 + at_s for at_s in steady(2.0, 600))], until_s=4800)
+    assert run.actions == []
+
+
 def test_bursts_make_the_pipeline_finer_and_calm_makes_it_coarse_again() -> None:
     run = Run(CONSTANTS)
     calm = list(steady(2.0, 300))
