@@ -8,6 +8,8 @@
 Sources: Keskar et al., CTRL, 2019, section 4.1 (repetition); OpenAI's API reference (frequency, presence).
 """
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,6 +19,7 @@ from engines.native.shared import SharedMemory
 from engines.native.token_mask import is_set
 
 Ints = npt.NDArray[np.int32]
+_MOST: Final = torch.finfo(torch.float32).max  # of a logit: with infinity there are no probabilities
 
 
 def shaped(row: torch.Tensor, shape: Shape, shared: SharedMemory) -> torch.Tensor:
@@ -35,8 +38,9 @@ def shaped(row: torch.Tensor, shape: Shape, shared: SharedMemory) -> torch.Tenso
 def _penalise(own: torch.Tensor, shape: Shape, *, prompt: Ints, output: Ints) -> None:
     if shape.repetition != 1.0:
         seen = _ids(np.unique(np.concatenate((prompt, output))))
-        there = own[seen]
-        own[seen] = torch.where(there > 0, there / shape.repetition, there * shape.repetition)
+        there = own[seen].double()  # in float32 the least penalties are 0, and what cannot be chosen became NaN
+        there = torch.where(there > 0, there / shape.repetition, there * shape.repetition)
+        own[seen] = there.clamp(max=_MOST).float()
     if len(output) and (shape.frequency or shape.presence):
         tokens, counts = np.unique(output, return_counts=True)
         own[_ids(tokens)] -= torch.from_numpy(counts).float() * shape.frequency + shape.presence

@@ -35,9 +35,10 @@ def chosen_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(row: torch.Tensor, draw: Draw) -> torch.Tensor:
-    scaled = row.double() / draw.temperature
+    row = row.double()
+    scaled = (row - row.max()) / draw.temperature  # the likeliest is 0, else the least temperatures made many infinite
     if draw.min_p > 0.0:  # of the likeliest token's probability
-        scaled = scaled.masked_fill(scaled < scaled.max() + math.log(draw.min_p), -torch.inf)
+        scaled = scaled.masked_fill(scaled < math.log(draw.min_p), -torch.inf)
     kept = keep_mask(scaled, top_k=draw.top_k, top_p=draw.top_p)
     noise = gumbel_noise(seed=draw.seed, position=draw.position, size=len(row))
     return (scaled + torch.from_numpy(noise)).masked_fill(~kept, -torch.inf).argmax()

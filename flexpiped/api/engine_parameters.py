@@ -11,6 +11,7 @@ from flexpiped.api.fields import Body, Reader, integer, number, strings, token_i
 from flexpiped.api.unsupported import COMPLETION_NEUTRAL, has_no_effect
 
 _MAX_TOKENS: Final = 2**31 - 1
+_MAX_DIGITS: Final = len(str(_MAX_TOKENS))  # of a token id; Python reads no number of more than 4300
 _MAX_BIAS: Final = 100.0  # vLLM's route draws larger ones in
 
 
@@ -30,8 +31,8 @@ def read_engine_params(body: Body, *, taken: Set[str]) -> dict[str, Any]:
 
 def _bad_words(name: str, value: Any) -> tuple[str, ...]:
     words = strings.parse(name, value)
-    if "" in words:
-        raise invalid(f"{name} must not hold an empty string", param=name, code="invalid_value")
+    if not all(map(str.lstrip, words)):  # as tokens they are taken without the space before them, as in vLLM
+        raise invalid(f"{name} must not hold an empty string or one of spaces alone", param=name, code="invalid_value")
     return words
 
 
@@ -42,6 +43,9 @@ def _logit_bias(name: str, value: Any) -> dict[str, float]:
     for token_id, bias in value.items():
         if not (token_id.isascii() and token_id.isdecimal()):
             raise invalid(f"{name} must have token ids as keys, not {token_id!r}", param=name, code="invalid_value")
+        if len(token_id) > _MAX_DIGITS:
+            message = f"{name}: no token id has {len(token_id)} digits"
+            raise invalid(message, param=name, code="unknown_token")
         if not isinstance(bias, int | float) or isinstance(bias, bool):
             raise wrong_type(f"{name}[{token_id}]", "a number", bias)
         biases[token_id] = float(min(max(bias, -_MAX_BIAS), _MAX_BIAS))
@@ -50,7 +54,7 @@ def _logit_bias(name: str, value: Any) -> dict[str, float]:
 
 ENGINE_PARAMETERS: Final[Mapping[str, Reader[Any]]] = {
     "allowed_token_ids": token_ids,
-    "bad_words": Reader(parse=_bad_words, schema={"type": "array", "items": {"type": "string", "minLength": 1}}),
+    "bad_words": Reader(parse=_bad_words, schema={"type": "array", "items": {"type": "string", "pattern": r"\S"}}),
     "frequency_penalty": number(-2, 2),
     "logit_bias": Reader(
         parse=_logit_bias,

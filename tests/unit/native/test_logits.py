@@ -86,6 +86,15 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     torch.testing.assert_close(changed(row, sequence_of(repetition_penalty=penalty)), expected)
 
 
+@pytest.mark.parametrize("penalty", [1e-320, 1e-50, 1e-30, 1e6])
+def test_no_repetition_penalty_has_the_mask_or_the_order_of_the_others_forgotten(penalty: float) -> None:
+    row = row_of()
+    row[3], row[40] = 5.0, -5.0
+    own = changed(row, sequence_of(allowed_token_ids=[3, 40, 45], repetition_penalty=penalty))
+    assert own.isfinite().nonzero().view(-1).tolist() == [3, 40, 45]
+    assert own[40] <= 0.0 < own[3]
+
+
 def test_frequency_and_presence_count_output_tokens_alone() -> None:
     row = row_of(1)
     expected = row.clone()

@@ -1,6 +1,7 @@
 """Choosing the next token: greedy, cut to top_k and top_p, and drawn alike wherever the row stands."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,14 @@ def test_only_drawn_rows_are_drawn() -> None:
     greedy = logits.argmax(dim=-1)
     assert tokens[[0, 1, 3]].tolist() == greedy[[0, 1, 3]].tolist()
     assert tokens[2] != greedy[2]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-300, 1e-308, 5e-324])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.5}], ids=str)
+def test_the_least_temperatures_draw_the_likeliest(temperature: float, cut: dict[str, Any]) -> None:
+    logits = torch.tensor([[1.0, 5.0, 3.0, -torch.inf]])
+    asked = Draw(row=0, seed=1, position=0, temperature=temperature, **({"top_p": 1.0, "top_k": 0} | cut))
+    assert sample(logits, [asked]).tolist() == [1]
 
 
 @pytest.mark.parametrize("seed", range(40))
