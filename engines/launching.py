@@ -134,7 +134,7 @@ async def _child(
     listener: socket.socket | None = None,
     log: int | None = None,
 ) -> ChildProcess:
-    """Start it as a child; with a ``listener`` in a session of its own, so that no signal to ours reaches it."""
+    """Start it as a child, in a session of its own: Ctrl-C at a terminal is for the daemon alone."""
     passed = [connection.fileno(), *([] if listener is None else [listener.fileno()])]
     command = command_of(python, module, str(passed[0]), str(parent_pid), *(str(number) for number in passed[1:]))
     try:
@@ -145,7 +145,7 @@ async def _child(
             stdin=DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=listener is not None,
+            start_new_session=True,
         )
     except OSError as error:
         raise EngineStartFailed(f"cannot run {command[0]}: {error.strerror}") from error

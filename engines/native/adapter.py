@@ -211,7 +211,7 @@ class NativeEngine:
         """End all processes, or leave them to the next daemon where that is how they live. Idempotent."""
         stays = self._life.end is None and self._outliving is not None and self._outliving.is_leaving
         self._life.close()
-        await self._link.close(stays=stays)
+        await self._link.close(stays=stays, at_once=self._capabilities is None)
 
     # --- beyond the protocol: for benchmarks and tests ---
 

@@ -273,8 +273,7 @@ def _keep_apart(parent_pid: int, *, may_outlive: bool) -> None:
     """See to it that this process ends with its daemon, or else that nothing which ends the daemon reaches it."""
     if not may_outlive:
         die_with_parent(parent_pid=parent_pid)
-        os.setpgid(0, 0)  # a signal to the terminal's group is the daemon's business
-    elif os.getsid(0) != os.getpid():
+    if os.getsid(0) != os.getpid():  # else whoever has started it has seen to that
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

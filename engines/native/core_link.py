@@ -79,13 +79,17 @@ class CoreLink:
         if self._writer is not None and not self._writer.is_closing():
             write_frame(self._writer, c.encode(command))
 
-    async def close(self, *, stays: bool) -> None:
-        """End the core and what it has started, or let go of it and leave it to the next daemon. Idempotent."""
+    async def close(self, *, stays: bool, at_once: bool) -> None:
+        """End the core and what it has started, or let go of it and leave it to the next daemon. Idempotent.
+
+        Args:
+            at_once: Kill it: it has no requests yet, and hears nothing before it is ready.
+        """
         process, self._process = self._process, None
         if process is None:
             return
         if not stays:
-            await self._end(process)
+            await self._end(process, grace_s=0.0 if at_once else _EXIT_GRACE_S)
         if self._reading is not None:
             self._reading.cancel()
             with suppress(asyncio.CancelledError):
@@ -105,11 +109,11 @@ class CoreLink:
             self._on_report(c.decode_report(raw))
         self._on_end(await process.ended())
 
-    async def _end(self, process: CoreProcess) -> None:
+    async def _end(self, process: CoreProcess, *, grace_s: float) -> None:
         with suppress(ConnectionError):
             self.send(c.Shutdown())
         try:
-            await asyncio.wait_for(process.ended(), _EXIT_GRACE_S)
+            await asyncio.wait_for(process.ended(), grace_s)
         except TimeoutError:
             process.kill()
             await process.ended()

@@ -127,6 +127,7 @@ async def spawn(*, python: str, model: Path, on_reply: Callable[[Reply], None]) 
                 env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
                 stdin=DEVNULL,
                 stdout=DEVNULL,
+                start_new_session=True,  # Ctrl-C at a terminal is for the daemon alone
             )
         except OSError as error:
             ours.close()

@@ -241,6 +241,21 @@ async def test_the_engine_core_killed_requests_go_on_from_the_callers_copy(undis
     await supervisor.close()
 
 
+async def test_an_engine_that_is_not_ready_ends_at_once() -> None:
+    """Asked to, it would end only when it has read its weights: until then it hears nothing."""
+    engine, loop = NativeEngine(options_for(llama()), even(2)), asyncio.get_running_loop()
+    reached = asyncio.Event()
+    starting = asyncio.create_task(engine.start(on_progress=lambda _message: reached.set()))
+    await reached.wait()
+    pid = engine.core_pid
+    os.kill(pid, signal.SIGSTOP)  # as deaf as one that imports torch, however fast the machine is
+    starting.cancel()
+    began_s = loop.time()
+    await engine.close()
+    assert loop.time() - began_s < 2.0
+    assert not alive(pid)
+
+
 async def test_the_daemon_killed_no_process_lives_after_5_s() -> None:
     program = (
         "import asyncio, sys\n"
