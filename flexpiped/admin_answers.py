@@ -72,7 +72,9 @@ async def send_log(request: web.Request, log: EventLog) -> web.StreamResponse:
     try:
         since = int(request.query.get("since", "0"))
     except ValueError:
-        return error_answer("bad_request", "since must be a number of an event", HTTPStatus.BAD_REQUEST)
+        since = -1
+    if since < 0:
+        return error_answer("bad_request", "since must be a number of an event, or 0", HTTPStatus.BAD_REQUEST)
     if request.query.get("follow") == "1":
         return await stream_events(request, log.follow(since=since))
     lines = b"".join(_line(event) for event in log.since(since))

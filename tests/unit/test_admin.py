@@ -155,8 +155,9 @@ async def test_events_of_the_past_and_of_the_future(http: aiohttp.ClientSession,
 
 
 async def test_since_must_be_a_number(http: aiohttp.ClientSession) -> None:
-    async with http.get("/events", params={"since": "yesterday"}) as response:
-        assert response.status == 400
+    for since in ("yesterday", "-5"):
+        async with http.get("/events", params={"since": since}) as response:
+            assert response.status == 400
 
 
 async def test_a_follower_that_leaves_ends_only_its_own_stream(http: aiohttp.ClientSession, stand: AdminStand) -> None:
