@@ -1,10 +1,12 @@
 """What the native engine cannot do exactly is refused by name, before any weight is read."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MambaConfig, PretrainedConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MambaConfig, PretrainedConfig
 
 from engines.errors import UnsupportedByEngine
 from engines.native.attention import ATTENTION_NAME, register
@@ -111,6 +113,36 @@ def test_rotary_positions_are_those_of_transformers(rope: dict[str, Any]) -> Non
     expected_cos, expected_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     assert torch.equal(cos, expected_cos)
     assert torch.equal(sin, expected_sin)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.3},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=lambda scaling: str(scaling.get("rope_type", scaling.get("type"))),
+)
+def test_rotary_positions_are_read_as_published_files_say_them(scaling: dict[str, Any], tmp_path: Path) -> None:
+    """``rope_theta`` and ``rope_scaling`` side by side, where newer files have ``rope_parameters``."""
+    new = llama(rope_parameters={**scaling, "rope_type": scaling.get("rope_type", "linear"), "rope_theta": 1e3})
+    said = llama().to_dict()
+    del said["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**said, "rope_theta": 1e3, "rope_scaling": scaling}))
+    old = AutoConfig.from_pretrained(tmp_path)
+    positions = torch.tensor([0, 5, 31, 7])
+    tables, expected, plain = (
+        build(config).step_arguments(positions)[1]["position_embeddings"] for config in (old, new, llama())
+    )
+    assert all(map(torch.equal, tables, expected))
+    assert not torch.equal(tables[0], plain[0])
 
 
 def test_each_kind_of_attention_has_rotary_positions_of_its_own() -> None:
