@@ -6,7 +6,7 @@ A stage's time is the sum of its layers' and its own. Each is linear in what the
     embedding  tokens
     decoder    a call (launches, weights read once) + tokens, each span of them at a price of its own: a product of
                matrices is bound by reading weights at first and by arithmetic later, and kernels change with its rows
-               + context read, that of a token which decodes alone apart + pairs attended to
+               + context read, which costs a token that decodes alone more + pairs attended to
     head       a call (weights of the LM head) + more than one row + rows of logits
 """
 
@@ -34,7 +34,7 @@ class Term(Enum):
     DECODER_TOKEN_TO_128 = "decoder, each token beyond 64"
     DECODER_TOKEN_FROM_128 = "decoder, each token beyond 128"
     DECODER_CONTEXT = "decoder, each token of context read"
-    DECODER_CONTEXT_ALONE = "decoder, each token of context read by a token alone"
+    DECODER_CONTEXT_ALONE = "decoder, more of it for one alone"
     DECODER_PAIR = "decoder, each pair attended"
     HEAD_CALL = "head, each call"
     HEAD_SEVERAL = "head, more than one row"
