@@ -42,7 +42,7 @@ run: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	@$(GATE) --part=others -n auto --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq $(NO_TESTS) ]
-	@$(REAL) $(GATE) --part=engines -n auto --maxprocesses 2 --dist loadgroup $(ARGS) || [ $$? -eq $(NO_TESTS) ]
+	@$(REAL) $(GATE) --part=engines -n auto --maxprocesses 2 $(ARGS) || [ $$? -eq $(NO_TESTS) ]
 
 test-long: $(VENV)/dev.stamp
 	@$(REAL) $(BIN)/python -m pytest -q -m "long $(WITHOUT_$(ENGINES))" $(ARGS)

@@ -2,7 +2,6 @@
 
 import signal
 from collections import Counter
-from collections.abc import Container
 from typing import Any
 
 import pytest
@@ -35,8 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--part",
         choices=PARTS,
         default="all",
-        help="tests that boot a real engine, of which two lanes may run at the same time (--dist loadgroup), or all"
-        " others, file by file (--dist loadfile)",
+        help="tests that boot a real engine, in two lanes where there are several processes, or all others",
     )
 
 
@@ -51,19 +49,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Put what is cheap first, so that what is wrong shows early: no engine, the native one, vLLM, SGLang."""
     part = config.getoption("--part")
     items[:] = sorted((each for each in items if part in ("all", "engines" if cost(each) else "others")), key=cost)
-    for item in items:
-        if found := lane({mark.name for mark in item.iter_markers()}):
-            item.add_marker(pytest.mark.xdist_group(found))
 
 
-def lane(marks: Container[str]) -> str | None:
-    """Return what a test with an engine keeps behind: two lanes take about as long, and one vLLM is alive at a time.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Have tests with engines run in their lanes, however many processes there are; others as --dist says."""
+    if config.getoption("--part") != "engines":
+        return None
+    from tests.support.lanes import TwoLanes
 
-    To start, a vLLM or SGLang imports in one process after the other, which leaves a second core idle.
-    """
-    if "vllm" in marks and "sglang" not in marks:
-        return "vllm"
-    return "native, then sglang" if "engine" in marks else None
+    return TwoLanes(config, log)
 
 
 def cost(item: pytest.Item) -> int:

@@ -31,9 +31,16 @@ async def engine() -> AsyncIterator[NativeEngine]:
         yield engine
 
 
+class Streams(Result):
+    """Hypothesis writes down the arguments of a test, and warns where they are long."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} streams>"
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def undisturbed(engine: NativeEngine) -> Result:
-    return await run_streams(engine)
+    return Streams(await run_streams(engine))
 
 
 def stream(index: int):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import lane
+from tests.support.lanes import lane
 
 ROOT = Path(__file__).parents[2]
 INSTALLERS = ("tests.engines.install_vllm", "tests.engines.install_sglang")
@@ -77,11 +77,11 @@ def test_cheap_tests_come_first_and_one_served_engine_is_alive_at_a_time() -> No
 def test_tests_with_an_engine_run_in_two_lanes_in_each_of_which_one_is_alive_at_a_time() -> None:
     _, with_engines = make("test", "MAKEFLAGS=").stdout.split("--part=others")
 
-    assert "--part=engines -n auto --maxprocesses 2 --dist loadgroup" in with_engines
-    native, vllm, sglang = ({"engine", *more} for more in ((), ("vllm",), ("sglang",)))
-    assert lane(native) == lane(sglang) == lane(sglang | vllm) != lane(vllm)
-    assert None not in (lane(native), lane(vllm))
-    assert lane({"real_loop"}) is None  # such tests go by their files
+    assert "--part=engines -n auto --maxprocesses 2" in with_engines
+    for marks, kept_behind in (("vllm and not sglang", "vllm"), ("sglang", "native, then sglang")):
+        of_marks = ("-m", f"not long and not gpu and {marks}", "tests/contract", "tests/sglang", "tests/vllm")
+        assert {lane(line) for line in collect("--part=engines", *of_marks) if "::" in line} == {kept_behind}
+    assert lane("tests/native/test_moves.py::test_one") == lane("tests/sglang/test_moves.py::test_one")
 
 
 def test_what_is_left_out_of_a_part_is_counted_with_its_reason() -> None:
