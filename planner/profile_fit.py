@@ -5,7 +5,6 @@ each number of threads, and apart for stages that compute alone and beside other
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from math import inf
 from typing import Final
 
 import numpy as np
@@ -58,14 +57,13 @@ def _priced_together(sizes: Collection[int], measured: Sequence[Mapping[Term, fl
     Spans of tokens in which no batch ends (``sizes``: tokens of the batches) cannot be told from the next one that has
     some; beyond the largest batch the last price goes on.
     """
-    spans = [term for term, _ in TOKEN_SPANS]
+    spans = [term for term, _, _ in TOKEN_SPANS]
     found = [(term,) for term in Term if term not in spans and any(each.get(term) for each in measured)]
     together: list[tuple[Term, ...]] = []
     waiting: tuple[Term, ...] = ()
-    for index, (term, start) in enumerate(TOKEN_SPANS):
-        end = TOKEN_SPANS[index + 1][1] if index + 1 < len(TOKEN_SPANS) else inf
+    for term, beyond, last in TOKEN_SPANS:
         waiting += (term,)
-        if any(start < tokens <= end for tokens in sizes):
+        if any(beyond < tokens <= last for tokens in sizes):
             together.append(waiting)
             waiting = ()
     if waiting and together:

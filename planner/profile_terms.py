@@ -12,6 +12,7 @@ A stage's time is the sum of its layers' and its own. Each is linear in what the
 
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 from typing import Final
 
 from planner.layer_costs import Batch
@@ -41,16 +42,16 @@ class Term(Enum):
     HEAD_ROW = "head, each row of logits"
 
 
-# The spans of tokens and where each begins; the last one has no end. A price is that of each token within the span.
-TOKEN_SPANS: Final[tuple[tuple[Term, int], ...]] = (
-    (Term.DECODER_TOKEN_TO_2, 1),
-    (Term.DECODER_TOKEN_TO_4, 2),
-    (Term.DECODER_TOKEN_TO_8, 4),
-    (Term.DECODER_TOKEN_TO_16, 8),
-    (Term.DECODER_TOKEN_TO_32, 16),
-    (Term.DECODER_TOKEN_TO_64, 32),
-    (Term.DECODER_TOKEN_TO_128, 64),
-    (Term.DECODER_TOKEN_FROM_128, 128),
+# The spans of tokens: beyond which and up to how many. A price is that of each token within the span.
+TOKEN_SPANS: Final[tuple[tuple[Term, int, float], ...]] = (
+    (Term.DECODER_TOKEN_TO_2, 1, 2),
+    (Term.DECODER_TOKEN_TO_4, 2, 4),
+    (Term.DECODER_TOKEN_TO_8, 4, 8),
+    (Term.DECODER_TOKEN_TO_16, 8, 16),
+    (Term.DECODER_TOKEN_TO_32, 16, 32),
+    (Term.DECODER_TOKEN_TO_64, 32, 64),
+    (Term.DECODER_TOKEN_TO_128, 64, 128),
+    (Term.DECODER_TOKEN_FROM_128, 128, inf),
 )
 
 
@@ -78,8 +79,7 @@ def layer_amounts(kind: LayerKind, batch: Batch, *, window_tokens: int | None = 
 
 
 def _token_amounts(tokens: int) -> dict[Term, float]:
-    ends = [*(start for _, start in TOKEN_SPANS[1:]), tokens]
-    return {term: float(max(0, min(tokens, end) - start)) for (term, start), end in zip(TOKEN_SPANS, ends, strict=True)}
+    return {term: float(max(0, min(tokens, last) - beyond)) for term, beyond, last in TOKEN_SPANS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,14 +69,12 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def checkpoint(options: argparse.Namespace) -> Path:
     """Return the directory of the model, which is made if it is not there."""
-    given: Path | None = options.checkpoint
-    return (given or bench_llama(_CACHE / "bench-llama")).resolve()
+    return _given_or(options, lambda: bench_llama(_CACHE / "bench-llama"))
 
 
 def qwen_checkpoint(options: argparse.Namespace) -> Path:
     """Return a directory of Qwen2.5-0.5B's shape with random weights in bfloat16, which is made if it is not there."""
-    given: Path | None = options.checkpoint
-    return (given or make_qwen(_CACHE / "qwen-0.5b", shape=REAL_SHAPE)).resolve()
+    return _given_or(options, lambda: make_qwen(_CACHE / "qwen-0.5b", shape=REAL_SHAPE))
 
 
 def uncached_checkpoint(options: argparse.Namespace) -> Path:
@@ -85,8 +83,7 @@ def uncached_checkpoint(options: argparse.Namespace) -> Path:
     The other one, of 34 MB, is about as large as a cache that tenants of the host share, and its decoding takes 15 %
     more or less from minute to minute. Models that people serve fit into no cache.
     """
-    given: Path | None = options.checkpoint
-    return (given or _uncached_llama()).resolve()
+    return _given_or(options, _uncached_llama)
 
 
 def _uncached_llama() -> Path:
@@ -108,8 +105,7 @@ def wide_checkpoint(options: argparse.Namespace) -> Path:
 
     1.9 GB of random weights in bfloat16, nearly all of them in its 22 decoders.
     """
-    given: Path | None = options.checkpoint
-    return (given or _wide_llama()).resolve()
+    return _given_or(options, _wide_llama)
 
 
 def _wide_llama() -> Path:
@@ -125,6 +121,12 @@ def _wide_llama() -> Path:
         initializer_range=0.02,
         dtype="bfloat16",
     )
+
+
+def _given_or(options: argparse.Namespace, made: Callable[[], Path]) -> Path:
+    """Return the directory that --checkpoint names, else what ``made`` makes."""
+    given: Path | None = options.checkpoint
+    return (given or made()).resolve()
 
 
 def even(stages: int) -> Pipeline:

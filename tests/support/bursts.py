@@ -74,7 +74,7 @@ def keep_profile(config: Path, state: Path, *, cores: int, token_s: Mapping[int,
 
 
 def _per_token(token_s: float) -> dict[Term, float]:
-    return {Term.DECODER_CALL: token_s} | {term: token_s for term, _ in TOKEN_SPANS}
+    return {Term.DECODER_CALL: token_s} | {term: token_s for term, _, _ in TOKEN_SPANS}
 
 
 class Traffic:

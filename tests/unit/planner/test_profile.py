@@ -179,10 +179,10 @@ def test_too_few_measurements_are_refused() -> None:
 def test_tokens_between_and_beyond_what_was_measured_have_the_price_of_their_neighbours() -> None:
     made = [each for each in observed() if each.batch.tokens in (1, 8, 32)]
     (fit,) = fit_observations(made)
-    price = {term: fit.seconds[term] for term, _ in TOKEN_SPANS}
+    price = {term: fit.seconds[term] for term, _, _ in TOKEN_SPANS}
     assert price[Term.DECODER_TOKEN_TO_2] == price[Term.DECODER_TOKEN_TO_4] == price[Term.DECODER_TOKEN_TO_8]
     assert price[Term.DECODER_TOKEN_TO_16] == price[Term.DECODER_TOKEN_TO_32]
-    assert len({price[term] for term, start in TOKEN_SPANS if start >= 8}) == 1
+    assert len({price[term] for term, beyond, _ in TOKEN_SPANS if beyond >= 8}) == 1
     for each in made:
         assert fit.time_s(each.amounts()) == pytest.approx(each.busy_s, rel=1e-3)
 
