@@ -4,7 +4,6 @@ A decoder's cache is there from when its layer is attached until it is dropped, 
 force; another number means another allocation and a copy, one decoder at a time between two steps.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -65,22 +64,23 @@ class DeviceKV:
 
     def read_into(self, decoders: list[int], slots: npt.NDArray[np.int32], target: memoryview) -> None:
         """Copy token slots into ``target``. The device gathers them; one copy brings all to the host."""
-        at = self._indices(slots)
-        gathered = torch.stack([_bytes_of(half)[at] for half in self._halves(decoders)])
-        torch.frombuffer(target, dtype=torch.uint8, count=gathered.numel()).copy_(gathered.view(-1))
+        at, halves = self._indices(slots), self._halves(decoders)
+        gathered = self._none.new_empty(len(halves), len(slots), *self._shape)
+        for half, rows in zip(halves, gathered, strict=True):
+            torch.index_select(half, 0, at, out=rows)
+        self._on_host(target, gathered.shape).copy_(gathered)
 
     def write_from(self, decoders: list[int], slots: npt.NDArray[np.int32], source: memoryview) -> None:
         """Copy token slots from ``source``: one copy to the device, which then scatters them."""
-        at = self._indices(slots)
-        shape = (2 * len(decoders), len(slots), self.row_bytes)
-        data = torch.frombuffer(source, dtype=torch.uint8, count=math.prod(shape)).view(shape).to(self._none.device)
-        for half, rows in zip(self._halves(decoders), data, strict=True):
-            _bytes_of(half)[at] = rows
+        at, halves = self._indices(slots), self._halves(decoders)
+        arrived = self._on_host(source, torch.Size((len(halves), len(slots), *self._shape))).to(self._none.device)
+        for half, rows in zip(halves, arrived, strict=True):
+            half.index_copy_(0, at, rows)
 
     def move_slots(self, decoders: list[int], sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> None:
         there, here = self._indices(targets), self._indices(sources)
         for half in self._halves(decoders):
-            half[there] = half[here]
+            half.index_copy_(0, there, half.index_select(0, here))
 
     def slot_bytes(self, decoder: int, first_slot: int, end_slot: int) -> bytes:
         halves = [_bytes_of(half)[first_slot:end_slot].cpu().numpy() for half in self._halves([decoder])]
@@ -92,6 +92,9 @@ class DeviceKV:
         kept = min(len(half), end_slot)
         new[:kept] = half[:kept]
         return new
+
+    def _on_host(self, memory: memoryview, shape: torch.Size) -> torch.Tensor:
+        return torch.frombuffer(memory, dtype=self._none.dtype, count=shape.numel()).view(shape)
 
     def _halves(self, decoders: list[int]) -> list[torch.Tensor]:
         return [halves[decoder] for decoder in decoders for halves in (self._keys, self._values)]

@@ -58,6 +58,11 @@ class SharedMemory:
     def kv_end_slot(self, value: int) -> None:
         self._kv_end_slot[0, 0] = value
 
+    @property
+    def areas(self) -> list[memoryview]:
+        """All outboxes and staging areas: what a device copies from and to."""
+        return [memoryview(each) for each in (*self._outboxes, *self._staging)]
+
     def outbox(self, worker: int, step_id: int) -> memoryview:
         """Return the bytes in which ``worker`` leaves the hidden states of a step."""
         start = (step_id % self.sizes.outbox_slots) * self._slot_bytes

@@ -42,6 +42,8 @@ class Worker:
         if self._compute.own_memory:
             family.move_to(self._compute.device)
             context.lora.move_to(self._compute.device)
+            for area in context.shared.areas:
+                self._compute.pin(area)
         self._kv = kv_store_of(family, context.shared, self._compute, num_slots=context.num_slots)
         size = context.kv_block_tokens
         self._kv_bound = KvBound(self._kv, kv_block_tokens=size, end_slot=context.shared.kv_end_slot)

@@ -96,6 +96,11 @@ class HeldStreams:
                     raise result
         self._tasks.clear()
 
+    @property
+    def contexts(self) -> list[int]:
+        """How many tokens each stream has, with its prompt."""
+        return [stream.context_tokens for stream in self._streams]
+
     def take(self) -> list[list[float]]:
         """Return when tokens came since the last call, for each stream.
 
@@ -172,6 +177,10 @@ class _Stream:
         self._max_tokens = max_tokens
         self.tokens: list[int] = []
         self.times_s: list[float] = [] if times_s is None else times_s
+
+    @property
+    def context_tokens(self) -> int:
+        return len(self._prompt) + len(self.tokens)
 
     async def follow(self, engine: Generator) -> None:
         request = GenerationRequest(

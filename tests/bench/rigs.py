@@ -2,7 +2,7 @@
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -21,9 +21,11 @@ NATIVE_LAPS = tuple(even(stages) for stages in (4, 2, 8, 1))
 WARM = 32  # tokens of each stream before anything is measured
 
 
-def longest_output(streams: int, prompt_tokens: int) -> int:
+def longest_output(
+    streams: int, prompt_tokens: int, *, max_context: int = MAX_CONTEXT, kv_tokens: int = _KV_TOKENS
+) -> int:
     """Return how many tokens each stream may produce within the context, without preemption."""
-    return min(MAX_CONTEXT, _KV_TOKENS // streams) - prompt_tokens - 64
+    return min(max_context, kv_tokens // streams) - prompt_tokens - 64
 
 
 @asynccontextmanager
@@ -74,19 +76,27 @@ class Restartable(Rig, Protocol):
 
 
 class DirectRig:
-    """The engine in this process's hands."""
+    """The engine in this process's hands. ``longest``: as ``longest_output``."""
 
     name = "direct"
-    laps = NATIVE_LAPS
 
-    def __init__(self, options: NativeOptions, engine: NativeEngine) -> None:
+    def __init__(
+        self,
+        options: NativeOptions,
+        engine: NativeEngine,
+        *,
+        laps: tuple[Pipeline, ...] = NATIVE_LAPS,
+        longest: Callable[[int, int], int] = longest_output,
+    ) -> None:
+        self.laps = laps
+        self._longest = longest
         self._options = options
         self._engine = engine
         self._streams = direct.HeldStreams([], max_tokens=1)
 
     async def begin(self, streams: int, prompt_tokens: int) -> None:
         given = prompts(count=streams, length=prompt_tokens, seed=streams)
-        self._streams = direct.HeldStreams(given, max_tokens=longest_output(streams, prompt_tokens))
+        self._streams = direct.HeldStreams(given, max_tokens=self._longest(streams, prompt_tokens))
         await self._streams.start(self._engine, warm_tokens=WARM)
         await self._engine.trace()
         self._streams.take()
