@@ -1,11 +1,14 @@
 """The KV cache of one worker: one tensor pair per decoder, in address space reserved once.
 
-Nothing is backed by memory until a slot is written; a decoder that leaves gives its pages back by hole punching.
+Nothing is backed by memory until a slot is written; a decoder that leaves gives its pages back by hole punching. Pages
+are small ones also on a host that makes them huge by itself: a slot would take 2 MiB there, a huge page of which a part
+is given back stays as a whole, and the kernel fills holes again.
 """
 
 import ctypes
 import math
 import mmap
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +44,8 @@ class KVMemory:
             flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
         )
+        with suppress(OSError):  # a kernel that knows no huge pages
+            self._space.madvise(mmap.MADV_NOHUGEPAGE)
         self._all = torch.frombuffer(self._space, dtype=torch.uint8)
         shape = (num_slots, num_kv_heads, head_dim)
         size = num_slots * self.row_bytes
@@ -77,9 +82,8 @@ class KVMemory:
 
     def release(self, decoder: int) -> int:
         """Give a decoder's pages back to the system; return how many bytes were mapped."""
-        mapped = self.mapped_bytes(decoder)
-        if mapped:
-            self._space.madvise(mmap.MADV_DONTNEED, decoder * 2 * self._half_bytes, 2 * self._half_bytes)
+        mapped = self.mapped_bytes(decoder)  # without what was swapped out, which is given back as well
+        self._space.madvise(mmap.MADV_DONTNEED, decoder * 2 * self._half_bytes, 2 * self._half_bytes)
         return mapped
 
     def bound(self, decoder: int, end_slot: int) -> int:
@@ -90,10 +94,8 @@ class KVMemory:
             return 0
         for half in (2 * decoder, 2 * decoder + 1):
             start = half * self._half_bytes + offset
-            mapped = resident_bytes(self._all.data_ptr() + start, length)
-            if mapped:
-                self._space.madvise(mmap.MADV_DONTNEED, start, length)
-            returned += mapped
+            returned += resident_bytes(self._all.data_ptr() + start, length)
+            self._space.madvise(mmap.MADV_DONTNEED, start, length)
         return returned
 
     def move_slots(self, decoders: list[int], sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> None:

@@ -1,6 +1,8 @@
 """The KV cache of one worker: memory comes with the first write and goes when a decoder leaves."""
 
 import mmap
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,17 @@ def test_nothing_is_mapped_before_it_is_written() -> None:
     assert mapped(kv) == [0, 0, 0, 0]
     kv.keys[2][:1] = 1.0
     assert mapped(kv) == [0, 0, mmap.PAGESIZE, 0]
+
+
+def test_its_pages_are_small_ones_also_where_the_kernel_would_make_them_huge() -> None:
+    kv = memory()
+    address, flags = kv.keys[0].data_ptr(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            is_here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif is_here and line.startswith("VmFlags:"):
+            flags = line
+    assert "nh" in flags.split()
 
 
 def test_release_gives_all_of_one_decoder_back_and_nothing_else() -> None:
