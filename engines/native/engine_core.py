@@ -247,6 +247,8 @@ class EngineCore:
                 self._losses.said(report.worker, report.reason)
             case m.Prepared() | m.Failed() if report.handover == 0:
                 self._loading.on_report(report)
+            case m.Failed() if self.inquiries.failed(report):
+                pass
             case m.Prepared() | m.Failed() | m.Copied() | m.Released():
                 if self.handover is not None:
                     self.handover.on_report(report)

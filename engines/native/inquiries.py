@@ -46,7 +46,7 @@ class Inquiries:
         return future
 
     def bound_kv(self, worker: int, end_slot: int) -> asyncio.Future[m.KvBounded]:
-        """Have the pages of token slots from there on given back."""
+        """Have memory for the token slots below it, and that of those from there on given back."""
         ticket = next(self._tickets)
         future = self._bounds[worker, ticket] = asyncio.get_running_loop().create_future()
         self._pool.send(worker, m.BoundKv(ticket=ticket, end_slot=end_slot))
@@ -71,6 +71,13 @@ class Inquiries:
                 settle(self._bounds.pop((report.worker, report.ticket), None), report)
             case m.Steps():
                 settle(self._steps.pop((report.worker, report.ticket), None), report)
+
+    def failed(self, report: m.Failed) -> bool:
+        """Take in that a worker could not do what it was asked; False: that was no question."""
+        waiting = self._bounds.pop((report.worker, report.handover), None)
+        answer = m.KvBounded(worker=report.worker, ticket=report.handover, returned_bytes=0, refusal=report.reason)
+        settle(waiting, answer)
+        return waiting is not None
 
     def forget(self, worker: int) -> None:
         """A worker has died: its answers will not come."""

@@ -123,10 +123,15 @@ class KvResizer:
         before, self._shared.kv_end_slot = self._shared.kv_end_slot, end_slot
         answers = [self._inquiries.bound_kv(worker, end_slot) for worker in range(self._pool.size)]
         done, silent = await asyncio.wait(answers, timeout=_ANSWER_S)
-        if silent and end_slot > before:
+        found = [each.result() for each in done if not each.cancelled()]
+        refusals = [each.refusal for each in found if each.refusal]
+        refusals += [f"{len(silent)} workers had no memory for more KV blocks within {_ANSWER_S:.0f} s"] * bool(silent)
+        if refusals and end_slot > before:
             self._shared.kv_end_slot = before
-            raise RefactoringBusy(f"{len(silent)} workers had no memory for more KV blocks within {_ANSWER_S:.0f} s")
-        return sum(each.result().returned_bytes for each in done if not each.cancelled())
+            for worker in range(self._pool.size):  # those that have got it have no use for it
+                self._inquiries.bound_kv(worker, before)
+            raise RefactoringBusy(refusals[0])
+        return sum(each.returned_bytes for each in found)
 
     async def _settle(self, pump: Callable[[], None]) -> None:
         self._settled = asyncio.get_running_loop().create_future()

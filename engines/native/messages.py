@@ -314,10 +314,11 @@ class Released(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True)
 
 
 class KvBounded(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Answer to ``BoundKv``, once it is done."""
+    """Answer to ``BoundKv``, once it is done; ``refusal`` says why it could not be, empty: it is."""
 
     ticket: int
     returned_bytes: int
+    refusal: str = ""
 
 
 class AdapterLoaded(FromWorker, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -239,9 +239,13 @@ class Worker:
         if isinstance(message, m.BoundKv):
             held = sorted(int(layer) for layer in self._layers.held if layer.isdigit())
             tell = partial(self._report_bound, message.ticket)
-            self._slices.add(message.ticket, self._kv_bound.slices(message, held, tell=tell))
+            slices = self._kv_bound.slices(message, held, tell=tell)
+            self._slices.add(message.ticket, [self._begin_bound, *slices])
         elif self._spec is not None:
             self._kv_bound.move(message, range(self._spec.first_decoder, self._spec.end_decoder))
+
+    def _begin_bound(self) -> None:
+        self._failpoints.hit("worker.bound")
 
     def _report_bound(self, ticket: int, returned_bytes: int) -> None:
         self._compute.give_back()

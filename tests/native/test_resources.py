@@ -114,8 +114,8 @@ async def test_fewer_kv_blocks_give_memory_back_under_running_streams(
     engine, bounds = one_stage, one_stage.capabilities.kv_range
     assert bounds is not None
     [worker] = (await engine.stages())[0].pids
-    wanted = [request(tuple(range(10 + i, 300 + i)), max_tokens=80) for i in range(3)]
-    expected = [(await collect(engine, each))[0] for each in wanted]
+    wanted = [request(tuple(range(10 + i, 300 + i)), max_tokens=240) for i in range(3)]
+    expected = [tokens for tokens, _ in await asyncio.gather(*(collect(engine, each) for each in wanted))]
     streams = await begin_above_others(engine, wanted)
     before, mapped = pss(worker), (await engine.stages())[0].kv_mapped_bytes
 
@@ -157,6 +157,34 @@ async def test_a_worker_lost_while_the_kv_cache_shrinks_is_recovered(engine: Nat
     await engine.resize_kv(bounds.most_blocks)
     assert [(await each)[0] for each in streams] == expected
     assert (await engine.counters()).kv_blocks_used == 0
+
+
+async def test_a_kv_cache_that_cannot_grow_says_so_at_once_and_stays_as_it_was(engine: NativeEngine) -> None:
+    """One worker has no memory for it; fewer KV blocks there are also where one cannot give its memory back."""
+    bounds = engine.capabilities.kv_range
+    assert bounds is not None
+    engine.arm_failpoint("worker.bound", "raise", worker=3)
+    await engine.resize_kv(bounds.least_blocks)
+    engine.arm_failpoint("worker.bound", "raise", worker=3)
+    async with asyncio.timeout(20.0):
+        with pytest.raises(RefactoringBusy, match=r"FailpointHit: failpoint worker\.bound"):
+            await engine.resize_kv(bounds.most_blocks)
+    assert (await engine.counters()).kv_blocks_capacity == bounds.least_blocks
+    await engine.resize_kv(bounds.most_blocks)
+    assert (await engine.counters()).kv_blocks_capacity == bounds.most_blocks
+
+
+async def test_who_asks_of_the_stages_is_told_also_where_a_worker_is_lost_meanwhile(engine: NativeEngine) -> None:
+    """Whoever watches the memory would else watch no more."""
+    [pid] = (await engine.stages())[0].pids
+    os.kill(pid, signal.SIGSTOP)
+    stages, steps = asyncio.create_task(engine.stages()), asyncio.create_task(engine.stage_steps())
+    await engine.counters()  # the core has asked the worker
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(60.0):
+        assert (await stages)[0].pids != (pid,)
+        await steps
+    await until(lambda: recovered(engine), timeout_s=60.0)
 
 
 async def recovered(engine: NativeEngine) -> bool:
