@@ -9,6 +9,7 @@ from engines.native.batch import Batch, Entry, Output
 from engines.native.kv_blocks import KVBlocks
 from engines.native.scheduler import Scheduler, SchedulerLimits
 from engines.native.sequence import Sequence
+from engines.native.transfer import DirtySlots
 from engines.protocol import FinishReason, SamplingParams
 
 VOCABULARY = 40
@@ -52,6 +53,8 @@ class Engine:
         self.cells = dict[int, int]()
         self.in_flight: list[Batch] = []
         self.is_shrinking = False
+        self.moved: dict[int, int] | None = None  # cells where the layers are about to be
+        self._dirty = DirtySlots(num_slots=0, live=np.empty(0, dtype=np.int64))
         self.outputs: dict[int, list[Output]] = {}
         self.sequences: dict[int, Sequence] = {}
 
@@ -93,6 +96,10 @@ class Engine:
         """Run the oldest micro-batch and take in what it sampled."""
         batch = self.in_flight.pop(0)
         sampled = [token for token in map(self._run, batch.entries) if token is not None]
+        if self.moved is not None:
+            for entry in batch.entries:
+                slots = self.scheduler.slots_of(entry.sequence, entry.start, entry.start + entry.count)
+                self._dirty.mark(slots)
         outputs = self.scheduler.finish_step(batch, sampled, [-float(token) for token in sampled])
         for output in outputs:
             self.outputs[output.key].append(output)
@@ -124,8 +131,27 @@ class Engine:
             self.cells = {slot: cell for slot, cell in self.cells.items() if slot < end_slot}
         return pairs
 
+    def begin_move(self, *, keep: int) -> None:
+        """Begin to copy the KV cache to where the layers go, of what nobody uses so many KV blocks."""
+        self.scheduler.drop_cached(keep=keep)
+        num_slots = (self.blocks.most + 1) * self.limits.kv_block_tokens
+        self.moved, self._dirty = {}, DirtySlots(num_slots=num_slots, live=self.scheduler.live_slots())
+
+    def copy_round(self) -> None:
+        """Copy what was written since the last round, as far as it is needed."""
+        assert self.moved is not None
+        self.moved |= {slot: self.cells[slot] for slot in self._dirty.take(self.scheduler.live_slots()).tolist()}
+
+    def end_move(self, *, is_committed: bool) -> None:
+        """Go on there, where no step is in flight, or here."""
+        if is_committed:
+            self.copy_round()
+            self.cells = self.moved or {}
+        self.moved = None
+
     def crash(self) -> None:
-        """Lose the KV cache and whatever was in flight."""
+        """Lose the KV cache and whatever was in flight, a move as well."""
+        self.moved = None
         self.in_flight.clear()
         self.cells.clear()
         self.scheduler.recompute_all()

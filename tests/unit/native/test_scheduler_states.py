@@ -15,7 +15,7 @@ TOKENS = st.integers(0, VOCABULARY - 1)
 
 
 class SchedulerStates(RuleBasedStateMachine):
-    """Requests come, are aborted, run and crash over a KV cache that holds little more than one of them."""
+    """Requests come, are aborted, run and crash over a KV cache that holds little more than one of them, and moves."""
 
     engine: Engine
 
@@ -103,7 +103,26 @@ class SchedulerStates(RuleBasedStateMachine):
     def crash(self) -> None:
         self.engine.crash()
 
-    @precondition(lambda self: not self.engine.is_shrinking)
+    @precondition(lambda self: self.engine.moved is None and not self.engine.is_shrinking)
+    @rule(keep=st.integers(0, 16))
+    def begin_to_move(self, keep: int) -> None:
+        self.engine.begin_move(keep=keep)
+
+    @precondition(lambda self: self.engine.moved is not None)
+    @rule()
+    def copy_what_was_written(self) -> None:
+        self.engine.copy_round()
+
+    @precondition(lambda self: self.engine.moved is not None)
+    @rule(is_committed=st.sampled_from([True, True, True, False]), micro_batches=st.integers(1, 3))
+    def move_or_stay(self, is_committed: bool, micro_batches: int) -> None:
+        while is_committed and self.engine.in_flight:
+            self.engine.complete()
+        self.engine.end_move(is_committed=is_committed)
+        if is_committed:
+            self.engine.scheduler.micro_batches = micro_batches
+
+    @precondition(lambda self: self.engine.moved is None and not self.engine.is_shrinking)
     @rule(data=st.data())
     def another_number_of_kv_blocks(self, data: st.DataObject) -> None:
         least = MAX_MODEL_LEN // BLOCK_TOKENS
@@ -112,11 +131,6 @@ class SchedulerStates(RuleBasedStateMachine):
     @rule(most=st.integers(1, 4))
     def between_two_steps(self, most: int) -> None:
         self.engine.relocate(most)
-
-    @precondition(lambda self: not self.engine.in_flight)
-    @rule(micro_batches=st.integers(1, 3))
-    def another_layout(self, micro_batches: int) -> None:
-        self.engine.scheduler.micro_batches = micro_batches
 
     @invariant()
     def only_full_kv_blocks_are_shared_and_no_row_has_two_owners(self) -> None:
@@ -136,7 +150,7 @@ class SchedulerStates(RuleBasedStateMachine):
         assert len(set(cached)) == len(cached) == self.engine.scheduler.kv_blocks_cached
         assert not in_use & set(cached)
         assert all(0 < block <= self.engine.scheduler.kv_capacity for block in cached)
-        assert len(cached) <= self.engine.blocks.free
+        assert len(cached) <= self.engine.blocks.free + self.engine.scheduler.kv_blocks_above  # which take their places
 
     @invariant()
     def what_is_in_a_kv_block_of_a_name_is_what_the_name_says(self) -> None:
