@@ -9,6 +9,7 @@ from flexpiped.api.metrics import Metrics
 from flexpiped.device_sharing import Held
 from flexpiped.events import Event, EventLog
 from flexpiped.journal import Journal
+from flexpiped.kv_of_models import KvOfModels
 from flexpiped.survivors import Survivors
 
 
@@ -25,6 +26,7 @@ class DaemonParts:
         survivors: Its engines that were there before the daemon, and outlive it.
         numbers, planning: As ``Refactorings`` has them, of the daemon.
         held: What other models hold of the devices.
+        kv_of_models: The KV caches of all models.
         is_name_taken: Whether requests that give a name mean a model, or another model's adapter.
         on_decision: Told each decision of automatic control, also one to keep everything as it is.
         on_progress: Told what the start is doing.
@@ -41,6 +43,7 @@ class DaemonParts:
     numbers: Iterator[int]
     planning: asyncio.Lock
     held: Callable[[], Held]
+    kv_of_models: KvOfModels
     is_name_taken: Callable[[str], bool]
     on_decision: Callable[[Event], object]
     on_progress: Callable[[str], None]

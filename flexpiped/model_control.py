@@ -85,4 +85,5 @@ def neighbourhood_of(
         refactorings=refactorings,
         events=parts.events,
         parameters=parts.parameters,
+        models=parts.kv_of_models,
     )

@@ -17,6 +17,7 @@ from flexpiped import log_events
 from flexpiped.device_sharing import Held, devices_beside
 from flexpiped.events import EventKind, EventLog
 from flexpiped.handover_records import Proposal, Wanted
+from flexpiped.kv_of_models import KvOfModels
 from flexpiped.memory_pools import pool_names, pools_of, replica_kv
 from flexpiped.refactoring import Refactorings
 from flexpiped.replica import Replica
@@ -54,6 +55,7 @@ class Neighbourhood:
         on_devices: Told what was seen of the devices, with what other models hold as taken by others.
         parameters: Keeps some in the memory of the host, and gives them up for others.
         host: Looks at the memory of the host; likewise.
+        models: The KV caches of all models of the daemon, which share the memory of the host.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Neighbourhood:
         on_devices: Callable[[Sequence[Device]], object] = lambda _devices: None,
         parameters: ParameterKeeper | None = None,
         host: Callable[[], FreeMemory | None] = free_host_memory,
+        models: KvOfModels | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._constants = constants
@@ -81,15 +84,19 @@ class Neighbourhood:
         self._events = events
         self._parameters = parameters
         self._host = host
+        self._models = models or KvOfModels()
         self._clock = clock
         self._state = NeighbourState()
         self._seen: Sequence[Device] = ()
 
     async def run_forever(self) -> None:
         """Look again and again."""
-        while True:
-            await self.look()
-            await asyncio.sleep(_PERIOD_S)
+        try:
+            while True:
+                await self.look()
+                await asyncio.sleep(_PERIOD_S)
+        finally:
+            self._models.forget(self)
 
     async def look(self) -> tuple[Change, ...]:
         """Look at the memory, and carry out what follows; return that."""
@@ -104,11 +111,15 @@ class Neighbourhood:
                 return ()
             stages = [await engine.stages() for _, engine in serving]
             kvs = [await self._kv(*each, names, seen) for each, seen in zip(serving, stages, strict=True)]
+            self._models.saw(self, kvs)
             host = await self._with_parameters_given_up(kvs, host)
-        except (EngineError, LayoutChanged):  # while it was asked
+        except LayoutChanged:  # while it was asked
+            return ()
+        except EngineError:
+            self._models.forget(self)  # it has no KV cache now
             return ()
         pools = pools_of(devices, [stage for seen in stages for stage in seen], host=host)
-        self._state, changes = decide(self._state, kvs, pools, now_s=self._clock(), constants=self._constants)
+        self._state, changes = self._decided(self._state, kvs, pools, host)
         for change in changes:
             await self._carry_out(change, next(each for each, _ in serving if each.number == change.number))
         return changes
@@ -123,7 +134,8 @@ class Neighbourhood:
         """Give up idle parameters of what is missing on the host, before any KV cache; return what is free then."""
         if self._parameters is None or host is None or not self._parameters.kept.idle_bytes:
             return host
-        missing = missing_bytes(kvs, Pool(name=host.bound, free_bytes=host.free_bytes), self._constants)
+        pool = Pool(name=host.bound, free_bytes=host.free_bytes)
+        missing = missing_bytes((*kvs, *self._beside(host)), pool, self._constants)
         if not missing:
             return host
         given_up = await self._parameters.give_up(missing)
@@ -139,10 +151,19 @@ class Neighbourhood:
             return False
         names = pool_names(devices, host)
         kvs = [await self._kv(*each, names, None) for each in serving]
-        _, changes = decide(
-            NeighbourState(), kvs, pools_of(devices, (), host=host), now_s=self._clock(), constants=self._constants
-        )
+        self._models.saw(self, kvs)
+        _, changes = self._decided(NeighbourState(), kvs, pools_of(devices, (), host=host), host)
         return not changes and all(kv.blocks == kv.most_blocks for kv in kvs)
+
+    def _decided(
+        self, state: NeighbourState, kvs: Sequence[ReplicaKv], pools: Sequence[Pool], host: FreeMemory | None
+    ) -> tuple[NeighbourState, tuple[Change, ...]]:
+        constants, beside = self._constants, self._beside(host)
+        return decide(state, kvs, pools, now_s=self._clock(), constants=constants, beside=beside)
+
+    def _beside(self, host: FreeMemory | None) -> tuple[ReplicaKv, ...]:
+        """Return the KV caches of other models on the host. On GPUs what they hold is seen with the devices."""
+        return () if host is None else self._models.beside(self, pool=host.bound)
 
     async def _kv(
         self, replica: Replica, engine: Engine, names: Mapping[str, str], seen: Sequence[StageStatus] | None

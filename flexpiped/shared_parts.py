@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client.core import Metric
@@ -18,6 +18,7 @@ from flexpiped.device_sharing import Held
 from flexpiped.events import Event, EventKind, EventLog
 from flexpiped.journal import Journal
 from flexpiped.keys import KeyRing
+from flexpiped.kv_of_models import KvOfModels
 from flexpiped.model_service import ModelService
 from flexpiped.model_set import ModelSet
 from flexpiped.model_settings import ModelSpec
@@ -52,6 +53,7 @@ class SharedParts:
     numbers: Iterator[int]
     planning: asyncio.Lock
     is_traced: bool
+    kv_of_models: KvOfModels = field(default_factory=KvOfModels)
 
     def model_service(
         self,
@@ -79,6 +81,7 @@ class SharedParts:
                 numbers=self.numbers,
                 planning=self.planning,
                 held=held,
+                kv_of_models=self.kv_of_models,
                 is_name_taken=lambda wanted: self._is_taken(wanted, but=name),
                 on_decision=lambda decision: self._note_decision(name, decision),
                 on_progress=on_progress,

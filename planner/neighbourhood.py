@@ -3,14 +3,15 @@
     short of memory --> parameters that no stage has are given up, at once
                         still short after that --> shrink, at once  (never below the longest request)
                         still short after that, on a device with other tenants, and another has room --> move layers
-    room again, for ``grow_after_s`` --> grow
+    room again, for ``grow_after_s`` --> grow, to what there was room for all the while
 
 A KV cache takes memory as it is written, up to its number of KV blocks. So what counts is what it *may* take: that has
-to be there, and ``keep_free_bytes`` besides. Several replicas on the same memory give way in proportion.
+to be there, and ``keep_free_bytes`` besides. Several replicas on the same memory give way in proportion, those of other
+models, too.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from topology.units import format_bytes
@@ -63,7 +64,7 @@ class NeighbourConstants:
     Attributes:
         keep_free_bytes: Left to others: what they take between two looks must not be what is missing.
         slack: So much less than fits is taken, so that not every look changes something.
-        grow_after_s: Memory must have been free for so long: whoever frees some often takes it again.
+        grow_after_s: What is taken must have been free for so long: whoever frees some often takes it again.
         move_after_s: Layers move only where it has been short for so long: that costs more than it takes to look again.
         move_again_s: And not again within this time.
     """
@@ -76,10 +77,18 @@ class NeighbourConstants:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeighbourState:
-    """What is remembered: since when each replica could grow, since when it is short, when its layers last moved."""
+class Room:
+    """Since when there has been room for more KV blocks, and for how many all the while."""
 
-    roomy_since_s: Mapping[int, float] = field(default_factory=dict)
+    since_s: float
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeighbourState:
+    """What is remembered: what room each replica has had, since when it is short, when its layers last moved."""
+
+    rooms: Mapping[int, Room] = field(default_factory=dict)
     short_since_s: Mapping[int, float] = field(default_factory=dict)
     moved_s: Mapping[int, float] = field(default_factory=dict)
 
@@ -109,16 +118,20 @@ def decide(
     *,
     now_s: float,
     constants: NeighbourConstants,
+    beside: Sequence[ReplicaKv] = (),
 ) -> tuple[NeighbourState, tuple[Change, ...]]:
     """Return the next state, and what to do for which replica: nothing for most, most of the time.
 
     1. More KV blocks than fit: fewer at once.
     2. As few as can be, and still more than fit: layers move, where others have taken the memory of one device.
-    3. Room for more, for long enough: more.
+    3. Room for more, for long enough: as many more as there was room for all that time.
+
+    Args:
+        beside: The KV caches of other models on the same memory, which give way by themselves.
     """
     known = {pool.name: pool for pool in pools if pool.free_bytes is not None}
-    ratios = {name: _ratio(pool, replicas, constants) for name, pool in known.items()}
-    roomy: dict[int, float] = {}
+    ratios = {name: _ratio(pool, (*replicas, *beside), constants) for name, pool in known.items()}
+    rooms: dict[int, Room] = {}
     short: dict[int, float] = {}
     moved = {number: at_s for number, at_s in state.moved_s.items() if now_s - at_s < constants.move_again_s}
     changes: list[Change] = []
@@ -136,11 +149,19 @@ def decide(
                     change = _moving(replica, bound.pool, constants)  # 2
                     moved[replica.number] = now_s
         elif (change := _more(replica, bound, constants)) is not None:
-            roomy[replica.number] = since_s = state.roomy_since_s.get(replica.number, now_s)
-            if now_s - since_s < constants.grow_after_s:  # 3
-                change = None
+            room = rooms[replica.number] = _room(state, replica, change.blocks, now_s=now_s)
+            is_lasting = now_s - room.since_s >= constants.grow_after_s  # 3
+            change = replace(change, blocks=room.blocks) if is_lasting else None
         changes += [] if change is None else [change]
-    return NeighbourState(roomy_since_s=roomy, short_since_s=short, moved_s=moved), tuple(changes)
+    return NeighbourState(rooms=rooms, short_since_s=short, moved_s=moved), tuple(changes)
+
+
+def _room(state: NeighbourState, replica: ReplicaKv, blocks: int, *, now_s: float) -> Room:
+    """Return what room there has been for a replica that could have ``blocks`` now; what it has taken is none."""
+    before = state.rooms.get(replica.number)
+    if before is None or before.blocks <= replica.blocks:
+        return Room(since_s=now_s, blocks=blocks)
+    return replace(before, blocks=min(before.blocks, blocks))
 
 
 def _ratio(pool: Pool, replicas: Sequence[ReplicaKv], constants: NeighbourConstants) -> float:

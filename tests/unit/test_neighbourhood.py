@@ -1,5 +1,6 @@
 """The KV caches of fake engines, and their layers, follow the memory that others leave."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from engines.errors import RefactoringBusy
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from engines.parameters.keeper import ParameterKeeper
 from flexpiped.handover_records import Wanted
+from flexpiped.kv_of_models import KvOfModels
 from flexpiped.memory_pools import pool_names, pools_of, replica_kv
 from flexpiped.neighbourhood import Neighbourhood
 from flexpiped.refactoring import Started
@@ -38,8 +40,8 @@ class MemoryStand(ScaleStand):
         self.seen: list[Sequence[Device]] = []
         self.neighbourhood = self.watching()
 
-    def watching(self, *, parameters: ParameterKeeper | None = None) -> Neighbourhood:
-        """Return what watches this memory, with parameters to give up or without."""
+    def watching(self, *, parameters: ParameterKeeper | None = None, models: KvOfModels | None = None) -> Neighbourhood:
+        """Return what watches this memory, with parameters to give up or without, alone or beside other models."""
         return Neighbourhood(
             CONSTANTS,
             replicas=lambda: self.replicas.all,
@@ -51,6 +53,7 @@ class MemoryStand(ScaleStand):
             events=self.events,
             parameters=parameters,
             host=lambda: FreeMemory(free_bytes=self.free, bound="the host"),
+            models=models,
             clock=lambda: self.now_s,
         )
 
@@ -93,6 +96,26 @@ async def test_all_replicas_give_way_and_one_that_comes_later_too(stand: MemoryS
     await stand.scaled(Wanted(replicas=3, stages=1))
     await stand.neighbourhood.look()
     assert await stand.kv_blocks() == [600, 600, 600]
+
+
+async def test_models_on_one_host_give_way_in_proportion_until_one_of_them_ends(stand: MemoryStand) -> None:
+    """What the KV cache of one may yet take, another one must not count on."""
+    models, other = KvOfModels(), MemoryStand()
+    await other.add(even_pipeline(2))
+    stand.free = other.free = 4300 * MIB  # enough for each of them alone
+    first, second = stand.watching(models=models), other.watching(models=models)
+    for _ in range(2):
+        await first.look()
+        await second.look()
+    assert [await each.kv_blocks() for each in (stand, other)] == [[1890], [1890]]
+    watching = asyncio.create_task(second.run_forever())
+    await other.refactorings.close()
+    await other.replicas.close()
+    watching.cancel()
+    await asyncio.wait([watching])
+    for stand.now_s in (0.0, 30.0):
+        await first.look()
+    assert await stand.kv_blocks() == [4096]
 
 
 async def test_while_a_refactoring_is_under_way_it_waits_for_the_next_look(stand: MemoryStand) -> None:

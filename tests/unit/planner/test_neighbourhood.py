@@ -1,6 +1,7 @@
 """Others take and free memory: what the KV cache does about it, on a clock of the test's own."""
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from planner.neighbourhood import (
     Change,
@@ -114,6 +115,41 @@ def test_memory_that_comes_and_goes_changes_it_at_most_every_half_minute() -> No
         story.free[HOST] = 1200 * MIB
         story.go_on(20)
     assert [change.verb for _, change in story.done] == [Verb.SHRINK]
+
+
+def test_it_grows_to_what_was_free_all_the_while_and_not_to_what_somebody_has_just_freed() -> None:
+    """A neighbour takes and frees 600 MiB every 20 s, and there is some room also while it has them."""
+    story = Story([FIRST], {HOST: 400 * MIB})
+    story.go_on(10)
+    for _ in range(30):
+        story.free[HOST] = 600 * MIB
+        story.go_on(20)
+        story.free[HOST] = 1200 * MIB
+        story.go_on(20)
+    assert [(at_s, change.verb, change.blocks) for at_s, change in story.done] == [
+        (0.0, Verb.SHRINK, 270),
+        (40.0, Verb.GROW, 450),
+    ]
+
+
+def test_memory_that_comes_back_step_by_step_is_taken_every_half_minute() -> None:
+    story = Story([FIRST], {HOST: 150 * MIB})
+    story.go_on(10)
+    for _ in range(60):
+        story.free[HOST] = (story.free[HOST] or 0) + 16 * MIB
+        story.go_on(2)
+    story.go_on(120)
+    grown = [(at_s, change.blocks) for at_s, change in story.done if change.verb is Verb.GROW]
+    assert [blocks for _, blocks in grown] == sorted({blocks for _, blocks in grown})
+    assert all(later - at_s >= 30.0 for (at_s, _), (later, _) in pairwise(grown))
+    assert (story.blocks, len(grown)) == ([1000], 5)
+
+
+def test_what_the_kv_caches_of_other_models_may_yet_take_is_not_free() -> None:
+    other = replace(FIRST, most_blocks=500, blocks=500, shares=on(HOST, mapped=100 * MIB))
+    pools = [Pool(name=HOST, free_bytes=750 * MIB)]
+    _, changes = decide(NeighbourState(), [FIRST], pools, now_s=0.0, constants=CONSTANTS, beside=[other])
+    assert [(change.number, change.blocks) for change in changes] == [(1, 450)]  # half of the most, less a tenth
 
 
 def test_a_slow_leak_is_followed_in_steps() -> None:
