@@ -153,7 +153,8 @@ class HandoverLoop(ABC):
         deadline = None if self._is_final else self.state.phase_deadline_s
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            return await asyncio.wait_for(self._events.get(), timeout)
+            async with asyncio.timeout(timeout):  # not wait_for, in whose task an event is neither here nor applied yet
+                return await self._events.get()
         except TimeoutError:
             return e.Tick()
 
