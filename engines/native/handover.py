@@ -118,6 +118,8 @@ class HandoverRunner(HandoverLoop):
 
         async def prepare(index: int, spec: m.StageSpec) -> None:
             async with turns:
+                if self._core.recovering:  # a worker loads for one at a time: the recovery would wait for ever
+                    raise WorkFailed("a lost worker is being recovered")
                 self._prepared[index] = loop.create_future()
                 self._core.pool.send(index, m.Prepare(handover=self._id, spec=spec))
                 await self._prepared[index]

@@ -26,6 +26,7 @@ class _Job:
         self.spec = spec
         self.missing = missing
         self.read: dict[str, ReadLayer] = {}  # filled by the thread
+        self.is_read = False  # the thread is done, and nothing is attached yet
         self.cancelled = threading.Event()
         self._changing = threading.Lock()
 
@@ -92,8 +93,9 @@ class LayerLoading:
     def attach(self, handover: int) -> None:
         """All is read: put it in, slice by slice, and report then."""
         job = self._job
-        if job is None or job.handover != handover:
+        if job is None or job.handover != handover or not job.is_read:  # what is read is another load's of that number
             return
+        job.is_read = False
         for layer in job.read:
             self._slices.add(handover, (partial(self._attach, job, layer), partial(self._runner.warm_up, layer)))
         self._slices.add(handover, (partial(self._report_prepared, handover, -1, done=True),))
@@ -119,6 +121,7 @@ class LayerLoading:
         except (FailpointHit, OSError, KeyError, ValueError, RuntimeError) as error:
             self._report(m.Failed(worker=self._worker, handover=job.handover, reason=f"loading failed: {error}"))
             return
+        job.is_read = True
         self._tell_itself(m.Loaded(handover=job.handover))
 
     def _cancel(self, job: _Job) -> None:
