@@ -26,8 +26,9 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-HUB_FILES_LEFT_OUT = ["*/*", "consolidated*"]  # other formats and copies of the same weights
+_OF_THE_TOP = ["*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
+HUB_FILES = [*_OF_THE_TOP, "*.jinja"]  # a model may have several chat templates, the further ones in a folder
+HUB_FILES_LEFT_OUT = [*(f"*/{each}" for each in _OF_THE_TOP), "consolidated*"]  # other formats of the same weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +69,14 @@ def open_checkpoint(model: str, *, revision: str | None = None, token_file: Path
 
 def find_model(model: str, *, revision: str | None = None, token_file: Path | None = None) -> Path:
     """Return the directory of ``model``, which is one or the id of one on the hub. Raises as ``open_checkpoint``."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        is_file = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no such home, too long a name, a zero byte
+        raise UnsupportedByEngine(f"{model!r} is no path: {error}") from error
+    if is_file:
         raise UnsupportedByEngine(f"{path} is a file; a model is a directory with {CONFIG} and {WEIGHTS}")
     if not HUB_ID.fullmatch(model):
         raise UnsupportedByEngine(f"no such directory: {path}")
@@ -101,7 +106,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 def read_config(directory: Path) -> dict[str, object]:
     """Return what a model directory says of itself, weights or not. Raises as ``open_checkpoint``."""
-    if not (directory / CONFIG).is_file():
+    if not _is_there(directory / CONFIG):
         raise UnsupportedByEngine(f"{directory} has no {CONFIG}")
     return _read_json(directory / CONFIG)
 
@@ -154,9 +159,9 @@ def _entry(file: Path, name: str, fields: object, data_start: int) -> TensorEntr
 
 def _weight_files(directory: Path) -> dict[Path, set[str]]:
     """Return the weight files, each with the names that an index says it holds (none without an index)."""
-    if (directory / WEIGHTS).is_file():  # transformers, too, takes this one where both are there
+    if _is_there(directory / WEIGHTS):  # transformers, too, takes this one where both are there
         return {directory / WEIGHTS: set()}
-    if (directory / WEIGHTS_INDEX).is_file():
+    if _is_there(directory / WEIGHTS_INDEX):
         return _shards(directory / WEIGHTS_INDEX)
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if others:
@@ -169,6 +174,13 @@ def _weight_files(directory: Path) -> dict[Path, set[str]]:
     raise UnsupportedByEngine(f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
 
 
+def _is_there(file: Path) -> bool:
+    """Raises: UnsupportedByEngine: It is a link to nothing, as a download that was interrupted leaves them."""
+    if file.is_symlink() and not file.exists():
+        raise UnsupportedByEngine(f"{file} is a link to {file.readlink()}, which is not there: download it again")
+    return file.is_file()
+
+
 def _shards(index: Path) -> dict[Path, set[str]]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -178,7 +190,7 @@ def _shards(index: Path) -> dict[Path, set[str]]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise UnsupportedByEngine(f"{index}: {shard!r}, named for tensor {name}, is not a file beside it")
         files.setdefault(index.parent / shard, set()).add(name)
-    missing = sorted(file.name for file in files if not file.is_file())
+    missing = sorted(file.name for file in files if not _is_there(file))
     if missing:
         raise UnsupportedByEngine(f"{len(missing)} of {len(files)} shards are missing in {index.parent}: {missing[0]}")
     return files
@@ -194,7 +206,7 @@ def _read_json(path: Path) -> dict[str, object]:
 def _parse_object(text: bytes, *, where: str) -> dict[str, object]:
     try:
         value = json.loads(text)
-    except ValueError as error:  # JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8, or brackets within brackets
         raise UnsupportedByEngine(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UnsupportedByEngine(f"{where} is not a JSON object")

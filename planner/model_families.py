@@ -58,10 +58,10 @@ def read_architecture(values: Mapping[str, object]) -> Architecture:
         UnsupportedModel: Another family, a feature that is not supported, or a value that cannot be.
     """
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         named = f"model_type {model_type!r}" if model_type else "a config.json without model_type"
         raise UnsupportedModel(f"{named} is not supported; supported are: {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[str(model_type)]
+    family = FAMILIES[model_type]
     architectures = values.get("architectures")
     if isinstance(architectures, list) and architectures and not family.classes.intersection(map(str, architectures)):
         raise UnsupportedModel(

@@ -318,9 +318,9 @@ def _matrix_parameters(shapes: Mapping[str, Shape]) -> int:
 
 
 def _compute_dtype(config: Mapping[str, object], tensors: Mapping[str, TensorHeader]) -> str:
-    """Return the dtype that config.json names, else that of the first tensor."""
+    """Return the dtype that config.json names, else that of the first tensor that is no mask or other buffer."""
     named = config.get("dtype") or config.get("torch_dtype")
     if named is not None:
         return str(named).removeprefix("torch.")
-    stored = next((header.dtype for header in tensors.values()), "F32")
-    return STORED_DTYPES.get(stored, stored)
+    found = next((header.dtype for header in tensors.values() if header.dtype in STORED_DTYPES), "F32")
+    return STORED_DTYPES[found]

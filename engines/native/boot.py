@@ -1,15 +1,18 @@
 """Start of the engine core: read the model's description, build its skeleton, size the KV cache; read no weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.checkpoint import open_checkpoint
 from engines.errors import UnsupportedByEngine
 from engines.native import attention
 from engines.native.compile_family import compile_family
 from engines.native.context import WorkerContext
+from engines.native.endings import EOS, eos_token_ids
 from engines.native.families import build_family
 from engines.native.family import Family
 from engines.native.inbox import Inbox
@@ -22,6 +25,7 @@ from engines.native.text_part import text_part
 from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
 
+T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -66,7 +70,9 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     torch.set_num_threads(1)
     checkpoint = text_part(open_checkpoint(options.model_directory))
     graph = build_model_graph(checkpoint.config, checkpoint.tensors, dtype=options.dtype)
-    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
+    config = _asked_of_transformers(
+        lambda: AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
+    )
     dtype = _DTYPES[graph.dtype]
     kernels, note = _compiled(options)
     num_blocks = 1 + options.kv_size.most_blocks(graph, len(options.device_ids))
@@ -74,7 +80,10 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     max_model_len = choose_max_model_len(
         options, graph.max_context_tokens, kv_blocks=kv_blocks, least_blocks=options.kv_size.least_blocks(graph)
     )
-    family = build_family(config, attention=attention.register(kernels), max_model_len=max_model_len, dtype=dtype)
+    name = attention.register(kernels)
+    family = _asked_of_transformers(
+        lambda: build_family(config, attention=name, max_model_len=max_model_len, dtype=dtype)
+    )
     if kernels is not None and dtype is torch.float32:
         compile_family(family, kernels, kv_block_tokens=options.kv_block_tokens)
     check_pipeline(pipeline, family, options)
@@ -119,10 +128,25 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
             kv_block_tokens=options.kv_block_tokens,
         ),
         num_blocks=num_blocks,
-        eos_token_ids=_eos_token_ids(checkpoint),
+        eos_token_ids=eos_token_ids(checkpoint, default=getattr(config, EOS, None), vocab_size=int(config.vocab_size)),
         vocab_size=int(config.vocab_size),
         attention=note,
     )
+
+
+def _asked_of_transformers(make: Callable[[], T]) -> T:
+    """Return what transformers makes of config.json.
+
+    Raises:
+        UnsupportedByEngine: It cannot; says why in its words.
+    """
+    try:
+        return make()
+    except UnsupportedByEngine:
+        raise
+    except Exception as error:  # transformers raises what it likes about values that it does not take
+        said = " ".join(str(error).split())
+        raise UnsupportedByEngine(f"config.json: transformers refuses it: {type(error).__name__}: {said}") from error
 
 
 def choose_max_model_len(options: NativeOptions, positions: int, *, kv_blocks: int, least_blocks: int) -> int:
@@ -181,14 +205,3 @@ def _compiled(options: NativeOptions) -> tuple[Path | None, str]:
         return build_kernels(directory=cache_directory(options.cache_directory)), "compiled"
     except KernelBuildFailed as error:
         return None, f"torch ({error})"
-
-
-def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the tokens that end a sequence: the generation config's, else the model config's."""
-    for source in (checkpoint.generation_config, checkpoint.config):
-        value = source.get("eos_token_id")
-        if isinstance(value, int):
-            return (value,)
-        if isinstance(value, list):
-            return tuple(value)
-    return ()

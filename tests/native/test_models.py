@@ -1,6 +1,7 @@
 """Token for token what transformers generates: float32, greedy, at 1, 2 and the most stages."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,22 @@ async def test_rotary_positions_that_no_table_holds_are_refused_at_start() -> No
     words = r"'longrope' is supported up to the 128 tokens .* max_model_len = 128"
     with pytest.raises(UnsupportedByEngine, match=words):
         async with running(make_family("phi3"), even(1, NUM_DECODERS)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"), [("rms_norm_eps", "1e-5", "rms_norm_eps"), ("hidden_act", "zeal", "KeyError: 'zeal'")]
+)
+async def test_a_config_that_transformers_does_not_take_is_refused_in_its_words(
+    key: str, value: object, words: str, tmp_path: Path
+) -> None:
+    for file in llama().iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UnsupportedByEngine, match=rf"config\.json: transformers refuses it: .*{words}"):
+        async with running(tmp_path, even(1)):
             pass
 
 

@@ -6,8 +6,17 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
-from engines.checkpoint import TensorEntry, find_model, open_checkpoint, read_checkpoint, read_header
+from engines.checkpoint import (
+    HUB_FILES,
+    HUB_FILES_LEFT_OUT,
+    TensorEntry,
+    find_model,
+    open_checkpoint,
+    read_checkpoint,
+    read_header,
+)
 from engines.errors import EngineStartFailed, UnsupportedByEngine
 from planner.model_graph import build_model_graph
 from tests.support.graphs import SMALL_GPT2, graph_of, headers
@@ -90,6 +99,26 @@ def test_a_checkpoint_makes_a_model_graph(tmp_path: Path) -> None:
     assert build_model_graph(checkpoint.config, checkpoint.tensors) == graph_of(SMALL_GPT2)
 
 
+def test_what_is_downloaded_of_a_hub_model() -> None:
+    wanted = {"config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"}
+    wanted |= {"additional_chat_templates/tool_use.jinja"}
+    others = {"consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "README.md"}
+    others |= {"pytorch_model.bin", "onnx/config.json", "metal/model.safetensors", "original/tokenizer.model"}
+    found = filter_repo_objects(sorted(wanted | others), allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT_OUT)
+    assert set(found) == wanted
+
+
+def test_a_snapshot_of_the_hub_cache_is_a_model(model: Path, tmp_path: Path) -> None:
+    """Its files are links to blobs, which have no names."""
+    snapshot, blobs = tmp_path / "models--org--é m" / "snapshots" / "1f2e", tmp_path / "models--org--é m" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", WEIGHTS):
+        (model / name).rename(blobs / f"{len(name):040x}")
+        (snapshot / name).symlink_to(f"../../blobs/{len(name):040x}")
+    assert list(read_checkpoint(find_model(str(snapshot))).tensors) == ["a", "b", "c"]
+
+
 # ---- what can be wrong
 
 
@@ -109,6 +138,16 @@ def cut(name: str, size: int) -> Callable[[Path], object]:
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
 
+def link_to_nothing(name: str) -> Callable[[Path], object]:
+    """As the hub's cache has it where a download was interrupted, or blobs were removed."""
+
+    def damage(directory: Path) -> None:
+        (directory / name).unlink()
+        (directory / name).symlink_to("../../blobs/1f2e")
+
+    return damage
+
+
 WEIGHTS = "model.safetensors"
 WHOLE = safetensors({**A, **B})
 
@@ -124,9 +163,13 @@ def with_entry(entry: object) -> bytes:
         (drop("config.json"), r"has no config.json"),
         (write("config.json", b"{"), r"config.json is not valid JSON: "),
         (write("config.json", b"[1]"), r"config.json is not a JSON object"),
+        (write("config.json", b"[" * 200_000), r"config.json is not valid JSON: maximum recursion depth"),
         (write("generation_config.json", b"\xff"), r"generation_config.json is not valid JSON"),
         (drop(WEIGHTS), r"has neither model.safetensors nor model.safetensors.index.json"),
         (rename(WEIGHTS, "pytorch_model.bin"), r"has pytorch_model.bin but no safetensors; convert it"),
+        (rename(WEIGHTS, "model.safetensors.incomplete"), r"has neither model.safetensors nor"),
+        (link_to_nothing(WEIGHTS), r"model.safetensors is a link to ../../blobs/1f2e, which is not there"),
+        (link_to_nothing("config.json"), r"config.json is a link to ../../blobs/1f2e, which is not there"),
         (rename(WEIGHTS, "weights.safetensors"), r"has weights.safetensors but neither model.safetensors nor"),
         (cut(WEIGHTS, 0), r"model.safetensors ends within its header"),
         (cut(WEIGHTS, 5), r"model.safetensors ends within its header"),
@@ -159,6 +202,8 @@ INDEX = "model.safetensors.index.json"
     ("damage", "message"),
     [
         (drop("two.safetensors"), r"1 of 2 shards are missing in .*: two.safetensors"),
+        (link_to_nothing("two.safetensors"), r"two.safetensors is a link to ../../blobs/1f2e, which is not there"),
+        (link_to_nothing(INDEX), r"index.json is a link to ../../blobs/1f2e, which is not there"),
         (write(INDEX, b"{}"), r"index.json has no weight_map"),
         (write(INDEX, b'{"weight_map": {"a": "../one.safetensors"}}'), r"is not a file beside it"),
         (write("two.safetensors", safetensors(A)), r"two.safetensors lacks tensor b, which model.safetensors.index"),
@@ -184,6 +229,9 @@ def test_what_is_neither_a_directory_nor_a_hub_id(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UnsupportedByEngine, match=r"config.json is a file; a model is a directory"):
         find_model(str(file))
+    for no_path in ("~nobody-of-this-name/model", 300 * "x"):
+        with pytest.raises(UnsupportedByEngine, match=r"is no path: "):
+            find_model(no_path)
     with pytest.raises(UnsupportedByEngine, match=r"no such directory: /no/such/model"):
         find_model("/no/such/model")
     with pytest.raises(UnsupportedByEngine, match=r"no such directory: ../nowhere/model"):

@@ -132,6 +132,12 @@ def test_bytes_are_those_of_the_dtype_it_is_loaded_in(
     assert graph.decoders[0].kv_bytes_per_token == 2 * 2 * 16 * size
 
 
+def test_a_mask_that_lies_before_the_weights_is_not_what_they_are_computed_in() -> None:
+    mask = Header((1, 1, 128, 128), "BOOL")
+    weights = {"h.0.attn.bias": mask, **headers(SMALL_GPT2, dtype="BF16")}
+    assert build_model_graph(SMALL_GPT2, weights).dtype == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -139,6 +145,8 @@ def test_bytes_are_those_of_the_dtype_it_is_loaded_in(
             {"model_type": "mamba"},
             r"model_type 'mamba' is not supported; supported are: gemma2, gemma3_text, gpt2, ",
         ),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"num_hidden_layers": 10**6}, r"tensor model.layers.8.input_layernorm.weight is missing"),
         ({"model_type": None}, r"without model_type is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"LlamaForSequenceClassification is not a causal"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config: quantised weights are not supported"),
