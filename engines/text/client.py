@@ -19,6 +19,7 @@ from engines.text.wire import (
     About,
     Call,
     Chat,
+    ChatOptions,
     Decode,
     Decoded,
     Delta,
@@ -115,9 +116,13 @@ class TextService:
         return self._token_ids(await self._call(request))
 
     async def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: ChatOptions = ChatOptions(),
     ) -> tuple[int, ...]:
-        conversation = msgspec.json.encode({"messages": messages, "tools": tools})
+        conversation = msgspec.json.encode({"messages": messages, "tools": tools, "options": options})
         return self._token_ids(await self._call(Chat(call_id=self._ledger.new_id(), conversation=conversation)))
 
     async def decode(self, token_ids: Sequence[int]) -> str:

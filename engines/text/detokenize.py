@@ -14,6 +14,7 @@ import codecs
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_DISAGREEMENT = 32  # tokens after which a window that contradicts what was shown is taken as it is
 
 
@@ -59,6 +60,11 @@ def is_byte_level(decoder: Mapping[str, Any]) -> bool:
 def is_byte_fallback(token: str) -> bool:
     """Tell whether ``token`` is one raw byte of a SentencePiece vocabulary, such as ``<0xE2>``."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def is_inside_character(token: str | None) -> bool:
+    """Tell whether a token is one raw byte with which no character begins."""
+    return token is not None and is_byte_fallback(token) and token[3] in "89AB"
 
 
 class ByteLevelDetokenizer:
@@ -122,12 +128,23 @@ class WindowDetokenizer:
         agrees = text.startswith(self._shown)
         if not agrees and not final and len(self._window) - self._num_shown < _LONGEST_DISAGREEMENT:
             return ""
-        delta = text[len(self._shown) :] if agrees else text[_common_prefix(text, self._shown) :]
+        delta = text[len(self._shown) :] if agrees else self._contradicting(text)
         if delta:
             self._window = self._window[self._num_shown :]
             self._num_shown = len(self._window)
             self._shown = self._decode(self._window)
         return delta
+
+    def _contradicting(self, text: str) -> str:
+        """Return what is new where ``text``, of the whole window, does not begin with what was shown.
+
+        A character that the prompt has begun may have been completed; else bytes have spoilt one that was right, as a
+        run of raw bytes is read as a whole, and then they are read by themselves.
+        """
+        common = _common_prefix(text, self._shown)
+        if self._shown.startswith(_NO_CHARACTER, common):
+            return text[common:]
+        return self._decode(self._window[self._num_shown :])
 
 
 class MarkingDetokenizer:

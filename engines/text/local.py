@@ -13,7 +13,7 @@ from engines.text.pieces import pieces_of
 from engines.text.protocol import PROMPT_TAIL_TOKENS
 from engines.text.stops import StopMatcher
 from engines.text.tokenizer import TextTokenizer, added_tokens_of, detokenizer_with, detokenizers_of
-from engines.text.wire import About
+from engines.text.wire import About, ChatOptions
 
 
 class PlainTokenizer:
@@ -37,13 +37,20 @@ class PlainTokenizer:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: ChatOptions = ChatOptions(),
     ) -> tuple[int, ...]:
         if not self._has_chat_template:
             raise TextRefused("this model has no chat template; use /v1/completions")
         offered = [{"role": "tools", "content": json.dumps(list(tools))}] if tools else []
-        lines = [f"{message['role']}: {_said(message)}\n" for message in (*offered, *messages)]
-        return self.encode("".join(lines) + "assistant: ", add_special_tokens=True)
+        given = [{"role": name, "content": json.dumps(value)} for name, value in options.template_kwargs.items()]
+        text = "".join(f"{message['role']}: {_said(message)}\n" for message in (*given, *offered, *messages))
+        if options.continue_final_message:
+            text = text.removesuffix("\n")
+        return self.encode(text + "assistant: " * options.add_generation_prompt, add_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
@@ -69,9 +76,13 @@ class LocalText:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     async def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: ChatOptions = ChatOptions(),
     ) -> tuple[int, ...]:
-        return self._tokenizer.chat(messages, tools=tools)
+        return self._tokenizer.chat(messages, tools=tools, options=options)
 
     @property
     def about(self) -> About:

@@ -6,6 +6,8 @@ are being drained still need it.
 """
 
 import functools
+import inspect
+import json
 import os
 import queue
 import signal
@@ -13,18 +15,21 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from engines.process import die_with_parent
+from engines.text.bounded import Bounds
 from engines.text.detokenize import Detokenizer
 from engines.text.errors import TextRefused, TextStartFailed
 from engines.text.pieces import PieceOf, pieces_of, window_pieces
 from engines.text.session import Calls, Streams
 from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
-from engines.text.wire import About, Call, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
+from engines.text.wire import About, Call, ChatOptions, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
 
 _RECEIVE_BYTES = 1 << 18
+_LONGEST_WORDS = 1000  # characters of an error
 _SWITCH_INTERVAL_S = 0.0005  # a chat template being rendered delays a stream's text by no more than this
 
 
@@ -36,10 +41,14 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            if self._tokenizer.chat_template is None:
+                self._tokenizer.chat_template = _template_of_processor(Path(model))
         except Exception as error:  # transformers raises what it likes about files that are missing or broken
-            said = " ".join(str(error).split())
+            said = " ".join(_said(error).split())
             raise TextStartFailed(f"no tokenizer can be read from {model}: {said}") from error
+        self._bounds = Bounds()
+        self._own_arguments = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
         self._detokenizers = self._detokenizer_factory()
         self.piece = self._piece_factory()
 
@@ -49,7 +58,7 @@ class HuggingFaceTokenizer:
         return window_detokenizers(
             lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
             is_special=frozenset(self._tokenizer.all_special_ids).__contains__,
-            token_of=self._tokenizer.convert_ids_to_tokens,
+            token_of=self._token_of,
         )
 
     def _piece_factory(self) -> PieceOf:
@@ -57,9 +66,7 @@ class HuggingFaceTokenizer:
             return pieces_of(self._tokenizer.backend_tokenizer)
         return window_pieces(
             lambda ids: str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
-            token_of=lambda token_id: (
-                self._tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self._tokenizer) else None
-            ),
+            token_of=self._token_of,
             is_special=frozenset(self._tokenizer.all_special_ids).__contains__,
         )
 
@@ -74,7 +81,7 @@ class HuggingFaceTokenizer:
         try:
             return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
         except Exception as error:  # whatever the tokenizer raises is about this text; other requests go on
-            raise TextRefused(f"the tokenizer refuses this text: {error}") from error
+            raise TextRefused(f"the tokenizer refuses this text: {_said(error)}") from error
 
     @functools.cached_property
     def about(self) -> About:
@@ -84,17 +91,31 @@ class HuggingFaceTokenizer:
         return About(chat_template=template, added_tokens=added)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: ChatOptions = ChatOptions(),
     ) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:
             raise TextRefused("this model has no chat template; use /v1/completions")
+        reserved = options.template_kwargs.keys() & self._own_arguments
+        if reserved:
+            raise TextRefused(f"chat_template_kwargs must not have {min(reserved)}: it is no value of the template's")
         try:
-            token_ids = self._tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=True, return_dict=False
+            text = self._bounds.run(
+                lambda: self._tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) or None,
+                    add_generation_prompt=options.add_generation_prompt,
+                    continue_final_message=options.continue_final_message,
+                    tokenize=False,
+                    **options.template_kwargs,
+                )
             )
         except Exception as error:  # a template is a program of the model's author and may raise anything
-            raise TextRefused(f"the model's chat template refuses these messages: {error}") from error
-        return tuple(token_ids)
+            raise TextRefused(f"the model's chat template refuses these messages: {_said(error)}") from error
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         try:
@@ -102,10 +123,21 @@ class HuggingFaceTokenizer:
                 self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
             )
         except Exception as error:  # as in ``encode``
-            raise TextRefused(f"the tokenizer refuses these tokens: {error}") from error
+            raise TextRefused(f"the tokenizer refuses these tokens: {_said(error)}") from error
 
     def detokenizer(self, prompt_tail: tuple[int, ...]) -> Detokenizer:
         return self._detokenizers(prompt_tail)
+
+
+def _said(error: Exception) -> str:
+    """Return the words of an error as text that can be sent: a template may raise megabytes, or half characters."""
+    return str(error)[:_LONGEST_WORDS].encode(errors="replace").decode()
+
+
+def _template_of_processor(model: Path) -> str | None:
+    """Return the chat template of a model that takes images, too: it may have a file that tokenizers do not read."""
+    file = model / "chat_template.json"
+    return str(json.loads(file.read_bytes())["chat_template"]) if file.is_file() else None
 
 
 def _template_for_tools(tokenizer: Any) -> str | None:

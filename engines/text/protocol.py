@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from engines.text.incremental import TextDelta
-from engines.text.wire import About
+from engines.text.wire import About, ChatOptions
 
 __all__ = ["PROMPT_TAIL_TOKENS", "Text", "TextDelta", "TextFeed"]
 
@@ -33,9 +33,13 @@ class Text(Protocol):
         """Raises: TextRefused, TextProcessDied, TextClosed."""
 
     async def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: ChatOptions = ChatOptions(),
     ) -> tuple[int, ...]:
-        """Render the chat template up to where the answer begins. Raises: as ``encode``."""
+        """Render the chat template, by default up to where the answer begins. Raises: as ``encode``."""
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special ones included. Raises: as ``encode``."""

@@ -43,7 +43,7 @@ class Calls:
                     token_ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
                 case Chat():
                     given = msgspec.json.decode(request.conversation, type=Conversation)
-                    token_ids = self._tokenizer.chat(given.messages, tools=given.tools)
+                    token_ids = self._tokenizer.chat(given.messages, tools=given.tools, options=given.options)
                 case _:
                     assert_never(request)
         except TextRefused as refusal:

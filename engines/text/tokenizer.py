@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import dropwhile
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -15,9 +16,10 @@ from engines.text.detokenize import (
     byte_level_bytes,
     is_byte_fallback,
     is_byte_level,
+    is_inside_character,
 )
 from engines.text.pieces import PieceOf
-from engines.text.wire import About
+from engines.text.wire import About, ChatOptions
 
 DetokenizerFactory = Callable[[tuple[int, ...]], Detokenizer]  # the tail of the prompt -> for one output
 
@@ -32,9 +34,13 @@ class TextTokenizer(Protocol):
         """Raises: TextRefused."""
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: ChatOptions = ChatOptions(),
     ) -> tuple[int, ...]:
-        """Render the chat template up to where the answer begins. Raises: TextRefused."""
+        """Render the chat template, by default up to where the answer begins. Raises: TextRefused."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special ones included. Raises: TextRefused."""
@@ -100,8 +106,13 @@ def window_detokenizers(
         token = token_of(token_id)
         return token is not None and is_byte_fallback(token)
 
+    def whole_characters(prompt_tail: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tail without the rest of a character at its beginning, which would spoil all bytes behind it."""
+        tail = [token_id for token_id in prompt_tail if not is_special(token_id)]
+        return tuple(dropwhile(lambda token_id: is_inside_character(token_of(token_id)), tail))
+
     return lambda prompt_tail: WindowDetokenizer(
-        decode, is_special=is_special, is_pending=is_pending, prompt_tail=prompt_tail
+        decode, is_special=is_special, is_pending=is_pending, prompt_tail=whole_characters(prompt_tail)
     )
 
 

@@ -13,11 +13,24 @@ import msgspec
 _LENGTH = struct.Struct("<I")
 
 
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a chat template is rendered.
+
+    ``add_generation_prompt``: it opens the answer at its end. ``continue_final_message``: it leaves the last message
+    open, so that the answer goes on with that. ``template_kwargs``: values that it is given besides, by its own names.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: dict[str, Any] = {}
+
+
 class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """What a chat template is given."""
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
+    options: ChatOptions = ChatOptions()
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,9 +53,9 @@ class Encode(msgspec.Struct, tag=1, array_like=True, frozen=True):
 
 
 class Chat(msgspec.Struct, tag=2, array_like=True, frozen=True):
-    """Render the chat template with an opening for the answer. Answered by ``Encoded`` or ``Refused``.
+    """Render the chat template. Answered by ``Encoded`` or ``Refused``.
 
-    ``conversation``: messages and tools, as JSON: MessagePack has no integers of any length.
+    ``conversation``: messages, tools and options, as JSON: MessagePack has no integers of any length.
     """
 
     call_id: int

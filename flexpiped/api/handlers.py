@@ -35,7 +35,7 @@ from flexpiped.api.parameters import (
     sampling_of,
 )
 from flexpiped.api.routing import ToEngine, route
-from flexpiped.api.sampling_defaults import with_defaults
+from flexpiped.api.sampling_defaults import MAX_TOKENS, with_defaults
 from flexpiped.api.sending import send_events, send_whole
 from flexpiped.api.tool_grammar import grammar_with_calls
 from flexpiped.api.wire import ChatWire, CompletionWire, Head
@@ -98,11 +98,11 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
         )
         if isinstance(asked, ToEngine):
             return await forward(http, observation, raw, body, default_tokens=CHAT.default_tokens)
-        messages, tools = asked.messages, asked.tools
+        messages, tools, options = asked.messages, asked.tools, asked.options
         offered = () if tools is None else tools.given
 
         async def encoded() -> list[Encoded]:
-            return [Encoded(token_ids=await backend.text.chat(messages, tools=offered))]
+            return [Encoded(token_ids=await backend.text.chat(messages, tools=offered, options=options))]
 
         if tools is None or calls is None:
             return await answer(http, observation, CHAT, asked.parameters, encoded)
@@ -209,7 +209,7 @@ async def _requests(
                 parameters,
                 prompt=prompt.token_ids,
                 prompt_name=kind.prompt_name,
-                default_tokens=kind.default_tokens,
+                default_tokens=kind.default_tokens or backend.sampling_defaults.get(MAX_TOKENS),
                 capabilities=capabilities,
                 new_seed=backend.new_seed(),
                 adapter=adapter,

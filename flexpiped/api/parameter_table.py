@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from flexpiped.api import structured, tools
+from flexpiped.api import chat_options, structured, tools
 from flexpiped.api.choices import CHAT_CHOICES, COMPLETION_CHOICES
 from flexpiped.api.engine_parameters import ENGINE_PARAMETERS
 from flexpiped.api.fields import Reader
@@ -42,7 +42,9 @@ def _table(
 
 
 def _other(name: str, choices: Mapping[str, Reader[Any]], neutral: tuple[Any, ...]) -> Parameter:
-    reader = choices.get(name) or structured.READERS.get(name) or tools.READERS.get(name)
+    reader = (
+        choices.get(name) or structured.READERS.get(name) or tools.READERS.get(name) or chat_options.READERS.get(name)
+    )
     if reader is not None:
         return Parameter(by=HonouredBy.OWN_SERVER_OR_DAEMON, reader=reader, neutral=neutral)
     if name in ENGINE_PARAMETERS:

@@ -4,10 +4,12 @@ Every parameter is honoured, refused by name, or (``unsupported``) accepted wher
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from engines.protocol import EngineCapabilities, Grammar, SamplingParams
+from engines.text.wire import ChatOptions
+from flexpiped.api.chat_options import CHAT_OPTIONS, read_chat_options
 from flexpiped.api.choices import CHOICES, LOGPROBS, Choices, chat_choices, completion_choices
 from flexpiped.api.engine_parameters import read_engine_params
 from flexpiped.api.errors import ApiError, ErrorType, invalid
@@ -132,6 +134,7 @@ class ChatRequest:
     parameters: Parameters
     messages: tuple[dict[str, Any], ...]
     tools: Tools | None = None
+    options: ChatOptions = field(default_factory=ChatOptions)
 
 
 def taken_here(capabilities: EngineCapabilities | None, *, calls_tools: bool = False) -> frozenset[str]:
@@ -144,7 +147,7 @@ def taken_here(capabilities: EngineCapabilities | None, *, calls_tools: bool = F
     """
     if capabilities is None:
         return frozenset()
-    choices = CHOICES if capabilities.own_server is None else frozenset()
+    choices = CHOICES | CHAT_OPTIONS if capabilities.own_server is None else frozenset()
     logprobs = LOGPROBS if capabilities.own_server is None and capabilities.top_logprobs else frozenset()
     structured = STRUCTURED if capabilities.own_server is None and capabilities.grammars else frozenset()
     tools = TOOLS if structured and calls_tools else frozenset()
@@ -172,7 +175,8 @@ def parse_chat(body: Body, *, taken: Set[str] = frozenset()) -> ChatRequest:
     parameters = _parameters(body, _OF_CHAT, chat_choices, taken=taken)
     tools = read_tools(body, taken=taken, grammar=parameters.grammar)
     messages = read_messages(body.get("messages"), with_tools=taken >= TOOLS)
-    return ChatRequest(messages=messages, parameters=parameters, tools=tools)
+    options = read_chat_options(body, taken=taken)
+    return ChatRequest(messages=messages, parameters=parameters, tools=tools, options=options)
 
 
 def ensure_model(asked: str | None, *, served: str, adapters: Sequence[str] = ()) -> None:

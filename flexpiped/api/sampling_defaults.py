@@ -10,10 +10,12 @@ from engines.protocol import EngineCapabilities
 from flexpiped.api.engine_parameters import ENGINE_PARAMETERS
 from flexpiped.api.errors import ApiError
 from flexpiped.api.fields import Body, Reader
-from flexpiped.api.parameters import COMPLETION_READERS
+from flexpiped.api.parameters import CHAT_READERS, COMPLETION_READERS
 
 _COMMON: Final = ("temperature", "top_p", "top_k")  # every engine has these
-_SOME: Final = ("min_p", "repetition_penalty")
+_SOME: Final = ("frequency_penalty", "min_p", "presence_penalty", "repetition_penalty")
+MAX_TOKENS: Final = "max_tokens"  # of chats: a completion has 16 by default, whatever the model
+_MAX_NEW_TOKENS: Final = "max_new_tokens"  # how transformers calls them
 _READERS: Final[Mapping[str, Reader[Any]]] = {name: COMPLETION_READERS[name] for name in _COMMON} | {
     name: ENGINE_PARAMETERS[name] for name in _SOME
 }
@@ -27,6 +29,7 @@ def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, Any]
     """
     try:
         given = {name: read(generation_config, name) for name, read in _READERS.items()}
+        given[MAX_TOKENS] = CHAT_READERS[MAX_TOKENS](generation_config, _MAX_NEW_TOKENS)
     except ApiError as refusal:
         raise ValueError(f"generation_config.json: {refusal.message}") from None
     return {name: value for name, value in given.items() if value is not None}

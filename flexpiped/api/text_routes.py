@@ -9,6 +9,8 @@ from aiohttp import web
 from engines.protocol import EngineCapabilities
 from flexpiped.api.access import client_of
 from flexpiped.api.backend import Backend
+from flexpiped.api.chat_options import CHAT_OPTIONS, read_chat_options
+from flexpiped.api.chat_options import READERS as CHAT_OPTION_READERS
 from flexpiped.api.deadline import deadline_of
 from flexpiped.api.errors import invalid
 from flexpiped.api.fields import Body, Reader, boolean, parse_object, refuse_unknown, text, token_ids
@@ -27,12 +29,10 @@ TOKENIZE_READERS: Final[Mapping[str, Reader[Any]]] = {
     "prompt": text,
     "messages": MESSAGES,
     "add_special_tokens": boolean,  # of a prompt; a chat template writes its own
+    **CHAT_OPTION_READERS,
 }
 TOKENIZE_NEUTRAL: Final[NeutralValues] = {
-    "add_generation_prompt": (True,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "return_token_strs": (False,),
@@ -89,10 +89,11 @@ async def _encoded(backend: Backend, body: Body, *, capabilities: EngineCapabili
     offered, _functions = given.get("tools") or ((), ())
     if prompt is not None and offered:
         raise invalid("tools go with messages only", param="tools", code="contradiction")
+    options = read_chat_options(body, taken=CHAT_OPTIONS)
     if prompt is not None:
         tokens = await backend.text.encode(prompt, add_special_tokens=special is not False)
     else:
-        tokens = await backend.text.chat(messages or (), tools=offered)
+        tokens = await backend.text.chat(messages or (), tools=offered, options=options)
     return {"count": len(tokens), "max_model_len": capabilities.max_model_len, "tokens": tokens, "token_strs": None}
 
 

@@ -59,7 +59,6 @@ KNOWN: Final[Mapping[str, str]] = {
     "native: call's arguments are no JSON: status: 200 -> 400": "chat templates are given them as an object",
     "native: unknown role: status: 200 -> 400": _STRICT,
     "native: tokenize, texts of tokens: status: 200 -> 400": "refused by name: only vLLM's server gives them",
-    "native: tokenize, no generation prompt: status: 200 -> 400": "refused by name: only vLLM's server does it",
     "native: detokenize outside the vocabulary: status: 200 -> 400": "there are no such tokens",
     "native: nothing allowed: status: 500 -> 400": "it is the request that leaves nothing",
     "*: empty text: status: 400 -> 200": "the token of the beginning is a prompt; OpenAI's API takes it",

@@ -99,11 +99,15 @@ VALUES: dict[str, Any] = {
     "tools": [TOOL],
     "tool_choice": "required",
     "parallel_tool_calls": False,
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "chat_template_kwargs": {"enable_thinking": False},
 }
 WITHOUT_EFFECT = {"user"}  # names who asks, and is checked
 NEEDED_WITH: dict[str, dict[str, Any]] = {
     "stream_options": {"stream": True},
     "top_logprobs": {"logprobs": True},
+    "continue_final_message": {"add_generation_prompt": False},
     "tool_choice": {"tools": [TOOL]},
     "parallel_tool_calls": {"tools": [TOOL]},
 }

@@ -9,7 +9,7 @@ import pytest
 
 from engines.protocol import GenerationRequest, SamplingParams
 from flexpiped.api.sampling_defaults import sampling_defaults, with_defaults
-from tests.support.http_app import CAPABILITIES, FakeEngines, http_app
+from tests.support.http_app import CAPABILITIES, EOS_ID, FakeEngines, http_app
 
 QWEN: Mapping[str, object] = {  # of Qwen2.5-0.5B-Instruct
     "bos_token_id": 151643,
@@ -24,12 +24,19 @@ PENALISING = replace(CAPABILITIES, engine_params=frozenset({"repetition_penalty"
 
 def test_only_what_is_about_sampling_is_taken() -> None:
     assert sampling_defaults(QWEN) == {"repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
-    assert sampling_defaults({"eos_token_id": 1, "temperature": None}) == {}
+    assert sampling_defaults({"eos_token_id": 1, "temperature": None, "max_length": 20, "do_sample": False}) == {}
+    further = {"presence_penalty": 0.5, "frequency_penalty": 0.25}
+    assert sampling_defaults({**further, "max_new_tokens": 512}) == {**further, "max_tokens": 512}
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [({"top_p": 0.0}, "top_p must be"), ({"temperature": "hot"}, "temperature must be"), ({"top_k": 1.5}, "top_k")],
+    [
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"temperature": "hot"}, "temperature must be"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+    ],
 )
 def test_what_a_request_could_not_give_is_refused_by_name(config: Mapping[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=rf"generation_config\.json: .*{words}"):
@@ -63,3 +70,28 @@ async def test_the_engine_is_asked_for_them(route: str) -> None:
         await app.becomes_idle()
     assert {(each.temperature, each.top_p, each.top_k) for each in asked} == {(0.7, 0.8, 3)}
     assert [each.engine_params for each in asked] == [{"repetition_penalty": 1.1}] * len(asked)
+
+
+@pytest.mark.real_loop
+async def test_a_chat_has_so_many_tokens_and_a_completion_as_many_as_ever() -> None:
+    """As with vLLM's server; no more than the context has room for."""
+    asked: list[int] = []
+
+    def note(request: GenerationRequest, _position: int) -> int:
+        asked.append(request.sampling.max_tokens)
+        return EOS_ID
+
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    for of_the_model, given, wanted in (
+        (20, chat, 20),
+        (20, {**chat, "max_tokens": 30}, 30),
+        (20, {"prompt": "x"}, 16),
+        (10**6, {**chat, "max_completion_tokens": 5}, 5),
+    ):
+        defaults = sampling_defaults({"max_new_tokens": of_the_model})
+        async with http_app(engines=FakeEngines(next_token=note), sampling_defaults=defaults) as app:
+            route = "completions" if "prompt" in given else "chat/completions"
+            async with aiohttp.ClientSession(app.url) as session, session.post(f"/v1/{route}", json=given) as response:
+                assert response.status == 200
+            await app.becomes_idle()
+        assert asked.pop() == wanted

@@ -10,6 +10,7 @@ from engines.text.detokenize import Detokenizer, byte_level_bytes, is_byte_level
 from engines.text.tokenizer import detokenizers_of
 from tests.support.tiny_tokenizer import byte_fallback_tokenizer, byte_level_tokenizer, word_piece_tokenizer
 
+EOS_ID = 1
 MAKERS = [byte_level_tokenizer, byte_fallback_tokenizer, word_piece_tokenizer]
 TEXTS = [
     "Once upon a time",
@@ -77,6 +78,19 @@ def test_output_joins_on_to_the_prompt() -> None:
     once, upon = tokenizer.token_to_id("▁Once"), tokenizer.token_to_id("▁upon")
     assert deltas_of(detokenizers_of(tokenizer)((once,)), [upon]) == [" upon", ""]
     assert deltas_of(detokenizers_of(tokenizer)(()), [upon]) == ["upon", ""]
+
+
+def test_a_character_behind_those_of_the_prompt_is_read_by_itself() -> None:
+    """Raw bytes in a row are read as a whole: neither half of a character before them, nor half of one, may spoil them.
+
+    The prompt's tail begins where it may; a special token, as that which ends an instruction, is no text between.
+    """
+    tokenizer = byte_fallback_tokenizer()
+    smile = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]
+    for tail in (smile[2:] + smile, [*smile[3:], *smile, EOS_ID], [EOS_ID, *smile[1:], 7]):
+        assert "".join(deltas_of(detokenizers_of(tokenizer)(tuple(tail)), smile)) == "🙂"
+        assert "".join(deltas_of(detokenizers_of(tokenizer)(tuple(tail)), smile[:3])) == 3 * "\N{REPLACEMENT CHARACTER}"
+    assert "".join(deltas_of(detokenizers_of(tokenizer)(tuple(smile[:2])), smile[2:])) == "🙂"  # the prompt began it
 
 
 def test_a_run_of_special_tokens_costs_nothing() -> None:
