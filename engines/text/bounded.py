@@ -5,6 +5,7 @@ end would take the memory of the host.
 """
 
 import ctypes
+import faulthandler
 import resource
 import threading
 import time
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 RENDER_LIMIT_S: Final = 10.0
+KILL_AFTER_S: Final = 30.0
 RENDER_LIMIT_BYTES: Final = 1 << 30
+_STDERR: Final = 2
 _DATA_PAGES: Final = 5  # the field of /proc/self/statm that RLIMIT_DATA bounds
 _raise_in_thread: Final = ctypes.pythonapi.PyThreadState_SetAsyncExc
 T = TypeVar("T")
@@ -31,11 +34,20 @@ class _TimeIsOver(BaseException):
 class Bounds:
     """Holds one piece of work at a time, always of the same thread; its own thread looks on and sleeps meanwhile.
 
-    Work is interrupted between two steps of the interpreter, not within one, after one to two times ``limit_s``.
+    Work is interrupted between two steps of the interpreter, after one to two times ``limit_s``. A single step that
+    takes longer, as of numbers with a billion digits, lets no other thread run: after ``kill_after_s`` that ends the
+    process, with a traceback on stderr.
     """
 
-    def __init__(self, *, limit_s: float = RENDER_LIMIT_S, limit_bytes: int = RENDER_LIMIT_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        limit_s: float = RENDER_LIMIT_S,
+        limit_bytes: int = RENDER_LIMIT_BYTES,
+        kill_after_s: float = KILL_AFTER_S,
+    ) -> None:
         self._limit_s = limit_s
+        self._kill_after_s = kill_after_s
         self._limit_bytes = limit_bytes
         self._turn = threading.Lock()
         self._begun = threading.Event()
@@ -66,9 +78,11 @@ class Bounds:
         self._count += 1
         self._thread_id = threading.get_ident()
         self._begun.set()
+        faulthandler.dump_traceback_later(self._kill_after_s, exit=True, file=_STDERR)
         try:
             yield
         finally:
+            faulthandler.cancel_dump_traceback_later()
             with self._turn:
                 self._thread_id = None
                 _raise_in_thread(ctypes.c_ulong(threading.get_ident()), None)  # what came too late to be raised

@@ -1,5 +1,7 @@
 """Chat templates that do not end, or grow without end."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +29,13 @@ def test_what_takes_too_long_or_too_much_ends_and_what_comes_after_is_as_ever() 
         Bounds(limit_bytes=64 << 20).run(rendering(DOUBLING))
     assert bounds.run(rendering("{{ 6 * 7 }}")) == "42"
     assert len(bytearray(128 << 20)) == 128 << 20  # the limit of memory is gone with what it was for
+
+
+def test_a_single_step_that_takes_for_ever_ends_the_process() -> None:
+    code = "from engines.text.bounded import Bounds; Bounds(kill_after_s=0.2).run(lambda: 10 ** 10**9)"
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "Timeout" in ended.stderr
 
 
 def test_what_it_raises_itself_comes_out() -> None:
