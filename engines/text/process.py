@@ -26,6 +26,7 @@ from engines.text.errors import TextRefused, TextStartFailed
 from engines.text.pieces import PieceOf, pieces_of, window_pieces
 from engines.text.session import Calls, Streams
 from engines.text.tokenizer import DetokenizerFactory, detokenizers_of, window_detokenizers
+from engines.text.tokenizer_files import has_words, hint_at
 from engines.text.wire import About, Call, ChatOptions, FrameReader, LastWords, Ready, Reply, pack, unpack_requests
 
 _RECEIVE_BYTES = 1 << 18
@@ -45,8 +46,11 @@ class HuggingFaceTokenizer:
             if self._tokenizer.chat_template is None:
                 self._tokenizer.chat_template = _template_of_processor(Path(model))
         except Exception as error:  # transformers raises what it likes about files that are missing or broken
-            said = " ".join(_said(error).split())
+            said = hint_at(Path(model)) or " ".join(_said(error).split())
             raise TextStartFailed(f"no tokenizer can be read from {model}: {said}") from error
+        if not has_words(self._tokenizer):
+            why = hint_at(Path(model)) or "it has special tokens alone"
+            raise TextStartFailed(f"no tokenizer can be read from {model}: {why}")
         self._bounds = Bounds()
         self._own_arguments = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
         self._detokenizers = self._detokenizer_factory()
