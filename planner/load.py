@@ -66,6 +66,17 @@ class Observation:
     stage_busy: tuple[Reading, ...] = ()
     taken_bytes: Mapping[str, int] | Absence = Absence.NOT_YET
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody is there, and nobody who came still counts: it stays like this until somebody comes."""
+        there = (self.running, self.queue_length, float(self.awaiting))
+        seen = (self.prompt_tokens_mean, self.output_tokens_mean, self.ttft_s, self.tpot_s)
+        return (
+            all(each == 0 for each in there)
+            and all(window.arrivals == 0 for window in self.windows)
+            and all(isinstance(each, Absence) for each in (*seen, self.late_share))
+        )
+
     def window(self, window_s: float) -> ArrivalStatistics:
         """Return the window whose length is nearest to ``window_s``."""
         return min(self.windows, key=lambda each: abs(each.window_s - window_s))

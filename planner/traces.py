@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import fmean, pstdev
 
@@ -24,6 +24,8 @@ PREFIX_PIECE_TOKENS = 512  # of a prompt, for each of its hash ids
 _MOST_REQUESTS = 20_000_000  # of a drawn trace: some 4 GB
 _NARROWEST_CV = 1e-6  # below, all are as good as alike, and the square of it may be 0
 _WIDEST_CV = 1e4  # above, nearly all that is drawn is 0
+_LONGEST_TRACE_S = 366 * 86400.0  # further apart is a wrong unit, or a time that stands for "none"
+_LONGEST_TOKENS = 100_000_000  # of a prompt or an answer
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -38,6 +40,7 @@ class TraceRequest:
 
 
 Trace = tuple[TraceRequest, ...]
+_Numbered = tuple[int, TraceRequest]  # with its line
 
 
 def parse_trace(text: str) -> Trace:
@@ -47,15 +50,34 @@ def parse_trace(text: str) -> Trace:
         InvalidTrace: It is in neither format, a line cannot be read, or there is no request; the message has the line.
     """
     stripped = text.lstrip("\ufeff \r\n")
-    requests = list(_mooncake(stripped) if stripped.startswith("{") else _azure(stripped))
-    if not requests:
+    numbered = list(_mooncake(stripped) if stripped.startswith("{") else _azure(stripped))
+    if not numbered:
         raise InvalidTrace("there is no request in it")
-    requests.sort(key=lambda each: each.arrival_s)
-    first_s = requests[0].arrival_s
-    return tuple(replace(each, arrival_s=each.arrival_s - first_s) for each in requests)
+    numbered.sort(key=lambda each: each[1].arrival_s)
+    _ensure_plausible(numbered)
+    first_s = numbered[0][1].arrival_s
+    return tuple(replace(each, arrival_s=each.arrival_s - first_s) for _, each in numbered)
 
 
-def _azure(text: str) -> Iterator[TraceRequest]:
+def _ensure_plausible(numbered: Sequence[_Numbered]) -> None:
+    """Refuse arrivals, by order of time, that are too far apart: the line beyond the widest gap, and which is wrong."""
+    first, last = numbered[0], numbered[-1]
+    spans_s = last[1].arrival_s - first[1].arrival_s
+    if spans_s <= _LONGEST_TRACE_S:
+        return
+    before, after = max(pairwise(numbered), key=lambda pair: pair[1][1].arrival_s - pair[0][1].arrival_s)
+    gap_s = after[1].arrival_s - before[1].arrival_s
+    raise InvalidTrace(
+        f"line {after[0]}: it comes {_days(gap_s)} after the request of line {before[0]}, the one before it, and a "
+        f"trace lasts {_days(_LONGEST_TRACE_S)} at most: is a time in another unit, or none?"
+    )
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:,.0f} days" if seconds < 1e12 else f"{seconds / 86400:.2g} days"
+
+
+def _azure(text: str) -> Iterator[_Numbered]:
     rows = csv.DictReader(text.splitlines())
     missing = [name for name in _AZURE_COLUMNS if name not in (rows.fieldnames or ())]
     if missing:
@@ -64,23 +86,27 @@ def _azure(text: str) -> Iterator[TraceRequest]:
         )
     for row in rows:
         try:
-            when = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            yield _request(when, row["ContextTokens"], row["GeneratedTokens"])
-        except (TypeError, ValueError) as error:
+            when = datetime.fromisoformat(row["TIMESTAMP"])
+            at_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()  # where it is read does not matter
+            yield rows.line_num, _request(at_s, row["ContextTokens"], row["GeneratedTokens"])
+        except (OverflowError, TypeError, ValueError) as error:
             raise InvalidTrace(f"line {rows.line_num}: {error}") from None
 
 
-def _mooncake(text: str) -> Iterator[TraceRequest]:
+def _mooncake(text: str) -> Iterator[_Numbered]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            request = _request(float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"])
-            yield replace(request, prefix_ids=tuple(int(each) for each in row.get("hash_ids", ())))
+            at_s = float(row["timestamp"]) / 1e3
+            if at_s < 0:
+                raise ValueError(f"a time cannot be {at_s * 1e3:g} ms")
+            request = _request(at_s, row["input_length"], row["output_length"])
+            yield number, replace(request, prefix_ids=tuple(int(each) for each in row.get("hash_ids", ())))
         except KeyError as error:
             raise InvalidTrace(f"line {number}: {error.args[0]} is missing") from None
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise InvalidTrace(f"line {number}: {error}") from None
 
 
@@ -91,6 +117,8 @@ def _request(arrival_s: float, prompt: object, output: object) -> TraceRequest:
     numbers = [int(str(value)) for value in (prompt, output)]
     if min(numbers) < 0:
         raise ValueError(f"a length cannot be {min(numbers)}")
+    if max(numbers) > _LONGEST_TOKENS:
+        raise ValueError(f"a length of {max(numbers):.3g} tokens: at most {_LONGEST_TOKENS:,}")
     return TraceRequest(arrival_s=arrival_s, prompt_tokens=max(1, numbers[0]), output_tokens=max(1, numbers[1]))
 
 
@@ -174,6 +202,9 @@ def reshaped(trace: Sequence[TraceRequest], how: Reshape) -> Trace:
         )
     if not found:
         raise InvalidTrace("no request is left of it")
+    if not found[-1].arrival_s <= _LONGEST_TRACE_S:
+        lasts = f"at {how.speed:g} times its speed it lasts {_days(found[-1].arrival_s)}"
+        raise InvalidTrace(f"{lasts}, and a trace lasts {_days(_LONGEST_TRACE_S)} at most")
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from flexpiped.flexctl.text import bar, format_age
 from flexpiped.flexctl.traffic_options import add_traffic, count, slo_of, trace_of
 
 if TYPE_CHECKING:
-    from flexpiped.settings import AutoSettings
+    from flexpiped.settings import AutoSettings, Settings
     from flexpiped.simulation.scenario import Scenario
     from planner.simulation.outcome import Outcome
     from planner.simulation.system import System
@@ -48,6 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  # noqa: ARG001
     """Simulate, showing how far it is, then the figures; asks no daemon."""
+    from flexpiped.flexctl.offline_errors import offline_errors
     from planner.simulation.run import Setting
     from planner.simulation.run import simulate as run
     from planner.traces import workload_of
@@ -55,7 +56,8 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
     _refuse_what_counts_for_nothing(options)
     options.slo_ttft = options.slo_ttft or _TARGET_TTFT_S
     options.slo_tpot = options.slo_tpot or _TARGET_TPOT_S
-    trace, auto = trace_of(options), _auto(options)
+    trace, settings = trace_of(options), _settings(options)
+    auto = settings.auto
     if options.html:
         ensure_writable(options.html)
     scenario = _scenario(options, trace)
@@ -67,6 +69,7 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
         expected=workload_of(trace),
         interval_s=auto.interval_s,
         windows_s=auto.windows_s,
+        drain_deadline_s=settings.handover.drain_deadline_s,
     )
     began_s, shown_s = time.monotonic(), 0.0
 
@@ -79,7 +82,8 @@ def simulate(client: AdminClient, screen: Screen, options: Namespace) -> Exit:  
                 f"{shown_s - began_s:.0f} s"
             )
 
-    outcome = run(setting, scenario.pool(), _system(options, auto, scenario, trace), on_progress=show)
+    with offline_errors():
+        outcome = run(setting, scenario.pool(), _system(options, auto, scenario, trace), on_progress=show)
     _tell(screen, options, scenario, outcome, took_s=time.monotonic() - began_s)
     return Exit.DONE
 
@@ -104,14 +108,14 @@ def _refuse_what_counts_for_nothing(options: Namespace) -> None:
         raise BadUsage("bad_input", f"--occupancy: from 0 to below 1, not {options.occupancy:g}")
 
 
-def _auto(options: Namespace) -> "AutoSettings":
-    """Return what the daemon would go by: [auto] of the configuration, or the defaults."""
+def _settings(options: Namespace) -> "Settings":
+    """Return what the daemon would go by: the configuration, or the defaults."""
     from flexpiped.config_file import load_config
     from flexpiped.flexctl.offline_errors import offline_errors
-    from flexpiped.settings import AutoSettings
+    from flexpiped.settings import Settings
 
     with offline_errors():
-        return load_config(Path(options.config)).auto if options.config else AutoSettings()
+        return load_config(Path(options.config)) if options.config else Settings()
 
 
 def _scenario(options: Namespace, trace: "Trace") -> "Scenario":
@@ -168,7 +172,7 @@ def _system(options: Namespace, auto: "AutoSettings", scenario: "Scenario", trac
 
 def _tell(screen: Screen, options: Namespace, scenario: "Scenario", outcome: "Outcome", *, took_s: float) -> None:
     from flexpiped.flexctl.bench_lines import bench_lines
-    from flexpiped.flexctl.simulate_lines import fleet_facts, fleet_lines
+    from flexpiped.flexctl.simulate_lines import fleet_facts, fleet_lines, scenario_lines
     from flexpiped.simulation.report import report
     from flexpiped.simulation.scenario import describe
 
@@ -180,7 +184,8 @@ def _tell(screen: Screen, options: Namespace, scenario: "Scenario", outcome: "Ou
     if options.json:
         screen.write([json.dumps(_wire(outcome) | {"took_s": took_s, "scenario": describe(scenario)})])
         return
-    screen.write([*lines, *fleet_lines(outcome), f"simulated {format_age(outcome.simulated_s)} in {took_s:.1f} s"])
+    ended = f"simulated {format_age(outcome.simulated_s)} in {took_s:.1f} s"
+    screen.write([*scenario_lines(describe(scenario)), *lines, *fleet_lines(outcome), ended])
     if options.html:
         screen.write([f"report in {options.html}"])
 

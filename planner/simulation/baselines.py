@@ -32,6 +32,9 @@ class Static:
     def tick(self, observation: Observation, now_s: float) -> str:  # noqa: ARG002
         return "static"
 
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:  # noqa: ARG002
+        return next_s
+
 
 @dataclass(kw_only=True)
 class Full:
@@ -46,6 +49,9 @@ class Full:
 
     def tick(self, observation: Observation, now_s: float) -> str:  # noqa: ARG002
         return "static"
+
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:  # noqa: ARG002
+        return next_s
 
 
 @dataclass(kw_only=True)
@@ -74,6 +80,9 @@ class BestStatic:
 
     def tick(self, observation: Observation, now_s: float) -> str:  # noqa: ARG002
         return "static"
+
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:  # noqa: ARG002
+        return next_s
 
 
 @dataclass(kw_only=True)
@@ -118,6 +127,9 @@ class FastColdStart:
                 return f"{live} in flight: {wanted} replicas"
         return "keep"
 
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:  # noqa: ARG002
+        return next_s if self._surplus_since_s is None else now_s
+
 
 @dataclass(kw_only=True)
 class Oracle:
@@ -146,6 +158,9 @@ class Oracle:
         stages, count = self._wanted(now_s, waiting=waiting)
         self._become(stages, count)
         return f"{count} of {stages} stages for what will come"
+
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:  # noqa: ARG002
+        return max(now_s, next_s - self.ahead_s)
 
     def _wanted(self, now_s: float, *, waiting: float = 0.0) -> tuple[int, int]:
 

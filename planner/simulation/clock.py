@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from math import inf
 
 Due = Callable[[], None]
 
@@ -13,6 +14,11 @@ class Clock:
         self.now_s = 0.0
         self.events = 0
         self._due: list[tuple[float, int, Due]] = []
+
+    @property
+    def next_s(self) -> float:
+        """When something is due next; ``inf``: nothing is."""
+        return self._due[0][0] if self._due else inf
 
     def at(self, when_s: float, what: Due) -> None:
         """Have something done at a time, now if that has passed."""

@@ -2,28 +2,19 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from math import inf
 from typing import assert_never
 
 from planner.prediction import Pipeline
 from planner.routing import NEWEST, Job, Option, Pace, choose_replica
 from planner.simulation.clock import Clock
-from planner.simulation.members import Member, MemberState, Reserved, devices_of
+from planner.simulation.members import FleetEvents, Member, MemberState, Reserved, devices_of
 from planner.simulation.pool import DevicePool, Placed, Placing, PoolDevice
 from planner.simulation.replica import Replica, SimulatedRequest
 from planner.simulation.shape import Shape, Shapes
 from planner.simulation.standing import Expectation, Standing
 from planner.simulation.step_times import StepTimes
 from planner.workload import Workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetEvents:
-    """Whom to tell: a request's first token and end, and that others serve now than before."""
-
-    on_first: Callable[[SimulatedRequest], None] = lambda _request: None
-    on_end: Callable[[SimulatedRequest], None] = lambda _request: None
-    on_layout: Callable[[], None] = lambda: None
 
 
 class Fleet:
@@ -38,6 +29,7 @@ class Fleet:
         *,
         placing: Placing,
         expected: Workload,
+        drain_deadline_s: float = inf,
     ) -> None:
         self.clock = clock
         self.pool = pool
@@ -55,6 +47,7 @@ class Fleet:
         self._steps: dict[tuple[int, int], StepTimes] = {}
         self._names = 0
         self._expected = expected
+        self._drain_deadline_s = drain_deadline_s
         self._lengths = Expectation(expected.output_tokens_mean)
         self._paces: dict[StepTimes, Pace] = {}
         self._open: tuple[list[Member], list[Option]] | None = None  # those that serve, as routing sees them
@@ -107,6 +100,13 @@ class Fleet:
         return tuple(sorted(each.shape.num_stages for each in self.members if each.state is MemberState.SERVING))
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether nobody is there, and no replica comes, goes or changes."""
+        members = self.members
+        is_settled = all(each.state is MemberState.SERVING and each.target is None for each in members)
+        return is_settled and not self.gateway and not any(each.replica.live for each in members)
+
+    @property
     def coming(self) -> int:
         return sum(each.state is MemberState.STARTING for each in self.members)
 
@@ -133,7 +133,10 @@ class Fleet:
         return True
 
     def remove(self, num_stages: int, *, done: Callable[[bool], None] | None = None) -> bool:
-        """Drain the least busy replica of a granularity and end it; ``done`` hears it then. False: there is none."""
+        """Drain the least busy replica of a granularity and end it; ``done`` hears it then. False: there is none.
+
+        What it has not finished by the deadline goes on at others.
+        """
         having = [each for each in self._changeable() if each.shape.num_stages == num_stages]
         if not having:
             if done is not None:
@@ -144,6 +147,8 @@ class Fleet:
         self.begun += 1
         self._open = None
         self._end_if_drained(member)
+        if member in self.members and self._drain_deadline_s < inf:
+            self.clock.at(self.clock.now_s + self._drain_deadline_s, lambda: self._cut_off(member))
         return True
 
     def change(
@@ -204,15 +209,25 @@ class Fleet:
     # --- how ---
 
     def _evict(self, member: Member) -> None:
+        self.evicted += 1
+        if member.state is MemberState.SERVING:
+            self.layout_changed()
+        self._end(member)
+
+    def _cut_off(self, member: Member) -> None:
+        """End a replica whose requests have had long enough; nothing where it has ended since."""
+        if member in self.members:
+            self._end(member)
+
+    def _end(self, member: Member) -> None:
+        """End a replica; what it has not finished goes on at others."""
         self._count()
         requests = member.replica.take_all()
         self.pool.give_back(member.placed, now_s=self.clock.now_s)
         self.busy_s += member.replica.busy_s
         self.members.remove(member)
         self._open = None
-        self.evicted += 1
-        if member.state is MemberState.SERVING:
-            self.layout_changed()
+        self._count()
         for request in requests:
             self.submit(request)
         if member.gone is not None:
@@ -287,13 +302,7 @@ class Fleet:
     def _end_if_drained(self, member: Member) -> None:
         match member.state:
             case MemberState.DRAINING if member.replica.live == 0:
-                self._count()
-                self.pool.give_back(member.placed, now_s=self.clock.now_s)
-                self.busy_s += member.replica.busy_s
-                self.members.remove(member)
-                self._count()
-                if member.gone is not None:
-                    member.gone(True)
+                self._end(member)
             case MemberState.STARTING | MemberState.SERVING | MemberState.DRAINING:
                 pass
             case _:

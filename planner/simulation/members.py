@@ -1,12 +1,21 @@
-"""The replicas of a fleet, and what they have reserved over time."""
+"""The replicas of a fleet, whom they tell, and what they have reserved over time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from planner.simulation.pool import Placed
-from planner.simulation.replica import Replica
+from planner.simulation.replica import Replica, SimulatedRequest
 from planner.simulation.shape import Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetEvents:
+    """Whom to tell: a request's first token and end, and that others serve now than before."""
+
+    on_first: Callable[[SimulatedRequest], None] = lambda _request: None
+    on_end: Callable[[SimulatedRequest], None] = lambda _request: None
+    on_layout: Callable[[], None] = lambda: None
 
 
 class MemberState(Enum):

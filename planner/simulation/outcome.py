@@ -1,5 +1,6 @@
 """What a simulation came to, and how two of its figures follow from what was seen. Pure."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,8 @@ class Outcome:
 
 def most_in_a_minute(ats_s: Sequence[float]) -> int:
     """Return how many of these moments lie within one minute, at most. Two that lie 60 s apart do not."""
-    return max((sum(begin <= at < begin + _MINUTE_S for at in ats_s) for begin in ats_s), default=0)
+    ordered = sorted(ats_s)
+    return max((bisect_left(ordered, at_s + _MINUTE_S) - first for first, at_s in enumerate(ordered)), default=0)
 
 
 def stall_lengths(requests: Sequence[RequestTimes]) -> list[float]:

@@ -7,6 +7,7 @@ from typing import assert_never
 from planner.granularity import Candidate
 from planner.load import Observation
 from planner.policy import changed_by_others, decide, initial_state, settle
+from planner.policy_rest import rests_until_s
 from planner.policy_state import Action, Decision, Ending, PolicyConstants, PolicyState, Verb, known
 from planner.prediction import Prediction
 from planner.simulation.fleet import Fleet
@@ -54,6 +55,9 @@ class Flexpiped:
         if decision.action is not None:
             self._carry_out(decision.action)
         return decision.reason
+
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:  # noqa: ARG002
+        return rests_until_s(self._state, now_s=now_s, next_s=next_s, constants=self.constants)
 
     def _carry_out(self, action: Action) -> None:
         """Act on one replica after the other, as the daemon does: the first that does not ends it."""

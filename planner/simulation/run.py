@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from itertools import pairwise
+from math import ceil, inf, isfinite
 from statistics import fmean, median
 
 from planner.arrivals import Absence, Reading
-from planner.load import WINDOWS_S, EngineSample, LoadMonitor
+from planner.errors import InvalidTrace
+from planner.load import WINDOWS_S, EngineSample, LoadMonitor, Observation
 from planner.request_figures import RequestTimes, figures
 from planner.simulation.clock import Clock
-from planner.simulation.fleet import Fleet, FleetEvents
-from planner.simulation.members import MemberState
+from planner.simulation.fleet import Fleet
+from planner.simulation.members import FleetEvents, MemberState
 from planner.simulation.outcome import Outcome, Sample, most_in_a_minute, stall_lengths
 from planner.simulation.pool import DevicePool, Placing
 from planner.simulation.replica import SimulatedRequest
@@ -18,8 +20,11 @@ from planner.simulation.shape import Shapes
 from planner.simulation.system import System
 from planner.traces import TraceRequest
 from planner.workload import Slo, Workload
+from topology.units import plural
 
 _CV_WINDOW_S = 180.0
+_DRAIN_DEADLINE_S = 300.0  # as the daemon has it by default
+MOST_LOOKS = 1_000_000  # of whoever decides: two months, one each 5 s; each is kept for the timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +41,7 @@ class Setting:
     """Everything but the system. ``drain_s``: how long after the last arrival requests may still end.
 
     ``expected``: Requests as they are expected before any has come, which routing goes by. ``windows_s``: over which
-    arrivals are watched.
+    arrivals are watched. ``drain_deadline_s``: what a replica that leaves has not finished by then goes on elsewhere.
     """
 
     trace: Sequence[TraceRequest]
@@ -47,6 +52,7 @@ class Setting:
     memory_changes: Sequence[MemoryChange] = ()
     interval_s: float = 5.0
     drain_s: float = 600.0
+    drain_deadline_s: float = _DRAIN_DEADLINE_S
     windows_s: Sequence[float] = WINDOWS_S
 
 
@@ -59,10 +65,25 @@ def simulate(
 ) -> Outcome:
     """Run a simulation to its end. ``on_progress`` hears simulated seconds passed, and of how many.
 
+    What it costs follows from what happens: time in which nobody is there and whoever decides rests is jumped over.
+
     Raises:
         ValueError: The trace is empty.
+        InvalidTrace: It would take more than ``MOST_LOOKS`` looks of whoever decides, or has.
     """
+    _ensure_bounded(setting)
     return _Run(setting, pool, system, on_progress).outcome()
+
+
+def _ensure_bounded(setting: Setting) -> None:
+    """Refuse what takes too many looks however quick it is: nobody rests while arrivals are in a window."""
+    window_s = max(setting.windows_s)
+    seen_s = sum(min(window_s, after.arrival_s - before.arrival_s) for before, after in pairwise(setting.trace))
+    if seen_s > MOST_LOOKS * setting.interval_s:
+        raise InvalidTrace(
+            f"{seen_s / 86400:.3g} days with arrivals in them are {seen_s / setting.interval_s:,.0f} looks of "
+            f"{setting.interval_s:g} s: at most {MOST_LOOKS:,} are simulated; take a shorter part of it"
+        )
 
 
 class _Run:
@@ -81,6 +102,7 @@ class _Run:
             FleetEvents(on_first=self._first, on_end=self._ended, on_layout=self._layout_changed),
             placing=setting.placing,
             expected=setting.expected,
+            drain_deadline_s=setting.drain_deadline_s,
         )
         self._requests: list[SimulatedRequest] = []
         self._since: list[SimulatedRequest] = []  # ended since the last sample
@@ -97,13 +119,30 @@ class _Run:
         for change in self._setting.memory_changes:
             self._clock.at(change.at_s, lambda change=change: self._memory(change))  # type: ignore[misc]
         self._clock.at(self._setting.trace[0].arrival_s, self._arrive)
-        now_s = 0.0
-        while self._left and now_s < self._end_s:
-            now_s += self._setting.interval_s
+        interval_s, number = self._setting.interval_s, 0  # of the look, which is so many intervals from the start
+        while self._left and number * interval_s < self._end_s:
+            if len(self._samples) == MOST_LOOKS:
+                raise InvalidTrace(self._broken_off())
+            now_s = (number := number + 1) * interval_s
             self._clock.run(until_s=now_s)
-            self._tick(now_s)
+            observation = self._tick(now_s)
             self._on_progress(min(now_s, self._last_s), self._last_s)
+            number = max(number, ceil(self._rests_until_s(observation, now_s) / interval_s) - 2)  # the last left out
         return self._told()
+
+    def _rests_until_s(self, observation: Observation, now_s: float) -> float:
+        """Return until when no look would find anything, or do anything: one before that is enough."""
+        next_s = min(self._clock.next_s, self._end_s)
+        if not (observation.is_quiet and self._fleet.is_at_rest) or self._decided_s[-1:] == [now_s]:
+            return now_s
+        return self._system.rests_until_s(observation, now_s, next_s=next_s)
+
+    def _broken_off(self) -> str:
+        waiting = sum(not isfinite(each.end_s) for each in self._requests)
+        return (
+            f"broken off {self._clock.now_s / 86400:.3g} days into the trace, after {MOST_LOOKS:,} looks: "
+            f"{plural(waiting, 'request')} had come and not ended by then; take a shorter part of it"
+        )
 
     # --- what happens ---
 
@@ -141,7 +180,7 @@ class _Run:
         device.others_bytes = min(device.total_bytes, max(0, device.others_bytes + change.num_bytes))
         self._fleet.neighbours_changed(device)
 
-    def _tick(self, now_s: float) -> None:
+    def _tick(self, now_s: float) -> Observation:
         fleet = self._fleet
         serving = [each.replica for each in fleet.members if each.state is not MemberState.STARTING]
         queue = len(fleet.gateway) + sum(each.waiting for each in serving)
@@ -170,6 +209,7 @@ class _Run:
                 reason=reason,
             )
         )
+        return observation
 
     # --- what came of it ---
 
@@ -182,7 +222,7 @@ class _Run:
         queues = [each.queue for each in self._samples]
         return Outcome(
             figures=figures(times, self._setting.slo),
-            queue_mean=fmean(queues),
+            queue_mean=sum(queues) * self._setting.interval_s / max(1e-9, self._clock.now_s),  # none in what was jumped
             queue_most=max(queues),
             stall_recovery_s=median(stalls) if stalls else None,
             stalls=len(stalls),

@@ -14,3 +14,9 @@ class System(Protocol):
 
     def tick(self, observation: Observation, now_s: float) -> str:
         """Look, act on the fleet, and return the reason in words."""
+
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:
+        """Return until when it would do nothing, as long as nothing happens before ``next_s``; ``now_s``: it may act.
+
+        Asked where nobody is there, no replica is about to come, go or change, and ``observation.is_quiet``.
+        """

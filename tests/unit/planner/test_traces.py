@@ -1,6 +1,7 @@
 """Traces: both formats, what is wrong with a line, gamma arrivals, and fitting a trace to a server."""
 
 import json
+import time
 
 import pytest
 
@@ -59,12 +60,53 @@ def test_mooncake_lines() -> None:
         ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n{"time', "line 2"),
         ('{"timestamp": NaN, "input_length": 2, "output_length": 3}', "the time is no number"),
         ('{"timestamp": 1, "input_length": "many", "output_length": 3}', "line 1: invalid literal"),
+        ('{"timestamp": -1, "input_length": 2, "output_length": 3}', "line 1: a time cannot be -1 ms"),
+        ('{"timestamp": 1, "input_length": 1e30, "output_length": 3}', "line 1: invalid literal"),
+        (f'{{"timestamp": 1, "input_length": 1{"0" * 30}, "output_length": 3}}', r"line 1: a length of 1e\+30 tokens"),
+        (f'{{"timestamp": 1{"0" * 400}, "input_length": 2, "output_length": 3}}', "line 1: int too large"),
         ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n[1]', "line 2"),
     ],
 )
 def test_what_cannot_be_read_is_named(text: str, reason: str) -> None:
     with pytest.raises(InvalidTrace, match=reason):
         parse_trace(text)
+
+
+def mooncake(*times_ms: float) -> str:
+    return "\n".join(json.dumps({"timestamp": at, "input_length": 2, "output_length": 3}) for at in times_ms)
+
+
+def test_times_in_different_units_are_named_by_their_line() -> None:
+    """Two lines count from the start and the others from 1970, or one comes centuries later."""
+    epoch_ms = 1_700_000_000_000
+    with pytest.raises(InvalidTrace, match=r"line 1: it comes 19,676 days after the request of line 3, the one before"):
+        parse_trace(mooncake(epoch_ms, epoch_ms + 500, 1000, 0))
+    with pytest.raises(InvalidTrace, match=r"line 2: .* a trace lasts 366 days at most: is a time in another unit"):
+        parse_trace(mooncake(0, 1e308))
+    with pytest.raises(InvalidTrace, match=r"line 3: it comes 2,913,219 days after the request of line 2"):
+        parse_trace(f"{AZURE}2023-11-16 18:17:03,3,4\n9999-12-31 23:59:59,3,4\n")
+    apart = parse_trace(mooncake(epoch_ms + 86_400_000, epoch_ms))
+    assert [each.arrival_s for each in apart] == [0.0, 86_400.0]
+
+
+def test_times_of_an_azure_trace_are_alike_wherever_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where clocks go back an hour in between, and with an offset behind the fraction, as the trace of 2024 has it."""
+    text = f"{AZURE}2023-10-29 00:30:00.0000000,3,4\n2023-10-29 04:30:00.0000000,3,4\n"
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert [each.arrival_s for each in parse_trace(text)] == [0.0, 4 * 3600.0]
+        offset = f"{AZURE}2024-05-10 02:00:00.500000+02:00,3,4\n2024-05-10 00:00:01.500000+00:00,3,4\n"
+        assert [each.arrival_s for each in parse_trace(offset)] == [0.0, 1.0]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_no_speed_makes_a_trace_last_for_years() -> None:
+    for speed in (1e-9, 1e-300):
+        with pytest.raises(InvalidTrace, match=r"times its speed it lasts .* days, and a trace lasts 366 days at most"):
+            reshaped(THREE, Reshape(speed=speed))
 
 
 @pytest.mark.parametrize("cv", [0.0, 0.5, 1.0, 4.0])

@@ -47,6 +47,9 @@ class Overheard:
         self.heard_s.append(None if since is None else since.at_s)
         return self.system.tick(observation, now_s)
 
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:
+        return self.system.rests_until_s(observation, now_s, next_s=next_s)
+
     @property
     def begun(self) -> list[tuple[float, Action]]:
         return [(each.at_s, each.action) for each in self.system.decisions if each.action is not None]

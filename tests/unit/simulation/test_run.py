@@ -1,10 +1,11 @@
 """Whole simulations: no request is lost, and memory that neighbours take is given up in time."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from planner.layer_costs import decode_batch, prefill_batch
+from planner.load import Observation
 from planner.policy_state import PolicyConstants
 from planner.prediction import Pipeline
 from planner.request_figures import RequestTimes
@@ -13,7 +14,8 @@ from planner.simulation import opt_66b
 from planner.simulation.baselines import BestStatic, FastColdStart, Oracle, Static
 from planner.simulation.clock import Clock
 from planner.simulation.cluster import hosts_of, mostly_free, occupied_devices
-from planner.simulation.fleet import Fleet, FleetEvents
+from planner.simulation.fleet import Fleet
+from planner.simulation.members import FleetEvents
 from planner.simulation.outcome import Outcome, stall_lengths
 from planner.simulation.outlooks import Outlooks
 from planner.simulation.own_policy import Flexpiped
@@ -249,3 +251,39 @@ def test_requests_go_where_the_daemon_would_send_them() -> None:
         fleet.submit(SimulatedRequest(number=number, arrival_s=0.0, prompt_tokens=tokens, output_tokens=10))
         assert [each.replica.live for each in fleet.members] == [len(jobs) for jobs in sent]
     assert all(sent)
+
+
+@dataclass(kw_only=True)
+class Removing:
+    """Two replicas, of which one is to go after a minute."""
+
+    told_s: list[float] = field(default_factory=list)
+
+    def begin(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        Static(num_stages=4, replicas=2).begin(fleet)
+
+    def tick(self, observation: Observation, now_s: float) -> str:  # noqa: ARG002
+        if now_s == 60.0:
+            self._fleet.remove(4, done=lambda _well: self.told_s.append(self._fleet.clock.now_s))
+        return "one goes"
+
+    def rests_until_s(self, observation: Observation, now_s: float, *, next_s: float) -> float:  # noqa: ARG002
+        return now_s
+
+
+@pytest.mark.parametrize(("deadline_s", "ends_s"), [(20.0, 80.0), (1e6, None)])
+def test_what_a_replica_that_leaves_has_not_finished_by_the_deadline_goes_on_elsewhere(
+    deadline_s: float, ends_s: float | None
+) -> None:
+    """As in the daemon: its devices are free then, and no request is lost. Without a deadline it takes minutes."""
+    long = [replace(each, arrival_s=0.1 * number, output_tokens=2000) for number, each in enumerate(TRACE[:40])]
+    system, devices = Removing(), pool(devices=8)
+    outcome = simulate(replace(SETTING, trace=long, drain_s=5000.0, drain_deadline_s=deadline_s), devices, system)
+
+    [told_s] = system.told_s
+    assert told_s == ends_s or (ends_s is None and told_s > 100)
+    held = {each.at_s: each.devices for each in outcome.samples}
+    assert (held[60.0], held[85.0]) == (8, 4 if ends_s else 8)
+    assert (outcome.figures.failed, outcome.evicted) == (0, 0)
+    check_books(outcome, devices)
