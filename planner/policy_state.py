@@ -172,7 +172,8 @@ class PolicyConstants:
             it. 5 %, as goodput is mostly asked for at 95 % and more. Only where there are targets.
         reclaim_s: A surplus of replicas must last so long before one is removed: FlexPipe's reclamation window.
         idle_s: Without a request for so long, all replicas go, where ``min_replicas`` is 0.
-        deadline_s: T of Eq 12: within it a request that waits should be served.
+        deadline_s: T of Eq 12: within it a request that waits should be served. Replicas that come count from when
+            each of them serves, one start after the other.
     """
 
     score: ScoreConstants = field(default_factory=ScoreConstants)

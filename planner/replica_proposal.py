@@ -58,7 +58,8 @@ def more_replicas(view: View, ranked: Sequence[Ranked], wanted: Wanted) -> Propo
     count = min(wanted.count, view.room_for(which.num_stages))
     action = Action(verb=Verb.ADD, num_stages=which.num_stages, count=count)
     timely = "" if in_time else f"; none serves what waits within {view.constants.deadline_s:g} s, so the quickest"
-    ready = f"; {which.start_in_words}" if which.start_in_words else ""
+    turns = ", one after the other" if count > 1 else ""
+    ready = f"; {'each ' if turns else ''}{which.start_in_words}{turns}" if which.start_in_words else ""
     reason = f"{replicas(have + count)} instead of {have}: {wanted.asked_by}, {view.cv_in_words}{timely}{ready}"
     # Whoever waits has waited already; a load over the limit may be one burst, so it has to be seen twice.
     confirm_s, numbers = 0.0 if wanted.queue else view.constants.confirm_s, {"start_s": which.start_s}
@@ -88,7 +89,8 @@ def _in_time(view: View, ranked: Sequence[Ranked], *, count: int, queue: float) 
         each
         for each in fitting
         if serves_in_time(
-            rates_per_s=[*serving, *([view.rate_of(each.num_stages)] * enough)],
+            serving_per_s=serving,
+            coming_per_s=[view.rate_of(each.num_stages)] * enough,
             start_s=each.candidate.start_s,
             queue_length=queue,
             deadline_s=view.constants.deadline_s,

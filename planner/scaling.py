@@ -38,18 +38,31 @@ def wanted_instances(*, most: int, cv: float, queue_length: float, constants: Sc
 
 
 def serves_in_time(
-    *, rates_per_s: Sequence[float], start_s: float, queue_length: float, deadline_s: float, constants: ScaleConstants
+    *,
+    serving_per_s: Sequence[float],
+    coming_per_s: Sequence[float],
+    start_s: float,
+    queue_length: float,
+    deadline_s: float,
+    constants: ScaleConstants,
 ) -> bool:
-    """Say whether replicas that start ``start_s`` from now serve what waits within ``deadline_s``.
+    """Say whether replicas serve what waits within ``deadline_s``, where some come one after the other.
 
     Args:
-        rates_per_s: What each of the replicas that will be there serves.
+        serving_per_s: What each of those serves that are there.
+        coming_per_s: What each of those will serve that come, in their order.
+        start_s: What each of these takes to start, once the one before it serves.
 
-    Source: FlexPipe, Eq 12: ``(T - S) * sum mu / Q >= r``.
+    Source: FlexPipe, Eq 12: ``(T - S) * sum mu / Q >= r``. There all that come take one start-up time S together, so
+    that all replicas count from then on. Here the second starts when the first serves, so it counts from 2 S on, and
+    the n-th from n S. Those that are there count from S, as in the paper: until then they have who comes meanwhile.
     """
     if queue_length <= 0:
         return True
-    return (deadline_s - start_s) * sum(rates_per_s) / queue_length >= constants.due_share
+    served = max(0.0, deadline_s - start_s) * sum(serving_per_s)
+    for place, rate_per_s in enumerate(coming_per_s, start=1):
+        served += max(0.0, deadline_s - place * start_s) * rate_per_s
+    return served / queue_length >= constants.due_share
 
 
 def host_affinity(*, held_ago_s: float | None, free_devices: int, constants: ScaleConstants) -> float:

@@ -51,10 +51,35 @@ def test_scale_by_the_queue_goes_from_three_tenths_to_all() -> None:
 
 def test_a_scale_up_must_serve_what_waits() -> None:
     constants = ScaleConstants()
-    given_s = {"queue_length": 100.0, "deadline_s": 30.0, "constants": constants}
-    assert serves_in_time(rates_per_s=[4.0], start_s=5.0, **given_s)  # type: ignore[arg-type]
-    assert not serves_in_time(rates_per_s=[4.0], start_s=5.1, **given_s)  # type: ignore[arg-type]
-    assert serves_in_time(rates_per_s=[], start_s=99, queue_length=0, deadline_s=1, constants=constants)
+    given_s = {"serving_per_s": [3.0], "coming_per_s": [1.0], "deadline_s": 30.0, "constants": constants}
+    assert serves_in_time(start_s=5.0, queue_length=100.0, **given_s)  # type: ignore[arg-type]
+    assert not serves_in_time(start_s=5.1, queue_length=100.0, **given_s)  # type: ignore[arg-type]
+    assert serves_in_time(start_s=99.0, queue_length=0.0, **given_s)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("coming", "together", "in_turns"),
+    [(1, 250.0, 250.0), (2, 500.0, 400.0), (3, 750.0, 450.0), (9, 2250.0, 450.0)],
+)
+def test_the_paper_counts_all_that_come_from_one_start_on_and_here_each_from_its_own(
+    coming: int, together: float, in_turns: float
+) -> None:
+    """Of 10 requests/s each, started in 10 s each: with 35 s for it the third serves 5 s, and the fourth too late."""
+    deadline_s, start_s, each_per_s = 35.0, 10.0, 10.0
+    assert (deadline_s - start_s) * coming * each_per_s == together  # Eq 12 as it is printed
+
+    def in_time(queue_length: float) -> bool:
+        return serves_in_time(
+            serving_per_s=[],
+            coming_per_s=[each_per_s] * coming,
+            start_s=start_s,
+            queue_length=queue_length,
+            deadline_s=deadline_s,
+            constants=ScaleConstants(),
+        )
+
+    assert in_time(in_turns)
+    assert not in_time(in_turns + 0.1)
 
 
 def test_hosts_that_held_the_model_lately_come_first() -> None:

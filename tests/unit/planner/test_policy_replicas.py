@@ -56,7 +56,7 @@ def test_a_replica_that_comes_says_where_its_parameters_are_and_how_soon_it_is_r
     run = Run(MANY, candidates=(replace(FLEET[0], start_in_words=kept),))
     run.through([*steady(5.0, 100), *(100 + s for s in steady(30.0, 200)), 2000.0], until_s=2100)
     [added, *_], woken = ([each for each in run.decisions if word in each.reason and each.action] for word in WORDS)
-    assert added.reason.endswith(f"; {kept}")
+    assert added.reason.endswith(f"; each {kept}, one after the other")
     assert added.numbers["start_s"] == 8.0
     assert woken[-1].reason.endswith(f": a request waits; {kept}")
 
@@ -67,6 +67,18 @@ def test_a_queue_that_coarse_replicas_would_serve_too_late_gets_fine_ones() -> N
     run.through(steady(8.0, 60), until_s=20)
     _at_s, action = run.actions[0]
     assert (action.verb, action.num_stages) == (Verb.ADD, 8)
+
+
+def test_several_replicas_count_one_after_the_other_where_they_have_to_be_in_time() -> None:
+    """Three of two stages would serve 600 requests in 30 s if all were there after 12 s, which only the first is."""
+    slow, quick = replace(FLEET[0], start_s=12.0, start_in_words="ready in 12 s"), replace(FLEET[2], start_s=2.0)
+    few, many = Run(MANY, candidates=(slow, quick), queue=400), Run(MANY, candidates=(slow, quick), queue=600)
+    for run in (few, many):
+        run.through(steady(30.0, 60), until_s=20)
+    chosen = [(action.verb, action.num_stages, action.count) for run in (few, many) for _, action in run.actions[:1]]
+    assert chosen == [(Verb.ADD, 2, 3), (Verb.ADD, 8, 3)]
+    [told] = [each.reason for each in few.decisions if each.action][:1]
+    assert told.endswith("; each ready in 12 s, one after the other")
 
 
 LATE = Slo(ttft_s=1.0)
