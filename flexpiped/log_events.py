@@ -144,6 +144,11 @@ def kv_resized(*, replica: int, before: int, after: int, reason: str) -> None:
     _log.info("KV cache resized", replica=replica, before=before, after=after, reason=reason)
 
 
+def memory_short(*, replica: int, reason: str) -> None:
+    """Others have taken what it needs, and nothing can be done about it."""
+    _log.warning("memory is short", replica=replica, reason=reason)
+
+
 def another_number_of_stages(*, stages: int, reason: str) -> None:
     """No number is configured, and the usual one cannot be."""
     _log.info("another number of stages than usual", stages=stages, reason=reason)

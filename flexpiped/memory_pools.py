@@ -29,7 +29,7 @@ def pools_of(devices: Sequence[Device], stages: Sequence[StageStatus], *, host: 
     ]
     if len(gpus) < len(devices):
         name = next(names[each.id] for each in devices if each.kind is DeviceKind.CPU)
-        found.append(Pool(name=name, free_bytes=None if host is None else host.free_bytes))
+        found.append(Pool(name=name, free_bytes=None if host is None else host.free_bytes, is_host=True))
     return tuple(found)
 
 

@@ -192,16 +192,21 @@ class Neighbourhood:
                     await self._resize(change, replica, engine)
                 case Verb.MOVE:
                     await self._move(change, engine)
+                case Verb.SHORT:
+                    log_events.memory_short(replica=change.number, reason=change.reason)
+                    self._tell(change, f"replica {change.number}: {change.reason}")
                 case _:
                     assert_never(change.verb)
         except RefactoringBusy:  # the next look comes soon
-            pass
+            if change.verb is Verb.MOVE:
+                self._state = self._state.without_move(change.number)
         except (EngineError, PlannerError) as error:
             self._tell(change, f"replica {change.number}: not done: {error}")
 
     async def _move(self, change: Change, engine: Engine) -> None:
         """Ask for a layout of as many stages: the planner sees what is free on each device now."""
-        self._tell(change, f"replica {change.number}: {change.reason}")
+        if self._refactorings.under_way is None:  # else it is told when it begins
+            self._tell(change, f"replica {change.number}: {change.reason}")
         started = await self._refactorings.start(Wanted(stages=engine.pipeline.granularity, on=change.number))
         if isinstance(started, Proposal):
             self._tell(change, f"replica {change.number}: not done: {'; '.join(started.check.sentences)}")

@@ -2,7 +2,8 @@
 
     short of memory --> parameters that no stage has are given up, at once
                         still short after that --> shrink, at once  (never below the longest request)
-                        still short after that, on a device with other tenants, and another has room --> move layers
+                        still short after that, on a device with other tenants: another has room --> move layers
+                                                                                none has         --> tell, once
     room again, for ``grow_after_s`` --> grow, to what there was room for all the while
 
 A KV cache takes memory as it is written, up to its number of KV blocks. So what counts is what it *may* take: that has
@@ -13,6 +14,7 @@ models, too.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from math import inf
 
 from topology.units import format_bytes
 
@@ -21,6 +23,7 @@ class Verb(Enum):
     SHRINK = "shrink"
     GROW = "grow"
     MOVE = "move"  # a layout for what is free now, of as many stages
+    SHORT = "short"  # nothing can be done, so somebody should know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +33,13 @@ class Pool:
     Attributes:
         free_bytes: What everybody may still take; None: not known.
         is_shared: Whether another tenant is known to be there, so that layers may have to leave it.
+        is_host: Whether it is the memory of the host, which everything there shares.
     """
 
     name: str
     free_bytes: int | None
     is_shared: bool = False
+    is_host: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +91,17 @@ class Room:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeighbourState:
-    """What is remembered: what room each replica has had, since when it is short, when its layers last moved."""
+    """What is remembered of each replica: what room it has had, since when it is short, when its layers last moved, and
+    whether it was told that nothing can be done about a shortage that lasts."""
 
     rooms: Mapping[int, Room] = field(default_factory=dict)
     short_since_s: Mapping[int, float] = field(default_factory=dict)
     moved_s: Mapping[int, float] = field(default_factory=dict)
+    told: frozenset[int] = frozenset()
+
+    def without_move(self, number: int) -> "NeighbourState":
+        """Return the state in which layers of a replica did not move: that could not be begun, so it is asked again."""
+        return replace(self, moved_s={each: at_s for each, at_s in self.moved_s.items() if each != number})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +134,8 @@ def decide(
     """Return the next state, and what to do for which replica: nothing for most, most of the time.
 
     1. More KV blocks than fit: fewer at once.
-    2. As few as can be, and still more than fit: layers move, where others have taken the memory of one device.
+    2. As few as can be, and still more than fit: layers move, where others have taken the memory of one device and
+       another one has room; where nothing can be done, that is told once.
     3. Room for more, for long enough: as many more as there was room for all that time.
 
     Args:
@@ -134,26 +146,30 @@ def decide(
     rooms: dict[int, Room] = {}
     short: dict[int, float] = {}
     moved = {number: at_s for number, at_s in state.moved_s.items() if now_s - at_s < constants.move_again_s}
-    changes: list[Change] = []
+    changes: list[Change | None] = []
     for replica in replicas:
         tightest = min((s.pool for s in replica.shares if s.pool in known), key=lambda name: ratios[name], default=None)
         if tightest is None:
             continue
-        bound = _Bound(pool=known[tightest], fits=ratios[tightest] * replica.most_blocks)
+        number, bound = replica.number, _Bound(pool=known[tightest], fits=ratios[tightest] * replica.most_blocks)
         if bound.fits < replica.blocks:
             change = _fewer(replica, bound, constants)  # 1
             if bound.fits < replica.least_blocks:
-                short[replica.number] = since_s = state.short_since_s.get(replica.number, now_s)
-                may_move = now_s - since_s >= constants.move_after_s and replica.number not in moved
-                if change is None and may_move and _can_move(bound.pool, known.values(), constants):
-                    change = _moving(replica, bound.pool, constants)  # 2
-                    moved[replica.number] = now_s
+                short[number] = state.short_since_s.get(number, now_s)
+                if change is None and now_s - short[number] >= constants.move_after_s:  # 2
+                    stuck = _why_not(bound.pool, known.values(), moved.get(number), now_s=now_s, constants=constants)
+                    # A move that was asked for meanwhile is under way, or it was told why it is not.
+                    is_told = number in state.told or short[number] <= moved.get(number, -inf)
+                    change = _moving_or_short(replica, bound.pool, stuck, is_told, constants)
+            changes.append(change)
         elif (change := _more(replica, bound, constants)) is not None:
-            room = rooms[replica.number] = _room(state, replica, change.blocks, now_s=now_s)
+            room = rooms[number] = _room(state, replica, change.blocks, now_s=now_s)
             is_lasting = now_s - room.since_s >= constants.grow_after_s  # 3
-            change = replace(change, blocks=room.blocks) if is_lasting else None
-        changes += [] if change is None else [change]
-    return NeighbourState(rooms=rooms, short_since_s=short, moved_s=moved), tuple(changes)
+            changes.append(replace(change, blocks=room.blocks) if is_lasting else None)
+    made = tuple(each for each in changes if each is not None)
+    told = (state.told & short.keys()) | {each.number for each in made if each.verb is Verb.SHORT}
+    moved |= {each.number: now_s for each in made if each.verb is Verb.MOVE}
+    return NeighbourState(rooms=rooms, short_since_s=short, moved_s=moved, told=frozenset(told)), made
 
 
 def _room(state: NeighbourState, replica: ReplicaKv, blocks: int, *, now_s: float) -> Room:
@@ -202,20 +218,39 @@ def _more(replica: ReplicaKv, bound: _Bound, constants: NeighbourConstants) -> C
     is_worth_it = blocks == replica.most_blocks or blocks >= replica.blocks * (1.0 + constants.slack)
     if blocks <= replica.blocks or not is_worth_it:
         return None
-    words = f"{_left(bound.pool, constants)}, since {constants.grow_after_s:g} s at least"
+    words = f"{_left(bound.pool, constants)}, and room for this since {constants.grow_after_s:g} s at least"
     return Change(number=replica.number, verb=Verb.GROW, blocks=blocks, reason=words)
 
 
-def _can_move(pool: Pool, pools: Iterable[Pool], constants: NeighbourConstants) -> bool:
-    """Whether others have taken the memory of a device, and another device has some."""
-    return pool.is_shared and any(
-        other.name != pool.name and (other.free_bytes or 0) > 2 * constants.keep_free_bytes for other in pools
-    )
+def _why_not(
+    pool: Pool, pools: Iterable[Pool], moved_s: float | None, *, now_s: float, constants: NeighbourConstants
+) -> str:
+    """Return why layers do not move off a device; empty where they may: others have taken it, and another has room."""
+    others = [other for other in pools if other.name != pool.name]
+    needed = 2 * constants.keep_free_bytes
+    if not others or pool.is_host:
+        return "there is no other device"
+    if not any((other.free_bytes or 0) > needed for other in others):
+        free = ", ".join(f"{format_bytes(max(0, other.free_bytes or 0))} on {other.name}" for other in others)
+        return f"no other device has more than {format_bytes(needed)} free: {free}"
+    if not pool.is_shared:
+        return "nobody else is there"
+    if moved_s is None:
+        return ""
+    left_s = constants.move_again_s - (now_s - moved_s)
+    return f"they have {now_s - moved_s:.0f} s ago, and do so again in {left_s:.0f} s at the earliest"
 
 
-def _moving(replica: ReplicaKv, pool: Pool, constants: NeighbourConstants) -> Change:
-    words = f"{_left(pool, constants)}, and the KV cache cannot shrink further: layers move"
-    return Change(number=replica.number, verb=Verb.MOVE, blocks=replica.blocks, reason=words)
+def _moving_or_short(
+    replica: ReplicaKv, pool: Pool, stuck: str, is_told: bool, constants: NeighbourConstants
+) -> Change | None:
+    """Return the move; where it is ``stuck`` instead, that, once, unless it is our own doing."""
+    if stuck and (is_told or not (pool.is_shared or pool.is_host)):
+        return None
+    words = f"{_left(pool, constants)}, and the KV cache cannot shrink further: layers"
+    reason = f"{words} cannot move, as {stuck}" if stuck else f"{words} move"
+    verb = Verb.SHORT if stuck else Verb.MOVE
+    return Change(number=replica.number, verb=verb, blocks=replica.blocks, reason=reason)
 
 
 def _left(pool: Pool, constants: NeighbourConstants) -> str:

@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
 from engines.errors import RefactoringBusy
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
 from engines.parameters.keeper import ParameterKeeper
+from flexpiped.events import EventKind
 from flexpiped.handover_records import Wanted
 from flexpiped.kv_of_models import KvOfModels
 from flexpiped.memory_pools import pool_names, pools_of, replica_kv
@@ -183,6 +185,48 @@ async def test_layers_move_where_the_kv_cache_cannot_shrink_and_another_gpu_has_
     await until(lambda: stand.layouts == {2: ("cpu:1", "cpu:2")})
 
 
+async def test_a_move_that_could_not_begin_is_asked_for_again_at_the_next_look_and_told_when_it_begins(
+    stand: MemoryStand,
+) -> None:
+    await has_fixed_kv(stand)
+    stand.devices = (gpu("cpu:0", others=9_950 * MIB), gpu("cpu:1"), gpu("cpu:2"))
+    stand.resolver = AvoidingResolver()
+    await stand.neighbourhood.look()
+    stand.now_s += 10.0
+    [engine] = stand.replicas.engines
+    assert isinstance(engine, FakeEngine)
+    engine.hold_refactoring()
+    started = await stand.refactorings.start(Wanted(layout="1"))
+    assert isinstance(started, Started)
+    before = stand.events.last_sequence
+    for _ in range(2):
+        assert [change.verb for change in await stand.neighbourhood.look()] == [Verb.MOVE]
+        assert [event for event in stand.events.since(before) if event.kind is EventKind.DEVICES] == []
+        stand.now_s += 2.0
+    await stand.refactorings.cancel()
+    engine.release_refactoring()
+    await stand.refactorings.ended(started)
+    assert [change.verb for change in await stand.neighbourhood.look()] == [Verb.MOVE]
+    await until(lambda: stand.layouts == {2: ("cpu:1", "cpu:2")})
+
+
+async def test_that_nothing_can_be_done_is_told_once_with_the_numbers(stand: MemoryStand) -> None:
+    """On the host, where the KV cache has shrunk as far as it goes, and there is nowhere else."""
+    stand.free = 50 * MIB
+    with capture_logs() as logs:
+        for _ in range(20):
+            await stand.neighbourhood.look()
+            stand.now_s += 2.0
+    assert [event.fields["change"] for event in stand.events.since(0)] == ["shrink", "short"]
+    why = (
+        "50 MiB are free on the host, where 100 MiB are to stay free, and the KV cache cannot shrink further: layers "
+        "cannot move, as there is no other device"
+    )
+    assert stand.events.since(0)[-1].message == f"replica 1: {why}"
+    [told] = [each for each in logs if each["log_level"] == "warning"]
+    assert told == {"event": "memory is short", "log_level": "warning", "replica": 1, "reason": why}
+
+
 async def test_where_no_other_layout_is_better_that_is_told(stand: MemoryStand) -> None:
     await has_fixed_kv(stand)
     stand.devices = (gpu("cpu:0", others=9_950 * MIB), gpu("cpu:1"))
@@ -207,8 +251,8 @@ def test_gpus_have_memory_of_their_own_less_what_we_hold_and_cpu_devices_that_of
     host = FreeMemory(free_bytes=MIB, bound="the host")
     cpu = cpu_devices(count=2, memory_bytes=MIB)
     assert pool_names((*cpu, gpu("GPU-1")), host) == {"cpu:0": "the host", "cpu:1": "the host", "GPU-1": "GPU-1"}
-    assert pools_of(cpu, (), host=host) == (Pool(name="the host", free_bytes=MIB),)
-    assert pools_of(cpu, (), host=None) == (Pool(name="the host", free_bytes=None),)
+    assert pools_of(cpu, (), host=host) == (Pool(name="the host", free_bytes=MIB, is_host=True),)
+    assert pools_of(cpu, (), host=None) == (Pool(name="the host", free_bytes=None, is_host=True),)
     assert pools_of((gpu("GPU-1", others=MIB),), (), host=host) == (
         Pool(name="GPU-1", free_bytes=9_999 * MIB, is_shared=True),
     )

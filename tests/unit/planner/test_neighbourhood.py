@@ -193,9 +193,31 @@ def test_layers_move_off_a_device_that_others_fill_where_another_has_room() -> N
 def test_layers_stay_where_no_device_has_room_or_there_is_only_one() -> None:
     fixed = replace(FIRST, least_blocks=1000, shares=on("gpu-a", "gpu-b", mapped=1000 * MIB))
     story = Story([fixed], {"gpu-a": 150 * MIB, "gpu-b": 50 * MIB}, shared={"gpu-b"})
-    assert story.go_on(60) == []
+    [told] = story.go_on(60)
+    assert (told.verb, told.reason) == (
+        Verb.SHORT,
+        "50 MiB are free on gpu-b, where 100 MiB are to stay free, and the KV cache cannot shrink further: layers "
+        "cannot move, as no other device has more than 200 MiB free: 150 MiB on gpu-a",
+    )
     alone = Story([replace(FIRST, least_blocks=1000)], {HOST: 50 * MIB}, shared={HOST})
+    assert [change.reason.rpartition(": ")[2] for change in alone.go_on(60)] == [
+        "layers cannot move, as there is no other device"
+    ]
+    alone.free[HOST] = 2000 * MIB
     assert alone.go_on(60) == []
+    alone.free[HOST] = 50 * MIB  # another shortage
+    assert [change.verb for change in alone.go_on(60)] == [Verb.SHORT]
+
+
+def test_layers_that_have_moved_lately_stay_and_that_is_told() -> None:
+    fixed = replace(FIRST, least_blocks=1000, shares=on("gpu-a", "gpu-b", mapped=1000 * MIB))
+    story = Story([fixed], {"gpu-a": 5000 * MIB, "gpu-b": 50 * MIB}, shared={"gpu-a", "gpu-b"})
+    assert [change.verb for change in story.go_on(14)] == [Verb.MOVE]
+    story.free = {"gpu-a": 5000 * MIB, "gpu-b": 5000 * MIB}
+    assert story.go_on(6) == []
+    story.free["gpu-a"] = 40 * MIB
+    [told] = story.go_on(60)
+    assert told.reason.endswith("layers cannot move, as they have 20 s ago, and do so again in 280 s at the earliest")
 
 
 def test_what_is_not_known_is_no_reason_to_do_anything() -> None:
