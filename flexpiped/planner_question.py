@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from engines.process import usable_cores
+from engines.sglang import pipelining as sglang_pipelining
 from engines.sglang.options import num_kv_tokens_of
-from engines.sglang.pipelining import one_rank_reason
+from engines.vllm import pipelining as vllm_pipelining
 from engines.vllm.options import num_kv_blocks_of
 from flexpiped.config_values import Auto
 from flexpiped.costs import Costs, costs_of
@@ -133,8 +134,10 @@ def engine_limits(settings: Settings, *, graph: ModelGraph, devices: Sequence[De
                 kv_per_device=kv if isinstance(kv, KvPerDevice) else None,
             )
         case EngineKind.VLLM:
+            reason = vllm_pipelining.one_rank_reason(graph.model_type, args=vllm.args)
             return EngineLimits(
-                max_stages=num_devices // vllm.tensor_parallel,
+                max_stages=1 if reason else num_devices // vllm.tensor_parallel,
+                stages_reason=reason,
                 degrees=(vllm.tensor_parallel,),
                 max_sequences=vllm.max_num_seqs,
                 max_step_tokens=vllm.max_num_batched_tokens,
@@ -145,7 +148,7 @@ def engine_limits(settings: Settings, *, graph: ModelGraph, devices: Sequence[De
                 * vllm.kv_block_tokens,
             )
         case EngineKind.SGLANG:
-            reason = one_rank_reason(graph.model_type, tied=graph.tied, args=sglang.args)
+            reason = sglang_pipelining.one_rank_reason(graph.model_type, tied=graph.tied, args=sglang.args)
             return EngineLimits(
                 max_stages=1 if reason else num_devices // sglang.tensor_parallel,
                 stages_reason=reason,

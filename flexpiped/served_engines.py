@@ -20,8 +20,9 @@ from engines.served.logs import LogLine
 from engines.served.options import ServedOptions
 from engines.served.plugin_path import SHARED
 from engines.served.ranks import Ranks, rank_devices, widened
+from engines.sglang import pipelining as sglang_pipelining
 from engines.sglang.options import SglangOptions
-from engines.sglang.pipelining import one_rank_reason
+from engines.vllm import pipelining as vllm_pipelining
 from engines.vllm.options import VllmOptions
 from engines.vllm.recompile import Recompilation
 from flexpiped import log_events
@@ -69,6 +70,9 @@ class ServedEngines(ABC):
         if ranks is None:
             ranks = self._ranks_for(pipeline)
             self._known.insert(0, ranks)
+        if ranks.count > 1 and (reason := self._one_rank_reason):
+            asked = f"stages and engines.{self._name}.ranks ask for {ranks.count} pipeline ranks"
+            raise UnsupportedByEngine(f"{asked}: {reason}")
         return self._make(ranks, pipeline, epoch, outliving)
 
     def purpose(self) -> Purpose:
@@ -87,6 +91,11 @@ class ServedEngines(ABC):
     @abstractmethod
     def _plugin(self) -> Path:
         """The folder of our plugin inside such an engine."""
+
+    @property
+    @abstractmethod
+    def _one_rank_reason(self) -> str:
+        """Why such an engine runs the model in one pipeline rank only; empty: it may have more."""
 
     @abstractmethod
     def _options(self, ranks: Ranks) -> ServedOptions:
@@ -215,6 +224,10 @@ class VllmEngines(ServedEngines):
             outliving=outliving,
         )
 
+    @property
+    def _one_rank_reason(self) -> str:
+        return vllm_pipelining.one_rank_reason(self._model.graph.model_type, args=self._own.args)
+
     def _note_recompiled(self, ended: Recompilation) -> None:
         if ended.stall_s is None:
             log_events.engine_stays_eager(ranks=ended.ranks, reason=ended.reason)
@@ -246,13 +259,19 @@ class SglangEngines(ServedEngines):
     ) -> Engine:
         from engines.sglang.adapter import SglangEngine
 
-        graph = self._model.graph
-        reason = one_rank_reason(graph.model_type, tied=graph.tied, args=self._own.args)
-        if ranks.count > 1 and reason:
-            raise UnsupportedByEngine(f"stages and engines.sglang.ranks ask for {ranks.count} pipeline ranks: {reason}")
         return SglangEngine(
-            self._options(ranks), pipeline, epoch=epoch, graph=graph, on_log=self._log, outliving=outliving
+            self._options(ranks),
+            pipeline,
+            epoch=epoch,
+            graph=self._model.graph,
+            on_log=self._log,
+            outliving=outliving,
         )
+
+    @property
+    def _one_rank_reason(self) -> str:
+        graph = self._model.graph
+        return sglang_pipelining.one_rank_reason(graph.model_type, tied=graph.tied, args=self._own.args)
 
 
 def served_purpose(settings: Settings, model: Model) -> Purpose:

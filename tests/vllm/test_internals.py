@@ -66,6 +66,18 @@ print("encoder, copied:", refusals.of_kv_copy(encoder))
 print("encoder, moved:", refusals.of_groups(encoder.kv_cache_config))
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 print("nixl is there:", all(name in KVConnectorFactory._registry for name in refusals._PULL_BY_NIXL))
+from vllm.model_executor.models.interfaces import supports_pp
+from vllm.model_executor.models.registry import ModelRegistry
+without = (
+    "BertModel BertForMaskedLM BertForSequenceClassification BertForTokenClassification RobertaModel XLMRobertaModel "
+    "RobertaForSequenceClassification XLMRobertaForSequenceClassification ModernBertModel NomicBertModel GteNewModel "
+    "AriaForConditionalGeneration Gemma3nForCausalLM Gemma3nForConditionalGeneration Idefics3ForConditionalGeneration "
+    "Mamba2ForCausalLM SmolVLMForConditionalGeneration WhisperForConditionalGeneration "
+    "Zamba2ForCausalLM").split()
+def has_pipeline(name):
+    return supports_pp(ModelRegistry.models[name].load_model_cls())
+print("pipelines after all:", *filter(has_pipeline, without))
+print("a pipeline:", has_pipeline("LlamaForCausalLM"))
 internals._missing = "cannot import name 'get_pp_group'"
 print("missing:", internals.check())
 print("connector as it is:", internals.check_connector())
@@ -169,6 +181,11 @@ def test_what_nixl_does_not_do_is_refused_by_its_name(said: dict[str, str]) -> N
 def test_an_encoder_has_no_kv_cache_to_move_or_copy(said: dict[str, str]) -> None:
     assert said["encoder, copied"] == "no KV cache is copied with an encoder, which has none"
     assert said["encoder, moved"] == "moves in place are not supported without a KV cache (encoders)"
+
+
+def test_models_that_are_refused_in_several_ranks_have_no_pipeline(said: dict[str, str]) -> None:
+    """The architectures of the families in ``engines.vllm.pipelining``."""
+    assert (said["pipelines after all"], said["a pipeline"]) == ("", "True")
 
 
 def test_every_sampling_parameter_can_be_asked_for(said: dict[str, str]) -> None:
