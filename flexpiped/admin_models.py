@@ -4,7 +4,8 @@ GET  /models                     each with its state, engine and files
 POST /models/start, /models/stop {"model": NAME, "wait": BOOL}; stop with "deadline_s" for the streams in flight
 POST /models/swap                {"model": NAME, "path": PATH, "wait": BOOL}: other files under that name
 
-With "wait" the answer is the events of the change, one JSON object a line; the last has "result" done or failed.
+With "wait" the answer is the events of the change, one JSON object a line; the last has "result" done, failed, or
+refused: it is no model, or there is no room for it.
 What else is of one model (plans, changes of layout, decisions, profiles) is asked for with ?model=NAME; without it the
 only model is meant.
 """

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from engines.errors import UnsupportedByEngine
 from flexpiped.api.metrics import Metrics
 from flexpiped.events import EventKind, EventLog
 from flexpiped.journal import Journal, JournalError, ModelState
@@ -18,7 +19,9 @@ from flexpiped.model_errors import ModelBusy, ModelRefused, UnknownModel, WhichM
 from flexpiped.model_lives import ModelLives, Tell
 from flexpiped.model_settings import ModelSpec, needs_a_new_start
 from flexpiped.status import ServiceState
+from planner.errors import NoFeasiblePlan
 
+_REFUSALS = (UnsupportedByEngine, NoFeasiblePlan)  # of a model that is none, or for which there is no room
 Work = Callable[[Tell], Awaitable[str]]
 
 
@@ -106,7 +109,8 @@ class ModelChanges:
             await self._keep(entry)
             result, message = "done", f"{what}: {said}"
         except NOT_STARTED as error:
-            message = f"{what}: failed: {error}"
+            result = "refused" if isinstance(error, _REFUSALS) else "failed"
+            message = f"{what}: {result}: {error}"
         finally:
             entry.change = ""
             self._tell(entry, number, message, state="ended", result=result)

@@ -55,7 +55,8 @@ def parse_profile(text: str | bytes) -> Profile:
         raise InvalidProfile(f"a profile must be JSON: {error}") from error
     top = _Reader(values, where="profile")
     if top.take("version", int) != VERSION:
-        raise InvalidProfile(f"profile.version must be {VERSION}, not {top.values['version']!r}; measure again")
+        version = top.values["version"]
+        raise InvalidProfile(f"profile.version must be {VERSION}, not {version!r}: measure again with flexctl profile")
     profile = Profile(
         model_name=top.take("model_name", str),
         measured_at=top.take("measured_at", str),

@@ -4,13 +4,15 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from flexpiped.flexctl.client import AdminClient, NotReachable
 from flexpiped.flexctl.commands import Exit
 from flexpiped.flexctl.terminal import Screen
 from flexpiped.flexctl.text import table
 from flexpiped.flexctl.traffic_options import positive
+
+_EXITS: Final = {"done": Exit.DONE, "refused": Exit.REFUSED}
 
 
 def add_name(parser: ArgumentParser) -> None:
@@ -78,5 +80,5 @@ def _change(client: AdminClient, screen: Screen, options: Namespace, path: str, 
     for event in client.stream("POST", path, body):
         screen.write([json.dumps(event) if options.json else event["message"]])
         if event["fields"]["state"] == "ended":
-            return Exit.DONE if event["fields"]["result"] == "done" else Exit.FAILED
+            return _EXITS.get(event["fields"]["result"], Exit.FAILED)
     raise NotReachable("connection_lost", "the daemon ended before the change did")

@@ -1,6 +1,8 @@
-"""What a simulation took of the devices, as lines (pure)."""
+"""What was simulated, and what it took of the devices, as lines (pure)."""
 
-from flexpiped.flexctl.text import format_duration, table
+from collections.abc import Mapping
+
+from flexpiped.flexctl.text import format_duration, table, wrapped
 from planner.simulation.outcome import Outcome
 
 
@@ -28,3 +30,9 @@ def fleet_facts(outcome: Outcome) -> list[tuple[str, str]]:
 
 def fleet_lines(outcome: Outcome) -> list[str]:
     return table([[name, value] for name, value in fleet_facts(outcome)])
+
+
+def scenario_lines(scenario: Mapping[str, str]) -> list[str]:
+    """Return what is simulated, and where its times come from, which may say what would make them better."""
+    width = max(map(len, scenario))
+    return [line for name, value in scenario.items() for line in wrapped(value, head=f"  {name:{width}}   ")]

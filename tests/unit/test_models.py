@@ -17,6 +17,7 @@ from flexpiped.reload import ReloadReport, compare
 from flexpiped.service import Service
 from tests.support.metrics import undocumented
 from tests.support.until import until
+from tests.unit.flexctl.test_command_line import flexctl
 
 pytestmark = pytest.mark.real_loop
 DEMO = demo_model_places()[0]
@@ -187,7 +188,7 @@ async def test_what_does_not_fit_beside_the_other_is_refused_with_numbers_or_tak
         assert (await stand.change("stop", model="a"))["fields"]["result"] == "done"
         assert (await stand.change("start", model="b"))["fields"]["result"] == "done"
         ended = await stand.change("start", model="a")
-        assert ended["fields"]["result"] == "failed"
+        assert ended["fields"]["result"] == "refused"
         ended = await stand.change("swap", model="b", path=str(other))  # two of b have no room
         assert ended["fields"]["result"] == "done"
         assert (await stand.complete("b"))[0] == 200
@@ -196,6 +197,23 @@ async def test_what_does_not_fit_beside_the_other_is_refused_with_numbers_or_tak
     async with daemon(tmp_path, small + full) as stand:  # what was asked for by hand stays
         b = (await stand.models())["b"]
         assert (b["path"], b["state"], b["is_as_configured"]) == (str(other), "ready", False)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("/nope", "no such directory: /nope"), ("{empty}", "{empty} has no config.json")]
+)
+async def test_a_swap_to_what_is_no_model_is_refused_and_the_old_one_serves_on(
+    tmp_path: Path, path: str, said: str
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    path, said = path.format(empty=empty), said.format(empty=empty)
+    async with daemon(tmp_path) as stand:
+        ran = await flexctl("--socket", str(tmp_path / "admin.sock"), "model", "swap", "b", path)
+        assert (ran.code, ran.err) == (4, "")
+        assert ran.out.splitlines()[-1] == f"swap b to {path}: refused: {said}"
+        assert (await stand.models())["b"]["path"] == str(DEMO)
+        assert (await stand.complete("b"))[0] == 200
 
 
 async def test_what_the_other_model_holds_of_the_devices_stands_in_the_decisions_of_each(tmp_path: Path) -> None:

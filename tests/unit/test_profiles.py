@@ -85,7 +85,9 @@ def test_one_of_an_older_version_is_named_until_it_is_measured_again(tmp_path: P
     store, old = ProfileStore(folder=tmp_path), profile_of(*observed())
     path = store.save(old)
     path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(InvalidProfile, match=rf"{path.name}: profile.version must be 2, not 1; measure again"):
+    with pytest.raises(
+        InvalidProfile, match=rf"{path.name}: profile.version must be 2, not 1: measure again with flexctl profile"
+    ):
         found_in(store, old)
     new = replace(old, key=replace(KEY, torch_version="2.14.0"))
     store.save(new)

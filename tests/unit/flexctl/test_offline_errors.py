@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.lone_flexctl import alone
+from flexpiped.engine_factory import find_files
+from flexpiped.profiles import model_digest
+from flexpiped.settings import Settings
+from tests.support.lone_flexctl import ROOT, alone
 
 pytestmark = pytest.mark.real_loop
+DEMO = str(ROOT / "etc" / "demo-model")
 COMMANDS = ("plan", "profile", "simulate")
 
 
@@ -38,6 +42,21 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path, command: str, model: Ca
     error = json.loads(ran.stdout)["error"]
     assert error["code"] == "unsupported"
     assert said in error["message"]
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_a_profile_of_an_older_version_is_named_with_what_to_do(tmp_path: Path, command: str) -> None:
+    """Neither fails for it: both go by an estimate, and say so."""
+    digest = model_digest(find_files(Settings(model=DEMO), source=DEMO).graph)
+    kept = tmp_path / "state" / "flexpiped" / "profiles" / f"demo-model-float32-native-{digest}-0.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"version": 1}', encoding="utf-8")
+    short = ("--duration", "5") if command == "simulate" else ()
+    ran = alone(tmp_path, command, "--model", DEMO, *short)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    said = "".join(ran.stdout.split())  # a long path is broken where the line ends
+    told = f"{kept.name}: profile.version must be 2, not 1: measure again with flexctl profile"
+    assert told.replace(" ", "") in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
