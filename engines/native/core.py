@@ -90,7 +90,7 @@ class CoreServer:
             worker_pids=self._pool.pids,
             attention=boot_.attention,
             kv_range=self._core.kv.range,
-            grammars=self._core.grammars is not None,
+            grammars=self._core.matchers.grammars is not None,
         )
 
     async def flush(self) -> None:
@@ -102,7 +102,7 @@ class CoreServer:
     def _read_grammars(self) -> None:
         """Make ready for constrained output: while the workers are busy, since nothing else runs here meanwhile."""
         boot_ = self._boot
-        self._core.grammars, reason = grammars_for(
+        self._core.matchers.grammars, reason = grammars_for(
             Path(boot_.context.checkpoint.directory), vocab_size=boot_.vocab_size, eos_token_ids=boot_.eos_token_ids
         )
         if reason:

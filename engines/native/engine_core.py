@@ -24,6 +24,7 @@ from engines.native.hang_watch import kill_what_hangs
 from engines.native.inquiries import Inquiries
 from engines.native.kv_blocks import KVBlocks
 from engines.native.kv_resizing import KvResizer
+from engines.native.matchers import Matchers
 from engines.native.options import micro_batches_for, threads_per_stage
 from engines.native.recovery import Recovery
 from engines.native.request_intake import sequence_of
@@ -41,7 +42,7 @@ from engines.protocol import EngineCounters
 from planner.layout import Pipeline
 
 if TYPE_CHECKING:
-    from engines.native.grammar import Grammars
+    from engines.native.grammar import Matcher
 
 
 class EngineCore:
@@ -55,7 +56,6 @@ class EngineCore:
         self.failpoints = Failpoints()
         self.trace = StepTrace()
         self.handover: HandoverRunner | None = None
-        self.grammars: Grammars | None = None  # set before the first request
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.totals = StepTotals()
         self.worker_of = {device: index for index, device in enumerate(boot.options.device_ids)}
@@ -78,6 +78,7 @@ class EngineCore:
             blocks_at_once=max(1, boot.options.slice_bytes // boot.kv_block_bytes),
         )
         self.adapters = Adapters(boot.options.adapters, pool=pool, is_used=self._is_adapter_used, fail=self.fail)
+        self.matchers = Matchers(go_on=self._take, refuse=self._refuse, fail=self.fail)
         self._emit = emit
         self._in_flight = StepsInFlight()
         self._holding = True  # until the first stages are loaded
@@ -90,16 +91,22 @@ class EngineCore:
 
     def submit(self, request: c.Submit) -> None:
         """Queue a request, or say that it cannot be run."""
+        self.matchers.give(request)
+
+    def _refuse(self, request: c.Submit, refusal: InvalidRequest) -> None:
+        self._emit(c.Refused(key=request.key, message=str(refusal), parameter=refusal.parameter, code=refusal.code))
+
+    def _take(self, request: c.Submit, matcher: "Matcher | None") -> None:
         try:
             sequence = sequence_of(
                 request,
                 boot=self.boot,
                 adapters=self.adapters,
-                grammars=self.grammars,
+                matcher=matcher,
                 order=self.scheduler.take_order(),
             )
         except InvalidRequest as refusal:
-            self._emit(c.Refused(key=request.key, message=str(refusal), parameter=refusal.parameter, code=refusal.code))
+            self._refuse(request, refusal)
             return
         self.totals.prompt_tokens += len(request.prompt)
         if sequence.matcher is not None and sequence.matcher.is_done:  # the engine before had no time to say so
@@ -112,11 +119,13 @@ class EngineCore:
         return any(each.adapter == number for each in (*self.scheduler.sequences, *self._in_flight.sequences))
 
     def abort(self, key: int) -> None:
+        self.matchers.forget(key)
         self.scheduler.abort(key)
         self.pump()  # its KV blocks may let another one in
 
     def abort_all(self) -> None:
         """Forget every request; those in flight are freed when their steps end."""
+        self.matchers.forget_all()
         self.scheduler.abort_all()
         self.pump()
 

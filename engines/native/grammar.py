@@ -2,12 +2,12 @@
 
 It runs in the core, which has the tokens of every request: a matcher is made anew from the tokens so far when a request
 comes from another engine, and the loss of a stage worker does not touch it. llguidance bounds what one grammar may
-cost, at its making (some 20 ms) and at each token; beyond that it is refused, or its request ends.
+cost at each token; beyond that its request ends. What is large is made on a thread (``engines.native.matchers``).
 """
 
 import json
 from pathlib import Path
-from typing import assert_never
+from typing import Final, assert_never
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -15,6 +15,9 @@ from llguidance import LLMatcher, LLTokenizer
 from engines.errors import InvalidRequest
 from engines.native.token_mask import Words, is_set, words_for
 from engines.protocol import Grammar, GrammarKind
+
+_MOST: Final = 1 << 20  # characters of a grammar; making a matcher takes memory and time by their number
+_MOST_SHOWN: Final = 300
 
 
 class Matcher:
@@ -63,8 +66,10 @@ class Grammars:
         """Return the state after ``generated``.
 
         Raises:
-            InvalidRequest: The grammar is none, or ``generated`` does not keep to it.
+            InvalidRequest: The grammar is none, or too long, or ``generated`` does not keep to it.
         """
+        if len(grammar.source) > _MOST:
+            raise _refusal(grammar, f"a grammar of {len(grammar.source)} characters is too long; {_MOST} are the most")
         try:
             source = compiled(grammar)
         except ValueError as error:
@@ -86,8 +91,9 @@ def compiled(grammar: Grammar) -> str:
         case GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(grammar.source))
         case GrammarKind.CHOICE:
+            # One terminal, as a rule of more than some thousand is too complex.
             choices = " | ".join(json.dumps(each) for each in json.loads(grammar.source))
-            return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
+            return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))
         case GrammarKind.LARK:
             return str(LLMatcher.grammar_from_lark(grammar.source))
         case _:
@@ -96,5 +102,6 @@ def compiled(grammar: Grammar) -> str:
 
 def _refusal(grammar: Grammar, reason: str) -> InvalidRequest:
     first = reason.strip().splitlines()[0] if reason.strip() else "it cannot be read"
-    message = f"{grammar.parameter}: {first}"
+    shown = first if len(first) <= _MOST_SHOWN else f"{first[:_MOST_SHOWN]} ..."  # it may have all of the grammar in it
+    message = f"{grammar.parameter}: {shown}"
     return InvalidRequest(message, parameter=grammar.parameter, code="invalid_grammar")

@@ -9,23 +9,25 @@ from engines.native.boot import Boot
 from engines.native.sequence import Sequence
 
 if TYPE_CHECKING:
-    from engines.native.grammar import Grammars, Matcher
+    from engines.native.grammar import Matcher
 
 
 def sequence_of(
-    request: c.Submit, *, boot: Boot, adapters: Adapters, grammars: "Grammars | None", order: int
+    request: c.Submit, *, boot: Boot, adapters: Adapters, matcher: "Matcher | None", order: int
 ) -> Sequence:
     """Return the sequence of a request.
 
     Args:
-        grammars: None: this model's output cannot be kept to any.
+        matcher: Of its grammar, where it has one.
         order: Of its arrival.
 
     Raises:
         InvalidRequest: It cannot be run.
     """
     adapter = _adapter_of(request, adapters)
-    matcher = _matcher_of(request, grammars, vocab_size=boot.vocab_size)
+    allowed = None if request.shaping is None else request.shaping.allowed
+    if matcher is not None and allowed is not None:
+        _ensure_begins(matcher, allowed, request, vocab_size=boot.vocab_size)
     eos = () if request.sampling.ignore_eos else boot.eos_token_ids
     return Sequence(
         key=request.key,
@@ -48,15 +50,9 @@ def _adapter_of(request: c.Submit, adapters: Adapters) -> int:
     return number
 
 
-def _matcher_of(request: c.Submit, grammars: "Grammars | None", *, vocab_size: int) -> "Matcher | None":
+def _ensure_begins(matcher: "Matcher", allowed: tuple[int, ...], request: c.Submit, *, vocab_size: int) -> None:
+    """Raises: InvalidRequest: What is allowed and the grammar leave no token to begin with."""
     grammar = request.sampling.grammar
-    if grammar is None:
-        return None
-    if grammars is None:
-        raise InvalidRequest("this model's output cannot be kept to a grammar", parameter=grammar.parameter)
-    matcher = grammars.matcher(grammar, request.generated)
-    allowed = None if request.shaping is None else request.shaping.allowed
-    if allowed is not None and not matcher.is_done and not matcher.takes_any(allowed, vocab_size):
+    if grammar is not None and not matcher.is_done and not matcher.takes_any(allowed, vocab_size):
         message = f"allowed_token_ids leaves {grammar.parameter} no token to begin with"
         raise InvalidRequest(message, parameter="allowed_token_ids", code="contradiction")
-    return matcher

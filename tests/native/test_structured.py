@@ -124,6 +124,15 @@ async def test_what_is_no_grammar_is_refused_by_name(engine: NativeEngine, kind:
     assert (counters.running, counters.waiting, counters.kv_blocks_used) == (0, 0, 0)
 
 
+async def test_a_chain_of_many_rules_ends_no_engine(engine: NativeEngine) -> None:
+    """It is gone through by recursion, which on the stack of a process was the end of the engine and of its streams."""
+    rules = "\n".join(f"r{i}: r{i + 1}" for i in range(20_000))
+    plain = request((5, 6), max_tokens=5)
+    grammar = Grammar(kind=GrammarKind.LARK, source=f'start: r0\n{rules}\nr20000: "a"', parameter="structured_outputs")
+    wanted = replace(plain, sampling=replace(plain.sampling, grammar=grammar))
+    assert await collect(engine, wanted) == ([token_of("a")], FinishReason.STOP)
+
+
 async def test_allowed_tokens_that_leave_the_grammar_nothing_are_refused(engine: NativeEngine) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await collect(engine, limited("[a-c]{9}", only="x"))

@@ -94,6 +94,8 @@ def test_choices_and_grammars(grammars: Grammars) -> None:
     }
     assert seen <= set(choices)
     assert len(seen) > 1
+    many = [f"word {i}" for i in range(5000)]
+    assert text_of(random_output(grammars.matcher(grammar(GrammarKind.CHOICE, many), []), random.Random(1))) in many
     lark = 'start: "(" inner ")"\ninner: "a" | start'
     output = random_output(grammars.matcher(grammar(GrammarKind.LARK, lark), []), random.Random(3))
     assert text_of(output).strip("(").strip(")") == "a"
@@ -122,13 +124,18 @@ def test_a_matcher_made_from_the_tokens_so_far_goes_on_as_the_first_would(gramma
         (GrammarKind.JSON_SCHEMA, "5"),
         (GrammarKind.REGEX, "(a"),
         (GrammarKind.LARK, "start: unknown_rule"),
+        (GrammarKind.REGEX, "(" * 9000),
+        (GrammarKind.REGEX, "a" * (2 << 20)),
+        (GrammarKind.CHOICE, [f"{i}" for i in range(300_000)]),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_what_is_no_grammar_is_refused_by_name(grammars: Grammars, kind: GrammarKind, source: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         grammars.matcher(grammar(kind, source), [])
     assert (caught.value.parameter, caught.value.code) == ("structured_outputs", "invalid_grammar")
     assert "structured_outputs: " in str(caught.value)
+    assert len(str(caught.value)) < 400  # else all of what was sent would come back
 
 
 def test_a_sequence_ends_where_nothing_may_follow_and_fails_where_its_grammar_does(grammars: Grammars) -> None:
