@@ -91,7 +91,7 @@ def _shape(sequence: Sequence, shaping: Shaping, row: int, shared: SharedMemory)
 def _fill_mask(sequence: Sequence, shaping: Shaping, shared: SharedMemory) -> bool:
     """Say which tokens may be chosen; False: all of them. What is forbidden besides counts if it leaves any."""
     bans = bool(shaping.bad_words) or sequence.num_output < shaping.min_tokens
-    forbidden = shaping.forbidden(sequence.tokens[sequence.num_prompt :], sequence.stop_ids) if bans else []
+    forbidden = shaping.forbidden(sequence.tokens[sequence.num_prompt :], sequence.held_ids) if bans else []
     if not forbidden and shaping.allowed is None and sequence.matcher is None:
         return False
     words = shared.masks[sequence.row]

@@ -28,13 +28,15 @@ def sequence_of(
     allowed = None if request.shaping is None else request.shaping.allowed
     if matcher is not None and allowed is not None:
         _ensure_begins(matcher, allowed, request, vocab_size=boot.vocab_size)
-    eos = () if request.sampling.ignore_eos else boot.eos_token_ids
+    stops = frozenset(request.sampling.stop_token_ids)
+    ends = stops.union(boot.eos_token_ids)
     return Sequence(
         key=request.key,
         prompt=request.prompt,
         generated=request.generated,
         sampling=request.sampling,
-        stop_ids=frozenset((*request.sampling.stop_token_ids, *eos)),
+        stop_ids=stops if request.sampling.ignore_eos else ends,
+        held_ids=ends,
         order=order,
         shaping=request.shaping,
         matcher=matcher,

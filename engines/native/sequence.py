@@ -32,6 +32,7 @@ class Sequence:
         "cached",
         "computed",
         "has_told_cached",
+        "held_ids",
         "in_flight",
         "key",
         "last_step",
@@ -57,6 +58,7 @@ class Sequence:
         sampling: SamplingParams,
         stop_ids: frozenset[int],
         order: int,
+        held_ids: frozenset[int] | None = None,
         shaping: Shaping | None = None,
         matcher: "Matcher | None" = None,
         adapter: int = 0,
@@ -66,6 +68,7 @@ class Sequence:
         self.num_prompt = len(prompt)
         self.sampling = sampling
         self.stop_ids = stop_ids
+        self.held_ids = stop_ids if held_ids is None else held_ids  # what is not chosen before ``min_tokens``
         self.order = order  # of arrival: the oldest is preempted last
         self.computed = 0
         self.block_ids: list[int] = []

@@ -21,7 +21,8 @@ class Shaping(msgspec.Struct, frozen=True, kw_only=True):
 
     ``presence`` and ``frequency`` are penalties of output tokens, ``repetition`` one of prompt and output;
     ``bad_words`` are runs of tokens that the output never completes; ``allowed`` are the only tokens that may be
-    chosen, None: all. The tokens that would end the request are not chosen among the first ``min_tokens``.
+    chosen, None: all. The tokens that would end the request, and those with which the model ends, whether it shall end
+    there or not, are not chosen among the first ``min_tokens``.
     """
 
     min_p: float = 0.0
@@ -44,9 +45,9 @@ class Shaping(msgspec.Struct, frozen=True, kw_only=True):
         others = self.bias or self.bad_words or self.min_tokens or self.allowed is not None
         return bool(others) or self.counts_tokens
 
-    def forbidden(self, output: list[int], stop_ids: frozenset[int]) -> list[int]:
+    def forbidden(self, output: list[int], held_ids: frozenset[int]) -> list[int]:
         """Return the tokens that must not come next, after ``output``."""
-        tokens = list(stop_ids) if len(output) < self.min_tokens else []
+        tokens = list(held_ids) if len(output) < self.min_tokens else []
         for word in self.bad_words:
             before = len(word) - 1
             if before <= len(output) and output[len(output) - before :] == list(word[:-1]):

@@ -230,6 +230,16 @@ async def test_min_tokens_hold_the_end_back(engine: NativeEngine) -> None:
     assert stops[0] not in later[:12]
 
 
+async def test_min_tokens_hold_the_models_end_back_also_where_it_is_to_be_ignored(engine: NativeEngine) -> None:
+    (end,) = engine.capabilities.eos_token_ids
+    wanted = request((5, 6), max_tokens=8)
+    assert wanted.sampling.ignore_eos
+    params = {"logit_bias": {str(end): 100.0}, "min_tokens": 5}
+    tokens, *_ = await collect(engine, replace(wanted, sampling=replace(wanted.sampling, engine_params=params)))
+    assert end not in tokens[:5]
+    assert tokens[5:] == [end] * 3
+
+
 @pytest.mark.parametrize(("name", "value"), [("logit_bias", {"512": 1.0}), ("allowed_token_ids", [512])])
 async def test_tokens_outside_the_vocabulary_are_refused_by_name(engine: NativeEngine, name: str, value: Any) -> None:
     wanted = request((5, 6), max_tokens=3)
