@@ -30,7 +30,7 @@ class TextStream:
     Args:
         detokenizer, stops: Fresh, for this stream only.
         token_ids, characters_sent: What a stream that this one replaces was fed, and how much text it gave for it.
-        min_tokens: The text of so many tokens is given whatever stop strings are in it.
+        min_tokens: A stop string that ends within the text of so many tokens is none.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TextStream:
 
     def _match(self, text: str) -> str:
         self._made += len(text)
-        if self._tokens_consumed <= self._min_tokens:
-            return text
-        shown, self._stop_hit = self._stops.feed(text) if text else ("", False)
+        if not text:
+            return ""
+        shown, self._stop_hit = self._stops.feed(text, counts=self._tokens_consumed > self._min_tokens)
         return shown

@@ -4,8 +4,8 @@
 class StopMatcher:
     """Passes text on up to the first stop string and never shows part of one.
 
-    Text is cut before the stop string, or behind it with ``include_stop``. Where several are complete at once, the
-    one that begins first counts, and of those the one listed first.
+    Text is cut before the stop string, or behind it with ``include_stop``. The one that ends first counts, and of those
+    that end together the one listed first (as in vLLM), so that it does not matter how the text is split.
     """
 
     def __init__(self, stop: tuple[str, ...], *, include_stop: bool = False) -> None:
@@ -14,16 +14,23 @@ class StopMatcher:
         self._held = ""  # may be the beginning of a stop string
         self.met: str | None = None  # the stop string that ended the text
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """Return the text that can be shown now, and whether a stop string has been met."""
+    def feed(self, text: str, *, counts: bool = True) -> tuple[str, bool]:
+        """Return the text that can be shown now, and whether a stop string has been met.
+
+        Without ``counts`` none is met that ends in ``text``; one that begins in it may be met later.
+        """
         if not self._stop:
             return text, False
-        text = self._held + text
-        hits = [(at, order) for order, stop in enumerate(self._stop) if (at := text.find(stop)) >= 0]
-        if hits:
-            at, order = min(hits)
+        num_held, text = len(self._held), self._held + text
+        ends = [
+            (at + len(stop), order)
+            for order, stop in enumerate(self._stop)
+            if counts and (at := text.find(stop, max(num_held - len(stop) + 1, 0))) >= 0
+        ]
+        if ends:
+            end, order = min(ends)
             self.met = self._stop[order]
-            return text[: at + len(self.met) if self._include_stop else at], True
+            return text[: end if self._include_stop else end - len(self.met)], True
         keep = max(longest_beginning(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -105,6 +105,15 @@ def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
     assert resumed.feed(token_ids[until + 1 :], final=True).text == " two"
 
 
+def test_a_stop_string_may_begin_before_min_tokens() -> None:
+    before, split, after = ids_of("one"), ids_of("ST"), ids_of("OP two")
+    most = len(before) + len(split)
+    one = TextStream(TOKENIZER.detokenizer(()), StopMatcher(("STOP", "ne")), min_tokens=most)
+    assert one.feed((*before, *split)).text == "one"
+    delta = one.feed(after)
+    assert (delta.text, delta.stop_hit, delta.stop) == ("", True, "STOP")
+
+
 def test_text_that_was_never_sent_is_owed() -> None:
     token_ids = ids_of("Once upon a time")
     assert stream(token_ids=token_ids, characters_sent=4).feed(()).text == " upon a time"

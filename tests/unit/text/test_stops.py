@@ -27,7 +27,9 @@ def shown(matcher: StopMatcher, parts: list[str]) -> tuple[list[str], bool]:
         pytest.param(("END",), ["one EN"], (["one ", "EN"], False), id="the end comes first"),
         pytest.param(("aab",), ["a", "a", "a", "b"], (["", "", "a", ""], True), id="overlapping start"),
         pytest.param(("\n\n",), ["x\n", "y\n", "\n"], (["x", "\ny", ""], True), id="newlines"),
-        pytest.param(("b", "ab"), ["xab"], (["x"], True), id="the one that begins first counts"),
+        pytest.param(("abcd", "bc"), ["xabcd"], (["xa"], True), id="the one that ends first counts"),
+        pytest.param(("b", "ab"), ["xab"], (["xa"], True), id="of those that end together the one listed first"),
+        pytest.param(("ab", "b"), ["xab"], (["x"], True), id="of those that end together the one listed first, here"),
         pytest.param((), ["x"], (["x", ""], False), id="none"),
     ],
 )
@@ -39,12 +41,23 @@ def test_include_stop_shows_it() -> None:
     assert shown(StopMatcher(("END",), include_stop=True), ["one E", "ND two"]) == (["one ", "END"], True)
 
 
-def test_every_split_of_a_text_shows_the_same() -> None:
+@pytest.mark.parametrize(
+    ("stop", "before"),
+    [(("STOP", "STXX"), "ab aab ba "), ((" STOP", "TO", "OP"), "ab aab ba S"), (("a STOP", "OP"), "ab aab b")],
+)
+def test_every_split_of_a_text_shows_the_same(stop: tuple[str, ...], before: str) -> None:
     text = "ab aab ba STOP rest"
     for cuts in itertools.combinations(range(1, len(text)), 3):
         bounds = [0, *cuts, len(text)]
-        texts, hit = shown(StopMatcher(("STOP", "STXX")), [text[a:b] for a, b in itertools.pairwise(bounds)])
-        assert ("".join(texts), hit) == ("ab aab ba ", True)
+        texts, hit = shown(StopMatcher(stop), [text[a:b] for a, b in itertools.pairwise(bounds)])
+        assert ("".join(texts), hit) == (before, True)
+
+
+def test_what_ends_before_stop_strings_count_is_none_and_what_begins_there_is_one() -> None:
+    matcher = StopMatcher(("b", "abc"))
+    assert matcher.feed("xab", counts=False) == ("x", False)
+    assert matcher.feed("c.") == ("", True)
+    assert matcher.met == "abc"
 
 
 def test_longest_beginning_leaves_out_the_whole() -> None:
