@@ -128,9 +128,9 @@ def step(
             assert_never(event)
 
 
-def ending_tokens(sampling: SamplingParams, capabilities: EngineCapabilities) -> frozenset[int]:
-    """Return the token ids that end a request."""
-    return frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else capabilities.eos_token_ids)
+def model_ends(sampling: SamplingParams, capabilities: EngineCapabilities) -> frozenset[int]:
+    """Return the token ids with which the model ends a request by itself."""
+    return frozenset(() if sampling.ignore_eos else capabilities.eos_token_ids)
 
 
 def finish_of(
@@ -140,10 +140,7 @@ def finish_of(
     sampling = request.sampling
     if not generated:
         return None
-    ends_at = (
-        sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *capabilities.eos_token_ids)
-    )
-    if generated[-1] in ends_at:
+    if generated[-1] in model_ends(sampling, capabilities).union(sampling.stop_token_ids):
         return FinishReason.STOP
     num_tokens = len(request.prompt_token_ids) + len(generated)
     if len(generated) >= request.sampling.max_tokens or num_tokens >= capabilities.max_model_len:

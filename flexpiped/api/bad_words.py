@@ -1,5 +1,6 @@
 """Words that an output must not have, as the tokens that spell them."""
 
+import asyncio
 from collections.abc import Iterable
 
 from engines.text.protocol import Text
@@ -12,10 +13,10 @@ async def bad_words_as_tokens(text: Text, words: Iterable[str]) -> tuple[tuple[i
         TextRefused, TextProcessDied, TextClosed
     """
     found: list[tuple[int, ...]] = []
-    for word in words:
-        bare = word.lstrip()
-        first = await text.encode(bare, add_special_tokens=False)
-        spaced = await text.encode(f" {bare}", add_special_tokens=False)
+    bare = [word.lstrip() for word in words]
+    both = [spelt for word in bare for spelt in (word, f" {word}")]
+    token_ids = await asyncio.gather(*(text.encode(each, add_special_tokens=False) for each in both))
+    for first, spaced in zip(token_ids[::2], token_ids[1::2], strict=True):
         found.append(first)
         if first and len(spaced) == len(first) and spaced[0] != first[0]:
             found.append(spaced)

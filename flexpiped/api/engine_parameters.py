@@ -13,6 +13,7 @@ from flexpiped.api.unsupported import COMPLETION_NEUTRAL, has_no_effect
 _MAX_TOKENS: Final = 2**31 - 1
 _MAX_DIGITS: Final = len(str(_MAX_TOKENS))  # of a token id; Python reads no number of more than 4300
 _MAX_BIAS: Final = 100.0  # vLLM's route draws larger ones in
+_MAX_BAD_WORDS: Final = 128  # as vLLM's: each is looked for at each token
 
 
 def read_engine_params(body: Body, *, taken: Set[str]) -> dict[str, Any]:
@@ -31,6 +32,9 @@ def read_engine_params(body: Body, *, taken: Set[str]) -> dict[str, Any]:
 
 def _bad_words(name: str, value: Any) -> tuple[str, ...]:
     words = strings.parse(name, value)
+    if len(words) > _MAX_BAD_WORDS:
+        message = f"{name} takes at most {_MAX_BAD_WORDS} words, not {len(words)}"
+        raise invalid(message, param=name, code="invalid_value")
     if not all(map(str.lstrip, words)):  # as tokens they are taken without the space before them, as in vLLM
         raise invalid(f"{name} must not hold an empty string or one of spaces alone", param=name, code="invalid_value")
     return words
@@ -54,7 +58,10 @@ def _logit_bias(name: str, value: Any) -> dict[str, float]:
 
 ENGINE_PARAMETERS: Final[Mapping[str, Reader[Any]]] = {
     "allowed_token_ids": token_ids,
-    "bad_words": Reader(parse=_bad_words, schema={"type": "array", "items": {"type": "string", "pattern": r"\S"}}),
+    "bad_words": Reader(
+        parse=_bad_words,
+        schema={"type": "array", "items": {"type": "string", "pattern": r"\S"}, "maxItems": _MAX_BAD_WORDS},
+    ),
     "frequency_penalty": number(-2, 2),
     "logit_bias": Reader(
         parse=_logit_bias,

@@ -49,7 +49,8 @@ class Job:
     """One choice of a request that has been checked and admitted.
 
     ``lead`` is text that comes first. ``tells_tokens``: pieces tell of their tokens, and with ``leads_tokens`` the
-    first one begins with those of the prompt. ``tells_prompt``: it tells of the prompt's apart from these.
+    first one begins with those of the prompt. ``prompt_top``: it tells of the prompt's apart from these, with so
+    many of the likeliest; None: it does not.
     ``tells_cached``: its first piece tells what of the prompt was in the KV cache.
     ``is_prompt_only``: what comes of the engine is not wanted but for what it says of the prompt.
     ``reads``: how calls of tools are read from it, None: it is text.
@@ -58,16 +59,23 @@ class Job:
     request: GenerationRequest
     stop: tuple[str, ...]
     include_stop: bool
-    ending: frozenset[int]  # tokens that end it; they have no text
+    ends: frozenset[int]  # tokens with which the model ends it by itself
     index: int = 0
     min_tokens: int = 0  # before which stop strings are not looked for
     lead: str = ""
     tells_tokens: bool = False
-    tells_prompt: bool = False
+    prompt_top: int | None = None
     leads_tokens: bool = False
     tells_cached: bool = True
     is_prompt_only: bool = False
     reads: ReadsCalls | None = None
+
+    def is_told_to_stop_at(self, token: int) -> bool:
+        """Return whether ``token`` ends the output because the request says so, and not the model by itself."""
+        return token in self.request.sampling.stop_token_ids and token not in self.ends
+
+    def ends_at(self, token: int) -> bool:
+        return token in self.ends or token in self.request.sampling.stop_token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +85,8 @@ class Piece:
     ``tokens`` are those of which all text has been sent by now, and that no piece before told of. A token that is part
     of a stop string is never told. ``logprob``, of the last piece: that of all tokens, 0 where it is not asked for.
     ``cached_tokens``, where the engine tells it: how many of the prompt's tokens were in its KV cache.
-    ``stop_reason``, of the last piece: the stop string or the stop token of the request that ended it.
+    ``stop_reason``, of the last piece: the stop string or the stop token of the request that ended it, None where the
+    model itself did.
     """
 
     text: str
@@ -125,8 +134,8 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
     Raises:
         ApiError, EngineError
     """
-    completion_tokens = 0
-    told = _Told(backend, job) if job.tells_prompt or job.request.sampling.logprobs else None
+    completion_tokens, last = 0, -1
+    told = _Told(backend, job) if job.prompt_top is not None or job.request.sampling.logprobs else None
     lead = job.lead
     parser = None if job.reads is None else CallParser(job.reads.calls.syntax, schemas=job.reads.schemas)
     feed = backend.text.open(
@@ -143,9 +152,10 @@ async def pieces_of(backend: Backend, job: Job) -> AsyncIterator[Piece]:
                 is_first = completion_tokens == 0  # of this request, whatever engine goes on with it
                 completion_tokens += len(token_ids)
                 finish = finish_word(chunk.finish_reason, job.request.sampling.grammar)
-                last_token = token_ids[-1] if finish == "stop" and token_ids else None
-                reason: str | int | None = last_token if last_token in job.request.sampling.stop_token_ids else None
-                shown = token_ids[:-1] if token_ids and token_ids[-1] in job.ending else token_ids
+                last = token_ids[-1] if token_ids else last
+                reason: str | int | None = last if finish == "stop" and job.is_told_to_stop_at(last) else None
+                is_cut = bool(token_ids) and not job.include_stop and job.ends_at(token_ids[-1])
+                shown = token_ids[:-1] if is_cut else token_ids
                 delta = await feed.feed(shown, final=finish is not None)
                 text, lead = lead + delta.text, ""
                 if delta.stop_hit:
@@ -194,7 +204,7 @@ class _Told:
         self._waiting: deque[TokenReport] = deque()  # until their text is sent
         self._logprobs: list[float] = []
         self._num_told = 0
-        self._prompt_is_due = job.tells_prompt or job.leads_tokens
+        self._prompt_is_due = job.prompt_top is not None or job.leads_tokens
 
     async def with_tokens(self, piece: Piece, chunk: TokenChunk, *, shown: int | None) -> Piece:
         """Return ``piece`` with the tokens that it may tell of: ``shown`` in all, None: every one."""
@@ -214,6 +224,11 @@ class _Told:
         return replace(
             piece,
             tokens=(*prompt, *tokens) if self._job.leads_tokens else tokens,
-            prompt=prompt if self._job.tells_prompt else (),
+            prompt=self._apart(prompt),
             logprob=0.0 if piece.finish_reason is None else sum(self._logprobs[: piece.completion_tokens]),
         )
+
+    def _apart(self, prompt: tuple[TokenReport, ...]) -> tuple[TokenReport, ...]:
+        """Return those of the prompt with as many of the likeliest as are wanted there: ``echo`` may want more."""
+        top = self._job.prompt_top
+        return () if top is None else tuple(replace(each, top=each.top[:top]) for each in prompt)

@@ -39,7 +39,7 @@ from flexpiped.api.sampling_defaults import MAX_TOKENS, with_defaults
 from flexpiped.api.sending import send_events, send_whole
 from flexpiped.api.tool_grammar import grammar_with_calls
 from flexpiped.api.wire import ChatWire, CompletionWire, Head
-from flexpiped.supervision import ending_tokens
+from flexpiped.supervision import model_ends
 from flexpiped.tracing import note_model
 
 
@@ -162,10 +162,10 @@ async def answer(
         wire = kind.wire(head, include_usage=parameters.include_usage, choices=made, top=choices.logprobs)
         jobs: list[Job] = []
         for prompt, request in zip(prompts, requests, strict=True):
-            ending, lead = ending_tokens(request.sampling, capabilities), ""
+            ends, lead = model_ends(request.sampling, capabilities), ""
             if choices.echo:
                 lead = await backend.text.decode(prompt.token_ids) if prompt.text is None else prompt.text
-            jobs += jobs_of(parameters, request, ending=ending, lead=lead, first=len(jobs), reads=reads)
+            jobs += jobs_of(parameters, request, ends=ends, lead=lead, first=len(jobs), reads=reads)
         async with InTime(deadline_s) as limit, closing(choices_of(backend, jobs)) as pieces:
             if parameters.stream:
                 return await send_events(

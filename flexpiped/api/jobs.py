@@ -12,24 +12,28 @@ def jobs_of(
     parameters: Parameters,
     request: GenerationRequest,
     *,
-    ending: frozenset[int],
+    ends: frozenset[int],
     lead: str,
     first: int = 0,
     reads: ReadsCalls | None = None,
 ) -> list[Job]:
-    """Return one job for each choice: seeds and names of the others follow those of the first, which is ``first``."""
+    """Return one job for each choice: seeds and names of the others follow those of the first, which is ``first``.
+
+    Args:
+        ends: The tokens with which the model ends it by itself.
+    """
     choices, min_tokens = parameters.choices, parameters.engine_params.get("min_tokens", 0)
     return [
         Job(
             request=each,
             stop=parameters.stop,
             include_stop=parameters.include_stop,
-            ending=ending,
+            ends=ends,
             index=first + index,
             min_tokens=min_tokens,
             lead=lead,
             tells_tokens=choices.logprobs is not None,
-            tells_prompt=choices.prompt_logprobs is not None,
+            prompt_top=choices.prompt_logprobs,
             tells_cached=index == 0,  # the others begin with what the first one computes
             leads_tokens=choices.echo and choices.logprobs is not None,
             is_prompt_only=parameters.max_tokens == 0,

@@ -1,5 +1,6 @@
 """Log-probabilities as OpenAI's API has them, those of prompts as vLLM has them."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,18 +12,19 @@ _LEAST: Final = -9999.0  # what stands for minus infinity, which JSON has not
 class CompletionLogprobs:
     """``logprobs`` of one choice of ``/v1/completions``, chunk by chunk: ``text_offset`` counts over all of them.
 
-    The tokens' texts make up the offsets, as vLLM's do: where a character is split between tokens, each reads as one.
+    The tokens' texts make up the offsets, as vLLM's do. A character that is split between tokens counts with the last.
     """
 
     def __init__(self, *, top: int) -> None:
         self._top = top
         self._offset = 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def to_wire(self, tokens: Sequence[TokenReport]) -> dict[str, list[Any]]:
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(token.text)
+            self._offset += len(self._utf8.decode(token.data))
         return {
             "text_offset": offsets,
             "token_logprobs": [_bounded(token.logprob) for token in tokens],

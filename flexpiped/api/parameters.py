@@ -33,6 +33,7 @@ from flexpiped.api.unsupported import CHAT_NEUTRAL, COMPLETION_NEUTRAL, NeutralV
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
+_NO_SEED: Final = -1  # vLLM's word for none, which user interfaces send
 _MAX_COUNT: Final = 2**31 - 1
 
 
@@ -292,7 +293,7 @@ def _parameters(
         temperature=1.0 if given["temperature"] is None else given["temperature"],
         top_p=1.0 if given["top_p"] is None else given["top_p"],
         top_k=max(given["top_k"] or 0, 0),  # -1 is vLLM's word for off
-        seed=given["seed"],
+        seed=None if given["seed"] == _NO_SEED else given["seed"],
         stop=given["stop"] or (),
         include_stop=given["include_stop_str_in_output"] or False,
         stop_token_ids=given["stop_token_ids"] or (),

@@ -126,6 +126,27 @@ async def test_the_stop_reason_is_what_the_request_named(
     assert found[-1]["choices"][0]["stop_reason"] == wanted
 
 
+async def test_the_models_own_end_is_no_stop_reason_though_the_request_names_it(
+    app: HttpApp, session: aiohttp.ClientSession
+) -> None:
+    asked = {"prompt": "One", "max_tokens": 60, "stop_token_ids": [EOS_ID]}
+    (by_itself,) = (await whole(app, session, "completions", **asked))["choices"]
+    (as_asked,) = (await whole(app, session, "completions", **asked, ignore_eos=True))["choices"]
+    assert (by_itself["text"], by_itself["stop_reason"]) == (TEXTS[0], None)
+    assert (as_asked["text"], as_asked["stop_reason"]) == (TEXTS[0], EOS_ID)
+
+
+async def test_a_stop_token_is_text_where_what_stops_is_included(app: HttpApp, session: aiohttp.ClientSession) -> None:
+    before, stop = ids_of(TEXTS[0])[:3], ids_of(TEXTS[0])[3]
+    asked = {"prompt": "One", "max_tokens": 60, "stop_token_ids": [stop]}
+    (without,) = (await whole(app, session, "completions", **asked))["choices"]
+    assert without["text"] == TOKENIZER.decode(before)
+    (included,) = (await whole(app, session, "completions", **asked, include_stop_str_in_output=True))["choices"]
+    assert (included["text"], included["stop_reason"]) == (TOKENIZER.decode([*before, stop]), stop)
+    body = {"prompt": "One", "max_tokens": 60, "include_stop_str_in_output": True}
+    assert (await whole(app, session, "completions", **body))["choices"][0]["text"] == TEXTS[0]
+
+
 async def test_best_of_gives_the_likeliest_and_counts_all(app: HttpApp, session: aiohttp.ClientSession) -> None:
     def mean(text: str) -> float:
         tokens = [*ids_of(text), EOS_ID]

@@ -57,6 +57,7 @@ def test_other_engines_refuse_them(name: str) -> None:
         ("bad_words", [5]),
         ("bad_words", ["no", ""]),
         ("bad_words", ["no", " "]),
+        ("bad_words", ["no"] * 129),
         ("frequency_penalty", 2.1),
         ("frequency_penalty", "high"),
         ("logit_bias", [5]),

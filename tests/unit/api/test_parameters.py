@@ -84,8 +84,12 @@ def test_null_is_absent() -> None:
 
 
 def test_seeds_may_be_negative() -> None:
-    assert 0 <= sampling(completion(seed=-1)).seed < 2**63
-    assert sampling(completion(seed=-1)).seed != sampling(completion(seed=-2)).seed
+    assert 0 <= sampling(completion(seed=-3)).seed < 2**63
+    assert sampling(completion(seed=-3)).seed != sampling(completion(seed=-2)).seed
+
+
+def test_minus_one_is_no_seed_as_in_vllm() -> None:
+    assert sampling(completion(seed=-1)) == sampling(completion())
 
 
 @pytest.mark.parametrize("name", sorted(COMPLETION_NEUTRAL))

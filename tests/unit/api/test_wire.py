@@ -7,6 +7,8 @@ import pytest
 
 from flexpiped.api.errors import invalid
 from flexpiped.api.generation import Piece
+from flexpiped.api.logprobs_wire import CompletionLogprobs
+from flexpiped.api.token_reports import TokenReport
 from flexpiped.api.wire import ChatWire, CompletionWire, Head, Usage, Whole, error_event
 
 HEAD = Head(answer_id="id-1", created_unix_s=5, model='odd "model" @')
@@ -46,6 +48,14 @@ def test_whole_completion() -> None:
     choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "length", "stop_reason": None}
     base = {"id": "id-1", "object": "text_completion", "created": 5, "model": HEAD.model}
     assert whole == {**base, "choices": [choice], "usage": USAGE_WIRE}
+
+
+def test_offsets_are_those_of_the_text_where_a_character_is_split_between_tokens() -> None:
+    data = [b"a", b"\xf0\x9f", b"\x99\x82", b"\xc3\xa9x", b"b"]
+    tokens = [TokenReport(token_id=i, data=each, logprob=-1.0) for i, each in enumerate(data)]
+    logprobs = CompletionLogprobs(top=0)
+    parts = [logprobs.to_wire(tokens[:2]), logprobs.to_wire(tokens[2:])]
+    assert [offset for part in parts for offset in part["text_offset"]] == [0, 1, 1, 2, 4]
 
 
 def test_how_much_of_the_prompt_was_cached_is_told_where_the_engine_tells_it() -> None:
