@@ -10,6 +10,7 @@ _PARAMETER: Final = (
 )
 _STRICT: Final = "what would be ignored is refused by name"
 _ECHOED: Final = "echo gives them as logprobs, as OpenAI's does"
+_LIKELIEST: Final = "they are the likeliest, as OpenAI's; vLLM begins them with the chosen one, and tells of one less"
 _COMPLETE: Final = "an output that is complete ends without a token that says so"
 _CUT: Final = "bytes that make no character by themselves are shown as U+FFFD, where vLLM shows nothing"
 
@@ -31,6 +32,9 @@ KNOWN: Final[Mapping[str, str]] = {
     "native: chat*.logprobs.refusal: nothing -> null": "OpenAI's answers have it",
     "native: *echo*: choices.#.prompt_logprobs: * -> nothing": _ECHOED,
     "native: *alone: choices.#.prompt_logprobs: * -> nothing": _ECHOED,
+    "native: *echo with both logprobs: choices.#.logprobs.top_logprobs.#.*: nothing -> *": _ECHOED,
+    "native: completion, stream with echo: choices.0.prompt_token_ids: * -> nothing": "they were not asked for",
+    "native: chat, top logprobs, unlikely token: *.top_logprobs.#.*": _LIKELIEST,
     "native: completion, prompt alone: usage.*": "nothing is generated; vLLM makes one token and hides it",
     "native: completion, choice: usage.*": _COMPLETE,
     "native: completion, regex: usage.*": _COMPLETE,

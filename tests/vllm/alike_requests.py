@@ -82,6 +82,16 @@ _COMPLETIONS: Final = {
     "completion, stop string included": _completion(stop="str", include_stop_str_in_output=True),
     "completion, stop token": _completion(stop_token_ids=[300], logit_bias={"300": 100}),
     "completion, end": _completion(logit_bias={"1": 100}),
+    "completion, stop strings in one token": _completion(stop=["string", "tri"]),
+    "completion, stop token included": _completion(
+        stop_token_ids=[300], logit_bias={"300": 100}, include_stop_str_in_output=True
+    ),
+    "completion, end named as a stop token": _completion(stop_token_ids=[1], logit_bias={"1": 100}),
+    "completion, end ignored": _completion(logit_bias={"1": 100}, ignore_eos=True, min_tokens=2),
+    "completion, penalties": _completion(
+        max_tokens=24, presence_penalty=1, frequency_penalty=0.5, repetition_penalty=1.3, prompt="Once"
+    ),
+    "completion, bad words": _completion(bad_words=["string", " get", "return None"], max_tokens=16),
     "completion, drawn": _completion(temperature=1, seed=1),
     "completion, two choices": _completion(n=2, temperature=1, seed=1),
     "completion, two greedy choices": _completion(n=2),
@@ -89,6 +99,7 @@ _COMPLETIONS: Final = {
     "completion, no further logprobs": _completion(logprobs=0),
     "completion, echo": _completion(echo=True, prompt="Once"),
     "completion, echo with logprobs": _completion(echo=True, logprobs=1, prompt=[51, 82]),
+    "completion, echo with both logprobs": _completion(echo=True, logprobs=2, prompt_logprobs=0, prompt=[51, 82]),
     "completion, prompt alone": _completion(echo=True, logprobs=1, max_tokens=0, prompt=[51, 82]),
     "completion, prompt logprobs": _completion(prompt_logprobs=1, prompt=[51, 82]),
     "completion, two prompts": _completion(prompt=["a", "b"]),
@@ -100,6 +111,7 @@ _COMPLETIONS: Final = {
     "completion, regex": _completion(structured_outputs={"regex": "[a-c]{2}"}, max_tokens=8),
     "completion, stream": _completion(stream=True),
     "completion, stream with usage": _completion(stream=True, stream_options={"include_usage": True}),
+    "completion, stream with echo": _completion(stream=True, echo=True, prompt="Once"),
     "completion, stream with logprobs": _completion(stream=True, logprobs=1),
     "completion, stream of two prompts": _completion(stream=True, prompt=[[5], [6, 7]]),
     "completion, stream that stops": _completion(stream=True, stop=["str"]),
@@ -164,6 +176,7 @@ _CHATS: Final = {
     "chat, two choices": _chat(n=2, temperature=1, seed=1),
     "chat, logprobs": _chat(logprobs=True),
     "chat, top logprobs": _chat(logprobs=True, top_logprobs=1),
+    "chat, top logprobs, unlikely token": _chat(logprobs=True, top_logprobs=2, logit_bias={"300": 100}),
     "chat, prompt logprobs": _chat(prompt_logprobs=0),
     "chat, stop string": _chat(stop="ou"),
     "chat, schema": _chat(
