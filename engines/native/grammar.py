@@ -16,7 +16,7 @@ from engines.errors import InvalidRequest
 from engines.native.token_mask import Words, is_set, words_for
 from engines.protocol import Grammar, GrammarKind
 
-_MOST: Final = 1 << 20  # characters of a grammar; making a matcher takes memory and time by their number
+_MOST: Final = 1 << 19  # characters of a grammar; making a matcher takes memory and time by their number
 _MOST_SHOWN: Final = 300
 
 
