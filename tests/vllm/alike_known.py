@@ -48,7 +48,7 @@ KNOWN: Final[Mapping[str, str]] = {
     "native: *logprobs.t*\N{REPLACEMENT CHARACTER}*": _CUT,
     "native: *.top_logprobs.#.: * -> nothing": _CUT,
     'native: *.decoded_token: "" -> *': _CUT,
-    "native: completion, echo with logprobs: choices.#.logprobs.text_offset.#: *": _CUT,
+    "native: completion, echo with*logprobs: choices.#.logprobs.text_offset.#: *": _CUT,
     # --- errors ---
     '*: error.type: "Bad*': _ERRORS,
     '*: error.type: "NotFoundError" -> "not_found_error"': _ERRORS,
