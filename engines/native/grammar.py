@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Final, assert_never
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engines.errors import InvalidRequest
+from engines.native.matchers import is_small
 from engines.native.token_mask import Words, is_set, words_for
 from engines.protocol import Grammar, GrammarKind
 
 _MOST: Final = 1 << 19  # characters of a grammar; making a matcher takes memory and time by their number
 _MOST_SHOWN: Final = 300
+_LIMITS: Final = LLParserLimits()
+# Few characters can stand for a long repetition: with llguidance's own limit its first mask takes 3 s.
+_LIMITS_OF_SMALL: Final = LLParserLimits(initial_lexer_fuel=200_000)
 
 
 class Matcher:
@@ -74,9 +78,12 @@ class Grammars:
             source = compiled(grammar)
         except ValueError as error:
             raise _refusal(grammar, str(error)) from error
-        matcher = LLMatcher(self._tokenizer, source, log_level=0)
+        limits = _LIMITS_OF_SMALL if is_small(grammar) else _LIMITS
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
         if not matcher.is_error() and generated:
             matcher.consume_tokens(generated)
+        if not is_small(grammar) and not matcher.is_error() and not matcher.is_stopped():
+            matcher.compute_bitmask()  # the first takes longest, and here no step waits for it
         if matcher.is_error():
             raise _refusal(grammar, matcher.get_error())
         return Matcher(matcher)

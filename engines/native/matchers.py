@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final
 from engines.errors import InvalidRequest
 from engines.native import client_messages as c
 from engines.native.deep_stack import on_deep_stack
+from engines.protocol import Grammar
 
 if TYPE_CHECKING:
     from engines.native.grammar import Grammars, Matcher
 
-_SMALL: Final = 4096  # characters of a grammar; then it takes some milliseconds
+_SMALL: Final = 4096  # characters
 
 
 class Matchers:
@@ -46,7 +47,7 @@ class Matchers:
     def give(self, request: c.Submit) -> None:
         """Have the request go on with its matcher, or be refused: at once, or where its grammar is large, later."""
         grammar = request.sampling.grammar
-        if grammar is None or len(grammar.source) <= _SMALL:
+        if grammar is None or is_small(grammar):
             self._give_now(request)
             return
         self._wanted[request.key] = request
@@ -95,6 +96,11 @@ class Matchers:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(f"{type(error).__name__}: {error}")
+
+
+def is_small(grammar: Grammar) -> bool:
+    """Return whether making a matcher takes some milliseconds at most, so that it is made between two steps."""
+    return len(grammar.source) <= _SMALL
 
 
 def matcher_of(request: c.Submit, grammars: "Grammars | None") -> "Matcher | None":

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,14 @@ def test_what_is_no_grammar_is_refused_by_name(grammars: Grammars, kind: Grammar
     assert (caught.value.parameter, caught.value.code) == ("structured_outputs", "invalid_grammar")
     assert "structured_outputs: " in str(caught.value)
     assert len(str(caught.value)) < 400  # else all of what was sent would come back
+
+
+def test_a_long_repetition_in_few_characters_does_not_take_seconds(grammars: Grammars) -> None:
+    began_s = time.process_time()
+    matcher = grammars.matcher(grammar(GrammarKind.REGEX, "(?:(?:a{1000}){1000}){1000}"), [])
+    matcher.take(allowed(matcher)[0])
+    assert matcher.has_failed  # it is too complex
+    assert time.process_time() - began_s < 1.2
 
 
 def test_a_sequence_ends_where_nothing_may_follow_and_fails_where_its_grammar_does(grammars: Grammars) -> None:
