@@ -4,19 +4,22 @@
     unload: no request may name it -> those under way end with it -> every engine lets go of it
 
 An engine is brought into line after it has started and before it serves: one that takes a dead one's place, a second
-instance, a replica more. An engine that outlived the daemon is believed what it has.
+instance, a replica more. An engine that outlived the daemon is believed what it has. A change that has begun is carried
+out to its end, also when who asked for it has left meanwhile: else engines would have what nobody here knows of.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from engines.errors import AdapterRefused, EngineClosed, EngineDied, EngineStartFailed, UnsupportedByEngine
 from engines.offers import AdapterChanges
 from engines.protocol import Engine
 from flexpiped.replicas import Replicas
 
+T = TypeVar("T")
 _GONE = (EngineDied, EngineClosed)
 
 
@@ -54,6 +57,7 @@ class AdapterSet:
         self._engines: set[AdapterChanges] = set()
         self._changing = asyncio.Lock()
         self._ending: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     @property
     def leaving(self) -> frozenset[str]:
@@ -85,12 +89,7 @@ class AdapterSet:
             EngineDied, EngineClosed: None serves.
         """
         await self._replicas().ready_engine()
-        async with self._changing:
-            self._ensure_can_change()
-            self._ensure_free(name)
-            await self._load_in_all(name, directory)
-            self._known()[name] = directory
-        self._tell(f"adapter {name!r} loaded from {directory}")
+        await self._to_its_end(self._load(name, directory))
 
     async def unload(self, name: str) -> int:
         """Have no request name it any more; return how many go on with it until they end.
@@ -101,22 +100,7 @@ class AdapterSet:
             EngineDied, EngineClosed: None serves.
         """
         await self._replicas().ready_engine()
-        async with self._changing:
-            self._ensure_can_change()
-            if name not in self._known():
-                raise AdapterRefused(f"adapter {name!r} is not loaded")
-            self._leaving[name] = self._known().pop(name)
-        requests = self._replicas().flights.with_adapter(name)
-        left = f"; {requests} requests go on with it" if requests else ""
-        self._tell(f"adapter {name!r} unloaded{left}")
-        if not requests:
-            await self._let_go(name)
-        else:
-            ending = asyncio.create_task(self._let_go(name), name=f"adapter-{name}-leaves")
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
-            await self._announce_in_all(name)
-        return requests
+        return await self._to_its_end(self._unload(name))
 
     async def bring_into_line(self, engine: Engine, *, must: bool) -> None:
         """Have an engine that has just started serve the same adapters as the others.
@@ -151,6 +135,38 @@ class AdapterSet:
             await asyncio.wait(self._ending)
 
     # --- inside ---
+
+    async def _to_its_end(self, change: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(change, name="adapter-change")
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+    async def _load(self, name: str, directory: str) -> None:
+        async with self._changing:
+            self._ensure_can_change()
+            self._ensure_free(name)
+            await self._load_in_all(name, directory)
+            self._known()[name] = directory
+        self._tell(f"adapter {name!r} loaded from {directory}")
+
+    async def _unload(self, name: str) -> int:
+        async with self._changing:
+            self._ensure_can_change()
+            if name not in self._known():
+                raise AdapterRefused(f"adapter {name!r} is not loaded")
+            self._leaving[name] = self._known().pop(name)
+        requests = self._replicas().flights.with_adapter(name)
+        left = f"; {requests} requests go on with it" if requests else ""
+        self._tell(f"adapter {name!r} unloaded{left}")
+        if not requests:
+            await self._let_go(name)
+        else:
+            ending = asyncio.create_task(self._let_go(name), name=f"adapter-{name}-leaves")
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+            await self._announce_in_all(name)
+        return requests
 
     def _known(self) -> dict[str, str]:
         assert self._wanted is not None, "an engine that changes adapters was brought into line"

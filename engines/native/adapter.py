@@ -182,24 +182,23 @@ class NativeEngine:
 
     async def load_adapter(self, name: str, directory: str) -> None:
         await self._change_adapters(lambda call: c.LoadAdapter(call=call, name=name, directory=directory))
-        self._have_adapters(self._adapters | {name: directory})
 
     async def announce_unload(self, name: str) -> None:
         await self._change_adapters(lambda call: c.UnloadAdapter(call=call, name=name, when_adopted=True))
 
     async def unload_adapter(self, name: str) -> None:
         await self._change_adapters(lambda call: c.UnloadAdapter(call=call, name=name))
-        self._have_adapters({known: where for known, where in self._adapters.items() if known != name})
 
     async def _change_adapters(self, build: Callable[[int], c.ClientCommand]) -> None:
         reply: c.AdapterChanged = await self._call(build)
-        self._adapter_bytes = reply.adapter_bytes
         if reply.error:
             raise getattr(errors, reply.error)(reply.message)
 
-    def _have_adapters(self, adapters: dict[str, str]) -> None:
-        self._adapters = adapters
-        self._capabilities = replace(self.capabilities, adapters=tuple(adapters))
+    def _note_adapters(self, report: c.AdapterChanged) -> None:
+        """Have what the core has now, also when nobody waits for the change any more."""
+        self._adapters, self._adapter_bytes = report.adapters, report.adapter_bytes
+        self._capabilities = replace(self.capabilities, adapters=tuple(report.adapters))
+        self._calls.settle(report.call, report)
 
     async def drain(self) -> None:
         await until_drained(self.counters, has_streams=lambda: bool(self._streams), poll_s=_DRAIN_POLL_S)
@@ -276,17 +275,10 @@ class NativeEngine:
                 self._capabilities = replace(self.capabilities, kv_range=report.kv_range)
             case c.Ready() | c.StartFailed():
                 self._calls.settle(0, report)
-            case (
-                c.Checked()
-                | c.KvResized()
-                | c.AdapterChanged()
-                | c.Cancelled()
-                | c.Counters()
-                | c.Stages()
-                | c.Trace()
-                | c.StageSteps()
-            ):
+            case c.Checked() | c.KvResized() | c.Cancelled() | c.Counters() | c.Stages() | c.Trace() | c.StageSteps():
                 self._calls.settle(report.call, report)
+            case c.AdapterChanged():
+                self._note_adapters(report)
             case c.Fatal():
                 self._last_words = report.reason
             case c.Adopted():

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from engines.errors import UnsupportedByEngine
+from engines.failpoints import FailpointHit, Failpoints
 from engines.native import messages as m
 from engines.native.family import Family
-from engines.native.lora import Adapter, LoraModules, read_adapter
+from engines.native.lora import Adapter, LoraModules
+from engines.native.lora_files import AdapterFiles, read_adapter
+from engines.process import trim_heap
 
 _NICE: Final = 19  # steps come first
 
@@ -26,6 +29,7 @@ class AdapterLoading:
         self,
         lora: LoraModules,
         family: Family,
+        failpoints: Failpoints,
         *,
         worker: int,
         tell_itself: Callable[[m.AdapterRead], None],
@@ -33,6 +37,7 @@ class AdapterLoading:
     ) -> None:
         self._lora = lora
         self._family = family
+        self._failpoints = failpoints
         self._worker = worker
         self._tell_itself = tell_itself
         self._report = report
@@ -49,6 +54,7 @@ class AdapterLoading:
                 self._put_in(message.number, self._read.pop(message.number))
             case m.DropAdapter():
                 self._lora.drop(message.number)
+                trim_heap()
 
     def _read_beside(self, message: m.LoadAdapter) -> None:
         """In a thread."""
@@ -57,12 +63,19 @@ class AdapterLoading:
         self._tell_itself(m.AdapterRead(number=message.number))
 
     def _read_now(self, message: m.LoadAdapter) -> Adapter | str:
+        files = AdapterFiles(
+            name=message.name,
+            directory=message.directory,
+            config=Path(message.config),
+            weights=Path(message.weights),
+        )
         try:
-            return read_adapter(message.name, Path(message.directory), self._family)
+            self._failpoints.hit("worker.adapter")
+            return read_adapter(files, self._family)
         except UnsupportedByEngine as refusal:
             return str(refusal)
-        except (RuntimeError, MemoryError) as error:
-            return f"adapter {message.name!r} in {message.directory}: {type(error).__name__}: {error}"
+        except (FailpointHit, RuntimeError, MemoryError) as error:
+            return str(files.refusal(f"{type(error).__name__}: {error}"))
 
     def _put_in(self, number: int, read: Adapter | str) -> None:
         if isinstance(read, Adapter):

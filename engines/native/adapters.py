@@ -2,15 +2,17 @@
 
 An adapter has a number that is never given again, so that nothing of one is taken for another's of the same name: KV
 blocks that are kept for prompts to come, or steps under way. It comes once every worker has read it, and one that is
-taken away goes when no sequence uses it any more.
+taken away goes when no sequence uses it any more. Its files are copied first (`engines.native.adapter_copy`).
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from itertools import count
 
-from engines.errors import AdapterRefused
+from engines.errors import AdapterRefused, UnsupportedByEngine
 from engines.native import messages as m
+from engines.native.adapter_copy import AdapterCopy
+from engines.native.lora_files import files_in
 from engines.native.workers import WorkerPool
 
 
@@ -19,7 +21,8 @@ class Adapters:
 
     Args:
         configured: Name and directory of those that every worker has from its fork on, by the numbers from 1 on.
-        is_used: Whether a sequence, or a step in flight, has the adapter of that number.
+        is_used: Whether a sequence, or a step that workers may still run, has the adapter of that number.
+        too_large: Says why devices have no room for so many bytes of adapters each; empty: they have.
         fail: Ends the engine, with the reason.
     """
 
@@ -29,15 +32,17 @@ class Adapters:
         *,
         pool: WorkerPool,
         is_used: Callable[[int], bool],
+        too_large: Callable[[int], str],
         fail: Callable[[str], None],
     ) -> None:
         self._pool = pool
         self._is_used = is_used
+        self._too_large = too_large
         self._fail = fail
         self._directories = dict(configured)
         self._numbers = {name: number for number, (name, _) in enumerate(configured, 1)}
         self._next = count(len(configured) + 1)
-        self._read: dict[int, tuple[str, str]] = {}  # by number: those that the workers have not from their fork
+        self._copies: dict[int, AdapterCopy] = {}  # by number: those that the workers have not from their fork
         self._bytes: dict[int, int] = {}  # by number, of those: what each worker's own copy takes
         self._leaving: set[int] = set()
         self._announced: set[str] = set()  # those that only requests of this daemon may still name
@@ -63,26 +68,40 @@ class Adapters:
         return self._numbers.get(name) if name else 0
 
     async def load(self, name: str, directory: str) -> None:
-        """Have every worker read one more; return when requests may name it.
+        """Have every worker read one more; return when requests may name it. All of them have it, or none.
 
         Raises:
-            AdapterRefused: There is one of that name, or it cannot be read.
+            AdapterRefused: There is one of that name, or it cannot be read, or devices have no room for it.
         """
         if name in self._directories:
             raise AdapterRefused(f"adapter {name!r} is loaded already")
+        self._directories[name] = directory
         number = next(self._next)
-        self._directories[name], self._read[number] = directory, (name, directory)
-        workers = range(self._pool.size)
-        loop = asyncio.get_running_loop()
-        for worker in workers:
-            self._waiting[worker, number] = loop.create_future()
-            self._pool.send(worker, _message(number, name, directory, at_once=False))
-        refusals = await asyncio.gather(*(self._waiting[worker, number] for worker in workers))
-        if refusal := next(filter(None, refusals), ""):
+        if refusal := await self._load(number, name, directory):
             del self._directories[name]
             self._drop(number)
             raise AdapterRefused(refusal)
         self._numbers[name] = number
+
+    async def _load(self, number: int, name: str, directory: str) -> str:
+        """Return why it cannot be had; empty: every worker has it."""
+        try:
+            copy = AdapterCopy(files_in(name, directory))
+            self._copies[number] = copy
+            await copy.fill()
+        except UnsupportedByEngine as error:
+            return str(error)
+        self._pool.keep_to_itself(copy.descriptors)
+        workers = range(self._pool.size)
+        loop = asyncio.get_running_loop()
+        for worker in workers:
+            self._waiting[worker, number] = loop.create_future()
+            self._pool.send(worker, _message(number, copy, at_once=False))
+        refusals = await asyncio.gather(*(self._waiting[worker, number] for worker in workers))
+        if refusal := next(filter(None, refusals), ""):
+            return refusal
+        lack = self._too_large(self.bytes_of_each_worker)
+        return lack and f"adapter {name!r} in {directory}: {lack}"
 
     def unload(self, name: str, *, when_adopted: bool = False) -> None:
         """Take no request for it any more; it goes once no sequence uses it.
@@ -117,24 +136,36 @@ class Adapters:
 
     def on_report(self, report: m.AdapterLoaded) -> None:
         """Take in a worker's answer. One that took another's place must have what that had."""
-        if report.number in self._read and not report.refusal:
+        if report.number in self._copies and not report.refusal:
             self._bytes[report.number] = report.num_bytes
         waiting = self._waiting.pop((report.worker, report.number), None)
         if waiting is not None:
             waiting.set_result(report.refusal)
-        elif report.refusal and report.number in self._read:
+        elif report.refusal and report.number in self._copies:
             self._fail(f"worker {report.worker} was started again: {report.refusal}")
 
     def restarted(self, worker: int) -> None:
         """A worker's process is a new one: it reads what came after the fork of the core's workers, before all else."""
-        for number, (name, directory) in self._read.items():
-            self._pool.send(worker, _message(number, name, directory, at_once=True))
+        for number, copy in self._copies.items():
+            if copy.is_whole:
+                self._pool.send(worker, _message(number, copy, at_once=True))
 
     def _drop(self, number: int) -> None:
-        self._read.pop(number, None)
+        copy = self._copies.pop(number, None)
+        if copy is not None:
+            self._pool.forget(copy.descriptors)
+            copy.close()
         self._bytes.pop(number, None)
         self._pool.send_all(m.DropAdapter(number=number))
 
 
-def _message(number: int, name: str, directory: str, *, at_once: bool) -> m.LoadAdapter:
-    return m.LoadAdapter(number=number, name=name, directory=directory, at_once=at_once)
+def _message(number: int, copy: AdapterCopy, *, at_once: bool) -> m.LoadAdapter:
+    files = copy.files
+    return m.LoadAdapter(
+        number=number,
+        name=files.name,
+        directory=files.directory,
+        config=str(files.config),
+        weights=str(files.weights),
+        at_once=at_once,
+    )

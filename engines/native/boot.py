@@ -17,7 +17,8 @@ from engines.native.families import build_family
 from engines.native.family import Family
 from engines.native.inbox import Inbox
 from engines.native.kernels.build import KernelBuildFailed, build_kernels, cache_directory
-from engines.native.lora import LoraModules, read_adapter
+from engines.native.lora import LoraModules
+from engines.native.lora_files import files_in, read_adapter
 from engines.native.options import NativeOptions
 from engines.native.scheduler import SchedulerLimits
 from engines.native.shared import SharedMemory, SharedSizes
@@ -87,7 +88,7 @@ def boot(options: NativeOptions, pipeline: Pipeline, *, epoch: int) -> Boot:
     if kernels is not None and dtype is torch.float32:
         compile_family(family, kernels, kv_block_tokens=options.kv_block_tokens)
     check_pipeline(pipeline, family, options)
-    adapters = [read_adapter(name, Path(directory), family) for name, directory in options.adapters]
+    adapters = [read_adapter(files_in(name, directory), family) for name, directory in options.adapters]
     shared = SharedMemory(
         SharedSizes(
             num_workers=len(options.device_ids),

@@ -249,13 +249,14 @@ class KvResized(FromCore, frozen=True, kw_only=True, tag=True):
 class AdapterChanged(FromCore, frozen=True, kw_only=True, tag=True):
     """The end of ``LoadAdapter`` or ``UnloadAdapter``: ``error`` is empty, or names the class of engines.errors.
 
-    ``adapter_bytes``: what each worker has of its own of those that came since the fork and requests may name, as it is
-    now.
+    ``adapters``: the directory of each that requests may name, as it is now. ``adapter_bytes``: what each worker has of
+    its own of those that came since the fork and requests may name, as it is now.
     """
 
     call: int
     error: str
     message: str
+    adapters: dict[str, str]
     adapter_bytes: int
 
 

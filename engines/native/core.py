@@ -218,8 +218,15 @@ class CoreServer:
                 adapters.unload(command.name, when_adopted=command.when_adopted)
         except EngineError as refusal:
             error, message = type(refusal).__name__, str(refusal)
-        held = adapters.bytes_that_stay
-        self._emit(c.AdapterChanged(call=command.call, error=error, message=message, adapter_bytes=held))
+        self._emit(
+            c.AdapterChanged(
+                call=command.call,
+                error=error,
+                message=message,
+                adapters=dict(adapters.directories),
+                adapter_bytes=adapters.bytes_that_stay,
+            )
+        )
 
     async def _tell_stages(self, call: int) -> None:
         self._emit(await stages_of(self._core, call=call))

@@ -19,6 +19,7 @@ from engines.native.adapters import Adapters
 from engines.native.batch import Batch
 from engines.native.boot import Boot
 from engines.native.details import details_of
+from engines.native.feasibility import too_large
 from engines.native.handover import HandoverRunner
 from engines.native.hang_watch import kill_what_hangs
 from engines.native.inquiries import Inquiries
@@ -77,7 +78,13 @@ class EngineCore:
             block_tokens=boot.limits.kv_block_tokens,
             blocks_at_once=max(1, boot.options.slice_bytes // boot.kv_block_bytes),
         )
-        self.adapters = Adapters(boot.options.adapters, pool=pool, is_used=self._is_adapter_used, fail=self.fail)
+        self.adapters = Adapters(
+            boot.options.adapters,
+            pool=pool,
+            is_used=self._is_adapter_used,
+            too_large=self._adapters_too_large,
+            fail=self.fail,
+        )
         self.matchers = Matchers(go_on=self._take, refuse=self._refuse, fail=self.fail)
         self._emit = emit
         self._in_flight = StepsInFlight()
@@ -116,7 +123,13 @@ class EngineCore:
         self.pump()
 
     def _is_adapter_used(self, number: int) -> bool:
+        if self.recovering:  # until workers have their new roles they run steps of before, which nothing here knows
+            return True
         return any(each.adapter == number for each in (*self.scheduler.sequences, *self._in_flight.sequences))
+
+    def _adapters_too_large(self, adapter_bytes: int) -> str:
+        target = None if self.handover is None else self.handover.target
+        return too_large(self.boot, current=self.pipeline, target=target, adapter_bytes=adapter_bytes)
 
     def abort(self, key: int) -> None:
         self.matchers.forget(key)

@@ -33,15 +33,7 @@ def check_refactor(
         check_pipeline(target, boot.context.family, options)
     except UnsupportedByEngine as error:
         return RefactorCheck(feasible=False, sentences=(str(error),))
-    devices = tuple(
-        Device(
-            id=device,
-            kind=DeviceKind.CPU,
-            memory_total_bytes=options.device_memory_bytes,
-            memory_reserved_bytes=min(adapter_bytes, options.device_memory_bytes),
-        )
-        for device in options.device_ids
-    )
+    devices = _devices(boot, adapter_bytes)
     if refusal := _too_few_blocks(boot, current, target):
         return RefactorCheck(feasible=False, sentences=(refusal,))
     both, then = (_memory(boot, devices, each, target, live_blocks) for each in (current, None))
@@ -50,6 +42,33 @@ def check_refactor(
         feasible=both.fits and then.fits,
         sentences=(then if both.fits and not then.fits else both).sentences,
         moves=(describe_moves(found),),
+    )
+
+
+def too_large(boot: Boot, *, current: Pipeline, target: Pipeline | None, adapter_bytes: int) -> str:
+    """Say on which device adapters of ``adapter_bytes`` leave too little for its layers; empty: they fit everywhere.
+
+    Args:
+        target: Of the handover under way, whose layers come beside those that are there; None: there is none.
+    """
+    devices = _devices(boot, adapter_bytes)
+    checks = [_memory(boot, devices, None, current, live_blocks=0)]
+    if target is not None:
+        checks.append(_memory(boot, devices, current, target, live_blocks=0))
+    return next(("; ".join(check.refusals) for check in checks if not check.fits), "")
+
+
+def _devices(boot: Boot, adapter_bytes: int) -> tuple[Device, ...]:
+    """Return the devices without what each has of adapters."""
+    total = boot.options.device_memory_bytes
+    return tuple(
+        Device(
+            id=device,
+            kind=DeviceKind.CPU,
+            memory_total_bytes=total,
+            memory_reserved_bytes=min(adapter_bytes, total),
+        )
+        for device in boot.options.device_ids
     )
 
 

@@ -211,12 +211,15 @@ class KeepAt(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
 class LoadAdapter(ToWorker, frozen=True, kw_only=True, array_like=True, tag=True):
     """Read a LoRA adapter and have it from the next step on; answered by ``AdapterLoaded``.
 
-    ``at_once``: before any further message, by a worker that has no stage yet. Else beside the steps.
+    ``config`` and ``weights`` are files, ``directory`` is where they are from. ``at_once``: before any further message,
+    by a worker that has no stage yet. Else beside the steps.
     """
 
     number: int
     name: str
     directory: str
+    config: str
+    weights: str
     at_once: bool
 
 

@@ -59,14 +59,15 @@ class Worker:
             compute=self._compute,
             lora=context.lora,
         )
+        self._failpoints = Failpoints()
         self._adapters = AdapterLoading(
             context.lora,
             family,
+            self._failpoints,
             worker=index,
             tell_itself=lambda message: self._inbox.send(m.encode(message)),
             report=self._send,
         )
-        self._failpoints = Failpoints()
         self._slices = Slices(worker=index, report=self._send)
         self._loading = LayerLoading(
             self._layers,

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from engines.native import messages as m
@@ -24,6 +24,7 @@ class WorkerPool:
         self._pidfds: list[int] = [-1] * len(context.inboxes)
         self._on_death: Callable[[int, str], None] = lambda _index, _reason: None
         self._close_in_child: list[int] = []
+        self._kept: set[int] = set()
         self.restarts = 0
 
     @property
@@ -40,7 +41,7 @@ class WorkerPool:
         if pid == 0:
             status = 1
             try:
-                for descriptor in self._close_in_child:
+                for descriptor in (*self._close_in_child, *self._kept):
                     os.close(descriptor)
                 status = worker_main(index, self._context, core_pid=self._core_pid)
             finally:
@@ -65,6 +66,14 @@ class WorkerPool:
         loop.add_reader(self._context.core_inbox.fileno(), self._read_reports)
         for index, pidfd in enumerate(self._pidfds):
             loop.add_reader(pidfd, self._ended, index)
+
+    def keep_to_itself(self, descriptors: Iterable[int]) -> None:
+        """Have workers forked from now on close these: what they refer to goes when the core closes it."""
+        self._kept.update(descriptors)
+
+    def forget(self, descriptors: Iterable[int]) -> None:
+        """The core is about to close these. Idempotent."""
+        self._kept.difference_update(descriptors)
 
     def send(self, index: int, command: m.WorkerCommand) -> None:
         self._context.inboxes[index].send(m.encode(command))

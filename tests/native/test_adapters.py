@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -170,8 +171,97 @@ async def test_one_that_came_goes_along_with_layers_and_into_a_worker_that_is_st
     await engine.unload_adapter("late")
 
 
+@pytest.mark.parametrize("becomes", ["another", "gone"])
+async def test_every_worker_has_what_was_loaded_whatever_becomes_of_the_directory(
+    engine: NativeEngine, late: tuple[Path, Path], expected_late: list[list[int]], tmp_path: Path, becomes: str
+) -> None:
+    """Also those that are started again: one that has no stage, and joins the stream later, and one that has."""
+    directory = Path(shutil.copytree(late[0], tmp_path / "a"))
+    await move(engine, even(2 if engine.pipeline != even(2) else 4))
+    await engine.load_adapter("late", str(directory))
+    if becomes == "gone":
+        shutil.rmtree(directory)
+    else:  # the same files are written over
+        shutil.copytree(late[1], directory, dirs_exist_ok=True)
+    restarts = (await engine.counters()).worker_restarts_total
+    stages = await engine.stages()
+    idle = next(pid for pid in reversed(engine.worker_pids) if pid not in {stage.pids[0] for stage in stages})
+    os.kill(idle, signal.SIGKILL)
+    os.kill(stages[0].pids[0], signal.SIGKILL)
+
+    async def are_back() -> bool:
+        return (await engine.counters()).worker_restarts_total == restarts + 2
+
+    await until(are_back, timeout_s=60.0)
+    for tokens, _ in await moved_under(engine, [even(8)], lambda: collect(engine, wanted("late"))):
+        assert tokens == expected_late[0]
+    await engine.stages()
+    assert not [link for pid in engine.worker_pids for link in open_files(pid) if "lora" in link]
+    await engine.unload_adapter("late")
+    assert not [link for link in open_files(engine.core_pid) if "lora" in link]
+
+
+def open_files(pid: int) -> list[str]:
+    """Return what a process has open."""
+    return [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+@pytest.mark.parametrize("action", ["raise", "kill"])
+async def test_all_workers_have_it_or_none(
+    engine: NativeEngine, late: tuple[Path, Path], expected_late: list[list[int]], action: str
+) -> None:
+    """What one of them refuses is refused and leaves nothing behind; one that dies over it is started again."""
+    engine.arm_failpoint("worker.adapter", action, worker=5)
+    if action == "raise":
+        with pytest.raises(AdapterRefused, match=r"failpoint worker\.adapter"):
+            await engine.load_adapter("late", str(late[0]))
+        assert (engine.capabilities.adapters, engine.adapter_bytes) == (tuple(TARGETS), 0)
+    await engine.load_adapter("late", str(late[1]))
+    assert (await collect(engine, wanted("late")))[0] == expected_late[1]
+    await engine.unload_adapter("late")
+
+
+async def test_one_whose_caller_has_left_is_there_all_the_same(engine: NativeEngine, late: tuple[Path, Path]) -> None:
+    loading = asyncio.create_task(engine.load_adapter("late", str(late[0])))
+    await asyncio.sleep(0)
+    loading.cancel()
+    await until(lambda: "late" in engine.capabilities.adapters, timeout_s=60.0)
+    assert loading.cancelled()
+    await engine.unload_adapter("late")
+
+
+async def test_one_goes_only_when_no_stage_may_run_a_step_with_it(late: tuple[Path, Path]) -> None:
+    """A step waits at the last stage when the first is lost; its sequence ends, its adapter goes, and then it runs."""
+    async with running(llama(), even(3)) as engine:
+        await engine.load_adapter("late", str(late[0]))
+        stream = asyncio.create_task(collect(engine, request(PROMPT, max_tokens=400, adapter="late")))
+
+        async def is_under_way() -> bool:
+            return (await engine.counters()).running == 1
+
+        await until(is_under_way, timeout_s=60.0)
+        first, second, _ = (stage.pids[0] for stage in await engine.stages())
+        os.kill(second, signal.SIGSTOP)
+        await asyncio.sleep(0.1)  # the step gets there
+        os.kill(first, signal.SIGKILL)
+
+        async def is_lost() -> bool:
+            return (await engine.counters()).worker_restarts_total == 1
+
+        await until(is_lost, timeout_s=60.0)
+        stream.cancel()
+        await asyncio.wait([stream])
+        await engine.unload_adapter("late")
+        os.kill(second, signal.SIGCONT)
+        await collect(engine, wanted(""))
+        assert (await engine.counters()).worker_restarts_total == 1
+
+
 async def test_what_adapters_take_of_every_device_is_counted_before_layers_move(late: tuple[Path, Path]) -> None:
-    """Of two stages the second fits beside the first to the byte, until an adapter comes."""
+    """Of two stages the second fits beside the first to the byte, until an adapter comes.
+
+    Where they are one, none can come.
+    """
     async with running(llama(), even(2), device_memory_bytes=whole_on_one_device()) as engine:
         assert (await engine.check_refactor(even(1))).feasible
         await engine.load_adapter("late", str(late[0]))
@@ -182,6 +272,10 @@ async def test_what_adapters_take_of_every_device_is_counted_before_layers_move(
         await engine.unload_adapter("late")
         assert engine.adapter_bytes == 0
         assert (await engine.check_refactor(even(1))).feasible
+        await move(engine, even(1))
+        with pytest.raises(AdapterRefused, match="too few"):
+            await engine.load_adapter("late", str(late[0]))
+        assert (engine.adapter_bytes, engine.capabilities.adapters) == (0, ())
 
 
 def whole_on_one_device() -> int:

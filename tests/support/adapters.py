@@ -8,7 +8,9 @@ SCALE = 2.0  # lora_alpha / r
 _RANK = 4
 
 
-def make_adapter(directory: Path, *, of: Path, seed: int, targets: tuple[str, ...], **config: object) -> Path:
+def make_adapter(
+    directory: Path, *, of: Path, seed: int, targets: tuple[str, ...], rank: int = _RANK, **config: object
+) -> Path:
     """Write an adapter for the modules of these names in every decoder of a checkpoint."""
     import torch
     from safetensors.torch import save_file
@@ -18,13 +20,13 @@ def make_adapter(directory: Path, *, of: Path, seed: int, targets: tuple[str, ..
     for path, module in _model(of).named_modules():
         if path.rpartition(".")[2] in targets:
             given, taken = module.weight.shape if type(module).__name__ != "Conv1D" else module.weight.shape[::-1]
-            down, up = torch.randn(_RANK, taken, generator=draw), torch.randn(given, _RANK, generator=draw)
+            down, up = torch.randn(rank, taken, generator=draw), torch.randn(given, rank, generator=draw)
             tensors[f"base_model.model.{path}.lora_A.weight"] = down / taken**0.5
             tensors[f"base_model.model.{path}.lora_B.weight"] = 0.15 * up
     assert tensors, "no module of these names"
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
-    known = {"peft_type": "LORA", "r": _RANK, "lora_alpha": SCALE * _RANK, "bias": "none", "target_modules": targets}
+    known = {"peft_type": "LORA", "r": rank, "lora_alpha": SCALE * rank, "bias": "none", "target_modules": targets}
     (directory / "adapter_config.json").write_text(json.dumps(known | config))
     return directory
 

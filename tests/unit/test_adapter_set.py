@@ -8,6 +8,7 @@ import pytest
 
 from engines.errors import AdapterRefused, EngineStartFailed, InvalidRequest, UnsupportedByEngine
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
+from engines.protocol import EngineCapabilities
 from flexpiped.adapter_set import AdapterSet, ServedAdapter
 from flexpiped.flight import Flights
 from flexpiped.replicas import Replicas
@@ -118,6 +119,46 @@ async def test_requests_under_way_finish_with_one_that_leaves_and_no_other_may_n
         await stand.tokens(WITH_DE)
     await stand.adapters.load("de", "/srv/another")
     assert stand.engine(1).adapter_directories["de"] == "/srv/another"
+
+
+async def test_a_change_goes_on_when_who_asked_for_it_leaves(stand: AdaptedStand) -> None:
+    """Else engines would have what no request can name and nobody can unload."""
+    slow = SlowEngine(pipeline=ONE, capabilities=CONFIGURED)
+    await slow.start(on_progress=lambda _message: None)
+    await stand.adapters.bring_into_line(slow, must=True)
+    for change, names in (
+        (lambda: stand.adapters.load("de", "/srv/de"), ("sql", "de")),
+        (lambda: stand.adapters.unload("de"), ("sql",)),
+    ):
+        slow.goes_on.clear()
+        asked = asyncio.create_task(change())
+        await slow.is_asked.wait()
+        asked.cancel()
+        await asyncio.wait([asked])
+        assert asked.cancelled()
+        slow.goes_on.set()
+        await until(lambda names=names: slow.capabilities.adapters == names == stand.names)
+        await until(lambda names=names: tuple(each.name for each in stand.adapters.all()) == names)
+        slow.is_asked.clear()
+    await slow.close()
+
+
+class SlowEngine(FakeEngine):
+    """Takes its time to load and to unload."""
+
+    def __init__(self, *, pipeline: Pipeline, capabilities: EngineCapabilities) -> None:
+        super().__init__(pipeline=pipeline, capabilities=capabilities)
+        self.is_asked, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        self.is_asked.set()
+        await self.goes_on.wait()
+        await super().load_adapter(name, directory)
+
+    async def unload_adapter(self, name: str) -> None:
+        self.is_asked.set()
+        await self.goes_on.wait()
+        await super().unload_adapter(name)
 
 
 async def test_what_cannot_be_is_refused_and_changes_nothing(stand: AdaptedStand) -> None:

@@ -64,7 +64,9 @@ COMMANDS: list[m.WorkerCommand] = [
     m.MoveKv(sources=b"\xff\0\0\0", targets=b"\x01\0\0\0"),
     m.BoundKv(ticket=1, end_slot=2**20),
     m.KeepAt(address="flexpiped-parameters-1"),
-    m.LoadAdapter(number=3, name="sql", directory="/srv/sql", at_once=True),
+    m.LoadAdapter(
+        number=3, name="sql", directory="/srv/sql", config="/proc/7/fd/8", weights="/proc/7/fd/9", at_once=True
+    ),
     m.AdapterRead(number=3),
     m.DropAdapter(number=3),
     m.ReadStats(ticket=1),
@@ -180,7 +182,9 @@ CORE_REPORTS: list[c.CoreReport] = [
     c.Progress(call=2, progress=PROGRESS),
     c.Refactored(call=2, error="RefactoringAborted", message="cancelled"),
     c.Checked(call=2, check=RefactorCheck(feasible=False, sentences=("too big",), moves=("a",))),
-    c.AdapterChanged(call=2, error="AdapterRefused", message="not loaded", adapter_bytes=7),
+    c.AdapterChanged(
+        call=2, error="AdapterRefused", message="not loaded", adapters={"sql": "/srv/sql"}, adapter_bytes=7
+    ),
     c.KvResized(call=2, error="RefactoringBusy", message="busy", returned_bytes=0),
     c.Cancelled(call=2, accepted=True),
     c.Counters(call=2, counters=COUNTERS),
