@@ -180,6 +180,8 @@ class AdapterSet:
             raise UnsupportedByEngine(f"the {capabilities.name} engine does not change its adapters while it serves")
 
     def _ensure_free(self, name: str) -> None:
+        if not name.isprintable():  # it is shown on terminals
+            raise AdapterRefused(f"{name!r} has characters that cannot be shown")
         if name in self._known():
             raise AdapterRefused(f"adapter {name!r} is loaded already")
         if name in self._leaving:

@@ -193,6 +193,7 @@ async def test_every_worker_has_what_was_loaded_whatever_becomes_of_the_director
         return (await engine.counters()).worker_restarts_total == restarts + 2
 
     await until(are_back, timeout_s=60.0)
+    await collect(engine, wanted(""))  # until the stage is back nothing moves
     for tokens, _ in await moved_under(engine, [even(8)], lambda: collect(engine, wanted("late"))):
         assert tokens == expected_late[0]
     await engine.stages()

@@ -166,6 +166,7 @@ async def test_what_cannot_be_is_refused_and_changes_nothing(stand: AdaptedStand
     for name, path, words in (
         ("sql", "/srv/sql", "loaded already"),
         ("a-model", "/srv/de", "the name of a model"),
+        ("\x1b[31mde", "/srv/de", "cannot be shown"),
         ("de", "/srv/broken", "there is none"),
     ):
         with pytest.raises(AdapterRefused, match=words):
