@@ -6,10 +6,11 @@ Loaded by its command line (``SCHEMATHESIS_HOOKS``), in place of two of its own 
 import schemathesis
 from schemathesis import Case, CheckContext, Response
 
-# Between several parameters, within a string, or known to the tokenizer or the chat template only.
+# Between several parameters, within a string (whether its characters can be shown), or known to the tokenizer, the chat
+# template or the adapters that are loaded only.
 NO_SCHEMA_SAYS = frozenset(
     {"context_length_exceeded", "contradiction", "invalid_grammar", "invalid_prompt", "unknown_token"}
-    | {"invalid_arguments"}
+    | {"invalid_arguments", "adapter_refused"}
 )
 TOO_LATE = "deadline_exceeded"
 

@@ -7,8 +7,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-# Without -ffast-math: sums keep their order, on which it rests that a token's bits do not depend on the batch.
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-fPIC", "-shared")
+# Without -ffast-math: sums keep their order, on which it rests that a token's bits do not depend on the batch. Nor may
+# a product be rounded in one loop and not in another: for AMD's processors GCC leaves fused operations out of some
+# loops with vectors of 256 bits, as it takes that for faster, and in others that compute the same it does not.
+_FLAGS = (
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-fPIC", "-shared"),
+    "--param=avoid-fma-max-bits=0",
+)
 _SOURCES = (
     *("vectors.h", "transpose.h", "pool.h", "linear.h", "widening.h", "panels.h", "llama_ops.h"),
     *("paged_attention.h", "attention_work.h", "attention_spans.h"),

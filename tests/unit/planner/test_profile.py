@@ -222,7 +222,7 @@ def test_a_file_brings_back_what_was_kept() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 1}, r"profile\.version must be 2, not 1; measure again"),
+        ({"version": 1}, r"profile\.version must be 2, not 1: measure again with flexctl profile"),
         ({"model_name": 5}, r"profile\.model_name must be text, not 5"),
         ({"fits": {}}, r"profile\.fits must be a list"),
         ({"fits": [1]}, r"profile\.fits\[0\] must be an object"),
