@@ -1,15 +1,22 @@
-"""The policy's candidates for what serves now: planned once for each layout, predicted once for each kind of load."""
+"""The policy's candidates for what serves now: planned once for each layout, predicted once for each kind of load.
+
+Others take and free the devices meanwhile: for how many further replicas there is room is counted anew at each look,
+and where much of a device has changed hands, it is planned again.
+"""
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Final, Protocol
 
 from engines.protocol import Engine
 from flexpiped.config_values import Auto
 from planner.arrivals import Absence
 from planner.candidate_plan import PlanAnswer
+from planner.errors import PlannerError
 from planner.granularity import Candidate
 from planner.layout import Pipeline
 from planner.load import Observation
@@ -20,7 +27,9 @@ from planner.workload import Slo, Workload
 from topology.device import Device
 
 _Asked = tuple[str, Pipeline, tuple[Pipeline, ...]]  # engine, main pipeline, all pipelines
-PLAN_AGE_S: Final = 300.0  # then devices may have other neighbours
+PLAN_AGE_S: Final = 300.0
+CHANGED_AGE_S: Final = 30.0  # from then on another plan is made where others hold much more or less of a device
+_MUCH: Final = 1 / 16  # of its memory
 _KEPT: Final = 32  # kinds of load
 
 
@@ -39,6 +48,32 @@ class Answers(Protocol):
 
     def devices(self) -> Sequence[Device]:
         """Return the devices as they are now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """What was planned, when and for what, and the devices as they were then."""
+
+    asked: _Asked
+    at_s: float
+    found: tuple[Granularity, ...]
+    devices: tuple[Device, ...]
+
+    def has_changed(self, taken: Mapping[str, int]) -> bool:
+        """Whether others hold much more, or less, of a device than when this was planned."""
+        return any(
+            abs(taken.get(each.id, each.memory_others_bytes) - each.memory_others_bytes)
+            > _MUCH * each.memory_total_bytes
+            for each in self.devices
+        )
+
+    def free_bytes(self, taken: Mapping[str, int], *, held: frozenset[str]) -> tuple[int, ...]:
+        """Return what is free of each device that no replica has, where others hold so much now."""
+        return tuple(
+            each.memory_usable_bytes + each.memory_others_bytes - taken.get(each.id, each.memory_others_bytes)
+            for each in self.devices
+            if each.id not in held
+        )
 
 
 class PlannedCandidates:
@@ -67,7 +102,7 @@ class PlannedCandidates:
         self._expected = expected
         self._slo = slo
         self._clock = clock
-        self._planned: tuple[_Asked, float, tuple[Granularity, ...]] | None = None
+        self._planned: _Planned | None = None
         self._known: dict[Workload, tuple[Candidate, ...]] = {}
 
     def expect(self, expected: Workload, slo: Slo) -> None:
@@ -81,12 +116,14 @@ class PlannedCandidates:
         Raises:
             PlannerError, EngineError
         """
-        granularities = await self._granularities(engine)
+        taken = {} if isinstance(seen.taken_bytes, Absence) else seen.taken_bytes
+        planned = await self._plan_of(engine, taken)
         workload = similar(workload_seen(seen, self._expected))
         if workload not in self._known:
             while len(self._known) >= _KEPT:
                 self._known.pop(next(iter(self._known)))
-            self._known[workload] = await asyncio.to_thread(candidates_for, granularities, workload, self._slo)
+            self._known[workload] = await asyncio.to_thread(candidates_for, planned.found, workload, self._slo)
+        self._known[workload] = self._with_room(self._known[workload], planned, taken)
         return self._known[workload]
 
     async def starting_now(self, found: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -97,31 +134,46 @@ class PlannedCandidates:
             for each, start in zip(found, starts, strict=True)
         )
 
-    async def _granularities(self, engine: Engine) -> tuple[Granularity, ...]:
+    async def _plan_of(self, engine: Engine, taken: Mapping[str, int]) -> _Planned:
         asked, now_s = (engine.capabilities.name, engine.pipeline, tuple(self._serving())), self._clock()
-        if self._planned is None or self._planned[0] != asked or now_s - self._planned[1] > PLAN_AGE_S:
-            taken = devices_beside(engine.pipeline, self._serving())
-            planned, free = await asyncio.to_thread(self._plan, engine, taken)
-            found = tuple(
-                replace(
-                    each,
-                    most_replicas=most_replicas(each, serving=self._serving(), free_devices=free),
-                    room=room_for(each, free_devices=free),
-                )
-                for each in planned
-            )
-            self._planned = (asked, now_s, found)
+        planned = self._planned
+        age_s = inf if planned is None or planned.asked != asked else now_s - planned.at_s
+        if planned is None or age_s > PLAN_AGE_S or (age_s > CHANGED_AGE_S and planned.has_changed(taken)):
+            found, devices = await asyncio.to_thread(self._plan, engine, asked[2])
+            planned = self._planned = _Planned(asked=asked, at_s=now_s, found=found, devices=devices)
             self._known.clear()
-        return self._planned[2]
+        return planned
 
-    def _plan(self, engine: Engine, taken: frozenset[str]) -> tuple[tuple[Granularity, ...], int]:
-        """Return what is planned for the main replica, and how many devices no replica has."""
-        resolver, current = self._resolver(), engine.pipeline
-        answer = resolver.answer(Auto.AUTO, current=current, resident=engine.capabilities.resident, taken=taken)
-        devices, held = resolver.devices(), taken | set(current.device_ids)
+    def _plan(self, engine: Engine, serving: Sequence[Pipeline]) -> tuple[tuple[Granularity, ...], tuple[Device, ...]]:
+        """Return what is planned for the main replica, with what others have that it could not; and the devices."""
+        resolver, main = self._resolver(), engine.pipeline
+        resident, taken = engine.capabilities.resident, devices_beside(main, serving)
+        answer = resolver.answer(Auto.AUTO, current=main, resident=resident, taken=taken)
+        devices = tuple(resolver.devices())
         shared = frozenset(each.id for each in devices if each.is_shared)
-        planned = tuple(self._with_start(each) for each in granularities_of(answer, shared=shared))
-        return planned, sum(each.id not in held for each in devices)
+        found = {each.num_stages: each for each in granularities_of(answer, shared=shared)}
+        for other in serving:
+            if other.granularity not in found:
+                with suppress(PlannerError):  # what serves and cannot be planned stays unknown
+                    beside = devices_beside(other, serving)
+                    answer = resolver.answer(other.granularity, current=other, taken=beside)
+                    found |= {each.num_stages: each for each in granularities_of(answer, shared=shared)}
+        return tuple(self._with_start(found[count]) for count in sorted(found)), devices
+
+    def _with_room(
+        self, known: tuple[Candidate, ...], planned: _Planned, taken: Mapping[str, int]
+    ) -> tuple[Candidate, ...]:
+        """Return candidates with the further replicas for which there is room now; the same ones where that is so."""
+        _, main, serving = planned.asked
+        held = frozenset(device for each in (main, *serving) for device in each.device_ids)
+        free = planned.free_bytes(taken, held=held)
+        rooms = {each.num_stages: room_for(each, free_bytes=free) for each in planned.found}
+        if all(each.room == rooms[each.num_stages] for each in known):
+            return known
+        have = max(1, len(serving))
+        return tuple(
+            replace(each, room=rooms[each.num_stages], most_replicas=have + rooms[each.num_stages]) for each in known
+        )
 
     def _with_start(self, found: Granularity) -> Granularity:
         start = self._start(found.num_stages)
@@ -133,17 +185,13 @@ def devices_beside(main: Pipeline, serving: Sequence[Pipeline]) -> frozenset[str
     return frozenset(device for each in serving if each != main for device in each.device_ids)
 
 
-def most_replicas(granularity: Granularity, *, serving: Sequence[Pipeline], free_devices: int) -> int:
-    """Return how many replicas there could be with further ones of this granularity: each has devices of its own.
+def room_for(granularity: Granularity, *, free_bytes: Sequence[int]) -> int:
+    """Return how many further replicas of this granularity find devices of their own with the memory for a stage.
 
-    Whether the free devices have the memory is for the plan of each that comes; one that does not fit is refused.
+    Their own plan may find another cut for what is left; what does not fit is refused there.
     """
-    return max(1, len(serving)) + room_for(granularity, free_devices=free_devices)
-
-
-def room_for(granularity: Granularity, *, free_devices: int) -> int:
-    """Return how many further replicas of this granularity find devices."""
-    return free_devices // max(1, granularity.devices)
+    fitting = sum(each >= granularity.stage_bytes for each in free_bytes)
+    return fitting // max(1, granularity.devices)
 
 
 def workload_seen(seen: Observation, expected: Workload) -> Workload:

@@ -21,12 +21,13 @@ _MOST_TOKENS_PER_S = 1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Granularity:
-    """What a plan found for one number of stages."""
+    """What a plan found for one number of stages. ``stage_bytes``: what the largest stage needs of each device."""
 
     num_stages: int
     times: PipelineTimes
     change_s: float
     devices: int
+    stage_bytes: int = 0
     start_s: float = 0.0
     start_in_words: str = ""
     shared_devices: int = 0
@@ -55,6 +56,7 @@ def _granularity(num_stages: int, found: Found, times: PipelineTimes, shared: Co
         times=times,
         change_s=found.costs.change_s,
         devices=len(device_ids),
+        stage_bytes=max((each.needed_bytes for each in found.memory), default=0),
         shared_devices=sum(device_id in shared for device_id in device_ids),
         most_replicas=len(found.pipelines),
     )

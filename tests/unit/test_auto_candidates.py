@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from engines.fake import FAKE_CAPABILITIES, FakeEngine
-from flexpiped.auto_candidates import PLAN_AGE_S, PlannedCandidates, workload_seen
+from flexpiped.auto_candidates import CHANGED_AGE_S, PLAN_AGE_S, PlannedCandidates, workload_seen
 from flexpiped.config_values import Auto
 from planner.candidate_plan import PlanAnswer
 from planner.granularity import Candidate, ScoreConstants, scores
@@ -30,8 +30,12 @@ EXPECTED = Workload(rate_per_s=1.0, prompt_tokens_mean=20, output_tokens_mean=10
 class Planner:
     """Plans for four CPU devices, of which others use some, and notes what it was asked."""
 
-    def __init__(self, *, shared: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, *, shared: frozenset[str] = frozenset(), kv_tokens: int | None = None, hides_taken: bool = False
+    ) -> None:
         self.plans = 0
+        self._kv_tokens = kv_tokens
+        self._hides_taken = hides_taken
         self.taken: frozenset[str] = frozenset()
         self.resident: Sequence[tuple[str, ...]] = ()
         self._shared = shared
@@ -50,14 +54,15 @@ class Planner:
         resident: Sequence[tuple[str, ...]] = (),
         taken: frozenset[str] = frozenset(),
     ) -> PlanAnswer:
-        assert stages is Auto.AUTO
         self.plans += 1
         self.taken, self.resident = taken, resident
+        here = HostTopology(host_id="h", devices=tuple(self.devices()))
         question = PlanQuestion(
             graph=GRAPH,
             costs=FlatCosts(),
-            topology=HostTopology(host_id="h", devices=tuple(self.devices())),
-            engine=EngineLimits(max_stages=4),
+            topology=here.without(taken) if self._hides_taken else here,
+            num_stages=None if stages is Auto.AUTO else stages,
+            engine=EngineLimits(max_stages=4, kv_tokens=self._kv_tokens),
         )
         return plan(question, clock=lambda: 0.0)
 
@@ -130,6 +135,43 @@ async def test_further_replicas_have_the_devices_that_nobody_has(engine: FakeEng
     serving.append(other)
     assert [each.most_replicas for each in await source.of(engine, seen)] == [3, 2, 2, 2]
     assert (planner.plans, planner.taken) == (2, {"cpu:2"})
+
+
+async def test_what_another_replica_has_is_known_though_the_main_one_could_not_have_it() -> None:
+    """Beside one of three stages one device is left: what the policy did not know it left alone, whatever came."""
+    planner, main = Planner(hides_taken=True), pipeline_of(device_ids=["cpu:0"], cuts=[], num_decoders=8)
+    large = pipeline_of(device_ids=["cpu:1", "cpu:2", "cpu:3"], cuts=[3, 6], num_decoders=8)
+    alone = FakeEngine(pipeline=main)
+    await alone.start(on_progress=lambda _: None)
+    source = PlannedCandidates(resolver=lambda: planner, serving=lambda: [main, large], expected=EXPECTED, slo=Slo())
+    found = await source.of(alone, LoadMonitor(began_s=0.0).observe(1.0))
+    assert [(each.num_stages, each.room) for each in found] == [(1, 0), (3, 0)]
+    assert (planner.plans, planner.taken) == (2, {"cpu:0"})
+    await alone.close()
+
+
+async def test_room_for_further_replicas_is_what_others_leave_now_and_a_large_change_is_planned_anew(
+    engine: FakeEngine,
+) -> None:
+    """Engines here have KV caches of a configured size, so a stage needs as much on any device."""
+    planner, now_s, monitor = Planner(kv_tokens=1024), [0.0], LoadMonitor(began_s=0.0)
+    source = PlannedCandidates(resolver=lambda: planner, expected=EXPECTED, slo=Slo(), clock=lambda: now_s[0])
+
+    async def seen(others: dict[str, int]) -> list[int | None]:
+        now_s[0] += 5.0
+        monitor.devices_seen(now_s[0], others)
+        return [each.room for each in await source.of(engine, monitor.observe(now_s[0]))]
+
+    assert await seen({}) == [2, 1, 0, 0]  # cpu:2 and cpu:3 are nobody's
+    assert await seen({"cpu:3": GIB - 10_000}) == [1, 0, 0, 0]
+    assert await seen({"cpu:2": GIB - 10_000, "cpu:3": GIB - 10_000}) == [0, 0, 0, 0]
+    assert await seen({"cpu:0": GIB}) == [2, 1, 0, 0]
+    assert planner.plans == 1
+    now_s[0] = CHANGED_AGE_S + 5.0
+    await seen({"cpu:3": GIB // 20})  # as much as a neighbour breathes
+    assert planner.plans == 1
+    await seen({"cpu:3": GIB // 10})
+    assert planner.plans == 2
 
 
 async def test_what_others_use_of_the_devices_costs_a_granularity_its_score(engine: FakeEngine) -> None:
