@@ -32,7 +32,6 @@ class Granularity:
     start_in_words: str = ""
     shared_devices: int = 0
     most_replicas: int = 1
-    room: int | None = None
 
 
 def granularities_of(answer: PlanAnswer, *, shared: Container[str] = ()) -> tuple[Granularity, ...]:
@@ -98,7 +97,6 @@ def _candidate(
         devices=each.devices,
         shared_devices=each.shared_devices,
         most_replicas=each.most_replicas,
-        room=each.room,
         outlook=lambda rate_per_s, cv: _predict(
             pipeline, workload, rate_per_s=max(rate_per_s, _HARDLY_ANY_PER_S), cv=cv
         ),

@@ -78,11 +78,12 @@ class Grammars:
             source = compiled(grammar)
         except ValueError as error:
             raise _refusal(grammar, str(error)) from error
-        limits = _LIMITS_OF_SMALL if is_small(grammar) else _LIMITS
+        small = is_small(grammar)
+        limits = _LIMITS_OF_SMALL if small else _LIMITS
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
         if not matcher.is_error() and generated:
             matcher.consume_tokens(generated)
-        if not is_small(grammar) and not matcher.is_error() and not matcher.is_stopped():
+        if not small and not matcher.is_error() and not matcher.is_stopped():
             matcher.compute_bitmask()  # the first takes longest, and here no step waits for it
         if matcher.is_error():
             raise _refusal(grammar, matcher.get_error())

@@ -12,17 +12,17 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from engines.native.adapter import NativeEngine
 from engines.native.compute import STAND_IN, open_compute
 from tests.bench import direct
 from tests.bench.device_rates import DeviceRates, device_rates
-from tests.bench.gpu_rig import GpuSetup, first_gpu, graph_of
+from tests.bench.gpu_rig import GpuSetup, graph_of
 from tests.bench.handover_legs import phase_durations
 from tests.bench.handover_measure import add_options, measure, shorten
 from tests.bench.program import checkpoint, parser, prompts, run, wide_checkpoint
-from tests.bench.rigs import WARM, DirectRig
+from tests.bench.rigs import WARM, direct_rig
 from tests.bench.stats import median
 from tests.bench.tables import Bound, mib, ms, say, table, verdicts, write_json
+from tests.support.gpus import gpus
 
 _PARTS = ("decoding", "migration", "moves")
 _OF_COPY = 0.8  # KV migration reaches so much of the bandwidth of copies, at least
@@ -110,14 +110,8 @@ async def _migration(setup: GpuSetup, rates: DeviceRates, options: argparse.Name
 
 async def _moves(setup: GpuSetup, options: argparse.Namespace, raw: dict[str, Any]) -> list[Bound]:
     """Move layers among the workers under streams, and restart the engine instead."""
-    wanted, laps = setup.native_options(), setup.laps
-    engine = NativeEngine(wanted, laps[0])
-    rig = DirectRig(wanted, engine, laps=laps, longest=setup.longest)
-    try:
-        await engine.start(on_progress=lambda _message: None)
+    async with direct_rig(setup.native_options(), laps=setup.laps, longest=setup.longest) as rig:
         return await measure(rig, options, raw, is_direct=True)
-    finally:
-        await rig.close()
 
 
 def _print_rates(rates: DeviceRates) -> None:
@@ -128,8 +122,8 @@ def _print_rates(rates: DeviceRates) -> None:
 
 async def main() -> int:
     options = _options()
-    visible = STAND_IN if options.stand_in else first_gpu()
-    if not visible:
+    visible = STAND_IN if options.stand_in else next(iter(gpus()), None)
+    if visible is None:
         say("there is no GPU that takes work: --stand-in proves the program on the CPU")
         return 1
     began_s = time.monotonic()

@@ -7,11 +7,10 @@ from pathlib import Path
 from engines.checkpoint import read_checkpoint
 from engines.native.compute import STAND_IN
 from engines.native.options import NativeOptions
-from planner.layout import Pipeline, pipeline_of
+from planner.layout import Pipeline
 from planner.model_graph import ModelGraph, build_model_graph
+from tests.bench.program import even
 from tests.bench.rigs import longest_output
-from topology.device import DeviceKind
-from topology.discovery import discover
 
 _WORKERS = tuple(f"worker:{index}" for index in range(4))
 _LAPS = (1, 2, 4, 2)
@@ -43,12 +42,7 @@ class GpuSetup:
 
     def even(self, stages: int, *, first_worker: int = 0) -> Pipeline:
         """Return the pipeline of that many stages, with even cuts."""
-        num = self.graph.num_decoders
-        return pipeline_of(
-            device_ids=_WORKERS[first_worker : first_worker + stages],
-            cuts=[round(num * index / stages) for index in range(1, stages)],
-            num_decoders=num,
-        )
+        return even(stages, devices=_WORKERS[first_worker:], num_decoders=self.graph.num_decoders)
 
     def longest(self, streams: int, prompt_tokens: int) -> int:
         """Return how many tokens each of the streams may produce."""
@@ -80,8 +74,3 @@ def graph_of(model: Path) -> ModelGraph:
     """Read a model's description."""
     checkpoint = read_checkpoint(model)
     return build_model_graph(checkpoint.config, checkpoint.tensors, dtype="auto")
-
-
-def first_gpu() -> str:
-    """Return the UUID of a GPU that takes work; empty: there is none."""
-    return next((device.id for device in discover().devices if device.kind is DeviceKind.CUDA), "")

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 from typing import Any
 
+from tests.bench.direct import options_for
 from tests.bench.handover_measure import add_options, measure, shorten
 from tests.bench.program import checkpoint, parser, run, setup_of
 from tests.bench.rigs import NATIVE_LAPS, direct_rig, http_rig
@@ -33,7 +34,7 @@ async def main() -> int:
     bounds: list[Bound] = []
     first, setup = NATIVE_LAPS[0], setup_of(options)
     if not options.only_http:
-        async with direct_rig(model, first, setup) as rig:
+        async with direct_rig(options_for(model, setup)) as rig:
             bounds += await measure(rig, options, raw, is_direct=True)
     if options.http or options.only_http:
         async with http_rig(model, first, setup) as served:

@@ -129,10 +129,10 @@ def _given_or(options: argparse.Namespace, made: Callable[[], Path]) -> Path:
     return (given or made()).resolve()
 
 
-def even(stages: int) -> Pipeline:
+def even(stages: int, *, devices: tuple[str, ...] = DEVICES, num_decoders: int = NUM_DECODERS) -> Pipeline:
     """Return the pipeline of that many stages, with even cuts, on the first devices."""
-    cuts = [round(NUM_DECODERS * i / stages) for i in range(1, stages)]
-    return pipeline_of(device_ids=DEVICES[:stages], cuts=cuts, num_decoders=NUM_DECODERS)
+    cuts = [round(num_decoders * i / stages) for i in range(1, stages)]
+    return pipeline_of(device_ids=devices[:stages], cuts=cuts, num_decoders=num_decoders)
 
 
 def prompts(*, count: int, length: int, seed: int) -> list[list[int]]:

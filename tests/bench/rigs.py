@@ -85,8 +85,8 @@ class DirectRig:
         options: NativeOptions,
         engine: NativeEngine,
         *,
-        laps: tuple[Pipeline, ...] = NATIVE_LAPS,
-        longest: Callable[[int, int], int] = longest_output,
+        laps: tuple[Pipeline, ...],
+        longest: Callable[[int, int], int],
     ) -> None:
         self.laps = laps
         self._longest = longest
@@ -158,11 +158,15 @@ class HttpRig:
 
 
 @asynccontextmanager
-async def direct_rig(model: Path, first: Pipeline, setup: EngineSetup) -> AsyncIterator[DirectRig]:
-    """Start an engine with the layout ``first``."""
-    options = direct.options_for(model, setup)
-    engine = NativeEngine(options, first)
-    rig = DirectRig(options, engine)
+async def direct_rig(
+    options: NativeOptions,
+    *,
+    laps: tuple[Pipeline, ...] = NATIVE_LAPS,
+    longest: Callable[[int, int], int] = longest_output,
+) -> AsyncIterator[DirectRig]:
+    """Start an engine with the first of ``laps``."""
+    engine = NativeEngine(options, laps[0])
+    rig = DirectRig(options, engine, laps=laps, longest=longest)
     try:
         await engine.start(on_progress=lambda _message: None)
         yield rig

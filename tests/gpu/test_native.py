@@ -13,9 +13,8 @@ import pytest_asyncio
 
 from engines.native.adapter import NativeEngine
 from tests.support.generated import generated_by_transformers
+from tests.support.gpus import gpus
 from tests.support.native import DEVICES, collect, even, gpt2, llama, move, request, running
-from topology.device import DeviceKind
-from topology.discovery import discover
 from topology.gpu_memory import held_memory
 
 pytestmark = [
@@ -32,7 +31,7 @@ Result = list[tuple[list[int], list[float]]]
 
 def gpu() -> str:
     """Return a GPU that takes work, or skip."""
-    found = [device.id for device in discover().devices if device.kind is DeviceKind.CUDA]
+    found = gpus()
     if not found:
         pytest.skip("a CUDA device is needed, there is none")
     return found[0]

@@ -11,11 +11,10 @@ import pytest
 from engines.vllm.adapter import VllmEngine
 from planner.handover import HandoverPhase
 from planner.layout import Pipeline, pipeline_of
+from tests.support.gpus import gpus
 from tests.support.vllm import DECODERS, graph_of, llama, options_for
 from tests.vllm.copied import assert_copy_is_exact_and_needed
 from tests.vllm.streams import assert_same, move, run_streams
-from topology.device import DeviceKind
-from topology.discovery import discover
 from topology.gpu_memory import held_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.vllm, pytest.mark.gpu, pytest.mark.real_loop]
@@ -28,10 +27,10 @@ CUTS = (4, 6, 1, 7, 4)
 @pytest.fixture
 def uuids() -> tuple[str, ...]:
     """Return two GPUs that take work, or skip."""
-    found = [device.id for device in discover().devices if device.kind is DeviceKind.CUDA]
+    found = gpus()
     if len(found) < RANKS:
         pytest.skip(f"{RANKS} CUDA devices are needed, there are {len(found)}")
-    return tuple(found[:RANKS])
+    return found[:RANKS]
 
 
 @asynccontextmanager
